@@ -1,0 +1,232 @@
+"""Row losses with their gradients: the autograd.Function, and the operators that torch.compile sees.
+
+Both call the same two functions, `_forward` and `_backward`. Eager calls on plain tensors go through the
+Function, which spares the operators' dispatch; everything that must be traced goes through the operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, torch_backend
+
+
+class RowOptions(NamedTuple):
+    """The scalar options of a row's loss, in the operators' order."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float
+    z_loss: float
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "torch":
+        return torch_backend
+    from .kernels import cross_entropy
+
+    return cross_entropy
+
+
+def _forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    options: RowOptions,
+    with_stats: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if backend == "triton" and x.device.type == "cpu" and probs is None:
+        torch_backend.check_targets(target, options.ignore_index, x.shape[-1])
+    forward = _implementation(backend).forward
+    return forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
+
+
+def _backward(
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+    options: RowOptions,
+    dx: Tensor | None,
+    dprobs: Tensor | None,
+    backend: str,
+) -> None:
+    backward = _implementation(backend).backward
+    backward(dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs)
+
+
+@torch.library.custom_op("fused_ignore_ce::cross_entropy_forward", mutates_args=())
+def cross_entropy_forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    z_loss: float,
+    with_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, mass, correct, entropy) of every row of x (B, T, V); target is (B * T,) int64."""
+    options = RowOptions(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    loss, lse, mass, correct, entropy = _forward(x, target, weight, probs, options, with_stats, backend)
+    return loss, lse, mass, correct, entropy
+
+
+@cross_entropy_forward.register_fake
+def _(x, target, weight, probs, ignore_index, label_smoothing, softcap, logit_scale, z_loss, with_stats, backend):
+    N = x.shape[0] * x.shape[1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = N if with_stats else 0
+    return (
+        x.new_empty(N, dtype=dtype),
+        x.new_empty((2, N), dtype=dtype),
+        x.new_empty(N, dtype=dtype),
+        x.new_empty(stats, dtype=torch.bool),
+        x.new_empty(stats, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fused_ignore_ce::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    z_loss: float,
+    need_dx: bool,
+    need_dprobs: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dprobs); one that is not needed is empty."""
+    options = RowOptions(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dprobs = torch.empty_like(probs) if need_dprobs and probs is not None else x.new_empty(0)
+    _backward(
+        dloss, x, target, weight, probs, lse, mass, options, dx if need_dx else None,
+        dprobs if need_dprobs else None, backend,
+    )  # fmt: skip
+    return dx, dprobs
+
+
+@cross_entropy_backward.register_fake
+def _(dloss, x, target, weight, probs, lse, mass, ignore_index, label_smoothing, softcap, logit_scale, z_loss,
+      need_dx, need_dprobs, backend):  # fmt: skip
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    return dx, torch.empty_like(probs) if need_dprobs else x.new_empty(0)
+
+
+def _save_operator_inputs(ctx, inputs, output) -> None:
+    x, target, weight, probs, *options, _with_stats, backend = inputs
+    _, lse, mass, correct, entropy = output
+    ctx.save_for_backward(x, target, weight, probs, lse, mass)
+    ctx.options, ctx.backend = RowOptions(*options), backend
+    ctx.mark_non_differentiable(lse, mass, correct, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _operator_backward(ctx, dloss, *_):
+    dx = dprobs = None
+    if dloss is not None:
+        need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
+        gradients = cross_entropy_backward(
+            dloss, *ctx.saved_tensors, *ctx.options, need_dx, need_dprobs, ctx.backend
+        )
+        dx, dprobs = gradients[0] if need_dx else None, gradients[1] if need_dprobs else None
+    return dx, None, None, dprobs, *[None] * (len(RowOptions._fields) + 2)
+
+
+cross_entropy_forward.register_autograd(_operator_backward, setup_context=_save_operator_inputs)
+
+
+class CrossEntropyRows(torch.autograd.Function):
+    """(loss, lse, correct, entropy) per row; only the loss is differentiable, in x and in probability targets."""
+
+    @staticmethod
+    def forward(ctx, x, probs, target, weight, options, with_stats, backend, inplace_backward):
+        loss, lse, mass, correct, entropy = _forward(x, target, weight, probs, options, with_stats, backend)
+        ctx.save_for_backward(x, target, weight, probs, lse, mass)
+        ctx.options, ctx.backend, ctx.inplace_backward = options, backend, inplace_backward
+        ctx.mark_non_differentiable(lse, correct, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, lse, correct, entropy
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        dx = dprobs = None
+        need_dx, need_dprobs, *_ = ctx.needs_input_grad
+        if dloss is not None and torch.is_grad_enabled():  # create_graph=True
+            dx, dprobs = CrossEntropyRows._differentiable_backward(ctx, dloss, need_dx, need_dprobs)
+        elif dloss is not None:
+            x, _, _, probs, *_ = ctx.saved_tensors
+            if need_dx:
+                dx = x.detach() if ctx.inplace_backward else torch.empty_like(x)
+            if need_dprobs:
+                dprobs = torch.empty_like(probs)
+            _backward(dloss, *ctx.saved_tensors, ctx.options, dx, dprobs, ctx.backend)
+            if need_dx and ctx.inplace_backward:
+                torch.autograd.graph.increment_version(x)
+        return dx, dprobs, *[None] * 6
+
+    @staticmethod
+    def _differentiable_backward(ctx, dloss, need_dx, need_dprobs):
+        """Gradients of higher order come from the reference, which holds (rows, classes) tensors."""
+        x, target, weight, probs, *_ = ctx.saved_tensors
+        acc = x.double() if x.dtype == torch.float64 else x.float()
+        loss = reference.rows(acc, target.view(x.shape[:2]), weight, probs, **ctx.options._asdict()).loss
+        wanted = [t for t, needed in ((x, need_dx), (probs, need_dprobs)) if needed]
+        gradients = list(torch.autograd.grad(loss.flatten(), wanted, dloss, create_graph=True))
+        return gradients.pop(0) if need_dx else None, gradients.pop(0) if need_dprobs else None
+
+
+def _must_be_traced(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def cross_entropy_rows(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    options: RowOptions,
+    *,
+    with_stats: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, correct, entropy) of the rows of x (B, T, V), each (B * T,) but lse, which is (2, B * T).
+
+    `target` is (B * T,) int64 and contiguous. `lse` is the unevaluated sum max + log(sum(exp(x - max))).
+    The last two are empty unless `with_stats`.
+    """
+    if _must_be_traced(x):
+        loss, lse, _, correct, entropy = cross_entropy_forward(
+            x, target, weight, probs, *options, with_stats, backend
+        )
+    elif torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):
+        return CrossEntropyRows.apply(x, probs, target, weight, options, with_stats, backend, inplace_backward)
+    else:
+        loss, lse, _, correct, entropy = _forward(x, target, weight, probs, options, with_stats, backend)
+    return loss, lse, correct, entropy

@@ -1,0 +1,117 @@
+"""The oracle: every formula once, in plain differentiable PyTorch, with no regard for memory or speed.
+
+It computes in the dtype it is given; give it float64 to judge the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Per row: the loss, and what `return_stats` reports."""
+
+    loss: Tensor
+    lse: Tensor
+    correct: Tensor
+    entropy: Tensor
+
+
+def used_logits(x: Tensor, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    """`softcap * tanh(logit_scale * x / softcap)`, or `logit_scale * x` without a cap."""
+    return logit_scale * x if softcap is None else softcap * torch.tanh(logit_scale * x / softcap)
+
+
+def target_distribution(
+    target: Tensor, probs: Tensor | None, weight: Tensor | None, V: int, label_smoothing: float, dtype: torch.dtype
+) -> Tensor:
+    """q, shape (..., V): smoothed one-hot or probability targets, times the class weights."""
+    hard = torch.nn.functional.one_hot(target, V).to(dtype) if probs is None else probs.to(dtype)
+    q = (1.0 - label_smoothing) * hard + label_smoothing / V
+    return q if weight is None else q * weight.to(dtype)
+
+
+def rows(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    probs: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+) -> Rows:
+    """Logits (..., V) and targets (...) to row losses, 0 where ignored: `sum(q * (lse - x)) + z_loss * lse**2`."""
+    keep = target != ignore_index
+    # Ignored rows leave through `where` on both ends: their NaN reaches neither the value nor the gradient.
+    x = used_logits(torch.where(keep.unsqueeze(-1), x, 0.0), softcap, logit_scale)
+    q = target_distribution(torch.where(keep, target, 0), probs, weight, x.shape[-1], label_smoothing, x.dtype)
+    lse = torch.logsumexp(x, -1)
+    log_p = x - lse.unsqueeze(-1)
+    p = log_p.exp()
+    nll = torch.where(q == 0, 0.0, q * -log_p).sum(-1)
+    return Rows(
+        loss=torch.where(keep, nll + z_loss * lse**2, 0.0),
+        lse=torch.where(keep, lse, 0.0),
+        correct=keep & (x.argmax(-1) == target),
+        entropy=torch.where(keep, torch.where(p == 0, 0.0, p * -log_p).sum(-1), 0.0),
+    )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | Collection[int] = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """`fused_ignore_ce.fused_cross_entropy` by definition; input (C), (N, C) or (N, C, d1..dK)."""
+    x = input.movedim(1, -1) if input.dim() > 1 else input
+    probs = None
+    if target.is_floating_point():
+        probs = target.movedim(1, -1) if target.dim() > 1 else target
+        index = probs.argmax(-1)
+        keep = torch.ones_like(index, dtype=torch.bool)
+    else:
+        index = target.long()
+        ids = [ignore_index] if isinstance(ignore_index, int) else list(ignore_index)
+        keep = torch.stack([index != i for i in ids]).all(0)
+    if token_weight is not None:
+        keep = keep & (token_weight != 0)
+    loss = rows(
+        x,
+        torch.where(keep, index, -1),
+        weight,
+        probs,
+        ignore_index=-1,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        z_loss=z_loss,
+    ).loss
+    share = keep.to(loss.dtype)
+    if token_weight is not None:
+        share = torch.where(keep, token_weight.to(loss.dtype), 0.0)
+        loss = loss * share
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if normalizer is not None:
+        return loss.sum() / normalizer
+    if weight is not None and probs is None:
+        share = share * weight.to(loss.dtype)[torch.where(keep, index, 0)]
+    return loss.sum() / share.sum()

@@ -1,0 +1,91 @@
+"""How the kernels are launched: tile shapes, warps and splits, as data.
+
+No entry was tuned on hardware yet. They follow from arithmetic: with 16 elements a thread, a 16-bit
+tile has two 16-byte loads a thread in flight, and eight such blocks fill a multiprocessor's 2048 threads
+with about the 40 KB in flight that hide the latency of HBM3.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+ELEMENTS_PER_THREAD = 16
+
+#: Classes of a row that one program handles at a time, at most: (largest V, BLOCK_V, num_warps).
+BLOCKS = (
+    (1024, 1024, 2),
+    (4096, 2048, 4),
+    (None, 4096, 8),
+)
+
+#: Tile for logits whose classes are strided (images): rows are the contiguous dimension there.
+STRIDED_ROWS, STRIDED_CLASSES = 64, 32
+
+#: A grid of fewer programs than this many per multiprocessor leaves the chip idle: split the rows.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+#: Rows per program of the kernel that merges the splits.
+MERGE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a launch depends on."""
+
+    arch: int
+    multiprocessors: int
+
+
+#: The interpreter runs what this chip would run.
+INTERPRETED = Chip(arch=90, multiprocessors=132)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel configuration. `split_v` classes go to each of `splits` programs per row."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    num_warps: int
+    splits: int = 1
+    split_v: int = 0
+
+
+@lru_cache
+def chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def tile(T: int, V: int, contiguous: bool) -> Launch:
+    """The tile for rows of `V` classes, `T` of which are evenly spaced."""
+    if contiguous:
+        limit_v, num_warps = next((block, warps) for limit, block, warps in BLOCKS if limit is None or V <= limit)
+        BLOCK_V = min(triton.next_power_of_2(max(V, 1)), limit_v)
+        BLOCK_N = min(num_warps * 32 * ELEMENTS_PER_THREAD // BLOCK_V, triton.next_power_of_2(max(T, 1)))
+    else:
+        BLOCK_N = min(STRIDED_ROWS, triton.next_power_of_2(max(T, 1)))
+        BLOCK_V = min(STRIDED_CLASSES, triton.next_power_of_2(max(V, 1)))
+        num_warps = 4
+    return Launch(max(BLOCK_N, 1), BLOCK_V, num_warps)
+
+
+def forward_launch(B: int, T: int, V: int, contiguous: bool, chip: Chip) -> Launch:
+    """A tile, and as many splits of the vocabulary as fill the chip when rows are few."""
+    launch = tile(T, V, contiguous)
+    programs = B * triton.cdiv(T, launch.BLOCK_N)
+    wanted = chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    blocks = triton.cdiv(max(V, 1), launch.BLOCK_V)
+    splits = min(blocks, max(1, wanted // max(programs, 1)))
+    split_blocks = triton.cdiv(blocks, splits)
+    return Launch(
+        launch.BLOCK_N,
+        launch.BLOCK_V,
+        launch.num_warps,
+        splits=triton.cdiv(blocks, split_blocks),
+        split_v=split_blocks * launch.BLOCK_V,
+    )
