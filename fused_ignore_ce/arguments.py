@@ -87,15 +87,15 @@ def choose_backend(backend: str, x: Tensor) -> str:
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return "torch"
     try:
-        import triton
+        import triton  # noqa: F401  whether it is there
     except ImportError as error:
         raise RuntimeError(
             f'backend={backend!r} on a {x.device.type} tensor needs Triton: install it, or pass backend="torch"'
         ) from error
-    if x.device.type == "cpu" and not _triton_interprets(triton):
+    if x.device.type == "cpu" and not _interpreted():
         raise RuntimeError(
             'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
-            'the first call, or pass backend="torch"'
+            'fused_ignore_ce is first used, or pass backend="torch"'
         )
     if x.device.type not in ("cuda", "cpu"):
         raise RuntimeError(f'backend="triton" expects a CUDA tensor, got one on {x.device}; pass backend="torch"')
@@ -103,16 +103,13 @@ def choose_backend(backend: str, x: Tensor) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _interpreted_kernels() -> bool:
+def _interpreted() -> bool:
+    """Whether the kernels, once imported, run in Triton's interpreter."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from .kernels.backward import backward_kernel
 
     return isinstance(backward_kernel, InterpretedFunction)
-
-
-def _triton_interprets(triton: Any) -> bool:
-    return triton.knobs.runtime.interpret and _interpreted_kernels()
 
 
 def check_cross_entropy(

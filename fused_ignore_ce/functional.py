@@ -149,9 +149,10 @@ def row_loss(
     arguments.check_token_weight(token_weight, shape, x.device)
     if inplace_backward:
         arguments.check_inplace(x)
+    weight = None if weight is None else weight.contiguous()
     probs = target if target.dim() == 3 else None
     if probs is None:
-        index = target.reshape(-1).long()
+        index = target.reshape(-1).long().contiguous()
     elif return_stats:
         index = probs.detach().argmax(-1).reshape(-1) if x.shape[-1] else x.new_zeros(x.shape[0] * x.shape[1]).long()
     else:

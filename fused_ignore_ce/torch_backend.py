@@ -181,8 +181,8 @@ def backward(
                 w = w * weight[index]
             w = torch.where(z.gather(1, index) == -torch.inf, 0.0, w)
         # p * coefficient * g with the normalisation folded into the row's factor: one pass less.
-        inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
-        z.exp_().mul_(g * (mass[out].unsqueeze(1) + 2.0 * z_loss * (c + log_s)) * inverse_s)
+        factor = g * (mass[out].unsqueeze(1) + 2.0 * z_loss * (c + log_s)) * torch.exp(-log_s)
+        z.exp_().mul_(factor.masked_fill_(log_s == -torch.inf, 0.0))
         if subtrahend is not None:
             z.sub_(subtrahend)
         if probs is None:

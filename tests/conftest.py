@@ -1,0 +1,66 @@
+"""Shared by all tests: where they run, poisoned memory, and the rule by which results are judged.
+
+Without a CUDA device, the Triton kernels run in Triton's interpreter on CPU tensors.
+"""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned():
+    """Same numbers every run, and memory nobody wrote reads as NaN (PyTorch fills it in deterministic mode)."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    return request.param
+
+
+def _worst(name, ours, ref, gt):
+    error_ours, error_ref = (gt - ours).abs(), (gt - ref).abs()
+    at = int(error_ours.argmax())
+    return (
+        f"{name}: off by {error_ours.max():.3e} at flat position {at} (ours {ours.flatten()[at]:.9g}, true "
+        f"{gt.flatten()[at]:.9g}), PyTorch is off by {error_ref.max():.3e}"
+    )
+
+
+@pytest.fixture
+def no_worse():
+    """`|gt - ours| <= |gt - ref| + tiny`, in the largest element: ours may not be worse than PyTorch.
+
+    `gt` is float64; `tiny` is two units in the last place of ours at the largest value. Float64 results, whose
+    truth is itself rounded, may differ from it by 1e-14 absolute and 1e-12 relative.
+    """
+
+    def check(name, ours, ref, gt):
+        assert ours.shape == ref.shape, f"{name}: shape {tuple(ours.shape)}, PyTorch has {tuple(ref.shape)}"
+        assert ours.dtype == ref.dtype, f"{name}: dtype {ours.dtype}, PyTorch has {ref.dtype}"
+        if gt.numel() == 0:
+            return
+        units, floor = (1e-12, 1e-14) if ours.dtype == torch.float64 else (2 * torch.finfo(ours.dtype).eps, 0.0)
+        ours, ref, gt = ours.detach().double().cpu(), ref.detach().double().cpu(), gt.detach().double().cpu()
+        odd = ~gt.isfinite()
+        assert ((ours == gt) | (ours.isnan() & gt.isnan()))[odd].all(), f"{name}: NaN or inf differ"
+        ours, ref, gt = ours[~odd], ref[~odd], gt[~odd]
+        if gt.numel():
+            tiny = units * gt.abs().max() + floor
+            assert (gt - ours).abs().max() <= (gt - ref).abs().max() + tiny, _worst(name, ours, ref, gt)
+
+    return check

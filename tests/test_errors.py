@@ -1,0 +1,147 @@
+"""Bad input: PyTorch's class of error, a message that names the argument, nothing written."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_ignore_ce.arguments
+from fused_ignore_ce import FusedCrossEntropyLoss, fused_causal_lm_loss, fused_cross_entropy
+
+X = torch.randn(3, 5)
+Y = torch.tensor([1, 2, -100])
+
+#: (name, arguments, keywords): mistakes that F.cross_entropy rejects too.
+MISTAKES = [
+    ("int32 target", (X, Y.int()), {}),
+    ("bool target", (X, Y > 0), {}),
+    ("float target of another shape", (X, torch.rand(3)), {}),
+    ("integer target of input's shape", (X, torch.zeros(3, 5, dtype=torch.long)), {}),
+    ("batch mismatch", (X, Y[:2]), {}),
+    ("0-d input", (torch.tensor(1.0), torch.tensor(0)), {}),
+    ("target with a dimension too many", (X, Y[:, None]), {}),
+    ("spatial mismatch", (torch.randn(2, 5, 3), torch.zeros(2, 4, dtype=torch.long)), {}),
+    ("spatial rank", (torch.randn(2, 5, 3, 3), torch.zeros(2, 3, dtype=torch.long)), {}),
+    ("target past the classes", (X, torch.tensor([1, 2, 5])), {}),
+    ("negative target", (X, torch.tensor([1, 2, -1])), {}),
+    ("target for no classes", (torch.randn(2, 0), torch.tensor([0, 0])), {}),
+    ("weight length", (X, Y, torch.ones(4)), {}),
+    ("weight rank", (X, Y, torch.ones(1, 5)), {}),
+    ("weight dtype", (X, Y, torch.ones(5).double()), {}),
+    ("integer weight", (X, Y, torch.ones(5).long()), {}),
+    ("weight that wants a gradient", (X, Y, torch.ones(5, requires_grad=True)), {}),
+    ("ignore_index with probabilities", (X, torch.rand(3, 5)), {"ignore_index": 3}),
+    ("reduction", (X, Y), {"reduction": "average"}),
+    ("smoothing", (X, Y), {"label_smoothing": 1.5}),
+    ("integer logits", (X.long(), Y), {}),
+    ("complex logits", (X + 0j, Y), {}),
+    ("no tensor", ([1.0], Y), {}),
+    ("another device", (X, Y.to("meta")), {}),
+    ("unknown keyword", (X, Y), {"label_smothing": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_same_class_as_pytorch(args, kwargs, backend):
+    with pytest.raises(Exception) as theirs:  # noqa: PT011  whatever PyTorch raises
+        F.cross_entropy(*args, **kwargs)
+    with pytest.raises(theirs.type):
+        fused_cross_entropy(*args, backend=backend, **kwargs)
+
+
+#: (name, keywords, class, what the message must say): mistakes that are ours to reject.
+OWN_MISTAKES = [
+    ("softcap", {"softcap": 0.0}, ValueError, "softcap.*above 0.*0.0"),
+    ("negative smoothing", {"label_smoothing": -0.1}, RuntimeError, "label_smoothing.*-0.1"),
+    ("float id", {"ignore_index": 1.5}, TypeError, "ignore_index.*1.5"),
+    ("bool id", {"ignore_index": True}, TypeError, "ignore_index.*True"),
+    ("text id", {"ignore_index": "pad"}, TypeError, "ignore_index.*pad"),
+    ("no ids", {"ignore_index": []}, ValueError, "ignore_index.*at least one"),
+    ("normalizer with sum", {"normalizer": 3, "reduction": "sum"}, ValueError, "normalizer.*mean.*sum"),
+    ("normalizer shape", {"normalizer": torch.ones(3)}, ValueError, r"normalizer.*0-d.*\(3,\)"),
+    ("token_weight shape", {"token_weight": torch.ones(2)}, ValueError, r"token_weight.*\(3,\).*\(2,\)"),
+    ("token_weight dtype", {"token_weight": torch.ones(3).long()}, TypeError, "token_weight.*int64"),
+    ("backend", {"backend": "cuda"}, ValueError, "backend.*cuda"),
+    ("process_group", {"process_group": object()}, NotImplementedError, "process_group"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "error", "says"), [m[1:] for m in OWN_MISTAKES], ids=[m[0] for m in OWN_MISTAKES])
+def test_own_errors_name_the_argument(kwargs, error, says):
+    with pytest.raises(error, match=says):
+        fused_cross_entropy(X, Y, **kwargs)
+
+
+@pytest.mark.parametrize(("kwargs", "error", "says"), [m[1:] for m in OWN_MISTAKES], ids=[m[0] for m in OWN_MISTAKES])
+def test_the_module_rejects_options_when_built(kwargs, error, says):
+    if kwargs.keys() & {"normalizer", "token_weight"}:
+        with pytest.raises(error, match=says):
+            FusedCrossEntropyLoss(reduction=kwargs.pop("reduction", "mean"))(X, Y, **kwargs)
+    else:
+        with pytest.raises(error, match=says):
+            FusedCrossEntropyLoss(**kwargs)
+
+
+@pytest.mark.parametrize("target", [5, -1, 2**40, -(2**40)])
+def test_out_of_range_reads_and_writes_nothing(target, backend):
+    """The logits lie between guards; a target outside raises before anything is touched."""
+    guarded = torch.full((9, 5), float("nan"))
+    x = guarded[3:6]
+    x.copy_(X)
+    before = guarded.clone()
+    x = x.requires_grad_()
+    with pytest.raises(IndexError, match=rf"target {target} is out of bounds.*\[0, 5\).*-100"):
+        fused_cross_entropy(x, torch.tensor([1, target, -100]), backend=backend, inplace_backward=True)
+    torch.testing.assert_close(guarded, before, equal_nan=True)
+
+
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(fused_ignore_ce.arguments, "_interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        fused_cross_entropy(X, Y, backend="triton")
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    with pytest.raises(RuntimeError, match=re.escape('backend="torch"')):
+        fused_cross_entropy(X, Y, backend="triton")
+    assert fused_cross_entropy(X, Y).isfinite()
+
+
+def test_dtensor_is_refused_not_gathered_silently(tmp_path):
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        logits = distribute_tensor(X, init_device_mesh("cpu", (1,)), [Shard(1)])
+        with pytest.raises(NotImplementedError, match="DTensor"):
+            fused_cross_entropy(logits, Y)
+    finally:
+        destroy_process_group()
+
+
+class TestCausalLM:
+    labels = torch.tensor([[1, 2, 3]])
+    logits = torch.randn(1, 3, 5)
+
+    def test_misspelled_option(self):
+        with pytest.raises(TypeError, match="label_smothing.*did you mean 'label_smoothing'"):
+            fused_causal_lm_loss(self.logits, self.labels, label_smothing=0.1)
+
+    def test_vocab_size(self):
+        with pytest.raises(ValueError, match="vocab_size.*5.*6"):
+            fused_causal_lm_loss(self.logits, self.labels, vocab_size=6)
+
+    def test_labels_shape(self):
+        with pytest.raises(ValueError, match=r"labels.*\(1, 3\).*\(1, 4\)"):
+            fused_causal_lm_loss(self.logits, torch.zeros(1, 4, dtype=torch.long))
+
+    def test_no_labels(self):
+        with pytest.raises(TypeError, match="labels.*NoneType"):
+            fused_causal_lm_loss(self.logits, None)
+
+    def test_label_out_of_range(self):
+        with pytest.raises(IndexError, match="target 5 is out of bounds"):
+            fused_causal_lm_loss(self.logits, torch.tensor([[1, 5, 3]]))

@@ -1,0 +1,160 @@
+"""The options that F.cross_entropy does not have, alone and combined, against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fused_ignore_ce import fused_cross_entropy, reference
+
+MAYBE_SOFTCAP = st.one_of(st.none(), st.floats(0.5, 50.0))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_any_combination(dtype, backend, device, no_worse, data):
+    draw = data.draw
+    N, V = draw(st.sampled_from([(1, 1), (5, 3), (4, 100), (3, 2049), (2, 4100)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x = (torch.randn(N, V, generator=generator, dtype=torch.float64) * draw(st.sampled_from([1.0, 20.0]))).to(dtype)
+    probs = draw(st.booleans())
+    if probs:
+        target = torch.rand(N, V, generator=generator, dtype=torch.float64).to(dtype)
+        ignore_index = -100
+    else:
+        target = torch.randint(0, V, (N,), generator=generator)
+        ignore_index = draw(st.sampled_from([-100, 0, V + 5, [0, -7, V - 1], {V}]))
+        if draw(st.booleans()):
+            target[0] = ignore_index if isinstance(ignore_index, int) else next(iter(ignore_index))
+    reduction = draw(st.sampled_from(["mean", "sum", "none"]))
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.3])),
+        "softcap": draw(MAYBE_SOFTCAP),
+        "logit_scale": draw(st.sampled_from([1.0, 0.25, -2.0])),
+        "z_loss": draw(st.sampled_from([0.0, 1e-2])),
+    }
+    weight = (torch.rand(V, generator=generator, dtype=torch.float64) + 0.1).to(dtype) if draw(st.booleans()) else None
+    if draw(st.booleans()):
+        options["token_weight"] = torch.tensor([2.0, 0.0, -0.5, 1.5, 0.25])[:N]
+    if reduction == "mean" and draw(st.booleans()):
+        options["normalizer"] = draw(st.sampled_from([3, 2.5, torch.tensor(7)]))
+
+    def run(function, dtype, **extra):
+        inputs = [t.to(dtype).requires_grad_() for t in ([x, target] if probs else [x])]
+        w = None if weight is None else weight.to(dtype)
+        loss = function(inputs[0], inputs[1] if probs else target, w, **options, **extra)
+        return loss, *torch.autograd.grad(loss, inputs, torch.full_like(loss, -1.5))
+
+    ours = run(fused_cross_entropy, dtype, backend=backend)
+    ref = run(reference.cross_entropy, dtype)
+    true = run(reference.cross_entropy, torch.float64)
+    for name, *three in zip(("loss", "dx", "dprobs"), ours, ref, true, strict=False):
+        no_worse(name, *three)
+
+
+def test_reference_is_pytorch():
+    """The oracle itself, against F.cross_entropy in float64."""
+    x, y, w = torch.randn(6, 9, 2).double(), torch.randint(0, 9, (6, 2)), torch.rand(9).double()
+    y[0] = -100
+    for target in (y, torch.rand(6, 9, 2).double()):
+        for reduction in ("mean", "sum", "none"):
+            options = {"reduction": reduction, "label_smoothing": 0.2}
+            expected = torch.nn.functional.cross_entropy(x, target, w, **options)
+            torch.testing.assert_close(reference.cross_entropy(x, target, w, **options), expected)
+
+
+def test_softcap_is_accurate_near_zero(backend, device, no_worse):
+    """tanh must not cancel for small logits."""
+    x = torch.randn(4, 300, device=device) * 1e-3
+    target = torch.tensor([0, 5, 299, 7], device=device)
+    results = []
+    for function, dtype, extra in (
+        (fused_cross_entropy, torch.float32, {"backend": backend}),
+        (reference.cross_entropy, torch.float32, {}),
+        (reference.cross_entropy, torch.float64, {}),
+    ):
+        leaf = x.to(dtype).requires_grad_()
+        loss = function(leaf, target, softcap=30.0, reduction="sum", **extra)
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    for name, *three in zip(("loss", "dx"), *results, strict=True):
+        no_worse(name, *three)
+
+
+def test_masked_lanes_are_masked_after_the_cap(backend, device):
+    """With C off every block size, a padding lane that went through the cap would add exp(-cap) to the sum."""
+    x = torch.full((2, 37), -3.0, device=device)
+    _, stats = fused_cross_entropy(x, torch.zeros(2, dtype=torch.long, device=device), softcap=1.0, return_stats=True,
+                                   backend=backend)  # fmt: skip
+    torch.testing.assert_close(stats.lse, torch.logsumexp(torch.tanh(x), 1))
+
+
+def test_token_weight_has_a_gradient(backend, device):
+    x, y = torch.randn(4, 9, device=device, dtype=torch.float64), torch.tensor([1, 2, -100, 3], device=device)
+    w = torch.tensor([0.5, 2.0, 1.0, 3.0], device=device, dtype=torch.float64)
+    gradients = []
+    for function, extra in ((fused_cross_entropy, {"backend": backend}), (reference.cross_entropy, {})):
+        leaf = w.clone().requires_grad_()
+        gradients += torch.autograd.grad(function(x, y, token_weight=leaf, **extra), leaf)
+    torch.testing.assert_close(*gradients)
+
+
+def test_token_weight_of_ignored_rows_is_not_read(backend, device):
+    x, y = torch.randn(3, 9, device=device), torch.tensor([1, -100, 3], device=device)
+    w = torch.tensor([1.0, float("nan"), 2.0], device=device)
+    expected = fused_cross_entropy(x, y, token_weight=w.nan_to_num(0.0), backend=backend)
+    assert torch.equal(fused_cross_entropy(x, y, token_weight=w, backend=backend), expected)
+
+
+@pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
+@pytest.mark.parametrize("V", [10, 5000])
+def test_stats(V, probs, backend, device):
+    x = torch.randn(2, V, 3, device=device)
+    target = torch.rand(2, V, 3, device=device) if probs else torch.randint(0, V, (2, 3), device=device)
+    index = target.argmax(1) if probs else target
+    x.scatter_(1, index[:, None], 99.0)  # the model is right everywhere ...
+    x[0, :, 1] = torch.randn(V)  # ... but here
+    x[0, V // 2, 1] = 99.0
+    index[0, 1] = 0
+    if probs:
+        target[0, :, 1] = torch.eye(V)[0]
+    token_weight = torch.ones(2, 3, device=device)
+    token_weight[1, 2] = 0
+    loss, stats = fused_cross_entropy(x, target, token_weight=token_weight, return_stats=True, backend=backend)
+    log_p = torch.log_softmax(x, 1)
+    kept = token_weight != 0
+    assert stats.num_tokens.shape == ()
+    assert stats.num_tokens.dtype == torch.int64
+    assert stats.num_tokens.item() == 5
+    torch.testing.assert_close(stats.lse, x.logsumexp(1) * kept)
+    torch.testing.assert_close(stats.entropy, -(log_p.exp() * log_p).sum(1) * kept, atol=1e-5, rtol=1e-4)
+    assert torch.equal(stats.correct, (x.argmax(1) == index) & kept)
+    assert stats.correct.sum() == 4
+    assert not any(t.requires_grad for t in stats)
+    torch.testing.assert_close(
+        loss, fused_cross_entropy(x, target, token_weight=token_weight, backend=backend), rtol=1e-6, atol=0
+    )
+
+
+def test_correct_on_ties_is_the_first_class(backend, device):
+    x = torch.zeros(2, 6000, device=device)
+    target = torch.tensor([0, 5999], device=device)
+    _, stats = fused_cross_entropy(x, target, return_stats=True, backend=backend)
+    assert stats.correct.tolist() == [True, False]
+
+
+def test_stats_of_masked_vocabulary(backend, device):
+    x = torch.randn(2, 5000, device=device)
+    x[:, :4500] = -torch.inf
+    _, stats = fused_cross_entropy(x, torch.tensor([4600, 4700], device=device), return_stats=True, backend=backend)
+    finite = torch.log_softmax(x[:, 4500:], 1)
+    torch.testing.assert_close(stats.entropy, -(finite.exp() * finite).sum(1))
+
+
+def test_normalizer_tensor_replaces_the_count(backend, device):
+    x, y = torch.randn(4, 9, device=device), torch.tensor([1, 2, -100, 3], device=device)
+    for normalizer in (8, 8.0, torch.tensor(8, device=device), torch.tensor(8.0, device=device)):
+        loss = fused_cross_entropy(x, y, normalizer=normalizer, backend=backend)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, y, reduction="sum") / 8)
