@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "length": "tokens per function, cut or padded",
         "vocab": "tokens in the vocabulary, at most",
         "hidden": "width of the model",
+        "functions": "functions that the tokenizer is trained on and the steps are drawn from",
     }
     for name, text in sizes.items():
         command.add_argument(f"--{name}", type=_positive, metavar="N", default=getattr(demo.Options, name), help=text)
@@ -65,7 +66,8 @@ def environment() -> str:
     versions = {"fused_ignore_ce": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("triton", "transformers")}
     lines = [f"{name:<16} {version}" for name, version in versions.items()]
-    devices = {"cpu": platform.processor() or platform.machine()}
+    capability = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
     devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     lines += [f"{name:<16} {text}; backend: {_backend(name)}" for name, text in devices.items()]
     return "\n".join(lines)
@@ -80,7 +82,7 @@ def _version(package: str) -> str:
 
 def _backend(device: str) -> str:
     try:
-        return choose_backend("auto", torch.empty(0, device=device))
+        return choose_backend("auto", torch.device(device))
     except RuntimeError as error:
         return f"none ({error})"
 

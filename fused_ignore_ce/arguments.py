@@ -81,35 +81,12 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def choose_backend(backend: str, x: Tensor) -> str:
-    """The backend, "triton" or "torch", for logits on this device."""
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend, "triton" or "torch", for tensors on this device."""
     check_backend(backend)
-    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
-        return "torch"
-    try:
-        import triton  # noqa: F401  whether it is there
-    except ImportError as error:
-        raise RuntimeError(
-            f'backend={backend!r} on a {x.device.type} tensor needs Triton: install it, or pass backend="torch"'
-        ) from error
-    if x.device.type == "cpu" and not _interpreted():
-        raise RuntimeError(
-            'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
-            'fused_ignore_ce is first used, or pass backend="torch"'
-        )
-    if x.device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f'backend="triton" expects a CUDA tensor, got one on {x.device}; pass backend="torch"')
-    return "triton"
-
-
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    """Whether the kernels, once imported, run in Triton's interpreter."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from .kernels.backward import backward_kernel
-
-    return isinstance(backward_kernel, InterpretedFunction)
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
 
 
 def check_cross_entropy(
@@ -126,9 +103,9 @@ def check_cross_entropy(
         raise NotImplementedError(f"input: expected one of {FLOATS}, got {input.dtype}")
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (C), (N, C) or (N, C, d1, ..., dK), got a 0-d tensor")
-    for name, t in (("target", target), ("weight", weight)):
-        if t is not None and t.device != input.device:
-            raise RuntimeError(f"{name}: expected a tensor on {input.device}, where input is, got {t.device}")
+    for name, other in (("target", target), ("weight", weight)):
+        if other is not None and other.device != input.device:
+            raise RuntimeError(f"{name}: expected a tensor on {input.device}, where input is, got {other.device}")
     is_probs = target.shape == input.shape
     C = input.shape[0 if input.dim() == 1 else 1]
     if is_probs:

@@ -24,11 +24,24 @@ class RowOptions(NamedTuple):
     z_loss: float
 
 
-def _implementation(backend: str) -> Any:
+def _implementation(backend: str, device: torch.device) -> Any:
+    """The module whose `forward` and `backward` run on this device. Called when they run, never while tracing."""
     if backend == "torch":
         return torch_backend
-    from .kernels import cross_entropy
-
+    try:
+        from .kernels import cross_entropy
+    except ImportError as error:
+        raise RuntimeError(
+            f'backend="triton" for tensors on {device} needs Triton, which cannot be imported ({error}): install it, '
+            f'or pass backend="torch"'
+        ) from error
+    if device.type == "cpu" and not cross_entropy.interpreted():
+        raise RuntimeError(
+            'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
+            'fused_ignore_ce is first used, or pass backend="torch"'
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f'backend="triton" expects CUDA tensors, got one on {device}; pass backend="torch"')
     return cross_entropy
 
 
@@ -41,9 +54,9 @@ def _forward(
     with_stats: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    if backend == "triton" and x.device.type == "cpu" and probs is None:
+    forward = _implementation(backend, x.device).forward
+    if probs is None:
         torch_backend.check_targets(target, options.ignore_index, x.shape[-1])
-    forward = _implementation(backend).forward
     return forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
 
 
@@ -60,7 +73,7 @@ def _backward(
     dprobs: Tensor | None,
     backend: str,
 ) -> None:
-    backward = _implementation(backend).backward
+    backward = _implementation(backend, x.device).backward
     backward(dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs)
 
 
@@ -147,9 +160,7 @@ def _operator_backward(ctx, dloss, *_):
     dx = dprobs = None
     if dloss is not None:
         need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
-        gradients = cross_entropy_backward(
-            dloss, *ctx.saved_tensors, *ctx.options, need_dx, need_dprobs, ctx.backend
-        )
+        gradients = cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, need_dx, need_dprobs, ctx.backend)
         dx, dprobs = gradients[0] if need_dx else None, gradients[1] if need_dprobs else None
     return dx, None, None, dprobs, *[None] * (len(RowOptions._fields) + 2)
 
@@ -173,28 +184,40 @@ class CrossEntropyRows(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         dx = dprobs = None
         need_dx, need_dprobs, *_ = ctx.needs_input_grad
-        if dloss is not None and torch.is_grad_enabled():  # create_graph=True
-            dx, dprobs = CrossEntropyRows._differentiable_backward(ctx, dloss, need_dx, need_dprobs)
-        elif dloss is not None:
-            x, _, _, probs, *_ = ctx.saved_tensors
-            if need_dx:
-                dx = x.detach() if ctx.inplace_backward else torch.empty_like(x)
-            if need_dprobs:
-                dprobs = torch.empty_like(probs)
-            _backward(dloss, *ctx.saved_tensors, ctx.options, dx, dprobs, ctx.backend)
-            if need_dx and ctx.inplace_backward:
-                torch.autograd.graph.increment_version(x)
+        if dloss is not None:
+            # Asked for once: activation checkpointing recomputes them for the first access only.
+            x, target, weight, probs, lse, mass = ctx.saved_tensors
+            if torch.is_grad_enabled():  # create_graph=True
+                dx, dprobs = _differentiable_backward(
+                    dloss, x, target, weight, probs, ctx.options, need_dx, need_dprobs
+                )
+            else:
+                if need_dx:
+                    dx = x.detach() if ctx.inplace_backward else torch.empty_like(x)
+                if need_dprobs:
+                    dprobs = torch.empty_like(probs)
+                _backward(dloss, x, target, weight, probs, lse, mass, ctx.options, dx, dprobs, ctx.backend)
+                if need_dx and ctx.inplace_backward:
+                    torch.autograd.graph.increment_version(x)
         return dx, dprobs, *[None] * 6
 
-    @staticmethod
-    def _differentiable_backward(ctx, dloss, need_dx, need_dprobs):
-        """Gradients of higher order come from the reference, which holds (rows, classes) tensors."""
-        x, target, weight, probs, *_ = ctx.saved_tensors
-        acc = x.double() if x.dtype == torch.float64 else x.float()
-        loss = reference.rows(acc, target.view(x.shape[:2]), weight, probs, **ctx.options._asdict()).loss
-        wanted = [t for t, needed in ((x, need_dx), (probs, need_dprobs)) if needed]
-        gradients = list(torch.autograd.grad(loss.flatten(), wanted, dloss, create_graph=True))
-        return gradients.pop(0) if need_dx else None, gradients.pop(0) if need_dprobs else None
+
+def _differentiable_backward(
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    options: RowOptions,
+    need_dx: bool,
+    need_dprobs: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dprobs) with a graph of their own, from the reference; it holds several tensors of x's shape."""
+    acc = x.double() if x.dtype == torch.float64 else x.float()
+    loss = reference.rows(acc, target.view(x.shape[:2]), weight, probs, **options._asdict()).loss
+    wanted = [t for t, needed in ((x, need_dx), (probs, need_dprobs)) if needed and t is not None]
+    gradients = list(torch.autograd.grad(loss.flatten(), wanted, dloss, create_graph=True))
+    return gradients.pop(0) if need_dx else None, gradients.pop(0) if need_dprobs else None
 
 
 def _must_be_traced(x: Tensor) -> bool:
@@ -222,9 +245,7 @@ def cross_entropy_rows(
     The last two are empty unless `with_stats`.
     """
     if _must_be_traced(x):
-        loss, lse, _, correct, entropy = cross_entropy_forward(
-            x, target, weight, probs, *options, with_stats, backend
-        )
+        loss, lse, _, correct, entropy = cross_entropy_forward(x, target, weight, probs, *options, with_stats, backend)
     elif torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):
         return CrossEntropyRows.apply(x, probs, target, weight, options, with_stats, backend, inplace_backward)
     else:

@@ -106,7 +106,11 @@ def _next(t: Tensor, last: float) -> Tensor:
 
 def _known_options(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
-        close = difflib.get_close_matches(name, _MINE, n=1, cutoff=0.8)
-        if close and name not in _OPTIONS:
-            raise TypeError(f"fused_causal_lm_loss() got an unexpected option {name!r}; did you mean {close[0]!r}?")
+        if name not in _OPTIONS and (meant := _nearly_spelled(name)):
+            raise TypeError(f"fused_causal_lm_loss() got an unexpected option {name!r}; did you mean {meant!r}?")
     return {name: value for name, value in given.items() if name in _OPTIONS}
+
+
+@torch.compiler.assume_constant_result  # difflib cannot be traced
+def _nearly_spelled(name: str) -> str:
+    return next(iter(difflib.get_close_matches(name, _MINE, n=1, cutoff=0.8)), "")

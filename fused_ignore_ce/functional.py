@@ -174,7 +174,7 @@ def row_loss(
         options,
         with_stats=return_stats,
         inplace_backward=inplace_backward,
-        backend=arguments.choose_backend(backend, x),
+        backend=arguments.choose_backend(backend, x.device),
     )
     kept = index != options.ignore_index
     if token_weight is not None:
@@ -197,7 +197,9 @@ def _divisor(
 ) -> Tensor:
     """What "mean" divides by: the kept rows, each counted with its target's class weight and its token weight."""
     if weight is not None and probs is None:
-        share = torch.where(kept, weight[torch.where(kept, index, 0)].to(torch.promote_types(weight.dtype, torch.float32)), 0.0)
+        share = torch.where(
+            kept, weight[torch.where(kept, index, 0)].to(torch.promote_types(weight.dtype, torch.float32)), 0.0
+        )
         return (share if token_weight is None else share * token_weight).sum()
     return kept.sum() if token_weight is None else token_weight.sum()
 

@@ -1,9 +1,10 @@
-"""How much memory a piece of work takes beside what was there before it."""
+"""What a piece of work costs: its time, and its memory beside what was there before it."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -12,11 +13,20 @@ import torch
 _PROC = Path("/proc/self")
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class PeakMemory:
     """Peak memory of a `with` block, in bytes above what was in use at its start.
 
-    On CUDA, what PyTorch's allocator handed out. On a CPU, the resident set of the whole process, to the page and
-    with whatever its other threads do meanwhile, so measure a few times. Blocks do not nest.
+    On CUDA, what PyTorch's allocator handed out. On a CPU, the resident set of the whole process: to a fraction of a
+    MiB (Linux counts pages per processor, and adds up now and then), with whatever other threads do meanwhile, and
+    with what the C library left resident between the block's own tensors. So measure a few times. What is freed in
+    the block makes room in it: let nothing from before die there. Blocks do not nest.
 
     `bytes` is None before the end of the block, and where nothing can be measured: on a CPU, outside Linux.
 
@@ -52,8 +62,9 @@ class PeakMemory:
 def _return_free_heap() -> None:
     """Gives memory that was freed back to the system.
 
-    glibc keeps freed blocks below a threshold that it raises to 32 MiB as they come. They stay resident, and work
-    that is served from them would seem to take none.
+    glibc keeps freed blocks below a threshold, which it raises up to 32 MiB as they come. They stay resident, and
+    work that is served from them would seem to take no memory. Other allocators (musl's, or one that is preloaded)
+    may do the same and are not asked.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -84,8 +84,6 @@ def forward(
     """Row losses and what backward needs: (loss, lse, mass, correct, entropy)."""
     B, T, V = x.shape
     N = B * T
-    if probs is None:
-        check_targets(target, ignore_index, V)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     loss, mass = x.new_zeros(N, dtype=dtype), x.new_zeros(N, dtype=dtype)
     lse = x.new_zeros((2, N), dtype=dtype)
@@ -94,7 +92,7 @@ def forward(
     if V == 0:
         return loss, lse, mass, correct, entropy
 
-    x, probs = _aligned(x, probs)
+    x, (probs,) = _aligned(x, probs)
     B, T, V = x.shape
     scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
     for b, rows, count in _kept_blocks(x, target, ignore_index):
@@ -154,8 +152,8 @@ def backward(
     """Writes the gradients of kept rows into `dx` (which may be `x`) and `dprobs`, zeros elsewhere."""
     if x.numel() == 0:
         return
-    x, probs, dx, dprobs = _aligned(x, probs, dx, dprobs)
-    B, T, V = x.shape
+    x, (probs, dx, dprobs) = _aligned(x, probs, dx, dprobs)
+    T, V = x.shape[1:]
     dtype = lse.dtype
     scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
     for b, rows, count in _kept_blocks(x, target, ignore_index):
@@ -210,8 +208,9 @@ def _zero_ignored(gradient: Tensor, target: Tensor, ignore_index: int) -> None:
             gradient_b.index_fill_(0, ignored, 0.0)
 
 
-def _aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _aligned(x: Tensor, *others: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """All of them with the first dimension merged into the second, if all of them can be viewed so."""
-    flat = [None if t is None else _flat_if_view(t) for t in tensors]
-    mergeable = all(t is None or t.shape[0] == 1 for t in flat)
-    return tuple(flat) if mergeable else tensors
+    flat = tuple(None if t is None else _flat_if_view(t) for t in others)
+    if all(t is None or t.shape[0] == 1 for t in (_flat_if_view(x), *flat)):
+        return _flat_if_view(x), flat
+    return x, others

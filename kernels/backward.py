@@ -21,7 +21,7 @@ def backward_kernel(
     mass_ptr,  # (B * T,)
     dx_ptr,  # (B, T, V), may be x itself
     dprobs_ptr,  # (B, T, V) or None
-    B: "i64",
+    B: tl.int64,
     T,
     V,
     stride_g,
@@ -37,11 +37,11 @@ def backward_kernel(
     stride_dpb,
     stride_dpt,
     stride_dpv,
-    ignore_index: "i64",
-    smoothing: "fp64",
-    pre_scale: "fp64",
-    softcap: "fp64",
-    z_loss: "fp64",
+    ignore_index: tl.int64,
+    smoothing: tl.float64,
+    pre_scale: tl.float64,
+    softcap: tl.float64,
+    z_loss: tl.float64,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,

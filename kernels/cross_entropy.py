@@ -18,6 +18,11 @@ from .launch import MERGE_ROWS, chip_of, forward_launch, tile
 ASSERTS = {"debug": True, "sanitize_overflow": False}
 
 
+def interpreted():
+    """Whether the kernels were imported under TRITON_INTERPRET=1."""
+    return not isinstance(forward_kernel, triton.JITFunction)
+
+
 def _on(device):
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(z):
-    """tanh to one float32 ulp of relative error, from `exp` alone, so that the interpreter runs it too.
+    """Tanh to one float32 ulp of relative error, from `exp` alone, so that the interpreter runs it too.
 
     `1 - 2 / (exp(2|z|) + 1)` cancels near 0; there, float32 takes an odd polynomial instead
     (least-squares fit of (tanh(z)/z - 1) / z^2 in z^2 on |z| < 0.55). float64 needs no more than the
@@ -39,7 +39,7 @@ def used_logits(x, pre_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.
 
 @triton.jit
 def used_logits_slope(used, pre_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """d used / d x, from the used logits."""
+    """D used / d x, from the used logits."""
     slope = pre_scale
     if HAS_SOFTCAP:
         t = used / softcap

@@ -50,7 +50,7 @@ def forward_kernel(
     entropy_ptr,  # (B * T,)
     partial_ptr,  # (5, splits, B * T): max, s, r, mass, d
     argmax_ptr,  # (splits, B * T) int32
-    B: "i64",
+    B: tl.int64,
     T,
     V,
     splits,
@@ -61,11 +61,11 @@ def forward_kernel(
     stride_pb,
     stride_pt,
     stride_pv,
-    ignore_index: "i64",
-    smoothing: "fp64",
-    pre_scale: "fp64",
-    softcap: "fp64",
-    z_loss: "fp64",
+    ignore_index: tl.int64,
+    smoothing: tl.float64,
+    pre_scale: tl.float64,
+    softcap: tl.float64,
+    z_loss: tl.float64,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -180,10 +180,10 @@ def merge_kernel(
     entropy_ptr,  # (N,)
     partial_ptr,  # (5, splits, N)
     argmax_ptr,  # (splits, N) int32
-    N: "i64",
+    N: tl.int64,
     splits,
-    ignore_index: "i64",
-    z_loss: "fp64",
+    ignore_index: tl.int64,
+    z_loss: tl.float64,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_STATS: tl.constexpr,
