@@ -16,6 +16,7 @@ import importlib.metadata
 import inspect
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -55,14 +56,16 @@ class Launch:
         Memory that parameters share, as of a gradient written over the logits, belongs to the first of them.
         """
         tensor = self.tensors[name]
-        counts = np.zeros(tensor.shape[:-1].numel(), dtype=np.int64)
-        rows = _rows_by_offset(tensor)
         earlier = list(self.tensors.values())[: list(self.tensors).index(name)]
-        for k, addresses, size in self.accesses:
-            if k == kind:
-                own = _within(tensor, addresses) & ~np.any([_within(t, addresses) for t in earlier] or [False], axis=0)
-                offsets = (addresses[own] - tensor.data_ptr()) // tensor.element_size()
-                counts += size * np.bincount(rows[offsets], minlength=len(counts))
+        rows = _rows_by_offset(tensor)
+        counts = np.zeros(tensor.shape[:-1].numel(), dtype=np.int64)
+        for size in {size for k, _, size in self.accesses if k == kind}:
+            addresses = np.concatenate([a for k, a, s in self.accesses if (k, s) == (kind, size)])
+            addresses = addresses[_within(tensor, addresses)]
+            for other in earlier:
+                addresses = addresses[~_within(other, addresses)]
+            offsets = (addresses - tensor.data_ptr()) // tensor.element_size()
+            counts += size * np.bincount(rows[offsets], minlength=len(counts))
         return counts
 
 
@@ -155,28 +158,38 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Case:
-    """N rows of V logits; with `strided`, neighbouring elements belong to neighbouring rows."""
+    """N rows of V logits, and options of fused_cross_entropy.
+
+    `strided`: neighbouring elements belong to neighbouring rows. `busy`: rows suffice to keep the chip busy (taken
+    to be a small one); otherwise, the launcher may split them.
+    """
 
     N: int
     V: int
     dtype: torch.dtype
-    options: dict[str, Any] = field(default_factory=dict)  # of fused_cross_entropy
+    options: dict[str, Any] = field(default_factory=dict)
     strided: bool = False
+    busy: bool = True
 
     def __str__(self) -> str:
-        options = [f"{name}={value}" for name, value in self.options.items()] + ["strided"] * self.strided
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        options += ["strided"] * self.strided + ["few rows"] * (not self.busy)
         return " ".join([f"N={self.N} V={self.V}", str(self.dtype).removeprefix("torch."), *options])
 
 
 def measure(case: Case, share: float) -> Measurement:
     """Our traffic when a `share` of the rows is ignored."""
     from fused_ignore_ce.functional import fused_cross_entropy
+    from fused_ignore_ce.kernels import cross_entropy, launch
+
+    chip = launch.Chip(launch.INTERPRETED.arch, multiprocessors=1) if case.busy else launch.INTERPRETED
 
     def run(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         result = fused_cross_entropy(x, target, reduction="sum", backend="triton", **case.options)
         return result[0] if isinstance(result, tuple) else result
 
-    return _measure(run, case, share, 1.0)
+    with mock.patch.object(cross_entropy, "chip_of", lambda device: chip):
+        return _measure(run, case, share, 1.0)
 
 
 def measure_liger(case: Case, share: float, upstream: float) -> Measurement:
@@ -184,8 +197,6 @@ def measure_liger(case: Case, share: float, upstream: float) -> Measurement:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     smoothing, softcap = case.options.get("label_smoothing", 0.0), case.options.get("softcap")
-    if case.strided or case.options.keys() - {"label_smoothing", "softcap"}:
-        raise NotImplementedError("no such option, or only after a copy that is not metered")
 
     def run(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return LigerCrossEntropyFunction.apply(x, target, None, -100, 0.0, smoothing, "sum", softcap)[0]
@@ -221,7 +232,8 @@ def _measure(run: Callable, case: Case, share: float, upstream: float) -> Measur
         loss.backward(torch.tensor(upstream, dtype=loss.dtype))
     tolerance = {"rtol": 0.02, "atol": 1e-3}
     torch.testing.assert_close(loss.detach().double(), loss_reference, **tolerance)
-    torch.testing.assert_close(x.grad.double(), dx_reference * upstream, **tolerance)
+    if upstream == 1 or case.dtype != torch.bfloat16:  # the interpreter multiplies bfloat16 as if it were integers
+        torch.testing.assert_close(x.grad.double(), dx_reference * upstream, **tolerance)
     kept = (target != -100).numpy()
     row = case.V * x.element_size()
     return Measurement(
@@ -241,15 +253,15 @@ def _moved(launches: list[Launch], N: int, row: int, bound: int) -> Moved:
 
 
 CASES = (
-    Case(300, 5003, torch.bfloat16),  # as many rows as keep the chip busy; V is no multiple of the block
-    Case(300, 5003, torch.float32),
-    Case(4, 20000, torch.bfloat16),  # few rows: each is split over several programs
+    Case(16, 5003, torch.bfloat16),  # V is no multiple of the block
+    Case(16, 5003, torch.float32),
+    Case(4, 20000, torch.bfloat16, busy=False),  # each row is split over several programs
     Case(64, 257, torch.float32),  # several rows to a tile
     Case(64, 500, torch.float32, strided=True),
-    Case(300, 5003, torch.bfloat16, {"label_smoothing": 0.1}),
-    Case(300, 5003, torch.float32, {"softcap": 30.0}),
-    Case(300, 5003, torch.bfloat16, {"return_stats": True}),
-    Case(300, 5003, torch.bfloat16, {"inplace_backward": True}),
+    Case(16, 5003, torch.bfloat16, {"label_smoothing": 0.1}),
+    Case(16, 5003, torch.float32, {"softcap": 30.0}),
+    Case(16, 5003, torch.bfloat16, {"return_stats": True}),
+    Case(16, 5003, torch.bfloat16, {"inplace_backward": True}),
 )
 SHARES = (0.0, 0.5, 0.75, 1.0)
 
@@ -267,10 +279,13 @@ def _row(share: float, what: str, kept: np.ndarray, moved: Moved) -> str:
 
 
 def _rows(case: Case, with_liger: bool) -> Iterator[str]:
+    yield f"\n{case}"
     yield (
-        f"\n{case}\nignored  passes                    kept: read    written ign.: read    written"
-        "       bytes       bound   ratio     all"
+        f"ignored  {'passes':26}kept: read    written ign.: read    written"
+        f"{'bytes':>12}{'fewest':>12}{'ratio':>8}{'all':>8}"
     )
+    # It has no such options, and copies strided logits first, outside its kernel.
+    with_liger = with_liger and not case.strided and case.options.keys() <= {"label_smoothing", "softcap"}
     for share in SHARES:
         ours = measure(case, share)
         yield _row(share, "ours, forward", ours.kept, ours.forward)
@@ -279,11 +294,11 @@ def _rows(case: Case, with_liger: bool) -> Iterator[str]:
         for upstream in (1.0, 0.5) if with_liger else ():
             try:
                 liger = measure_liger(case, share, upstream)
-            except Exception as e:  # whatever it does not do: the interpreter wraps all errors in one of its own
-                yield f"{share:6.0%}  Liger: {type(e).__name__}: {e}"
+            except Exception as e:  # the interpreter wraps every error in its own
+                yield f"         Liger: not measured, {type(e).__name__}: {e}"
+                with_liger = False
                 break
-            what = f"Liger, both, upstream {upstream}"
-            yield _row(share, what, liger.kept, liger.forward + liger.backward)
+            yield _row(share, f"Liger, both, upstream {upstream}", liger.kept, liger.forward + liger.backward)
 
 
 def _version(package: str) -> str | None:
@@ -295,6 +310,7 @@ def _version(package: str) -> str | None:
 
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing above does
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     versions = {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
     print(", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()))
     for case in CASES:

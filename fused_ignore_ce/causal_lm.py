@@ -111,6 +111,10 @@ def _known_options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in _OPTIONS}
 
 
-@torch.compiler.assume_constant_result  # difflib cannot be traced
 def _nearly_spelled(name: str) -> str:
     return next(iter(difflib.get_close_matches(name, _MINE, n=1, cutoff=0.8)), "")
+
+
+# difflib cannot be traced. This is all that torch.compiler.assume_constant_result does, but that would import the
+# compiler, and with it Triton, for everybody.
+_nearly_spelled._dynamo_marked_constant = True  # type: ignore[attr-defined]
