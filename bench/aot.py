@@ -105,19 +105,18 @@ def feature_sets(kernel: str, ends: bool) -> list[tuple[str, ...]]:
 
 
 def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[Job]:
-    """The full product of features for aligned tiles of all their rows, which are the heaviest; the ends for the rest.
+    """Every set of features for aligned tiles of all their rows, which are the heaviest; the ends for the rest.
 
-    With `quick`, those tiles alone, and their ends.
+    With `quick`, only the widest of those for each number of warps, and the ends.
     """
+    heaviest = {shape for shape in shapes() if shape.aligned and has_all_rows(shape)}
+    widest = {(*tile_of(s)[3:], s.contiguous): s for s in sorted(heaviest, key=lambda s: s.V)}.values()
     chosen: dict[tuple, Job] = {}
-    for arch, dtype, shape in itertools.product(archs, dtypes, shapes()):
-        heaviest = shape.aligned and has_all_rows(shape)
-        if quick and not heaviest:
-            continue
+    for arch, dtype, shape in itertools.product(archs, dtypes, widest if quick else shapes()):
         tile = tile_of(shape)
         kernels = {"forward_kernel": tile, "backward_kernel": tile[:-1]} | ({"merge_kernel": ()} if tile[-1] else {})
         for kernel, distinct in kernels.items():
-            for features in feature_sets(kernel, ends=quick or not heaviest):
+            for features in feature_sets(kernel, ends=quick or shape not in heaviest):
                 key = (kernel, arch, dtype, features, distinct, shape.aligned or not distinct)
                 chosen.setdefault(key, Job(kernel, arch, dtype, shape, features))
     return list(chosen.values())
