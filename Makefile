@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -105,9 +105,10 @@ def feature_sets(kernel: str, ends: bool) -> list[tuple[str, ...]]:
 
 
 def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[Job]:
-    """Every set of features for aligned tiles of all their rows, which are the heaviest; the ends for the rest.
+    """Every set of features for the widest aligned tile of each number of warps; the ends for all others.
 
-    With `quick`, only the widest of those for each number of warps, and the ends.
+    Tiles of all their rows give every thread the same number of elements, so the widest stand for the registers of
+    all. With `quick`, only those and the ends.
     """
     heaviest = {shape for shape in shapes() if shape.aligned and has_all_rows(shape)}
     widest = {(*tile_of(s)[3:], s.contiguous): s for s in sorted(heaviest, key=lambda s: s.V)}.values()
@@ -116,7 +117,7 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
         tile = tile_of(shape)
         kernels = {"forward_kernel": tile, "backward_kernel": tile[:-1]} | ({"merge_kernel": ()} if tile[-1] else {})
         for kernel, distinct in kernels.items():
-            for features in feature_sets(kernel, ends=quick or shape not in heaviest):
+            for features in feature_sets(kernel, ends=quick or shape not in widest):
                 key = (kernel, arch, dtype, features, distinct, shape.aligned or not distinct)
                 chosen.setdefault(key, Job(kernel, arch, dtype, shape, features))
     return list(chosen.values())
@@ -165,7 +166,9 @@ def logits_accesses(job: Job) -> set[str]:
     """The accesses to tensors of the logits' shape that a kernel has to have."""
     if job.kernel == "merge_kernel":
         return set()
-    accesses = {"load x_ptr"} | ({"load probs_ptr"} if "probs" in job.features else set())
+    accesses = {"load x_ptr"} | (
+        {"load probs_ptr"} if "probs" in job.features and "no dx" not in job.features else set()
+    )
     if job.kernel == "backward_kernel":
         accesses |= {"store dprobs_ptr"} if "dprobs" in job.features else set()
         accesses |= set() if "no dx" in job.features else {"store dx_ptr"}

@@ -3,7 +3,8 @@
 
 def pytest_terminal_summary(terminalreporter, config):
     groups: dict[str, list] = {}
-    for measured in getattr(config, "_benchmarksession").benchmarks if hasattr(config, "_benchmarksession") else []:
+    session = getattr(config, "_benchmarksession", None)
+    for measured in session.benchmarks if session else []:
         groups.setdefault(measured.group, []).append(measured)
     for group, measured in groups.items():
         base = next((m.stats.median for m in measured if m.extra_info.get("baseline")), None)

@@ -92,7 +92,7 @@ def backward_kernel(
             if HAS_PROBS:
                 q_ptrs = probs_ptr + b * stride_pb + (offs_t * stride_pt)[:, None] + offs_wide * stride_pv
             w_ptrs = weight_ptr + offs_v if HAS_WEIGHT else None
-            grad -= soft_target(q_ptrs, w_ptrs, mask, mask_v, smoothing, V, ACC, HAS_PROBS, HAS_WEIGHT, HAS_SMOOTHING)
+            grad -= soft_target(q_ptrs, w_ptrs, mask, mask_v, smoothing, V, ACC, HAS_PROBS, HAS_WEIGHT)
         if not HAS_PROBS:
             w_target = tl.zeros((BLOCK_N,), ACC) + (1.0 - smoothing)
             if HAS_WEIGHT:

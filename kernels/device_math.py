@@ -70,13 +70,13 @@ def soft_target(
     ACC: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
 ):
     """Per class, the weight of its log-probability that does not come from an index target."""
     if HAS_PROBS:
+        # Also without smoothing: Triton 3.7 fails (TritonGPUOptimizeThreadLocality) to sum a float32 tensor that
+        # comes straight from memory, in a loop.
         q = tl.load(probs_ptrs, mask=mask, other=0.0).to(ACC)
-        if HAS_SMOOTHING:
-            q = tl.where(mask, q * (1.0 - smoothing) + smoothing / V, 0.0)
+        q = tl.where(mask, q * (1.0 - smoothing) + smoothing / V, 0.0)
     else:
         q = tl.where(mask, smoothing / V, 0.0)
     if HAS_WEIGHT:

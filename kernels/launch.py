@@ -11,17 +11,23 @@ from functools import lru_cache
 import torch
 import triton
 
-ELEMENTS_PER_THREAD = 16
-
 #: Classes of a row that one program handles at a time, at most: (largest V, BLOCK_V, num_warps).
 BLOCKS = (
-    (1024, 1024, 2),
+    (1024, 1024, 4),
     (4096, 2048, 4),
     (None, 4096, 8),
 )
 
-#: Tile for logits whose classes are strided (images): rows are the contiguous dimension there.
-STRIDED_ROWS, STRIDED_CLASSES = 64, 32
+#: A tile of several rows: elements, and rows, at most. Each row costs registers of its own: with 32 rows, or with
+#: 2048 elements, the forward kernel spills where rows are unaligned or features many.
+SEVERAL_ROWS, MOST_ROWS = 1024, 16
+
+#: The least BLOCK_V: smaller tiles would be further kernels to compile, for nothing.
+LEAST_BLOCK = 16
+
+#: Tile for logits whose classes are strided (images): rows are the contiguous dimension there, and 16 of them fill
+#: the 32-byte sectors that DRAM is read in.
+STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 
 #: A grid of fewer programs than this many per multiprocessor leaves the chip idle: split the rows.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -62,16 +68,15 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def tile(T: int, V: int, contiguous: bool) -> Launch:
-    """The tile for rows of `V` classes, `T` of which are evenly spaced."""
+    """The tile for rows of `V` classes, `T` of which are evenly spaced: as many rows as fit, or one."""
+    classes = max(LEAST_BLOCK, triton.next_power_of_2(max(V, 1)))
     if contiguous:
-        limit_v, num_warps = next((block, warps) for limit, block, warps in BLOCKS if limit is None or V <= limit)
-        BLOCK_V = min(triton.next_power_of_2(max(V, 1)), limit_v)
-        BLOCK_N = min(num_warps * 32 * ELEMENTS_PER_THREAD // BLOCK_V, triton.next_power_of_2(max(T, 1)))
+        most, num_warps = next((block, warps) for limit, block, warps in BLOCKS if limit is None or V <= limit)
+        BLOCK_V = min(classes, most)
+        BLOCK_N = min(MOST_ROWS, max(1, SEVERAL_ROWS // BLOCK_V))
     else:
-        BLOCK_N = min(STRIDED_ROWS, triton.next_power_of_2(max(T, 1)))
-        BLOCK_V = min(STRIDED_CLASSES, triton.next_power_of_2(max(V, 1)))
-        num_warps = 4
-    return Launch(max(BLOCK_N, 1), BLOCK_V, num_warps)
+        BLOCK_V, BLOCK_N, num_warps = min(classes, STRIDED_CLASSES), STRIDED_ROWS, 4
+    return Launch(BLOCK_N if T >= BLOCK_N else 1, BLOCK_V, num_warps)
 
 
 def forward_launch(B: int, T: int, V: int, contiguous: bool, chip: Chip) -> Launch:

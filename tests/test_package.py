@@ -74,5 +74,5 @@ def test_distributions_hold_the_kernels_and_nothing_else(kind, tmp_path):
     else:
         import tarfile
 
-        names = tarfile.open(built).getnames()
-        assert any(n.endswith("kernels/forward.py") for n in names)
+        with tarfile.open(built) as archive:
+            assert any(name.endswith("kernels/forward.py") for name in archive.getnames())
