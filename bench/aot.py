@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +37,7 @@ class Shape:
     T: int
     V: int
     contiguous: bool
+    itemsize: int = 2
 
     @property
     def aligned(self) -> bool:
@@ -65,26 +66,26 @@ def tile_of(shape: Shape) -> tuple:
     """What of a launch is compiled into the forward kernel; all but the last also into the backward kernel."""
     from fused_ignore_ce.kernels import launch
 
-    chosen = launch.forward_launch(shape.B, shape.T, shape.V, shape.contiguous, launch.INTERPRETED)
+    chosen = launch.forward_launch(shape.B, shape.T, shape.V, shape.itemsize, shape.contiguous, launch.INTERPRETED)
     return shape.contiguous, chosen.BLOCK_N, chosen.BLOCK_V, chosen.num_warps, chosen.splits > 1
 
 
 def has_all_rows(shape: Shape) -> bool:
     """Whether the tile has as many rows as it would with rows in plenty."""
-    return tile_of(shape)[1] == tile_of(Shape(shape.B, 2**20, shape.V, shape.contiguous))[1]
+    return tile_of(shape)[1] == tile_of(replace(shape, T=2**20))[1]
 
 
-def shapes() -> list[Shape]:
+def shapes(itemsize: int) -> list[Shape]:
     """One shape for each tile the launchers choose, split and not; for tiles of all their rows, unaligned too."""
     from fused_ignore_ce.kernels import launch
 
     many = launch.INTERPRETED.multiprocessors * launch.PROGRAMS_PER_MULTIPROCESSOR + 1
-    largest = 4 * max(max(limit or 0, block) for limit, block, _ in launch.BLOCKS)
+    largest = 4 * max(max(limit or 0, size) for limit, size, _ in launch.BLOCKS)
     powers = [2**i for i in range(largest.bit_length())]
     sizes = [*powers, *(p - 1 for p in powers[2:])]  # aligned ones first, to be preferred
     chosen: dict[tuple, Shape] = {}
     for contiguous, V, T, B in itertools.product((True, False), sizes, sizes, (many, 1)):
-        shape = Shape(B, T, V, contiguous)
+        shape = Shape(B, T, V, contiguous, itemsize)
         chosen.setdefault((tile_of(shape), shape.aligned or not has_all_rows(shape)), shape)
     return list(chosen.values())
 
@@ -110,16 +111,20 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
     Tiles of all their rows give every thread the same number of elements, so the widest stand for the registers of
     all. With `quick`, only those and the ends.
     """
-    heaviest = {shape for shape in shapes() if shape.aligned and has_all_rows(shape)}
-    widest = {(*tile_of(s)[3:], s.contiguous): s for s in sorted(heaviest, key=lambda s: s.V)}.values()
     chosen: dict[tuple, Job] = {}
-    for arch, dtype, shape in itertools.product(archs, dtypes, widest if quick else shapes()):
-        tile = tile_of(shape)
-        kernels = {"forward_kernel": tile, "backward_kernel": tile[:-1]} | ({"merge_kernel": ()} if tile[-1] else {})
-        for kernel, distinct in kernels.items():
-            for features in feature_sets(kernel, ends=quick or shape not in widest):
-                key = (kernel, arch, dtype, features, distinct, shape.aligned or not distinct)
-                chosen.setdefault(key, Job(kernel, arch, dtype, shape, features))
+    for arch, dtype in itertools.product(archs, dtypes):
+        every = shapes(getattr(torch, dtype).itemsize)
+        heaviest = [s for s in every if s.aligned and has_all_rows(s)]
+        widest = {(*tile_of(s)[3:], s.contiguous): s for s in sorted(heaviest, key=lambda s: s.V)}.values()
+        for shape in widest if quick else every:
+            tile = tile_of(shape)
+            kernels = {"forward_kernel": tile, "backward_kernel": tile[:-1], "merge_kernel": () if tile[-1] else None}
+            for kernel, distinct in kernels.items():
+                if distinct is None:
+                    continue
+                for features in feature_sets(kernel, ends=quick or shape not in widest):
+                    key = (kernel, arch, dtype, features, distinct, shape.aligned or not distinct)
+                    chosen.setdefault(key, Job(kernel, arch, dtype, shape, features))
     return list(chosen.values())
 
 
@@ -195,10 +200,13 @@ def faults(report: Report) -> list[str]:
         return [report.error]
     found = [f"spills {cubin.spill} bytes"] if cubin.spill else []
     for access in sorted(logits_accesses(job)):
-        if access not in cubin.widths:
+        width = cubin.widths.get(access)
+        if width is None and cubin.BLOCK_N > 1:  # its row may have gone through shared memory
+            width = cubin.widths.get(f"widest {access.split()[0]}")
+        if width is None:
             found.append(f"no {access} found")
-        elif cubin.widths[access] < bytes_due(job, cubin):
-            found.append(f"{access} {cubin.widths[access]} bytes wide, not {bytes_due(job, cubin)}")
+        elif width < bytes_due(job, cubin):
+            found.append(f"{access} {width} bytes wide, not {bytes_due(job, cubin)}")
     if not job.shape.contiguous and min(cubin.BLOCK_N, cubin.BLOCK_V) > 1 and cubin.rows_fastest is False:
         found.append("neighbouring threads do not access neighbouring rows")
     return found

@@ -97,7 +97,8 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
     """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
 
     Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value is
-    a gather, such as the target's logit, and left out.
+    a gather, such as the target's logit, and left out; and so, unfortunately, is one whose row went through shared
+    memory, as happens in tiles of several rows. "widest load" and "widest store" are of all accesses.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, int, str]] = []
@@ -134,6 +135,7 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
 
     widths: dict[str, int] = {}
     for kind, width, address in accesses:
+        widths[f"widest {kind}"] = max(width, widths.get(f"widest {kind}", 0))
         if "loaded" not in origins(address):
             for name in origins(address):
                 if name.endswith("_ptr"):

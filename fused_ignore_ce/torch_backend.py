@@ -160,9 +160,11 @@ def backward(
         out = slice(rows.start + b * T, rows.stop + b * T) if isinstance(rows, slice) else rows + b * T
         g = dloss[out].to(dtype).unsqueeze(1)
         c, log_s = lse[:, out].unsqueeze(2)
-        z = _use(scratch[:count].copy_(x[b, rows]), softcap, logit_scale)
-        slope = 1.0 - (z / softcap).square_() if softcap is not None and dx is not None else None
-        z.sub_(c)
+        z = scratch[:count].copy_(x[b, rows])
+        slope = None
+        if softcap is not None and dx is not None:
+            slope = 1.0 - torch.tanh(z * (logit_scale / softcap)).square_()
+        z = _use(z, softcap, logit_scale).sub_(c)
         if dprobs is not None:
             dq = (log_s - z).mul_(g * (1.0 - label_smoothing))
             dprobs[b, rows] = (dq if weight is None else dq.mul_(weight.to(dtype))).to(dprobs.dtype)
@@ -178,13 +180,17 @@ def backward(
             if weight is not None:
                 w = w * weight[index]
             w = torch.where(z.gather(1, index) == -torch.inf, 0.0, w)
-        # p * coefficient * g with the normalisation folded into the row's factor: one pass less.
-        factor = g * (mass[out].unsqueeze(1) + 2.0 * z_loss * (c + log_s)) * torch.exp(-log_s)
-        z.exp_().mul_(factor.masked_fill_(log_s == -torch.inf, 0.0))
+        # p * mass * g with the normalisation folded into the row's factor: one pass less.
+        inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
+        z.exp_()
+        z_term = z * (2.0 * z_loss * g * (c + log_s) * inverse_s) if z_loss else None
+        z.mul_(mass[out].unsqueeze(1) * g * inverse_s)
         if subtrahend is not None:
             z.sub_(subtrahend)
         if probs is None:
             z.scatter_add_(1, index, -w)
+        if z_term is not None:
+            z.add_(z_term)
         if slope is not None:
             z.mul_(slope)
         if softcap is not None or logit_scale != 1.0:

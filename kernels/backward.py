@@ -1,13 +1,13 @@
 """Cross entropy, backward: one read and one write of every kept row; an ignored one is written, not read.
 
 With p = softmax of the used logits, recomputed from the saved logarithm of the sum, and q the target
-distribution: dx = dloss * ((mass + 2 z_loss lse) p - q) * slope, subtracted in float32 and rounded once.
+distribution: dx = dloss * (mass p - q + 2 z_loss lse p) * slope, subtracted in float32 and rounded once.
 """
 
 import triton
 import triton.language as tl
 
-from .device_math import soft_target, used_logits, used_logits_slope
+from .device_math import soft_target, used_logits
 
 
 @triton.jit(do_not_specialize=["B", "T", "stride_g", "ignore_index"])
@@ -81,12 +81,12 @@ def backward_kernel(
     offs_wide = offs_v.to(tl.int64)[None, :]
     x_ptrs = x_ptr + b * stride_xb + (offs_t * stride_xt)[:, None] + offs_wide * stride_xv
     x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(ACC)
-    x = used_logits(x, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    x, slope = used_logits(x, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     z = x - c[:, None]
 
     if HAS_DX:
         p = tl.exp(z - log_s[:, None])
-        grad = p * (mass + 2.0 * z_loss * (c + log_s))[:, None]
+        grad = p * mass[:, None]
         if HAS_PROBS or HAS_SMOOTHING:
             q_ptrs = None
             if HAS_PROBS:
@@ -99,9 +99,11 @@ def backward_kernel(
                 in_range = (target >= 0) & (target < V)
                 w_target *= tl.load(weight_ptr + target, mask=keep & in_range, other=0.0).to(ACC)
             grad = tl.where(offs_wide == target[:, None], grad - w_target[:, None], grad)
+        # Added last: where p is near 1, p * mass - q is exact, and must not be rounded at the size of p.
+        grad += p * (2.0 * z_loss * (c + log_s))[:, None]
         grad *= g[:, None]
         if HAS_SCALE or HAS_SOFTCAP:
-            grad *= used_logits_slope(x, pre_scale, softcap, HAS_SOFTCAP)
+            grad *= slope
         # Selected, not multiplied by 0: an ignored row and a masked class get 0 under any upstream gradient.
         grad = tl.where(mask & (x != float("-inf")), grad, 0.0)
         dx_ptrs = dx_ptr + b * stride_dxb + (offs_t * stride_dxt)[:, None] + offs_wide * stride_dxv

@@ -67,7 +67,7 @@ def forward(
     if N == 0:
         return outputs
 
-    launch = launch or forward_launch(B, T, V, x.stride(2) == 1, chip_of(x.device))
+    launch = launch or forward_launch(B, T, V, x.itemsize, x.stride(2) == 1, chip_of(x.device))
     partial = argmax = None
     if launch.splits > 1:
         partial = x.new_empty((5, launch.splits, N), dtype=dtype)
@@ -99,7 +99,7 @@ def backward(
     B, T, V = x.shape
     if x.numel() == 0:
         return
-    launch = tile(T, V, x.stride(2) == 1)
+    launch = tile(T, V, x.itemsize, x.stride(2) == 1)
     pre_scale, cap, scale_flags = _scalars(softcap, logit_scale)
     grid = (B * triton.cdiv(T, launch.BLOCK_N) * triton.cdiv(V, launch.BLOCK_V),)
     with _on(x.device):

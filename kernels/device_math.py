@@ -6,45 +6,37 @@ import triton.language as tl
 
 @triton.jit
 def tanh(z):
-    """Tanh to one float32 ulp of relative error, from `exp` alone, so that the interpreter runs it too.
+    """Tanh to about one float32 ulp and its slope, from `exp` alone, so that the interpreter runs it too.
 
-    `1 - 2 / (exp(2|z|) + 1)` cancels near 0; there, float32 takes an odd polynomial instead
-    (least-squares fit of (tanh(z)/z - 1) / z^2 in z^2 on |z| < 0.55). float64 needs no more than the
-    exponential form: it is used to check, and 1e-16 of absolute error is enough.
+    With e = exp(-2|z|): tanh |z| = (1 - e) / (1 + e), and the slope 4 e / (1 + e)^2 does not cancel where tanh
+    saturates, as 1 - tanh^2 does. Near 0, where 1 - e cancels, float32 takes an odd polynomial (least-squares fit of
+    (tanh(z)/z - 1) / z^2 in z^2 on |z| < 0.55); float64, which is used to check, has digits enough.
     """
-    a = tl.abs(z)
-    # 2|z| <= 88 keeps exp finite; tanh is 1 to the last bit from |z| = 20 on.
-    t = 1.0 - 2.0 / (tl.exp(2.0 * tl.where(a < 44.0, a, 44.0)) + 1.0)
+    e = tl.exp(-2.0 * tl.abs(z))
+    t = (1.0 - e) / (1.0 + e)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     t = tl.where(z < 0, -t, t)
-    t = tl.where(z != z, z, t)
     if z.dtype == tl.float32:
         u = z * z
         poly = -0.00642453665706975 * u + 0.02118259672040277
         poly = poly * u - 0.0538805392366189
         poly = poly * u + 0.13332869505536724
         poly = poly * u - 0.3333332641618652
-        t = tl.where(a < 0.55, z + z * (u * poly), t)
-    return t
+        t = tl.where(tl.abs(z) < 0.55, z + z * (u * poly), t)
+    return t, slope
 
 
 @triton.jit
 def used_logits(x, pre_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """The logits that the loss sees: `softcap * tanh(pre_scale * x)`, or `pre_scale * x` without a cap."""
-    if HAS_SOFTCAP:
-        x = softcap * tanh(x * pre_scale)
-    elif HAS_SCALE:
-        x = x * pre_scale
-    return x
-
-
-@triton.jit
-def used_logits_slope(used, pre_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """D used / d x, from the used logits."""
+    """The logits that the loss sees, `softcap * tanh(pre_scale * x)` or `pre_scale * x`, and their slope in x."""
     slope = pre_scale
     if HAS_SOFTCAP:
-        t = used / softcap
-        slope = pre_scale * softcap * (1.0 - t * t)
-    return slope
+        x, slope = tanh(x * pre_scale)
+        x *= softcap
+        slope *= softcap * pre_scale
+    elif HAS_SCALE:
+        x = x * pre_scale
+    return x, slope
 
 
 @triton.jit

@@ -107,7 +107,7 @@ def forward_kernel(
         # Only the target's logit; asked for first, so that it arrives while the row streams by.
         own = keep & in_range & (target >= v_start) & (target < v_end)
         x_target = tl.load(x_row + target * stride_xv, mask=own, other=0.0).to(ACC)
-        x_target = used_logits(x_target, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        x_target = used_logits(x_target, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
         w_target = tl.where(own, 1.0 - smoothing, 0.0)
         if HAS_WEIGHT:
             w_target *= tl.load(weight_ptr + target, mask=own, other=0.0).to(ACC)
@@ -125,7 +125,7 @@ def forward_kernel(
         mask = keep[:, None] & mask_v[None, :]
         offs_xv = offs_v.to(tl.int64)[None, :] * stride_xv
         x = tl.load(x_row[:, None] + offs_xv, mask=mask, other=float("-inf")).to(ACC)
-        x = used_logits(x, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        x = used_logits(x, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
         if HAS_SCALE or HAS_SOFTCAP:
             x = tl.where(mask, x, float("-inf"))
 

@@ -1,8 +1,8 @@
 """How the kernels are launched: tile shapes, warps and splits, as data.
 
-No entry was tuned on hardware yet. They follow from arithmetic: with 16 elements a thread, a 16-bit
-tile has two 16-byte loads a thread in flight, and eight such blocks fill a multiprocessor's 2048 threads
-with about the 40 KB in flight that hide the latency of HBM3.
+No entry was tuned on hardware yet. They follow from arithmetic: with 32 bytes of logits a thread, two 16-byte loads
+are in flight, and a multiprocessor's 2048 threads have 64 KB in flight where about 40 KB hide the latency of HBM3.
+More would spill with all features on (`python -m bench.aot`).
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from functools import lru_cache
 import torch
 import triton
 
-#: Classes of a row that one program handles at a time, at most: (largest V, BLOCK_V, num_warps).
+#: Bytes of a row that one program handles at a time, at most: (largest V, bytes, num_warps).
 BLOCKS = (
-    (1024, 1024, 4),
-    (4096, 2048, 4),
-    (None, 4096, 8),
+    (1024, 2048, 4),
+    (4096, 4096, 4),
+    (None, 8192, 8),
 )
 
-#: A tile of several rows: elements, and rows, at most. Each row costs registers of its own: with 32 rows, or with
-#: 2048 elements, the forward kernel spills where rows are unaligned or features many.
-SEVERAL_ROWS, MOST_ROWS = 1024, 16
+#: A tile of several rows: elements, and rows, at most. Each row costs registers of its own.
+SEVERAL_ROWS, MOST_ROWS = 512, 16
 
 #: The least BLOCK_V: smaller tiles would be further kernels to compile, for nothing.
 LEAST_BLOCK = 16
@@ -67,11 +66,11 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def tile(T: int, V: int, contiguous: bool) -> Launch:
+def tile(T: int, V: int, itemsize: int, contiguous: bool) -> Launch:
     """The tile for rows of `V` classes, `T` of which are evenly spaced: as many rows as fit, or one."""
     classes = max(LEAST_BLOCK, triton.next_power_of_2(max(V, 1)))
     if contiguous:
-        most, num_warps = next((block, warps) for limit, block, warps in BLOCKS if limit is None or V <= limit)
+        most, num_warps = next((size // itemsize, w) for limit, size, w in BLOCKS if limit is None or V <= limit)
         BLOCK_V = min(classes, most)
         BLOCK_N = min(MOST_ROWS, max(1, SEVERAL_ROWS // BLOCK_V))
     else:
@@ -79,9 +78,9 @@ def tile(T: int, V: int, contiguous: bool) -> Launch:
     return Launch(BLOCK_N if T >= BLOCK_N else 1, BLOCK_V, num_warps)
 
 
-def forward_launch(B: int, T: int, V: int, contiguous: bool, chip: Chip) -> Launch:
+def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, chip: Chip) -> Launch:
     """A tile, and as many splits of the vocabulary as fill the chip when rows are few."""
-    launch = tile(T, V, contiguous)
+    launch = tile(T, V, itemsize, contiguous)
     programs = B * triton.cdiv(T, launch.BLOCK_N)
     wanted = chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
     blocks = triton.cdiv(max(V, 1), launch.BLOCK_V)

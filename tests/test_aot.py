@@ -43,9 +43,22 @@ def changed(**values):
         (changed(widths=WIDE | {"load x_ptr": 2}), "load x_ptr 2 bytes wide, not 16"),
         (changed(widths=WIDE | {"store dx_ptr": 8}), "store dx_ptr 8 bytes wide, not 16"),
         (changed(widths={"load x_ptr": 16}), "no store dx_ptr found"),
+        (changed(widths={"load x_ptr": 16, "widest store": 16}), "no store dx_ptr found"),
+        (changed(widths={"load x_ptr": 16, "widest store": 16}, BLOCK_N=2), None),
+        (changed(widths={"load x_ptr": 16, "widest store": 8}, BLOCK_N=2), "store dx_ptr 8 bytes wide, not 16"),
         (aot.Report(JOB, None, error="PTXASError"), "PTXASError"),
     ],
-    ids=["good", "spill", "narrow-load", "narrow-store", "no-store", "does-not-compile"],
+    ids=[
+        "good",
+        "spill",
+        "narrow-load",
+        "narrow-store",
+        "no-store",
+        "unseen",
+        "wide-in-several-rows",
+        "narrow-in-several-rows",
+        "does-not-compile",
+    ],
 )
 def test_judgement(report, fault):
     assert aot.faults(report) == ([] if fault is None else [fault])
@@ -69,7 +82,7 @@ def test_tiles_of_few_elements_owe_less():
 
 
 def test_every_tile_that_a_launcher_chooses_is_compiled():
-    known = {aot.tile_of(shape) for shape in aot.shapes()}
+    known = {aot.tile_of(shape) for shape in aot.shapes(2)}
     rng = random.Random(0)
     for _ in range(3000):
         B, T, V = (int(2 ** rng.uniform(0, limit)) for limit in (9, 17, 19))
@@ -98,4 +111,5 @@ $L__BB0_1:
 
 def test_widths_are_the_narrowest_without_gathers():
     """`%rd5` depends on a loaded value; that `%r1` does too, later, says nothing of `%r2`, which had its zero."""
-    assert access_widths(PTX, ["x_ptr", "V", "dx_ptr"]) == {"load x_ptr": 2, "store dx_ptr": 8}
+    widths = access_widths(PTX, ["x_ptr", "V", "dx_ptr"])
+    assert widths == {"load x_ptr": 2, "store dx_ptr": 8, "widest load": 16, "widest store": 8}

@@ -1,5 +1,7 @@
 """The kernels under every kind of launch: the result must not depend on tiles or splits."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -50,17 +52,17 @@ def test_argmax_across_blocks_and_splits(launch, best, device):
 
 
 def test_few_rows_are_split_and_many_are_not():
-    assert forward_launch(1, 4, 128256, True, INTERPRETED).splits > 8
-    assert forward_launch(1, 8192, 128256, True, INTERPRETED).splits == 1
-    assert forward_launch(1, 4, 300, True, INTERPRETED).splits == 1
-    assert forward_launch(1, 4, 128256, True, Chip(90, 1)).splits == 1
+    assert forward_launch(1, 4, 128256, 2, True, INTERPRETED).splits > 8
+    assert forward_launch(1, 8192, 128256, 2, True, INTERPRETED).splits == 1
+    assert forward_launch(1, 4, 300, 2, True, INTERPRETED).splits == 1
+    assert forward_launch(1, 4, 128256, 2, True, Chip(90, 1)).splits == 1
 
 
 @pytest.mark.parametrize("V", [0, 1, 2, 31, 1024, 1025, 32000, 50257, 128256, 262144, 2**31 - 1])
 @pytest.mark.parametrize("rows", [(1, 1), (1, 7), (3, 5), (1, 8192), (2**20, 1)])
 def test_splits_cover_the_vocabulary_once(rows, V):
-    for contiguous in (True, False):
-        launch = forward_launch(*rows, V, contiguous, INTERPRETED)
+    for contiguous, itemsize in product((True, False), (2, 4, 8)):
+        launch = forward_launch(*rows, V, itemsize, contiguous, INTERPRETED)
         assert launch.split_v % launch.BLOCK_V == 0
         assert launch.splits * launch.split_v >= V > (launch.splits - 1) * launch.split_v or V == 0
         assert launch.BLOCK_N & (launch.BLOCK_N - 1) == 0

@@ -51,8 +51,9 @@ def test_any_combination(dtype, backend, device, no_worse, data):
     ours = run(fused_cross_entropy, dtype, backend=backend)
     ref = run(reference.cross_entropy, dtype)
     true = run(reference.cross_entropy, torch.float64)
+    # More units than elsewhere: of many draws, in some PyTorch is right to the last bit by luck.
     for name, *three in zip(("loss", "dx", "dprobs"), ours, ref, true, strict=False):
-        no_worse(name, *three)
+        no_worse(name, *three, scale=1.5 * abs(options["logit_scale"]), units=16)
 
 
 def test_reference_is_pytorch():
