@@ -69,7 +69,9 @@ def environment() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     devices = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
     devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    lines += [f"{name:<16} {text}; backend: {_backend(name)}" for name, text in devices.items()]
+    lines += [
+        f"{name:<16} {text}; backend: {choose_backend('auto', torch.device(name))}" for name, text in devices.items()
+    ]
     return "\n".join(lines)
 
 
@@ -78,13 +80,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _backend(device: str) -> str:
-    try:
-        return choose_backend("auto", torch.device(device))
-    except RuntimeError as error:
-        return f"none ({error})"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def check_targets(target: Tensor, ignore_index: int, V: int) -> None:
         )
 
 
+def _read(x: Tensor, rows: slice | Tensor, scratch: Tensor) -> Tensor:
+    """The rows of x (T, V), in the scratch buffer and its dtype."""
+    if isinstance(rows, Tensor) and x.dtype == scratch.dtype:
+        return torch.index_select(x, 0, rows, out=scratch)
+    return scratch.copy_(x[rows])
+
+
 def _use(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     """Turns raw logits into the logits that are used, in place."""
     if softcap is not None:
@@ -97,7 +104,7 @@ def forward(
     scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
     for b, rows, count in _kept_blocks(x, target, ignore_index):
         out = slice(rows.start + b * T, rows.stop + b * T) if isinstance(rows, slice) else rows + b * T
-        z = _use(scratch[:count].copy_(x[b, rows]), softcap, logit_scale)
+        z = _use(_read(x[b], rows, scratch[:count]), softcap, logit_scale)
         c = z.amax(1, keepdim=True)
         c.masked_fill_(c == -torch.inf, 0.0)
         if with_stats:
@@ -160,7 +167,7 @@ def backward(
         out = slice(rows.start + b * T, rows.stop + b * T) if isinstance(rows, slice) else rows + b * T
         g = dloss[out].to(dtype).unsqueeze(1)
         c, log_s = lse[:, out].unsqueeze(2)
-        z = scratch[:count].copy_(x[b, rows])
+        z = _read(x[b], rows, scratch[:count])
         slope = None
         if softcap is not None and dx is not None:
             slope = 1.0 - torch.tanh(z * (logit_scale / softcap)).square_()

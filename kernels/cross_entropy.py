@@ -12,10 +12,11 @@ import triton.language as tl
 
 from .backward import backward_kernel
 from .forward import forward_kernel, merge_kernel
-from .launch import MERGE_ROWS, chip_of, forward_launch, tile
+from .launch import MAX_REGISTERS, MERGE_ROWS, chip_of, forward_launch, tile
 
 # `debug` switches device_assert on; without the second, it would also check every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
+REGISTERS = {"maxnreg": MAX_REGISTERS}
 
 
 def interpreted():
@@ -81,7 +82,7 @@ def forward(
             ignore_index, label_smoothing, pre_scale, cap, z_loss,
             ACC=ACC, BLOCK_N=launch.BLOCK_N, BLOCK_V=launch.BLOCK_V, IS_SPLIT=launch.splits > 1,
             HAS_STATS=with_stats, num_warps=launch.num_warps,
-            **_flags(weight, probs, label_smoothing), **scale_flags, **ASSERTS,
+            **_flags(weight, probs, label_smoothing), **scale_flags, **ASSERTS, **REGISTERS,
         )  # fmt: skip
         if launch.splits > 1:
             merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
@@ -109,5 +110,5 @@ def backward(
             ignore_index, label_smoothing, pre_scale, cap, z_loss,
             ACC=_acc(x)[1], BLOCK_N=launch.BLOCK_N, BLOCK_V=launch.BLOCK_V,
             HAS_DX=dx is not None, HAS_DPROBS=dprobs is not None, num_warps=launch.num_warps,
-            **_flags(weight, probs, label_smoothing), **scale_flags,
+            **_flags(weight, probs, label_smoothing), **scale_flags, **REGISTERS,
         )  # fmt: skip

@@ -31,6 +31,10 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: A grid of fewer programs than this many per multiprocessor leaves the chip idle: split the rows.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
+#: Registers a thread, at most: as many as there are. Left to itself, ptxas spills a word or two of some variants to
+#: reach the next step of occupancy; told this, it spills none on any architecture.
+MAX_REGISTERS = 255
+
 #: Rows per program of the kernel that merges the splits.
 MERGE_ROWS = 128
 
