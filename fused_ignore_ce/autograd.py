@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference, torch_backend
 
@@ -220,6 +221,20 @@ def _differentiable_backward(
     return gradients.pop(0) if need_dx else None, gradients.pop(0) if need_dprobs else None
 
 
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Reverse mode only: other transforms would be slow here or, in a kernel, lose their derivative silently."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "torch.func transforms are not supported by fused_ignore_ce: use torch.autograd, or F.cross_entropy there"
+        )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            "forward-mode differentiation is not supported by fused_ignore_ce: use reverse mode, or F.cross_entropy"
+        )
+
+
 def _must_be_traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
@@ -244,6 +259,8 @@ def cross_entropy_rows(
     `target` is (B * T,) int64 and contiguous. `lse` is the unevaluated sum max + log(sum(exp(x - max))).
     The last two are empty unless `with_stats`.
     """
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(x, probs)
     if _must_be_traced(x):
         loss, lse, _, correct, entropy = cross_entropy_forward(x, target, weight, probs, *options, with_stats, backend)
     elif torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):

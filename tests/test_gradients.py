@@ -112,6 +112,29 @@ def test_no_grad_saves_nothing(backend, device):
         assert fused_cross_entropy(x, y, backend=backend).grad_fn is None
 
 
+def forward_mode(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_other_transforms_are_refused_not_detached(backend, device):
+    x, y = problem(device, False)
+    x = x.detach()
+
+    def loss(x):
+        return fused_cross_entropy(x, y, backend=backend)
+
+    transforms = [
+        lambda: torch.func.grad(loss)(x),
+        lambda: torch.func.vmap(loss)(x[None]),
+        lambda: torch.func.jvp(loss, (x,), (x,)),
+        lambda: forward_mode(loss, x),
+    ]
+    for transform in transforms:
+        with pytest.raises(NotImplementedError, match="not supported by fused_ignore_ce"):
+            transform()
+
+
 class TestInplaceBackward:
     def test_gradient_takes_the_memory(self, backend, device):
         leaf = torch.randn(3, 50, device=device, requires_grad=True)
