@@ -200,13 +200,10 @@ def faults(report: Report) -> list[str]:
         return [report.error]
     found = [f"spills {cubin.spill} bytes"] if cubin.spill else []
     for access in sorted(logits_accesses(job)):
-        width = cubin.widths.get(access)
-        if width is None and cubin.BLOCK_N > 1:  # its row may have gone through shared memory
-            width = cubin.widths.get(f"widest {access.split()[0]}")
-        if width is None:
+        if access not in cubin.widths:
             found.append(f"no {access} found")
-        elif width < bytes_due(job, cubin):
-            found.append(f"{access} {width} bytes wide, not {bytes_due(job, cubin)}")
+        elif cubin.widths[access] < bytes_due(job, cubin):
+            found.append(f"{access} {cubin.widths[access]} bytes wide, not {bytes_due(job, cubin)}")
     if not job.shape.contiguous and min(cubin.BLOCK_N, cubin.BLOCK_V) > 1 and cubin.rows_fastest is False:
         found.append("neighbouring threads do not access neighbouring rows")
     return found

@@ -97,8 +97,9 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
     """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
 
     Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value is
-    a gather, such as the target's logit, and left out; and so, unfortunately, is one whose row went through shared
-    memory, as happens in tiles of several rows. "widest load" and "widest store" are of all accesses.
+    a gather, such as the target's logit, and left out. What comes from shared memory may be such a value, or a row
+    that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest is taken,
+    and only where a tensor has no others.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, int, str]] = []
@@ -120,7 +121,8 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
         for register in found[:written]:
             latest[register] = f"{register}@{number}"
             sources[register].add(latest[register])
-            sources[latest[register]] = {"loaded"} if opcode.startswith(("ld.global", "ld.shared")) else used
+            memory = re.match(r"ld\.(global|shared)", opcode)
+            sources[latest[register]] = {memory[1]} if memory else used
 
     @cache
     def origins(register: str) -> set[str]:
@@ -131,17 +133,19 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
             seen |= new
             pending += new
         numbers = {int(name.rsplit("_", 1)[1]) for name in seen if "_param_" in name}
-        return {parameters[i] for i in numbers if i < len(parameters)} | (seen & {"loaded"})
+        return {parameters[i] for i in numbers if i < len(parameters)} | (seen & {"global", "shared"})
 
-    widths: dict[str, int] = {}
+    sure: dict[str, int] = {}
+    unsure: dict[str, int] = {}
     for kind, width, address in accesses:
-        widths[f"widest {kind}"] = max(width, widths.get(f"widest {kind}", 0))
-        if "loaded" not in origins(address):
-            for name in origins(address):
-                if name.endswith("_ptr"):
-                    access = f"{kind} {name}"
-                    widths[access] = min(width, widths.get(access, width))
-    return widths
+        origin = origins(address)
+        for name in origin if "global" not in origin else ():
+            access = f"{kind} {name}"
+            if "shared" in origin:
+                unsure[access] = max(width, unsure.get(access, 0))
+            else:
+                sure[access] = min(width, sure.get(access, width))
+    return {access: width for access, width in (unsure | sure).items() if access.endswith("_ptr")}
 
 
 def rows_fastest(ttgir: str) -> bool | None:
