@@ -1,8 +1,21 @@
 """Cross entropy for language models that is lean in memory and free for every token that is ignored."""
 
 from .causal_lm import fused_causal_lm_loss
-from .functional import LossStats, fused_cross_entropy
-from .modules import FusedCrossEntropyLoss
+from .functional import fused_cross_entropy
+from .linear.functional import fused_linear_cross_entropy, fused_linear_log_probs
+from .linear.plan import LinearPlan, plan_linear_loss
+from .modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
+from .reduction import LossStats
 
-__all__ = ["FusedCrossEntropyLoss", "LossStats", "fused_causal_lm_loss", "fused_cross_entropy"]
+__all__ = [
+    "FusedCrossEntropyLoss",
+    "FusedLinearCrossEntropyLoss",
+    "LinearPlan",
+    "LossStats",
+    "fused_causal_lm_loss",
+    "fused_cross_entropy",
+    "fused_linear_cross_entropy",
+    "fused_linear_log_probs",
+    "plan_linear_loss",
+]
 __version__ = "0.1.0"

@@ -149,6 +149,65 @@ def _check_weight(input: Tensor, weight: Tensor, C: int, any_dtype: bool) -> Non
         raise RuntimeError("weight: no gradient with respect to class weights is defined; pass weight.detach()")
 
 
+def check_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None
+) -> bool:
+    """Checks dtypes, shapes and devices; tells whether `target` holds probabilities."""
+    for name, t in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"input: expected one of {FLOATS}, got {input.dtype}")
+    if input.dim() == 0:
+        raise RuntimeError("input: expected shape (D) or (..., D), got a 0-d tensor")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"linear_weight: expected shape (C, D) or (C, d1, ..., dK, D), got {tuple(linear_weight.shape)}"
+        )
+    C, *positions, D = linear_weight.shape
+    if input.shape[-1] != D:
+        raise RuntimeError(
+            f"expected equal input and linear_weight last dimensions (in_features), got {input.shape[-1]} and {D}, "
+            "respectively"
+        )
+    if positions and input.dim() == 1:
+        raise RuntimeError(f"input: expected shape (N, D) for a linear_weight of shape (C, d1, ..., D), got ({D},)")
+    if linear_bias is not None and linear_bias.shape != (C, *positions):
+        raise RuntimeError(f"linear_bias: expected shape {(C, *positions)}, got {tuple(linear_bias.shape)}")
+    others = (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target), ("weight", weight))
+    for name, other in others:
+        if other is not None and other.device != input.device:
+            raise RuntimeError(f"{name}: expected a tensor on {input.device}, where input is, got {other.device}")
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, other in others[:2]:
+        cast = autocast and other is not None and torch.float64 not in (input.dtype, other.dtype)
+        if other is not None and other.dtype != input.dtype and not (cast and other.is_floating_point()):
+            raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {other.dtype}")
+    batch = input.shape[:-1]
+    is_probs = target.shape == (*batch, C, *positions)
+    if is_probs:
+        if not target.is_floating_point():
+            raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
+    else:
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"target: expected dtype int64 or uint8 for class indices, got {target.dtype}")
+        if batch and target.dim() and target.shape[0] != batch[0]:
+            raise ValueError(f"Expected input batch_size ({batch[0]}) to match target batch_size ({target.shape[0]}).")
+        if target.shape != (*batch, *positions) and not (not batch and target.numel() == 1 and target.dim() == 1):
+            raise RuntimeError(
+                f"target: expected size {(*batch, *positions)} for an input of size {tuple(input.shape)} and a "
+                f"linear_weight of size {tuple(linear_weight.shape)}, got {tuple(target.shape)}"
+            )
+    if weight is not None:
+        _check_weight(input, weight, C, is_probs or autocast)
+    return is_probs
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
+        raise TypeError(f"memory_budget: expected a number of bytes, an int, or None, got {memory_budget!r}")
+
+
 def check_token_weight(token_weight: Tensor | None, shape: torch.Size, device: torch.device) -> None:
     if token_weight is None:
         return

@@ -25,7 +25,7 @@ class RowOptions(NamedTuple):
     z_loss: float
 
 
-def _implementation(backend: str, device: torch.device) -> Any:
+def implementation(backend: str, device: torch.device) -> Any:
     """The module whose `forward` and `backward` run on this device. Called when they run, never while tracing."""
     if backend == "torch":
         return torch_backend
@@ -55,7 +55,7 @@ def _forward(
     with_stats: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    forward = _implementation(backend, x.device).forward
+    forward = implementation(backend, x.device).forward
     if probs is None:
         torch_backend.check_targets(target, options.ignore_index, x.shape[-1])
     return forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
@@ -74,7 +74,7 @@ def _backward(
     dprobs: Tensor | None,
     backend: str,
 ) -> None:
-    backward = _implementation(backend, x.device).backward
+    backward = implementation(backend, x.device).backward
     backward(dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs)
 
 
@@ -221,7 +221,7 @@ def _differentiable_backward(
     return gradients.pop(0) if need_dx else None, gradients.pop(0) if need_dprobs else None
 
 
-def _refuse_transforms(*tensors: Tensor | None) -> None:
+def refuse_transforms(*tensors: Tensor | None) -> None:
     """Reverse mode only: other transforms would be slow here or, in a kernel, lose their derivative silently."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
@@ -235,11 +235,12 @@ def _refuse_transforms(*tensors: Tensor | None) -> None:
         )
 
 
-def _must_be_traced(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
+    """Whether x is eager data: no tracing, no subclass, no dispatch mode."""
     return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
@@ -260,8 +261,8 @@ def cross_entropy_rows(
     The last two are empty unless `with_stats`.
     """
     if not torch.compiler.is_compiling():
-        _refuse_transforms(x, probs)
-    if _must_be_traced(x):
+        refuse_transforms(x, probs)
+    if not is_plain(x):
         loss, lse, _, correct, entropy = cross_entropy_forward(x, target, weight, probs, *options, with_stats, backend)
     elif torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):
         return CrossEntropyRows.apply(x, probs, target, weight, options, with_stats, backend, inplace_backward)

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import arguments
 from .autograd import cross_entropy_rows
-
-
-class LossStats(NamedTuple):
-    """What a pass over the logits also knows. Detached; 0 (False) at ignored rows."""
-
-    #: Rows that were not ignored; 0-d int64.
-    num_tokens: Tensor
-    #: log(sum(exp(used logits))) in nats; target-shaped, float32 (float64 for float64 input).
-    lse: Tensor
-    #: Whether the largest logit (the first of them on ties) is the target's; target-shaped bool.
-    correct: Tensor
-    #: Entropy of the softmax in nats; target-shaped, float32 (float64 for float64 input).
-    entropy: Tensor
+from .reduction import LossStats, divisor, loss_dtype, row_targets
 
 
 def fused_cross_entropy(
@@ -105,7 +93,7 @@ def fused_cross_entropy(
         _classes_last(target) if is_probs else target.reshape(x.shape[:2]),
         weight,
         shape=torch.Size([*input.shape[:1], *input.shape[2:]][: input.dim() - 1]) if is_probs else target.shape,
-        out_dtype=_loss_dtype(input, *((target, weight) if is_probs else ())),
+        out_dtype=loss_dtype(input, *((target, weight) if is_probs else ())),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
@@ -151,20 +139,7 @@ def row_loss(
         arguments.check_inplace(x)
     weight = None if weight is None else weight.contiguous()
     probs = target if target.dim() == 3 else None
-    if probs is None:
-        index = target.reshape(-1).long().contiguous()
-    elif return_stats:
-        index = probs.detach().argmax(-1).reshape(-1) if x.shape[-1] else x.new_zeros(x.shape[0] * x.shape[1]).long()
-    else:
-        index = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.int64, device=x.device)
-    ignored = None
-    for extra in ids[1:]:
-        ignored = index == extra if ignored is None else ignored | (index == extra)
-    if token_weight is not None:
-        unweighted = token_weight.detach().reshape(-1) == 0
-        ignored = unweighted if ignored is None else ignored | unweighted
-    if ignored is not None:
-        index = index.masked_fill(ignored, options.ignore_index)
+    index = row_targets(target if probs is None else None, probs, ids, token_weight, return_stats)
 
     loss, lse, correct, entropy = cross_entropy_rows(
         x,
@@ -185,23 +160,11 @@ def row_loss(
     else:
         loss = loss.sum()
         if reduction == "mean":
-            loss = loss / (_divisor(kept, index, weight, probs, token_weight) if normalizer is None else normalizer)
+            loss = loss / (divisor(kept, index, weight, probs, token_weight) if normalizer is None else normalizer)
     loss = loss.to(out_dtype)
     if not return_stats:
         return loss
     return loss, LossStats(kept.sum(), (lse[0] + lse[1]).view(shape), correct.view(shape), entropy.view(shape))
-
-
-def _divisor(
-    kept: Tensor, index: Tensor, weight: Tensor | None, probs: Tensor | None, token_weight: Tensor | None
-) -> Tensor:
-    """What "mean" divides by: the kept rows, each counted with its target's class weight and its token weight."""
-    if weight is not None and probs is None:
-        share = torch.where(
-            kept, weight[torch.where(kept, index, 0)].to(torch.promote_types(weight.dtype, torch.float32)), 0.0
-        )
-        return (share if token_weight is None else share * token_weight).sum()
-    return kept.sum() if token_weight is None else token_weight.sum()
 
 
 def _classes_last(t: Tensor) -> Tensor:
@@ -211,13 +174,3 @@ def _classes_last(t: Tensor) -> Tensor:
     if t.dim() == 2:
         return t.unsqueeze(0)
     return t.movedim(1, -1).flatten(1, -2)
-
-
-def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
-    dtype = input.dtype
-    for other in others:
-        if other is not None:
-            dtype = torch.promote_types(dtype, other.dtype)
-    if torch.is_autocast_enabled(input.device.type) and dtype in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return dtype

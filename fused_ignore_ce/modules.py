@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import arguments
 from .functional import fused_cross_entropy
+from .linear.functional import fused_linear_cross_entropy
 
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -80,4 +83,105 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         names = ("ignore_index", "reduction", "label_smoothing", "softcap", "logit_scale", "z_loss", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class FusedLinearCrossEntropyLoss(nn.Module):
+    """`nn.LinearCrossEntropyLoss` computed by `fused_linear_cross_entropy`, with that function's options.
+
+    It owns the linear layer, as PyTorch's does, and their state_dicts are alike: `linear.weight` (C, in_features),
+    `linear.bias` and, if given, the class weights `weight`.
+
+    >>> criterion = FusedLinearCrossEntropyLoss(2, 4, ignore_index=[0, 3])
+    >>> criterion(torch.zeros(3, 2), torch.tensor([0, 1, 3])).item()
+    1.3862943649291992
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | Collection[int] | None = None,
+        label_smoothing: float = 0.0,
+        options: None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        memory_budget: int | None = None,
+        return_stats: bool = False,
+        process_group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if options is not None:
+            raise ValueError(f"options: expected None, since chunks follow from memory_budget, got {options!r}")
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.memory_budget = memory_budget
+        self.return_stats = return_stats
+        self.process_group = process_group
+        self.backend = backend
+        # A wrong option is an error here, where it is written, not at the first step of training.
+        ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
+        arguments.row_options(ids[0], label_smoothing, softcap, logit_scale, z_loss)
+        arguments.check_reduction(reduction, None)
+        arguments.check_memory_budget(memory_budget)
+        arguments.check_backend(backend)
+        arguments.check_not_distributed(process_group)
+        self.register_buffer("weight", weight)
+        self.linear = nn.Linear(
+            in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Any:
+        """The loss of hidden states `input` and `target`, shaped as `fused_linear_cross_entropy` says."""
+        shape = (self.num_classes, *self.out_features)
+        linear_bias = self.linear.bias
+        return fused_linear_cross_entropy(
+            input,
+            self.linear.weight.view(*shape, -1),
+            target,
+            linear_bias=None if linear_bias is None else linear_bias.view(shape),
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            memory_budget=self.memory_budget,
+            return_stats=self.return_stats,
+            process_group=self.process_group,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        names = ("num_classes", "out_features", "ignore_index", "reduction", "label_smoothing", "softcap",
+                 "logit_scale", "z_loss", "memory_budget", "backend")  # fmt: skip
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

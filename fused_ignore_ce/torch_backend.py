@@ -7,6 +7,7 @@ mathematics and the saved tensors are those of the Triton kernels (see `kernels/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 #: On a 2-core EPYC (32 MiB of cache; N=2048, V=32768, bf16), 2^20 to 2^22 took the same time and 2^23 a third more;
 #: with fewer, larger blocks, threads wait for each other less where cores are shared.
 BLOCK_ELEMENTS = 1 << 21
+
+#: Tensors of a block's size, in float32, that are alive at a time: at most this many, and two more with probabilities.
+BLOCK_TEMPORARIES = 4
 
 
 def _flat_if_view(x: Tensor) -> Tensor:
@@ -35,6 +39,10 @@ def _kept_blocks(x: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple
             rows = kept[start : start + block]
             whole = len(kept) == T
             yield b, slice(start, start + len(rows)) if whole else rows, len(rows)
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_targets(target: Tensor, ignore_index: int, V: int) -> None:
@@ -63,20 +71,101 @@ def _use(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
 
 
 def _soft_target(
-    probs: Tensor | None, weight: Tensor | None, rows: slice | Tensor, b: int, V: int, smoothing: float, dtype
-) -> Tensor:
-    """The part of the target distribution that is no index: (count, V) or, without probabilities, (1, V)."""
-    if probs is not None:
-        q = probs[b, rows].to(dtype)
-        if smoothing:
-            q = q * (1.0 - smoothing) + smoothing / V
+    probs: Tensor | None, weight: Tensor | None, rows: slice | Tensor, b: int, uniform: float, smoothing: float, dtype
+) -> Tensor | float:
+    """The part of the target distribution that is no index: (count, V), (1, V) or, without either tensor, a number.
+
+    `uniform` is the smoothing's share of one class.
+    """
+    if probs is None:
+        return uniform if weight is None else weight.to(dtype).mul(uniform).unsqueeze(0)
+    q = probs[b, rows].to(dtype, copy=True)
+    if smoothing:
+        q.mul_(1.0 - smoothing).add_(uniform)
+    return q if weight is None else q.mul_(weight.to(dtype))
+
+
+def _expectation(q: Tensor, z: Tensor) -> Tensor:
+    """`sum(q * z)` of every row with 0 * inf = 0."""
+    return (q * z).masked_fill_(q == 0, 0.0).sum(1)
+
+
+class _Sums(NamedTuple):
+    """Per row, sums over classes, relative to the largest logit `m` (or to 0 if that is -inf)."""
+
+    m: Tensor
+    s: Tensor
+    r: Tensor
+    mass: Tensor
+    d: Tensor
+    argmax: Tensor
+
+
+def _sums(
+    z: Tensor,
+    local: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    rows: slice | Tensor,
+    b: int,
+    uniform: float,
+    smoothing: float,
+    with_stats: bool,
+) -> _Sums:
+    """Of used logits z (count, V), which are overwritten; `local` is the target's place among them, if it is there."""
+    count, V = z.shape
+    m = z.amax(1)
+    zero = z.new_zeros(count)
+    argmax = z.argmax(1) if with_stats else local
+    z.sub_(m.masked_fill(m == -torch.inf, 0.0).unsqueeze(1))
+    r, mass, d = zero, zero, zero
+    if probs is not None or smoothing:
+        q = _soft_target(probs, weight, rows, b, uniform, smoothing, z.dtype)
+        if isinstance(q, Tensor):
+            r, mass = _expectation(q, z), q.sum(1).expand(count)
+        else:
+            r, mass = z.sum(1).mul_(q), zero + q * V
+    if probs is None:
+        here = (local >= 0) & (local < V)
+        index = torch.where(here, local, 0)
+        w = torch.where(here, 1.0 - smoothing, zero)
+        if weight is not None:
+            w = w * weight[index]
+        z_target = z.gather(1, index.unsqueeze(1)).squeeze(1)
+        r = r + torch.where(w == 0, 0.0, w * z_target)
+        mass = mass + w
+    if with_stats:
+        e = z.exp()
+        d = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
+        s = e.sum(1)
     else:
-        device = weight.device if weight is not None else None
-        q = torch.full((1, V), smoothing / V, dtype=dtype, device=device)
-    return q if weight is None else q * weight.to(dtype)
+        s = z.exp_().sum(1)
+    return _Sums(m, s, r, mass, d, argmax)
 
 
-def forward(
+def _finish(sums: _Sums, target: Tensor, z_loss: float, with_stats: bool) -> tuple[Tensor, ...]:
+    """The rows' (loss, lse, mass) and, with statistics, (correct, entropy)."""
+    m, s, r, mass, d, argmax = sums
+    c = m.masked_fill(m == -torch.inf, 0.0)
+    log_s = s.log()
+    loss = mass * log_s - r + z_loss * (c + log_s) ** 2
+    found = (loss, torch.stack((c, log_s)), mass)
+    return (*found, argmax == target, log_s - d / s) if with_stats else found
+
+
+def _outputs(x: Tensor, N: int, dtype: torch.dtype, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, mass, correct, entropy), zeros."""
+    stats = N if with_stats else 0
+    return (
+        x.new_zeros(N, dtype=dtype),
+        x.new_zeros((2, N), dtype=dtype),
+        x.new_zeros(N, dtype=dtype),
+        x.new_zeros(stats, dtype=torch.bool),
+        x.new_zeros(stats, dtype=dtype),
+    )
+
+
+def _row_sums(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -86,58 +175,94 @@ def forward(
     label_smoothing: float,
     softcap: float | None,
     logit_scale: float,
-    z_loss: float,
     with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row losses and what backward needs: (loss, lse, mass, correct, entropy)."""
-    B, T, V = x.shape
-    N = B * T
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    loss, mass = x.new_zeros(N, dtype=dtype), x.new_zeros(N, dtype=dtype)
-    lse = x.new_zeros((2, N), dtype=dtype)
-    correct = x.new_zeros(N if with_stats else 0, dtype=torch.bool)
-    entropy = x.new_zeros(N if with_stats else 0, dtype=dtype)
-    if V == 0:
-        return loss, lse, mass, correct, entropy
-
+    first_class: int,
+    classes: int,
+) -> Iterator[tuple[slice | Tensor, _Sums]]:
+    """A block of kept rows at a time: which, and their sums."""
     x, (probs,) = _aligned(x, probs)
-    B, T, V = x.shape
+    _, T, V = x.shape
+    dtype = _acc(x)
     scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
     for b, rows, count in _kept_blocks(x, target, ignore_index):
         out = slice(rows.start + b * T, rows.stop + b * T) if isinstance(rows, slice) else rows + b * T
         z = _use(_read(x[b], rows, scratch[:count]), softcap, logit_scale)
-        c = z.amax(1, keepdim=True)
-        c.masked_fill_(c == -torch.inf, 0.0)
+        local = target[out] - first_class
+        yield out, _sums(z, local, weight, probs, rows, b, label_smoothing / classes, label_smoothing, with_stats)
+
+
+def forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *, with_stats: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row losses and what backward needs: (loss, lse, mass, correct, entropy)."""
+    V = x.shape[2]
+    outputs = _outputs(x, x.shape[0] * x.shape[1], _acc(x), with_stats)
+    if V == 0:
+        return outputs
+    z_loss = options.pop("z_loss")
+    blocks = _row_sums(x, target, weight, probs, with_stats=with_stats, first_class=0, classes=V, **options)
+    for rows, sums in blocks:
+        for output, found in zip(outputs, _finish(sums, target[rows], z_loss, with_stats), strict=False):
+            output[..., rows] = found
+    return outputs
+
+
+def new_parts(x: Tensor, parts: int, with_stats: bool) -> tuple[Tensor, Tensor]:
+    """Room for what `forward_part` leaves of `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
+    N = x.shape[0] * x.shape[1]
+    argmax = x.new_zeros((parts, N if with_stats else 0), dtype=torch.int32)
+    return x.new_zeros((5, parts, N), dtype=_acc(x)), argmax
+
+
+def forward_part(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    *,
+    parts: tuple[Tensor, Tensor],
+    part: int,
+    first_class: int,
+    classes: int,
+    with_stats: bool,
+    **options: Any,
+) -> None:
+    """The sums over one block of the vocabulary, into number `part` of `parts`.
+
+    `x`, `weight` and `probs` are the block's, from `first_class` on; `classes` is the size of the whole vocabulary.
+    """
+    del options["z_loss"]
+    partial, argmax = parts
+    blocks = _row_sums(
+        x, target, weight, probs, with_stats=with_stats, first_class=first_class, classes=classes, **options
+    )
+    for rows, sums in blocks:
+        partial[:, part, rows] = torch.stack(sums[:5])
         if with_stats:
-            correct[out] = z.argmax(1) == target[out]
-        z.sub_(c)
-        if probs is not None or label_smoothing:
-            q = _soft_target(probs, weight, rows, b, V, label_smoothing, dtype)
-            r = (q * z).masked_fill_(q == 0, 0.0).sum(1)
-            row_mass = q.sum(1).expand(count)
-        else:
-            r = row_mass = z.new_zeros(count)
-        if probs is None:
-            index = target[out]
-            w = z.new_full((count,), 1.0 - label_smoothing)
-            if weight is not None:
-                w *= weight[index]
-            z_target = z.gather(1, index.unsqueeze(1)).squeeze(1)
-            r = r + torch.where(w == 0, 0.0, w * z_target)
-            row_mass = row_mass + w
-        if with_stats:
-            e = z.exp()
-            s = e.sum(1)
-            entropy[out] = s.log() - z.mul_(e).masked_fill_(e == 0, 0.0).sum(1) / s
-        else:
-            s = z.exp_().sum(1)
-        log_s = s.log()
-        c = c.squeeze(1)
-        loss[out] = row_mass * log_s - r + z_loss * (c + log_s) ** 2
-        lse[0, out] = c
-        lse[1, out] = log_s
-        mass[out] = row_mass
-    return loss, lse, mass, correct, entropy
+            argmax[part, rows] = (sums.argmax + first_class).int()
+
+
+def merge(
+    target: Tensor, parts: tuple[Tensor, Tensor], *, ignore_index: int, z_loss: float, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns, from all parts."""
+    (m, s, r, mass, d), argmax = parts
+    outputs = _outputs(m, len(target), m.dtype, with_stats)
+    largest, at = m.max(0)
+    shift = m.masked_fill(m == -torch.inf, 0.0) - largest.masked_fill(largest == -torch.inf, 0.0)
+    beta = shift.exp().masked_fill_(m == -torch.inf, 0.0)
+    sums = _Sums(
+        m=largest,
+        s=(s * beta).sum(0),
+        r=(r + mass * shift).sum(0),
+        mass=mass.sum(0),
+        d=(beta * (d + s * shift)).sum(0),
+        argmax=argmax.gather(0, at.unsqueeze(0)).squeeze(0) if with_stats else target,
+    )
+    kept = target != ignore_index
+    for output, found in zip(outputs, _finish(sums, target, z_loss, with_stats), strict=False):
+        output.copy_(torch.where(kept, found, 0))
+    return outputs
 
 
 def backward(
@@ -156,12 +281,18 @@ def backward(
     z_loss: float,
     dx: Tensor | None,
     dprobs: Tensor | None,
+    first_class: int = 0,
+    classes: int | None = None,
 ) -> None:
-    """Writes the gradients of kept rows into `dx` (which may be `x`) and `dprobs`, zeros elsewhere."""
+    """Writes the gradients of kept rows into `dx` (which may be `x`) and `dprobs`, zeros elsewhere.
+
+    `first_class` and `classes` are those of `forward_part`; without them, `x` has the whole vocabulary.
+    """
     if x.numel() == 0:
         return
     x, (probs, dx, dprobs) = _aligned(x, probs, dx, dprobs)
     T, V = x.shape[1:]
+    uniform = label_smoothing / (V if classes is None else classes)
     dtype = lse.dtype
     scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
     for b, rows, count in _kept_blocks(x, target, ignore_index):
@@ -171,30 +302,32 @@ def backward(
         z = _read(x[b], rows, scratch[:count])
         slope = None
         if softcap is not None and dx is not None:
-            slope = 1.0 - torch.tanh(z * (logit_scale / softcap)).square_()
+            slope = torch.mul(z, logit_scale / softcap).tanh_().square_().neg_().add_(1.0)
         z = _use(z, softcap, logit_scale).sub_(c)
         if dprobs is not None:
             dq = (log_s - z).mul_(g * (1.0 - label_smoothing))
             dprobs[b, rows] = (dq if weight is None else dq.mul_(weight.to(dtype))).to(dprobs.dtype)
         if dx is None:
             continue
-        subtrahend = masked = None
+        masked = None
         if probs is not None or label_smoothing:
-            subtrahend = _soft_target(probs, weight, rows, b, V, label_smoothing, dtype) * g
             masked = z == -torch.inf
         if probs is None:
-            index = target[out].unsqueeze(1)
+            local = (target[out] - first_class).unsqueeze(1)
+            here = (local >= 0) & (local < V)
+            index = torch.where(here, local, 0)
             w = g * (1.0 - label_smoothing)
             if weight is not None:
                 w = w * weight[index]
-            w = torch.where(z.gather(1, index) == -torch.inf, 0.0, w)
+            w = torch.where(here & (z.gather(1, index) != -torch.inf), w, 0.0)
         # p * mass * g with the normalisation folded into the row's factor: one pass less.
         inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
         z.exp_()
         z_term = z * (2.0 * z_loss * g * (c + log_s) * inverse_s) if z_loss else None
         z.mul_(mass[out].unsqueeze(1) * g * inverse_s)
-        if subtrahend is not None:
-            z.sub_(subtrahend)
+        if masked is not None:
+            q = _soft_target(probs, weight, rows, b, uniform, label_smoothing, dtype)
+            z.sub_(q.mul_(g) if isinstance(q, Tensor) and probs is not None else q * g)
         if probs is None:
             z.scatter_add_(1, index, -w)
         if z_term is not None:

@@ -10,7 +10,7 @@ import triton.language as tl
 from .device_math import soft_target, used_logits
 
 
-@triton.jit(do_not_specialize=["B", "T", "stride_g", "ignore_index"])
+@triton.jit(do_not_specialize=["B", "T", "first_class", "classes", "stride_g", "ignore_index"])
 def backward_kernel(
     dloss_ptr,  # (B * T,)
     x_ptr,  # (B, T, V)
@@ -24,6 +24,8 @@ def backward_kernel(
     B: tl.int64,
     T,
     V,
+    first_class,
+    classes,
     stride_g,
     stride_xb,
     stride_xt,
@@ -69,6 +71,8 @@ def backward_kernel(
     N = B * T
     target = tl.load(target_ptr + row, mask=in_n, other=ignore_index)
     keep = in_n & (target != ignore_index)
+    local = target - first_class
+    uniform = smoothing / classes
     g = tl.load(dloss_ptr + row * stride_g, mask=keep, other=0.0).to(ACC)
     c = tl.load(lse_ptr + row, mask=keep, other=0.0)
     log_s = tl.load(lse_ptr + N + row, mask=keep, other=0.0)
@@ -92,13 +96,13 @@ def backward_kernel(
             if HAS_PROBS:
                 q_ptrs = probs_ptr + b * stride_pb + (offs_t * stride_pt)[:, None] + offs_wide * stride_pv
             w_ptrs = weight_ptr + offs_v if HAS_WEIGHT else None
-            grad -= soft_target(q_ptrs, w_ptrs, mask, mask_v, smoothing, V, ACC, HAS_PROBS, HAS_WEIGHT)
+            grad -= soft_target(q_ptrs, w_ptrs, mask, mask_v, smoothing, uniform, ACC, HAS_PROBS, HAS_WEIGHT)
         if not HAS_PROBS:
             w_target = tl.zeros((BLOCK_N,), ACC) + (1.0 - smoothing)
             if HAS_WEIGHT:
-                in_range = (target >= 0) & (target < V)
-                w_target *= tl.load(weight_ptr + target, mask=keep & in_range, other=0.0).to(ACC)
-            grad = tl.where(offs_wide == target[:, None], grad - w_target[:, None], grad)
+                here = (local >= 0) & (local < V)
+                w_target *= tl.load(weight_ptr + local, mask=keep & here, other=0.0).to(ACC)
+            grad = tl.where(offs_wide == local[:, None], grad - w_target[:, None], grad)
         # Added last: where p is near 1, p * mass - q is exact, and must not be rounded at the size of p.
         grad += p * (2.0 * z_loss * (c + log_s))[:, None]
         grad *= g[:, None]

@@ -58,19 +58,22 @@ def soft_target(
     mask,
     mask_v,
     smoothing,
-    V,
+    uniform,
     ACC: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """Per class, the weight of its log-probability that does not come from an index target."""
+    """Per class, the weight of its log-probability that does not come from an index target.
+
+    `uniform` is the smoothing's share of one class.
+    """
     if HAS_PROBS:
         # Also without smoothing: Triton 3.7 fails (TritonGPUOptimizeThreadLocality) to sum a float32 tensor that
         # comes straight from memory, in a loop.
         q = tl.load(probs_ptrs, mask=mask, other=0.0).to(ACC)
-        q = tl.where(mask, q * (1.0 - smoothing) + smoothing / V, 0.0)
+        q = tl.where(mask, q * (1.0 - smoothing) + uniform, 0.0)
     else:
-        q = tl.where(mask, smoothing / V, 0.0)
+        q = tl.where(mask, uniform, 0.0)
     if HAS_WEIGHT:
         q = q * tl.load(weight_ptrs, mask=mask_v, other=0.0).to(ACC)[None, :]
     return q

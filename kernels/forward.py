@@ -8,7 +8,8 @@ where logits are large. With q the target distribution over classes (class weigh
 
 The logarithm of the sum is saved as the pair (c, log_s): `x - lse` would round at the size of `lse`,
 `(x - c) - log_s` does not. Programs that see only a part of the row leave (max, s, r, mass, d, argmax) of that
-part; `merge_kernel` puts the parts together.
+part; `merge_kernel` puts the parts together. Parts are splits of a launch, or blocks of the vocabulary whose logits
+exist one after the other (`first_class`), or both.
 """
 
 import triton
@@ -37,7 +38,7 @@ def store_row(
         tl.store(entropy_ptr + row, tl.where(keep, log_s - d / s, 0.0), mask=in_n)
 
 
-@triton.jit(do_not_specialize=["B", "T", "ignore_index"])
+@triton.jit(do_not_specialize=["B", "T", "first_part", "parts", "first_class", "classes", "ignore_index"])
 def forward_kernel(
     x_ptr,  # (B, T, V)
     target_ptr,  # (B * T,) int64
@@ -48,13 +49,17 @@ def forward_kernel(
     mass_ptr,  # (B * T,)
     correct_ptr,  # (B * T,) bool
     entropy_ptr,  # (B * T,)
-    partial_ptr,  # (5, splits, B * T): max, s, r, mass, d
-    argmax_ptr,  # (splits, B * T) int32
+    partial_ptr,  # (5, parts, B * T): max, s, r, mass, d
+    argmax_ptr,  # (parts, B * T) int32
     B: tl.int64,
     T,
     V,
     splits,
     split_v,
+    first_part,
+    parts,
+    first_class,
+    classes,
     stride_xb,
     stride_xt,
     stride_xv,
@@ -69,7 +74,7 @@ def forward_kernel(
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
+    IS_PART: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
@@ -93,7 +98,9 @@ def forward_kernel(
     row = b * T + offs_t
     target = tl.load(target_ptr + row, mask=in_n, other=ignore_index)
     keep = in_n & (target != ignore_index)
-    in_range = (target >= 0) & (target < V)
+    in_range = (target >= 0) & (target < classes)
+    local = target - first_class  # among the V classes at hand, which are first_class and those that follow
+    uniform = smoothing / classes
 
     v_start = (pid_v * split_v).to(tl.int32)
     v_end = tl.minimum(v_start + split_v, V)
@@ -105,12 +112,12 @@ def forward_kernel(
         probs_row = probs_ptr + b * stride_pb + offs_t * stride_pt
     else:
         # Only the target's logit; asked for first, so that it arrives while the row streams by.
-        own = keep & in_range & (target >= v_start) & (target < v_end)
-        x_target = tl.load(x_row + target * stride_xv, mask=own, other=0.0).to(ACC)
+        own = keep & in_range & (local >= v_start) & (local < v_end)
+        x_target = tl.load(x_row + local * stride_xv, mask=own, other=0.0).to(ACC)
         x_target = used_logits(x_target, pre_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
         w_target = tl.where(own, 1.0 - smoothing, 0.0)
         if HAS_WEIGHT:
-            w_target *= tl.load(weight_ptr + target, mask=own, other=0.0).to(ACC)
+            w_target *= tl.load(weight_ptr + local, mask=own, other=0.0).to(ACC)
 
     m = tl.full((BLOCK_N,), float("-inf"), ACC)
     c = tl.zeros((BLOCK_N,), ACC)
@@ -138,13 +145,13 @@ def forward_kernel(
         if HAS_PROBS or HAS_SMOOTHING:
             q_ptrs = probs_row[:, None] + offs_v.to(tl.int64)[None, :] * stride_pv if HAS_PROBS else None
             w_ptrs = weight_ptr + offs_v if HAS_WEIGHT else None
-            q = soft_target(q_ptrs, w_ptrs, mask, mask_v, smoothing, V, ACC, HAS_PROBS, HAS_WEIGHT)
+            q = soft_target(q_ptrs, w_ptrs, mask, mask_v, smoothing, uniform, ACC, HAS_PROBS, HAS_WEIGHT)
             r += mass * (c - c_new) + tl.sum(weighted(q, z), 1)
             mass += tl.sum(q, 1)
         if HAS_STATS:
             d = alpha * (d + s * (c - c_new)) + tl.sum(weighted(e, z), 1)
             at_max = tl.min(tl.where(x == m_block[:, None], offs_v[None, :], 2147483647), 1)
-            argmax = tl.where(m_block > m, at_max, argmax)
+            argmax = tl.where(m_block > m, at_max + first_class, argmax)
         s = s * alpha + tl.sum(e, 1)
         m = m_new
         c = c_new
@@ -152,9 +159,9 @@ def forward_kernel(
     if not HAS_PROBS:
         r += weighted(w_target, x_target - c)
         mass += w_target
-    if IS_SPLIT:
-        part = row + pid_v * N
-        field = splits * N
+    if IS_PART:
+        part = row + (first_part + pid_v) * N
+        field = parts * N
         tl.store(partial_ptr + part, m, mask=keep)
         tl.store(partial_ptr + part + field, s, mask=keep)
         tl.store(partial_ptr + part + 2 * field, r, mask=keep)
@@ -172,7 +179,7 @@ def forward_kernel(
     tl.device_assert(in_range | (keep == 0), "fused_ignore_ce: target out of range [0, number of classes)")
 
 
-@triton.jit(do_not_specialize=["N", "splits", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "parts", "ignore_index"])
 def merge_kernel(
     target_ptr,  # (N,) int64
     loss_ptr,  # (N,)
@@ -180,10 +187,10 @@ def merge_kernel(
     mass_ptr,  # (N,)
     correct_ptr,  # (N,) bool
     entropy_ptr,  # (N,)
-    partial_ptr,  # (5, splits, N)
-    argmax_ptr,  # (splits, N) int32
+    partial_ptr,  # (5, parts, N)
+    argmax_ptr,  # (parts, N) int32
     N: tl.int64,
-    splits,
+    parts,
     ignore_index: tl.int64,
     z_loss: tl.float64,
     ACC: tl.constexpr,
@@ -195,7 +202,7 @@ def merge_kernel(
     in_n = row < N
     target = tl.load(target_ptr + row, mask=in_n, other=ignore_index)
     keep = in_n & (target != ignore_index)
-    field = splits * N
+    field = parts * N
 
     m = tl.full((BLOCK_N,), float("-inf"), ACC)
     c = tl.zeros((BLOCK_N,), ACC)
@@ -204,8 +211,8 @@ def merge_kernel(
     mass = tl.zeros((BLOCK_N,), ACC)
     d = tl.zeros((BLOCK_N,), ACC)
     argmax = tl.zeros((BLOCK_N,), tl.int32)
-    for split in range(0, splits):
-        part = row + split * N
+    for i in range(0, parts):
+        part = row + i * N
         m_part = tl.load(partial_ptr + part, mask=keep, other=float("-inf"))
         s_part = tl.load(partial_ptr + part + field, mask=keep, other=0.0)
         r_part = tl.load(partial_ptr + part + 2 * field, mask=keep, other=0.0)

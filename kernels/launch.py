@@ -5,7 +5,7 @@ are in flight, and a multiprocessor's 2048 threads have 64 KB in flight where ab
 More would spill with all features on (`python -m bench.aot`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -82,6 +82,11 @@ def tile(T: int, V: int, itemsize: int, contiguous: bool) -> Launch:
     return Launch(BLOCK_N if T >= BLOCK_N else 1, BLOCK_V, num_warps)
 
 
+def unsplit(launch: Launch, V: int) -> Launch:
+    """The tile, with whole rows to a program."""
+    return replace(launch, splits=1, split_v=triton.cdiv(max(V, 1), launch.BLOCK_V) * launch.BLOCK_V)
+
+
 def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, chip: Chip) -> Launch:
     """A tile, and as many splits of the vocabulary as fill the chip when rows are few."""
     launch = tile(T, V, itemsize, contiguous)
@@ -90,10 +95,4 @@ def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, chip
     blocks = triton.cdiv(max(V, 1), launch.BLOCK_V)
     splits = min(blocks, max(1, wanted // max(programs, 1)))
     split_blocks = triton.cdiv(blocks, splits)
-    return Launch(
-        launch.BLOCK_N,
-        launch.BLOCK_V,
-        launch.num_warps,
-        splits=triton.cdiv(blocks, split_blocks),
-        split_v=split_blocks * launch.BLOCK_V,
-    )
+    return replace(launch, splits=triton.cdiv(blocks, split_blocks), split_v=split_blocks * launch.BLOCK_V)

@@ -1,0 +1,238 @@
+"""Which logits exist at a time: arithmetic on sizes.
+
+A tile of logits is `rows` tokens by `classes` of the vocabulary. Three kinds of tiles, from fastest to leanest:
+
+- one block, N x V: three GEMMs (logits, dH, dW).
+- token chunks, rows x V: the same GEMMs in parts. dW is summed over the chunks, in float32: 4VD bytes, unless the
+  gradient itself is float32, and 8VD bytes moved a chunk.
+- vocabulary blocks, N x classes: one sweep over the blocks for the softmax's normaliser, another for the gradients,
+  which computes the logits again: four GEMMs. Every block of dW is complete at once; dH is summed over the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..torch_backend import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
+
+ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
+
+#: A plan is as good as another if its predicted time is at most this much longer; the leaner of them is taken.
+NEAR_ENOUGH = 1.05
+
+#: Bytes of row vectors: targets, losses, normalisers, scales, and their copies.
+ROW_BYTES = 128
+
+#: Bytes a row and vocabulary block: the sums of every block until they are merged, and the merging.
+PART_BYTES = 48
+
+#: Elements of a product that is summed into another dtype at a time, where the GEMM library cannot do it (CPUs).
+PRODUCT_ELEMENTS = 1 << 19
+
+
+class Machine(NamedTuple):
+    """What a prediction rests on."""
+
+    flops: float  #: of a large GEMM, per second
+    bandwidth: float  #: bytes per second, of the passes over the weight and its gradient that every chunk makes
+    touch: float  #: bytes per second, of memory used for the first time
+
+
+#: By device type and bytes of an operand's element.
+#: CPU: measured on a 2-core EPYC with AVX-512 and bfloat16 instructions, D=1024, V=32768: GEMMs of 2048 rows; what a
+#: chunk more costs (35 to 65 ms for passes over 4 to 5 times 128 MiB); filling fresh memory. CUDA: not measured but
+#: taken from data sheets (H100 SXM: 989 TFLOP/s dense in half precision, of which GEMMs reach about 70%, 67 in
+#: float32; 3.35 TB/s); only the ratio of flops to bandwidth matters, and it is similar for A100 to B200.
+MACHINES = {
+    ("cpu", 2): Machine(390e9, 10e9, 2.5e9),
+    ("cpu", 4): Machine(175e9, 10e9, 2.5e9),
+    ("cpu", 8): Machine(80e9, 10e9, 2.5e9),
+    ("cuda", 2): Machine(700e12, 2.8e12, math.inf),
+    ("cuda", 4): Machine(50e12, 2.8e12, math.inf),
+    ("cuda", 8): Machine(50e12, 2.8e12, math.inf),
+}
+
+
+class LinearPlan(NamedTuple):
+    """How a linear loss is computed, see `plan_linear_loss`."""
+
+    plan: str  #: "one block", "token chunks" or "vocabulary blocks"
+    chunk: int  #: tokens of a chunk; classes of a block for "vocabulary blocks"
+    bytes: int  #: scratch at its peak, beside the tensors of the caller and the gradients
+
+    def tile(self, N: int, V: int) -> tuple[int, int]:
+        """(rows, classes) of the logits that exist at a time."""
+        return (N, self.chunk) if self.plan == VOCABULARY_BLOCKS else (self.chunk, V)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the GEMMs work in. CPUs multiply float16 a hundred times slower than float32."""
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All that the choice depends on. `N` rows are kept."""
+
+    N: int
+    V: int
+    D: int
+    dtype: torch.dtype  # of the operands of the GEMMs
+    input_dtype: torch.dtype  # of input and its gradient
+    weight_dtype: torch.dtype  # of linear_weight and its gradient
+    device: str
+    dinput: bool  # whether input wants a gradient
+    dweight: bool  # whether linear_weight does
+    gathered: bool  # whether some rows are ignored, so that the kept ones are a copy
+    recompute: bool  # whether gradients wait for backward, which needs the logits once more
+    probs: bool
+
+    @property
+    def sums(self) -> torch.dtype:
+        """What is summed over chunks or blocks is summed in this dtype."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def bytes(self, rows: int, classes: int) -> int:
+        """Scratch at its peak with tiles of this size."""
+        N, V, D = self.N, self.V, self.D
+        size, acc = self.dtype.itemsize, self.sums.itemsize
+        blocks = -(-V // classes)
+        tile = rows * classes * size
+        workspace = 0
+        if self.device != "cuda":
+            workspace = (BLOCK_TEMPORARIES + 2 * self.probs) * acc * min(rows * classes, max(BLOCK_ELEMENTS, classes))
+            workspace += min(PRODUCT_ELEMENTS, max(N, V) * D) * (size + acc) if size < acc else 0
+        weight = min(classes, V) * D * size if self.weight_dtype != self.dtype else 0
+        gathered = self.input_dtype.itemsize * self.gathered * (1 + self.dinput)
+        hidden = N * D * (gathered + size * (self.input_dtype != self.dtype))
+        dweight = V * D * acc if self.dweight and accumulates(self.weight_dtype, self.dtype, rows < N) else 0
+        dinput = N * D * acc if self.dinput and accumulates(self.input_dtype, self.dtype, blocks > 1) else 0
+        parts = N * blocks * PART_BYTES if blocks > 1 else 0
+        return tile + workspace + weight + hidden + dweight + dinput + parts + N * ROW_BYTES
+
+    def seconds(self, rows: int, classes: int) -> float:
+        """Predicted time. A model for comparing plans: elementwise work, the same for all, is left out."""
+        N, V, D = self.N, self.V, self.D
+        size, acc = self.dtype.itemsize, self.sums.itemsize
+        machine = MACHINES.get((self.device, size), MACHINES["cuda", size])
+        chunks, blocks = -(-N // rows), -(-V // classes)
+        gradients = self.dinput + self.dweight
+        gemms = 1 + gradients + bool(gradients and (blocks > 1 or self.recompute))
+        moved = chunks * (gemms - self.dweight) * V * D * size  # the weight, read by the other GEMMs
+        moved += self.dweight * V * D * (2 * acc * chunks if chunks > 1 else size)
+        moved += blocks * N * D * (gemms * size + (2 * acc if self.dinput and blocks > 1 else 0))
+        return (
+            2 * N * V * D * gemms / machine.flops
+            + moved / machine.bandwidth
+            + self.bytes(rows, classes) / machine.touch
+        )
+
+
+def accumulates(gradient: torch.dtype, operand: torch.dtype, several: bool) -> bool:
+    """Whether a gradient is summed in a tensor of its own: several terms are, unless it is itself wide enough."""
+    wide = gradient.itemsize >= 4
+    return not wide and (several or gradient != operand)
+
+
+def _counts(most: int) -> Iterator[int]:
+    """1, and numbers in steps of about a tenth, up to `most`."""
+    count = 1
+    while count < most:
+        yield count
+        count = max(count + 1, count * 11 // 10)
+    yield most
+
+
+def _part(size: int, count: int) -> int:
+    """The size of `count` parts: a multiple of 64, which GEMMs like, where that makes sense."""
+    part = -(-size // count)
+    return min(size, -(-part // 64) * 64) if part > 64 else part
+
+
+def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
+    """Of all plans within the budget, the leanest whose predicted time is within 5% of the fastest's."""
+    N, V = max(sizes.N, 1), max(sizes.V, 1)
+    tiles = [(ONE_BLOCK, N, V)]
+    tiles += [(TOKEN_CHUNKS, rows, V) for rows in sorted({_part(N, count) for count in _counts(N)}) if rows < N]
+    tiles += [(VOCABULARY_BLOCKS, N, width) for width in sorted({_part(V, c) for c in _counts(V)}) if width < V]
+    known = [(plan, rows, classes, sizes.bytes(rows, classes)) for plan, rows, classes in tiles]
+    fitting = [tile for tile in known if memory_budget is None or tile[3] <= memory_budget]
+    if not fitting:
+        least = min(size for *_, size in known)
+        raise ValueError(
+            f"memory_budget: expected at least {least} bytes ({least / 2**20:.1f} MiB) for {sizes.N} kept tokens, "
+            f"{sizes.V} classes and {sizes.D} features in {sizes.dtype}, got {memory_budget}"
+        )
+    times = [sizes.seconds(rows, classes) for _, rows, classes, _ in fitting]
+    near = [tile for tile, time in zip(fitting, times, strict=True) if time <= NEAR_ENOUGH * min(times)]
+    plan, rows, classes, size = min(near, key=lambda tile: tile[3])
+    return LinearPlan(plan, classes if plan == VOCABULARY_BLOCKS else rows, size)
+
+
+def plan_linear_loss(
+    num_tokens: int,
+    num_classes: int,
+    num_features: int,
+    *,
+    num_ignored: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cuda",
+    memory_budget: int | None = None,
+    input_grad: bool = True,
+    weight_grad: bool = True,
+    reduction: str = "mean",
+) -> LinearPlan:
+    """What `fused_linear_cross_entropy` does for these sizes: (plan, chunk, bytes).
+
+    Args:
+        num_tokens: N, rows of input.
+        num_ignored: those of them that are ignored.
+        num_classes: V, rows of linear_weight.
+        num_features: D.
+        dtype: of the matrix products: input's or, under autocast, autocast's.
+        weight_dtype: of linear_weight, where it is another: float32 parameters under autocast.
+        device: where it runs; nothing is allocated there.
+        memory_budget: bytes of scratch beside the caller's tensors and the gradients; None for no limit.
+        input_grad: whether input wants a gradient.
+        weight_grad: whether linear_weight does.
+        reduction: "none" computes gradients in backward, from logits computed again.
+
+    Returns:
+        plan: "one block" (all logits of the kept tokens at once), "token chunks" or "vocabulary blocks"; see the
+        module's text. chunk: tokens, or classes of a block. bytes: scratch at its peak. It is the leanest plan whose
+        predicted time is within 5% of the fastest's that fits.
+
+    Raises:
+        ValueError: no plan fits the budget; the message names the smallest that works.
+
+    >>> plan_linear_loss(8192, 128256, 4096).plan
+    'one block'
+    >>> plan_linear_loss(8192, 128256, 4096, memory_budget=2**29).plan
+    'vocabulary blocks'
+    """
+    device = torch.device(device)
+    operand = operand_dtype(dtype, device)
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    return choose(
+        Sizes(
+            N=num_tokens - num_ignored,
+            V=num_classes,
+            D=num_features,
+            dtype=operand,
+            input_dtype=dtype,
+            weight_dtype=weight_dtype,
+            device=device.type,
+            dinput=input_grad,
+            dweight=weight_grad,
+            gathered=num_ignored > 0,
+            recompute=reduction == "none" or dtype == torch.float16,
+            probs=False,
+        ),
+        memory_budget,
+    )
