@@ -81,3 +81,19 @@ def no_worse():
             assert (gt - ours).abs().max() <= (gt - ref).abs().max() + tiny, _worst(name, ours, ref, gt)
 
     return check
+
+
+@pytest.fixture(params=["one block", "token chunks", "vocabulary blocks"])
+def plan(request, monkeypatch):
+    """Forces a plan of the linear loss, with chunks and blocks that divide nothing."""
+    from fused_ignore_ce.linear import autograd, functional
+    from fused_ignore_ce.linear.plan import LinearPlan
+
+    def choose(sizes, memory_budget):
+        blocks = max(1, sizes.V * 2 // 5)
+        chunk = {"one block": max(sizes.N, 1), "token chunks": 3, "vocabulary blocks": blocks}[request.param]
+        return LinearPlan(request.param, chunk, 0)
+
+    monkeypatch.setattr(autograd, "choose", choose)
+    monkeypatch.setattr(functional, "choose", choose)
+    return request.param

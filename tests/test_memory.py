@@ -1,28 +1,80 @@
-"""Memory is a promise like any other: measured in a fresh process."""
+"""Memory is a promise like any other: measured in fresh processes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-OURS, PLAIN = "fused_cross_entropy(x, y)", "F.cross_entropy(x.float(), y)"
-N, V = 2048, 32768
+from fused_ignore_ce import plan_linear_loss
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
 
-def peak_mib(name: str, share: float) -> float:
-    """Beside the logits and the gradient, forward and backward, bf16."""
-    command = [sys.executable, "-m", "bench.memory", name, str(N), str(V), str(share)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-    return int(done.stdout) / 2**20
+FUSED, PLAIN = "fused_cross_entropy(x, y)", "F.cross_entropy(x.float(), y)"
+FUSED_LINEAR, PLAIN_LINEAR = "fused_linear_cross_entropy(h, w, y)", "F.cross_entropy(F.linear(h, w), y)"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
+def peak(name, shape, share, dtype, budget=None):
+    """Bytes beside inputs and gradients, forward and backward."""
+    sizes = "x".join(map(str, shape))
+    command = [sys.executable, "-m", "bench.memory", name, sizes, str(share), dtype, json.dumps(budget)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.75])
 def test_beside_the_gradient_there_is_one_block(share):
-    assert peak_mib(OURS, share) <= 64
+    assert peak(FUSED, (2048, 32768), share, "bfloat16") <= 64 * 2**20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
 def test_the_measure_sees_what_pytorch_holds():
-    assert peak_mib(PLAIN, 0.0) > 2 * N * V * 4 / 2**20  # the float32 copy and its log-softmax, at least
+    """The float32 copy and its log-softmax, at least."""
+    assert peak(PLAIN, (2048, 32768), 0.0, "bfloat16") > 2 * 2048 * 32768 * 4
+
+
+def test_no_logits_beside_the_gradients():
+    """By default, against what the plain path holds: log-softmax, its gradient and that of the logits."""
+    shape = 2048, 32768, 128
+    plain, ours = (peak(name, shape, 0.0, "float32") for name in (PLAIN_LINEAR, FUSED_LINEAR))
+    assert plain > 2.5 * 2048 * 32768 * 4
+    assert ours <= 0.18 * plain
+
+
+#: (N, V, D), dtype, ignored, budget in MiB: every plan, large and small tiles, with and without ignored rows.
+BUDGETS = {
+    "one block": [((1024, 40000, 200), "bfloat16", 0.3, 100)],
+    "token chunks": [
+        ((2048, 32768, 256), "float32", 0.0, 60),
+        ((2048, 32768, 256), "float32", 0.0, 16),
+        ((2048, 32768, 256), "float32", 0.5, 56),
+        ((3000, 20011, 130), "bfloat16", 0.0, 20),
+    ],
+    "vocabulary blocks": [
+        ((2048, 32768, 256), "bfloat16", 0.0, 30),
+        ((2048, 65537, 256), "float32", 0.25, 40),
+        ((4096, 32768, 64), "bfloat16", 0.75, 20),
+    ],
+}
+
+
+@pytest.mark.parametrize("plan", BUDGETS)
+def test_scratch_stays_within_the_budget(plan):
+    for shape, dtype, share, mib in BUDGETS[plan]:
+        budget = mib * 2**20
+        chosen = plan_linear_loss(
+            *shape, num_ignored=round(shape[0] * share), dtype=getattr(torch, dtype), device="cpu",
+            memory_budget=budget,
+        )  # fmt: skip
+        assert chosen.plan == plan
+        assert chosen.bytes <= budget
+        measured = peak(FUSED_LINEAR, shape, share, dtype, budget)
+        assert measured <= budget, f"{shape} {dtype}: {measured / 2**20:.1f} MiB of {mib}; {chosen}"
+
+
+def test_scratch_does_not_grow_with_the_tokens():
+    budget = 48 * 2**20
+    for N in (2048, 4096):
+        assert plan_linear_loss(N, 32768, 64, dtype=torch.float32, device="cpu", memory_budget=budget).bytes <= budget
+        assert peak(FUSED_LINEAR, (N, 32768, 64), 0.0, "float32", budget) <= budget

@@ -294,9 +294,9 @@ def _one_position(
         total = loss if scale is None else (loss * scale).sum()
     if scale is None:
         total = _spread(total, rows, N)
-    if with_stats:
-        lse, correct, entropy = (_spread(t, rows, N) for t in (lse[0] + lse[1], correct, entropy))
-    return _Rows(total, lse, correct, entropy)
+    if not with_stats:
+        return _Rows(total, entropy, correct, entropy)
+    return _Rows(total, *(_spread(t, rows, N) for t in (lse[0] + lse[1], correct, entropy)))
 
 
 def _may_wait(h: Tensor) -> bool:

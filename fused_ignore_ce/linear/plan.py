@@ -31,7 +31,7 @@ ROW_BYTES = 128
 #: Bytes a row and vocabulary block: the sums of every block until they are merged, and the merging.
 PART_BYTES = 48
 
-#: Elements of a product that is summed into another dtype at a time, where the GEMM library cannot do it (CPUs).
+#: Elements of a product that is summed into another dtype at a time, at most; see `product_elements`.
 PRODUCT_ELEMENTS = 1 << 19
 
 
@@ -41,20 +41,24 @@ class Machine(NamedTuple):
     flops: float  #: of a large GEMM, per second
     bandwidth: float  #: bytes per second, of the passes over the weight and its gradient that every chunk makes
     touch: float  #: bytes per second, of memory used for the first time
+    elements: float  #: logits per second that the loss's kernels get through, in one direction
+    tile: float  #: seconds a tile, of everything that does not depend on its size
 
 
 #: By device type and bytes of an operand's element.
-#: CPU: measured on a 2-core EPYC with AVX-512 and bfloat16 instructions, D=1024, V=32768: GEMMs of 2048 rows; what a
-#: chunk more costs (35 to 65 ms for passes over 4 to 5 times 128 MiB); filling fresh memory. CUDA: not measured but
-#: taken from data sheets (H100 SXM: 989 TFLOP/s dense in half precision, of which GEMMs reach about 70%, 67 in
-#: float32; 3.35 TB/s); only the ratio of flops to bandwidth matters, and it is similar for A100 to B200.
+#: CPU: fitted to measurements on a 2-core EPYC with AVX-512 and bfloat16 instructions, of all three plans with tiles
+#: of 16 to 2048 rows and 128 to 8192 classes at V=32768, D=64 to 1024. Relative to "one block", what was predicted
+#: for chunks of 128 rows and more was within 0.2 of what was measured, for blocks of 512 classes and more within 0.35;
+#: smaller tiles were up to 2.5 times slower than large ones, and are predicted so. CUDA: not measured but from data
+#: sheets (H100 SXM: 989 TFLOP/s dense in half precision, of which GEMMs reach about 70%, 67 in float32; 3.35 TB/s);
+#: it is mostly the ratio of flops to bandwidth that matters, and that is similar from A100 to B200.
 MACHINES = {
-    ("cpu", 2): Machine(390e9, 10e9, 2.5e9),
-    ("cpu", 4): Machine(175e9, 10e9, 2.5e9),
-    ("cpu", 8): Machine(80e9, 10e9, 2.5e9),
-    ("cuda", 2): Machine(700e12, 2.8e12, math.inf),
-    ("cuda", 4): Machine(50e12, 2.8e12, math.inf),
-    ("cuda", 8): Machine(50e12, 2.8e12, math.inf),
+    ("cpu", 2): Machine(390e9, 12e9, 2.5e9, 1.2e9, 5e-4),
+    ("cpu", 4): Machine(175e9, 12e9, 2.5e9, 1.2e9, 5e-4),
+    ("cpu", 8): Machine(80e9, 12e9, 2.5e9, 0.6e9, 5e-4),
+    ("cuda", 2): Machine(700e12, 2.8e12, math.inf, 900e9, 5e-5),
+    ("cuda", 4): Machine(50e12, 2.8e12, math.inf, 450e9, 5e-5),
+    ("cuda", 8): Machine(50e12, 2.8e12, math.inf, 225e9, 5e-5),
 }
 
 
@@ -73,6 +77,14 @@ class LinearPlan(NamedTuple):
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the GEMMs work in. CPUs multiply float16 a hundred times slower than float32."""
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+def product_elements(tile: int, D: int) -> int:
+    """Elements of a product at a time where it is summed into another dtype and the GEMM library cannot do it (CPUs).
+
+    `tile` is the number of logits of a tile: smaller tiles are for smaller budgets.
+    """
+    return max(min(PRODUCT_ELEMENTS, tile), D)
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,9 @@ class Sizes:
         tile = rows * classes * size
         workspace = 0
         if self.device != "cuda":
-            workspace = (BLOCK_TEMPORARIES + 2 * self.probs) * acc * min(rows * classes, max(BLOCK_ELEMENTS, classes))
-            workspace += min(PRODUCT_ELEMENTS, max(N, V) * D) * (size + acc) if size < acc else 0
+            temporaries = BLOCK_TEMPORARIES + 2 * self.probs
+            workspace = temporaries * acc * min(rows * classes, max(BLOCK_ELEMENTS, classes))
+            workspace += product_elements(rows * classes, D) * (size + acc) if size < acc else 0
         weight = min(classes, V) * D * size if self.weight_dtype != self.dtype else 0
         gathered = self.input_dtype.itemsize * self.gathered * (1 + self.dinput)
         hidden = N * D * (gathered + size * (self.input_dtype != self.dtype))
@@ -116,7 +129,7 @@ class Sizes:
         return tile + workspace + weight + hidden + dweight + dinput + parts + N * ROW_BYTES
 
     def seconds(self, rows: int, classes: int) -> float:
-        """Predicted time. A model for comparing plans: elementwise work, the same for all, is left out."""
+        """Predicted time, forward and backward."""
         N, V, D = self.N, self.V, self.D
         size, acc = self.dtype.itemsize, self.sums.itemsize
         machine = MACHINES.get((self.device, size), MACHINES["cuda", size])
@@ -130,6 +143,8 @@ class Sizes:
             2 * N * V * D * gemms / machine.flops
             + moved / machine.bandwidth
             + self.bytes(rows, classes) / machine.touch
+            + N * V * (1 + bool(gradients)) / machine.elements
+            + chunks * blocks * machine.tile
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import RowOptions, implementation
-from .plan import PRODUCT_ELEMENTS, LinearPlan, accumulates
+from .plan import LinearPlan, accumulates, product_elements
 
 
 class Operands(NamedTuple):
@@ -50,8 +50,11 @@ def _slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), max(step, 1))]
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """`out = a @ b`, or `out += a @ b`, summed in out's dtype where that is wider than the operands'."""
+def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, elements: int) -> None:
+    """`out = a @ b`, or `out += a @ b`, summed in out's dtype where that is wider than the operands'.
+
+    Where the GEMM library returns the operands' dtype only, so many `elements` are computed at a time.
+    """
     if a.dtype == out.dtype:
         if accumulate:
             out.addmm_(a, b)
@@ -63,7 +66,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # no CPU GEMM returns a dtype wider than its operands': what is added comes rounded to theirs
-        for rows in _slices(len(out), max(1, PRODUCT_ELEMENTS // max(out.shape[1], 1))):
+        for rows in _slices(len(out), max(1, elements // max(out.shape[1], 1))):
             part = a[rows] @ b
             if accumulate:
                 out[rows].add_(part)
@@ -74,13 +77,14 @@ def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 class _Sum:
     """A gradient that comes in parts."""
 
-    def __init__(self, like: Tensor, operand: torch.dtype, sums: torch.dtype, several: bool) -> None:
+    def __init__(self, like: Tensor, operand: torch.dtype, sums: torch.dtype, several: bool, tile: int) -> None:
         self.dtype = like.dtype
+        self.elements = product_elements(tile, like.shape[1])
         own = accumulates(like.dtype, operand, several)
         self.total = torch.empty(like.shape, dtype=sums if own else like.dtype, device=like.device)
 
     def add(self, part: slice, a: Tensor, b: Tensor, first: bool) -> None:
-        _product(self.total[part], a, b, accumulate=not first)
+        _product(self.total[part], a, b, not first, self.elements)
 
     def gradient(self) -> Tensor:
         return self.total.to(self.dtype)
@@ -114,15 +118,16 @@ def sweep(
     tiles = _Tiles(operands._replace(h=h, w=w), options, kernels, buffer, with_stats)
 
     want_h, want_w, want_b, want_probs = wanted
-    dh = _Sum(operands.h, dtype, sums, len(blocks) > 1) if want_h else None
-    dw = _Sum(operands.w, dtype, sums, len(chunks) > 1) if want_w else None
+    dh = _Sum(operands.h, dtype, sums, len(blocks) > 1, len(buffer)) if want_h else None
+    dw = _Sum(operands.w, dtype, sums, len(chunks) > 1, len(buffer)) if want_w else None
     db = torch.zeros(V, dtype=sums, device=h.device) if want_b else None
     dprobs = torch.empty_like(operands.probs) if want_probs and operands.probs is not None else None
-    found: list[Rows] = []
+    found = None
     for rows in chunks:
         if saved is None:
-            found.append(tiles.losses(rows, blocks))
-            lse, mass = found[-1].lse, found[-1].mass
+            part = tiles.losses(rows, blocks)
+            found = _joined(found, part, rows, N)
+            lse, mass = part.lse, part.mass
         else:
             lse, mass = saved[0][:, rows].contiguous(), saved[1][rows]
         if not any(wanted):
@@ -146,11 +151,23 @@ def sweep(
         None if db is None or operands.b is None else db.to(operands.b.dtype),
         dprobs,
     )
-    if saved is not None:
-        return None, gradients
-    return found[0] if len(found) == 1 else Rows(
-        *(torch.cat(fields, -1) for fields in zip(*found, strict=True))
-    ), gradients
+    return found, gradients
+
+
+def _joined(found: Rows | None, part: Rows, rows: slice, N: int) -> Rows:
+    """`found` with a chunk's rows written into it.
+
+    Copied, not collected: small tensors that stay between the large temporaries of one chunk and the next would
+    leave holes in the heap too small for the latter, and glibc's heap grew by a temporary a chunk.
+    """
+    if rows == slice(0, N):
+        return part
+    if found is None:
+        found = Rows(*(field.new_empty((*field.shape[:-1], N if field.shape[-1] else 0)) for field in part))
+    for whole, field in zip(found, part, strict=True):
+        if whole.shape[-1]:
+            whole[..., rows] = field
+    return found
 
 
 class _Tiles:
