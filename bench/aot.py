@@ -91,7 +91,10 @@ def shapes(itemsize: int) -> list[Shape]:
 
 
 def feature_sets(kernel: str, ends: bool) -> list[tuple[str, ...]]:
-    """Nothing, each feature alone, and all of them; with `ends`, only nothing and all."""
+    """Nothing, each feature alone, and all of them; with `ends`, only nothing and all.
+
+    "part" is the forward kernel on a block of the vocabulary, as the linear loss launches it.
+    """
     if kernel == "merge_kernel":
         return [(), ("stats",)]
     forward = kernel == "forward_kernel"
@@ -122,7 +125,10 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
             for kernel, distinct in kernels.items():
                 if distinct is None:
                     continue
-                for features in feature_sets(kernel, ends=quick or shape not in widest):
+                sets = feature_sets(kernel, ends=quick or shape not in widest)
+                if kernel == "forward_kernel" and shape.contiguous and not tile[-1]:
+                    sets += [("part", *features) for features in feature_sets(kernel, ends=True)]
+                for features in sets:
                     key = (kernel, arch, dtype, features, distinct, shape.aligned or not distinct)
                     chosen.setdefault(key, Job(kernel, arch, dtype, shape, features))
     return list(chosen.values())
@@ -152,6 +158,13 @@ def launch(job: Job) -> None:
         "logit_scale": 0.5 if "scale" in has else 1.0,
         "z_loss": 0.0,
     }
+    if "part" in has:
+        stats = "stats" in has
+        cross_entropy.forward_part(
+            x, target, weight, probs, **options, with_stats=stats, parts=cross_entropy.new_parts(x, 3, stats), part=1,
+            first_class=job.shape.V, classes=3 * job.shape.V,
+        )  # fmt: skip
+        return
     if job.kernel != "backward_kernel":
         cross_entropy.forward(x, target, weight, probs, **options, with_stats="stats" in has)
         return

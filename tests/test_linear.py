@@ -81,7 +81,7 @@ def test_equals_pytorch(dtype, N, V, D, reduction, backend, plan, device, no_wor
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(reduction, backend, plan, device):
     h, w, b, y = problem(7, 11, 2, torch.float64, device=device)
     y[3] = -100
@@ -106,7 +106,7 @@ def test_gradcheck(reduction, backend, plan, device):
     assert torch.autograd.gradcheck(lambda t: loss(h, w, b, y, token_weight.index_copy(0, kept, t)), leaf)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_combination(dtype, backend, plan, device, no_worse, data):

@@ -59,7 +59,7 @@ CALLS = {
         h, w, y, softcap=5.0, z_loss=0.1, token_weight=torch.arange(4.0, device=h.device), **k
     ),
     "none": lambda h, w, y, **k: fused_linear_cross_entropy(h, w, y, reduction="none", **k).square().sum(),
-    "budget": lambda h, w, y, **k: fused_linear_cross_entropy(h, w, y, memory_budget=10**6, **k),
+    "budget": lambda h, w, y, **k: fused_linear_cross_entropy(h, w, y, memory_budget=10**5, **k),
     "normalizer": lambda h, w, y, **k: fused_linear_cross_entropy(
         h, w, y, normalizer=torch.tensor(3.0, device=h.device), **k
     ),
