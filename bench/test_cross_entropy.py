@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.gate import gate, gradients
+from bench.compare import gate, in_turns
 from bench.providers import LOGITS_LOSSES
 from bench.workload import logits_and_target
 
@@ -19,5 +19,4 @@ def test_forward_and_backward(benchmark, name, share):
     gate(loss, LOGITS_LOSSES[BASELINE], *logits_and_target(64, 1000, 0.5))
     x, target = logits_and_target(N, V, share)
     benchmark.group = f"N={N} V={V} bf16, {share:.0%} ignored, {x.device}, {torch.get_num_threads()} threads"
-    benchmark.extra_info["baseline"] = name == BASELINE
-    benchmark.pedantic(gradients, args=(loss, x, target), warmup_rounds=2, rounds=9)
+    in_turns(benchmark, loss, LOGITS_LOSSES[BASELINE], (x, target), rounds=9)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.gate import gate, gradients
+from bench.compare import gate, in_turns
 from bench.providers import LINEAR_LOSSES
 from bench.workload import hidden_and_target
 
@@ -30,7 +30,4 @@ def test_forward_and_backward(benchmark, name, case):
     gate(loss, LINEAR_LOSSES[BASELINE], *hidden_and_target(64, 1000, 40, 0.5, dtype))
     arguments = hidden_and_target(N, V, D, share, dtype)
     benchmark.group = f"{case_id(case)}, {arguments[0].device}, {torch.get_num_threads()} threads"
-    benchmark.extra_info["baseline"] = name == BASELINE
-    if name == "F.linear_cross_entropy(h, w, y, options=...)":
-        rounds = min(rounds, 2)  # tens of seconds each
-    benchmark.pedantic(gradients, args=(loss, *arguments), warmup_rounds=1, rounds=rounds)
+    in_turns(benchmark, loss, LINEAR_LOSSES[BASELINE], arguments, rounds)
