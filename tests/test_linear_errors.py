@@ -77,8 +77,19 @@ def test_a_budget_that_nothing_meets_names_the_smallest_that_works():
         assert plan_linear_loss(1024, 32768, 256, memory_budget=least, device=device).bytes <= least
         with pytest.raises(ValueError, match="memory_budget"):
             plan_linear_loss(1024, 32768, 256, memory_budget=least - 1, device=device)
+    for reduction in ("mean", "none"):  # and in forward, though the latter's gradients wait for backward
+        with pytest.raises(ValueError, match="memory_budget: expected at least"):
+            call(memory_budget=10, reduction=reduction)
+    # bfloat16 dW over token chunks needs an accumulator that forward does not.
+    N, V, D = 64, 2000, 300
+    h, w = torch.randn(N, D, dtype=torch.bfloat16), torch.randn(V, D, dtype=torch.bfloat16, requires_grad=True)
+    sizes = {"dtype": torch.bfloat16, "device": "cpu", "input_grad": False, "reduction": "none"}
+    with pytest.raises(ValueError, match="at least") as error:
+        plan_linear_loss(N, V, D, memory_budget=0, **sizes)
+    budget = int(str(error.value).split("at least ")[1].split()[0]) - 1
+    plan_linear_loss(N, V, D, memory_budget=budget, **(sizes | {"weight_grad": False}))  # forward alone would fit
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
-        call(memory_budget=10)
+        fused_linear_cross_entropy(h, w, torch.zeros(N, dtype=torch.int64), memory_budget=budget, reduction="none")
 
 
 def test_dtypes_are_the_callers_to_match_without_autocast():

@@ -1,6 +1,7 @@
 """The README's snippets and the docstrings' examples run as they stand."""
 
 import doctest
+import inspect
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import fused_ignore_ce.functional
+import fused_ignore_ce.linear.functional
+import fused_ignore_ce.linear.plan
 import fused_ignore_ce.modules
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -15,7 +18,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
@@ -25,16 +28,23 @@ def test_snippet(code):
     assert scope["loss"].isfinite() if "loss" in scope else "model" in scope
 
 
-@pytest.mark.parametrize("module", [fused_ignore_ce.functional, fused_ignore_ce.modules], ids=lambda m: m.__name__)
+MODULES = [
+    fused_ignore_ce.functional,
+    fused_ignore_ce.modules,
+    fused_ignore_ce.linear.functional,
+    fused_ignore_ce.linear.plan,
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_docstring_examples(module):
     names = {**vars(module), "torch": torch}
     assert doctest.testmod(module, extraglobs=names).failed == 0
     assert doctest.testmod(module, extraglobs=names).attempted > 0
 
 
-def test_every_option_is_in_the_docstring():
-    import inspect
-
-    function = fused_ignore_ce.fused_cross_entropy
-    for name in inspect.signature(function).parameters:
-        assert re.search(rf"^ {{8}}{name}:", inspect.getdoc(function).replace("\n", "\n    "), re.MULTILINE), name
+@pytest.mark.parametrize("name", ["fused_cross_entropy", "fused_linear_cross_entropy", "plan_linear_loss"])
+def test_every_option_is_in_the_docstring(name):
+    function = getattr(fused_ignore_ce, name)
+    for option in inspect.signature(function).parameters:
+        assert re.search(rf"^ {{8}}{option}:", inspect.getdoc(function).replace("\n", "\n    "), re.MULTILINE), option

@@ -119,3 +119,29 @@ def test_rows_of_strided_tensors():
 def gather_kernel(x_ptr, out_ptr, stride_xv, BLOCK_V: tl.constexpr):
     offs_v = tl.arange(0, BLOCK_V)
     tl.store(out_ptr + offs_v, tl.load(x_ptr + offs_v * stride_xv))
+
+
+def test_vocabulary_blocks_are_read_once():
+    """What the linear loss launches: parts of the vocabulary, each logit of a kept row once and none of an ignored."""
+    from fused_ignore_ce.kernels import cross_entropy
+
+    V, width = 5003, 1700
+    x = torch.randn(1, 8, V)
+    target = torch.tensor([0, -100, 1699, 1700, 5002, -100, 7, 3400])
+    options = {"ignore_index": -100, "label_smoothing": 0.1, "softcap": None, "logit_scale": 1.0, "z_loss": 0.0}
+    starts = range(0, V, width)
+    parts = cross_entropy.new_parts(x, len(starts), False)
+    with Traffic() as traffic:
+        for part, start in enumerate(starts):
+            block = x[:, :, start : start + width].contiguous()
+            cross_entropy.forward_part(
+                block, target, None, None, parts=parts, part=part, first_class=start, classes=V, with_stats=False,
+                **options,
+            )  # fmt: skip
+    read = sum(launch.row_bytes("load", "x_ptr") for launch in traffic.launches)
+    kept = (target != -100).numpy()
+    assert (read[kept] == 4 * (V + 1)).all()  # and the target's logit, where it is
+    assert (read[~kept] == 0).all()
+    outputs = cross_entropy.merge(target, parts, ignore_index=-100, z_loss=0.0, with_stats=False)
+    whole = cross_entropy.forward(x, target, None, None, with_stats=False, **options)
+    torch.testing.assert_close(outputs[0], whole[0])

@@ -98,6 +98,7 @@ def fused_linear_cross_entropy(
         raise RuntimeError(
             f"ignore_index is not supported for floating point target: expected it below 0, got {ignore_index}"
         )
+    options = arguments.row_options(ids[0], label_smoothing, softcap, logit_scale, z_loss)
     loss, stats = _loss(
         input,
         linear_weight,
@@ -106,13 +107,10 @@ def fused_linear_cross_entropy(
         linear_bias,
         weight,
         ids,
-        arguments.row_options(ids[0], label_smoothing, softcap, logit_scale, z_loss),
         reduction,
         token_weight,
         normalizer,
-        memory_budget,
-        return_stats,
-        backend,
+        _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device)),
     )
     loss = loss.to(loss_dtype(input, *((target, weight) if is_probs else ())))
     return (loss, stats) if return_stats else loss
@@ -156,11 +154,18 @@ def fused_linear_log_probs(
         raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype} probabilities")
     ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
     options = arguments.row_options(ids[0], 0.0, softcap, logit_scale, 0.0)
-    loss, stats = _loss(
-        input, linear_weight, target, False, linear_bias, None, ids, options, "none", None, None, memory_budget,
-        return_stats, backend,
-    )  # fmt: skip
+    call = _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device))
+    loss, stats = _loss(input, linear_weight, target, False, linear_bias, None, ids, "none", None, None, call)
     return (-loss, stats) if return_stats else -loss
+
+
+class _Call(NamedTuple):
+    """What is the same for all rows of a call."""
+
+    options: RowOptions
+    memory_budget: int | None
+    with_stats: bool
+    backend: str
 
 
 class _Rows(NamedTuple):
@@ -180,13 +185,10 @@ def _loss(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     ids: tuple[int, ...],
-    options: RowOptions,
     reduction: str,
     token_weight: Tensor | None,
     normalizer: float | Tensor | None,
-    memory_budget: int | None,
-    return_stats: bool,
-    backend: str,
+    call: _Call,
 ) -> tuple[Tensor, LossStats | None]:
     """The loss before it is cast to its dtype, and statistics if asked for."""
     batch, (C, *positions, D) = input.shape[:-1], linear_weight.shape
@@ -194,15 +196,14 @@ def _loss(
     shape = torch.Size((*batch, *positions))
     arguments.check_reduction(reduction, normalizer)
     arguments.check_token_weight(token_weight, shape, input.device)
-    arguments.check_memory_budget(memory_budget)
+    arguments.check_memory_budget(call.memory_budget)
     weight = None if weight is None else weight.contiguous()
-    backend = arguments.choose_backend(backend, input.device)
 
     # From here on, N rows with P sets of logits each.
     h = input.reshape(N, D)
     probs = target.reshape(N, C, P).movedim(1, 2) if is_probs else None
-    index = row_targets(None if is_probs else target, probs, ids, token_weight, return_stats)
-    kept = index != options.ignore_index
+    index = row_targets(None if is_probs else target, probs, ids, token_weight, call.with_stats)
+    kept = index != ids[0]
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     if token_weight is not None:
         token_weight = torch.where(kept, token_weight.reshape(-1).to(acc), 0.0)
@@ -213,7 +214,7 @@ def _loss(
             divided = divisor(kept, index, weight, probs, token_weight) if normalizer is None else normalizer
             scale = torch.where(kept, scale / divided, 0.0)
     rows = [
-        _one_position(h, w, b, i, weight, q, s, options, token_weight is not None, memory_budget, return_stats, backend)
+        _one_position(h, w, b, i, weight, q, s, probs is None or token_weight is not None, call)
         for w, b, i, q, s in zip(
             linear_weight.reshape(C, P, D).unbind(1) if positions else [linear_weight],
             [None] * P if linear_bias is None else linear_bias.reshape(C, P).unbind(1),
@@ -233,7 +234,7 @@ def _loss(
         if divided is not None:  # 0 / 0 where nothing is kept, and nothing where something is
             divided = divided.detach() if isinstance(divided, Tensor) else divided
             loss = loss + torch.where(kept.any(), 0.0, torch.zeros_like(loss) / divided)
-    if not return_stats:
+    if not call.with_stats:
         return loss, None
     return loss, LossStats(kept.sum(), *(field.view(shape) for field in fields[1:]))
 
@@ -246,13 +247,11 @@ def _one_position(
     weight: Tensor | None,
     probs: Tensor | None,
     scale: Tensor | None,
-    options: RowOptions,
-    unweighted: bool,
-    memory_budget: int | None,
-    with_stats: bool,
-    backend: str,
+    may_be_ignored: bool,
+    call: _Call,
 ) -> _Rows:
     """Losses of the logits h @ w.T + b (N, C); their sum times `scale` (N,), if that is given."""
+    options, memory_budget, with_stats, backend = call
     N = len(index)
     if not torch.compiler.is_compiling():
         refuse_transforms(h, w, b, probs)
@@ -266,7 +265,7 @@ def _one_position(
             gathered = True
             h, index = h.index_select(0, rows), index.index_select(0, rows)
             scale = None if scale is None else scale.index_select(0, rows)
-    elif probs is None or unweighted:
+    elif may_be_ignored:
         # Selected, not multiplied by 0: nothing of an ignored row reaches a matrix product.
         gathered = True
         h = torch.where((index != options.ignore_index).unsqueeze(1), h, 0.0)
@@ -276,21 +275,23 @@ def _one_position(
         dtype = torch.get_autocast_dtype(h.device.type)
     operand = operand_dtype(dtype, h.device)
     tensors = (h, w, b, index, weight, probs)
-    call = (*options, operand, memory_budget, gathered, with_stats)
+    rest = (*options, operand, memory_budget, gathered, with_stats)
     need_dh, need_dw, need_db = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h, w, b))
     at_once = scale is not None and dtype != torch.float16 and not (probs is not None and probs.requires_grad)
-    if at_once and (need_dh or need_dw or need_db) and memory_budget is not None:
-        if is_plain(h):
-            sizes = sizes_of(h, w, probs, operand, dinput=need_dh, dweight=need_dw, gathered=gathered, recompute=False)
-            at_once = choose(sizes, memory_budget).plan != VOCABULARY_BLOCKS
-        else:
-            at_once = False  # sizes may be symbolic
+    if need_dh or need_dw or need_db:
+        if is_plain(h):  # a budget that is too small is an error here, not in backward
+            sizes = sizes_of(
+                h, w, probs, operand, dinput=need_dh, dweight=need_dw, gathered=gathered, recompute=not at_once
+            )
+            at_once = choose(sizes, memory_budget).plan != VOCABULARY_BLOCKS and at_once
+        else:  # sizes may be symbolic, and are not looked at
+            at_once = memory_budget is None and at_once
     if at_once:
         total, loss, lse, correct, entropy, *_ = linear_cross_entropy_sum(
-            *tensors, scale, *call, need_dh, need_dw, need_db, backend
+            *tensors, scale, *rest, need_dh, need_dw, need_db, backend
         )
     else:
-        loss, lse, _, correct, entropy = linear_cross_entropy_forward(*tensors, *call, backend)
+        loss, lse, _, correct, entropy = linear_cross_entropy_forward(*tensors, *rest, backend)
         total = loss if scale is None else (loss * scale).sum()
     if scale is None:
         total = _spread(total, rows, N)
