@@ -47,7 +47,7 @@ def test_float16_with_a_loss_scale(backend, plan, device, no_worse):
     for dtype, fused in ((torch.float16, True), (torch.float16, False), (torch.float64, False)):
         torch.manual_seed(0)
         h, w, y = (t.detach() for t in problem(N=32, V=4000, device=device))
-        h, w = (t.to(torch.float16).to(dtype).requires_grad_() for t in (h, w))
+        h, w = (t.to(torch.float16).to(dtype).requires_grad_() for t in (h, w * 4))  # some classes are very unlikely
         if fused:
             with torch.autocast(device, torch.float16):  # a float32 loss, which can be scaled that much
                 loss = fused_linear_cross_entropy(h, w, y, backend=backend)
@@ -56,8 +56,10 @@ def test_float16_with_a_loss_scale(backend, plan, device, no_worse):
         results.append(torch.autograd.grad(loss, (h, w), torch.full_like(loss, 65536.0)))
     for name, *three in zip(("dh", "dw"), *results, strict=True):
         no_worse(name, *three)
-    smallest = results[2][1].abs()[results[2][1] != 0].min()
-    assert smallest / 65536 < torch.finfo(torch.float16).smallest_normal / 100, "the test has no small gradients"
+    flushed = (results[0][1] == 0) & (results[1][1] != 0)
+    assert flushed.sum() <= 0.001 * flushed.numel(), f"{flushed.sum()} of {flushed.numel()} flushed to 0"
+    unscaled = results[2][1].abs() / 65536
+    assert (unscaled < torch.finfo(torch.float16).smallest_normal / 1000).float().mean() > 0.01, "none would be flushed"
 
 
 def test_bfloat16_upstream_is_not_rounded(backend, plan, device):
