@@ -47,7 +47,7 @@ def test_float16_with_a_loss_scale(backend, plan, device, no_worse):
     for dtype, fused in ((torch.float16, True), (torch.float16, False), (torch.float64, False)):
         torch.manual_seed(0)
         h, w, y = (t.detach() for t in problem(N=32, V=4000, device=device))
-        h, w = (t.to(torch.float16).to(dtype).requires_grad_() for t in (h, w * 4))  # some classes are very unlikely
+        h, w = (t.to(torch.float16).to(dtype).requires_grad_() for t in (h, w * 8))  # some classes are very unlikely
         if fused:
             with torch.autocast(device, torch.float16):  # a float32 loss, which can be scaled that much
                 loss = fused_linear_cross_entropy(h, w, y, backend=backend)
