@@ -78,6 +78,19 @@ def _backward(
     backward(dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs)
 
 
+def empty_rows(x: Tensor, N: int, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, mass, correct, entropy) of N rows, for fake kernels: nothing is in them."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = N if with_stats else 0
+    return (
+        x.new_empty(N, dtype=dtype),
+        x.new_empty((2, N), dtype=dtype),
+        x.new_empty(N, dtype=dtype),
+        x.new_empty(stats, dtype=torch.bool),
+        x.new_empty(stats, dtype=dtype),
+    )
+
+
 @torch.library.custom_op("fused_ignore_ce::cross_entropy_forward", mutates_args=())
 def cross_entropy_forward(
     x: Tensor,
@@ -100,16 +113,7 @@ def cross_entropy_forward(
 
 @cross_entropy_forward.register_fake
 def _(x, target, weight, probs, ignore_index, label_smoothing, softcap, logit_scale, z_loss, with_stats, backend):
-    N = x.shape[0] * x.shape[1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = N if with_stats else 0
-    return (
-        x.new_empty(N, dtype=dtype),
-        x.new_empty((2, N), dtype=dtype),
-        x.new_empty(N, dtype=dtype),
-        x.new_empty(stats, dtype=torch.bool),
-        x.new_empty(stats, dtype=dtype),
-    )
+    return empty_rows(x, x.shape[0] * x.shape[1], with_stats)
 
 
 @torch.library.custom_op("fused_ignore_ce::cross_entropy_backward", mutates_args=())

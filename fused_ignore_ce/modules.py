@@ -13,6 +13,25 @@ from . import arguments
 from .functional import fused_cross_entropy
 from .linear.functional import fused_linear_cross_entropy
 
+#: The options that both losses take and both modules keep as attributes.
+_OPTIONS = (
+    "ignore_index", "reduction", "label_smoothing", "softcap", "logit_scale", "z_loss", "return_stats",
+    "process_group", "backend",
+)  # fmt: skip
+
+
+def _options(module: nn.Module, *more: str) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in (*_OPTIONS, *more)}
+
+
+def _check(module: Any) -> None:
+    """A wrong option is an error in the constructor, where it is written, not at the first step of training."""
+    ids = arguments.ignored_ids(-100 if module.ignore_index is None else module.ignore_index)
+    arguments.row_options(ids[0], module.label_smoothing, module.softcap, module.logit_scale, module.z_loss)
+    arguments.check_reduction(module.reduction, None)
+    arguments.check_backend(module.backend)
+    arguments.check_not_distributed(module.process_group)
+
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss` computed by `fused_cross_entropy`; its constructor takes that function's options too.
@@ -48,11 +67,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         self.return_stats = return_stats
         self.process_group = process_group
         self.backend = backend
-        # A wrong option is an error here, where it is written, not at the first step of training.
-        arguments.row_options(arguments.ignored_ids(ignore_index)[0], label_smoothing, softcap, logit_scale, z_loss)
-        arguments.check_reduction(self.reduction, None)
-        arguments.check_backend(backend)
-        arguments.check_not_distributed(process_group)
+        _check(self)
 
     def forward(
         self,
@@ -67,18 +82,9 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
             input,
             target,
             self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            z_loss=self.z_loss,
             token_weight=token_weight,
             normalizer=normalizer,
-            inplace_backward=self.inplace_backward,
-            return_stats=self.return_stats,
-            process_group=self.process_group,
-            backend=self.backend,
+            **_options(self, "inplace_backward"),
         )
 
     def extra_repr(self) -> str:
@@ -138,13 +144,8 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.return_stats = return_stats
         self.process_group = process_group
         self.backend = backend
-        # A wrong option is an error here, where it is written, not at the first step of training.
-        ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
-        arguments.row_options(ids[0], label_smoothing, softcap, logit_scale, z_loss)
-        arguments.check_reduction(reduction, None)
+        _check(self)
         arguments.check_memory_budget(memory_budget)
-        arguments.check_backend(backend)
-        arguments.check_not_distributed(process_group)
         self.register_buffer("weight", weight)
         self.linear = nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
@@ -167,18 +168,9 @@ class FusedLinearCrossEntropyLoss(nn.Module):
             target,
             linear_bias=None if linear_bias is None else linear_bias.view(shape),
             weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            z_loss=self.z_loss,
             token_weight=token_weight,
             normalizer=normalizer,
-            memory_budget=self.memory_budget,
-            return_stats=self.return_stats,
-            process_group=self.process_group,
-            backend=self.backend,
+            **_options(self, "memory_budget"),
         )
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import RowOptions, is_plain
+from ..autograd import RowOptions, empty_rows, is_plain
 from ..torch_backend import check_targets
 from .plan import LinearPlan, Sizes, choose
 from .sweep import Operands, sweep
@@ -102,7 +102,7 @@ def linear_cross_entropy_sum(
 @linear_cross_entropy_sum.register_fake
 def _(h, w, b, target, weight, probs, scale, ignore_index, label_smoothing, softcap, logit_scale, z_loss, dtype,
       memory_budget, gathered, with_stats, need_dh, need_dw, need_db, backend):  # fmt: skip
-    loss, lse, _, correct, entropy = _fake_rows(h, with_stats)
+    loss, lse, _, correct, entropy = empty_rows(h, h.shape[0], with_stats)
     dh = torch.empty_like(h, memory_format=torch.contiguous_format) if need_dh else h.new_empty(0)
     dw = torch.empty_like(w, memory_format=torch.contiguous_format) if need_dw else h.new_empty(0)
     return loss.new_empty(()), loss, lse, correct, entropy, dh, dw, b.new_empty(b.shape) if need_db else h.new_empty(0)
@@ -188,20 +188,7 @@ def linear_cross_entropy_forward(
 @linear_cross_entropy_forward.register_fake
 def _(h, w, b, target, weight, probs, ignore_index, label_smoothing, softcap, logit_scale, z_loss, dtype,
       memory_budget, gathered, with_stats, backend):  # fmt: skip
-    return _fake_rows(h, with_stats)
-
-
-def _fake_rows(h: Tensor, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    N = h.shape[0]
-    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    stats = N if with_stats else 0
-    return (
-        h.new_empty(N, dtype=dtype),
-        h.new_empty((2, N), dtype=dtype),
-        h.new_empty(N, dtype=dtype),
-        h.new_empty(stats, dtype=torch.bool),
-        h.new_empty(stats, dtype=dtype),
-    )
+    return empty_rows(h, h.shape[0], with_stats)
 
 
 @torch.library.custom_op("fused_ignore_ce::linear_cross_entropy_backward", mutates_args=())
