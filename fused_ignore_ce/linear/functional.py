@@ -156,7 +156,8 @@ def fused_linear_log_probs(
     options = arguments.row_options(ids[0], 0.0, softcap, logit_scale, 0.0)
     call = _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device))
     loss, stats = _loss(input, linear_weight, target, False, linear_bias, None, ids, "none", None, None, call)
-    return (-loss, stats) if return_stats else -loss
+    log_probs = 0.0 - loss  # not -loss: that is -0.0 at ignored rows
+    return (log_probs, stats) if return_stats else log_probs
 
 
 class _Call(NamedTuple):
