@@ -45,8 +45,9 @@ def fused_cross_entropy(
         target: class indices, () or (N) or (N, d1, ..., dK), int64 or uint8; or class probabilities of input's
             shape, any floating dtype. Probabilities get a gradient if they require one.
         weight: (C), the dtype of input; scales each class's loss, and `"mean"` divides by the kept targets' weights.
-        ignore_index: a class id, or a collection of them, in or out of [0, C). Rows with such a target are not
-            read; they add exactly 0 to the loss and get exactly-zero gradients, even where they hold NaN.
+        ignore_index: a class id, or a collection of them (with -100 among them, if it occurs), in or out of [0, C).
+            Rows with such a target are not read; they add exactly 0 to the loss and get exactly-zero gradients, even
+            where they hold NaN.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution (Szegedy et al. 2016,
             "Rethinking the Inception Architecture for Computer Vision").

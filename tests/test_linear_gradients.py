@@ -33,6 +33,17 @@ def test_every_backward_is_right(reduction, upstream, backend, plan, device):
         )
 
 
+def test_a_gradient_belongs_to_the_caller(plan, device):
+    """Changing it in place changes no later backward, also where the upstream gradient is 1."""
+    h, w, y = problem(device=device)
+    loss = fused_linear_cross_entropy(h, w, y)
+    first = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    expected = [g.clone() for g in first]
+    for gradient in first:
+        gradient.mul_(0.5)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, (h, w)), expected, strict=True))
+
+
 def test_the_last_backward_needs_no_memory_and_frees_the_graph(device):
     h, w, y = problem(device=device)
     loss = fused_linear_cross_entropy(h, w, y)

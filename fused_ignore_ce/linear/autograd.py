@@ -134,9 +134,12 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient * factor`, computed in the wider dtype; over the gradient itself where nobody will ask for it again."""
     if not is_plain(gradient):
         return (gradient * factor.reshape(1)).to(gradient.dtype)
-    if factor.device.type == "cpu" and factor.item() == 1.0:
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        out = torch.empty_like(gradient)
+    elif factor.device.type == "cpu" and factor.item() == 1.0:
         return gradient
-    out = torch.empty_like(gradient) if torch._C._autograd._get_current_graph_task_keep_graph() else gradient
+    else:
+        out = gradient
     factor = factor.reshape(1)  # with a dimension it takes part in type promotion: it is not rounded to bfloat16
     if gradient.device.type != "cpu" or gradient.dtype == factor.dtype:
         return torch.mul(gradient, factor, out=out)
@@ -150,8 +153,8 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 def _refuse_create_graph() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "create_graph=True is not supported by fused_linear_cross_entropy: "
-            "use fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target), which is"
+            "create_graph=True is not supported by fused_linear_cross_entropy; it is by "
+            "fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target)"
         )
 
 

@@ -49,8 +49,8 @@ def fused_linear_cross_entropy(
             probabilities, shaped as the logits, floating.
         linear_bias: (C) or (C, d1, ..., dK).
         weight: (C), class weights as in `F.cross_entropy`.
-        ignore_index: a class id, or a collection of them, in or out of [0, C); None means -100. Rows with such a
-            target are dropped before any matrix product.
+        ignore_index: a class id, or a collection of them (with -100 among them, if it occurs), in or out of [0, C);
+            None means -100. Rows with such a target are dropped before any matrix product.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution.
         softcap: the logits used are `softcap * tanh(logit_scale * x / softcap)`; None for no cap.
@@ -84,8 +84,9 @@ def fused_linear_cross_entropy(
         are kept in the parameters' dtypes. reduction="none", float16 and the plan "vocabulary blocks" compute them
         in backward, from logits computed again (four). Sums over tokens are float32 (float64 for float64) whatever
         the dtype; on CPUs, whose matrix products return bfloat16 for bfloat16, the terms of a sum over chunks are
-        rounded to it. Gradients that nobody needs are not computed. All rows ignored, or N = 0: "mean" is NaN, "sum"
-        is 0, the gradients exactly 0. Deterministic. `create_graph=True` raises RuntimeError.
+        rounded to it, and float16 is multiplied in float32. Gradients that nobody needs are not computed. All rows
+        ignored, or N = 0: "mean" is NaN, "sum" is 0, the gradients exactly 0; the gradient at a logit of -inf is 0.
+        Deterministic. `create_graph=True` raises RuntimeError.
 
     >>> h, w = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     >>> fused_linear_cross_entropy(h, w, torch.tensor([1, -100, 2])).item()

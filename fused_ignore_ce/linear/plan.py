@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import arguments
 from ..torch_backend import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
@@ -180,7 +181,7 @@ def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
     if not fitting:
         least = min(size for *_, size in known)
         raise ValueError(
-            f"memory_budget: expected at least {least} bytes ({least / 2**20:.1f} MiB) for {sizes.N} kept tokens, "
+            f"memory_budget: expected at least {least} bytes ({least / 2**20:.3g} MiB) for {sizes.N} kept tokens, "
             f"{sizes.V} classes and {sizes.D} features in {sizes.dtype}, got {memory_budget}"
         )
     times = [sizes.seconds(rows, classes) for _, rows, classes, _ in fitting]
@@ -219,18 +220,30 @@ def plan_linear_loss(
         reduction: "none" computes gradients in backward, from logits computed again.
 
     Returns:
-        plan: "one block" (all logits of the kept tokens at once), "token chunks" or "vocabulary blocks"; see the
-        module's text. chunk: tokens, or classes of a block. bytes: scratch at its peak. It is the leanest plan whose
-        predicted time is within 5% of the fastest's that fits.
+        plan: "one block" (the logits of all kept tokens at once), "token chunks" (of some tokens at a time, dW summed
+        over the chunks in float32) or "vocabulary blocks" (of some classes at a time, twice). chunk: tokens, or
+        classes of a block. bytes: scratch at its peak. It is the leanest plan whose predicted time is within 5% of
+        the fastest's that fits.
 
     Raises:
-        ValueError: no plan fits the budget; the message names the smallest that works.
+        ValueError: no plan fits the budget (the message names the smallest that works); a negative size, more ignored
+            tokens than tokens, or an unknown reduction.
+        TypeError: a memory_budget that is no int, a dtype that is not floating.
 
     >>> plan_linear_loss(8192, 128256, 4096).plan
     'one block'
     >>> plan_linear_loss(8192, 128256, 4096, memory_budget=2**29).plan
     'vocabulary blocks'
     """
+    for name, size in (("num_tokens", num_tokens), ("num_classes", num_classes), ("num_features", num_features)):
+        if size < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {size}")
+    if not 0 <= num_ignored <= num_tokens:
+        raise ValueError(f"num_ignored: expected 0 to num_tokens={num_tokens}, got {num_ignored}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+    arguments.check_reduction(reduction, None)
+    arguments.check_memory_budget(memory_budget)
     device = torch.device(device)
     operand = operand_dtype(dtype, device)
     weight_dtype = dtype if weight_dtype is None else weight_dtype
