@@ -106,7 +106,7 @@ def test_gradcheck(reduction, backend, plan, device):
     assert torch.autograd.gradcheck(lambda t: loss(h, w, b, y, token_weight.index_copy(0, kept, t)), leaf)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_combination(dtype, backend, plan, device, no_worse, data):
