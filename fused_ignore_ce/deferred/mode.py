@@ -1,0 +1,104 @@
+"""While it is active, the head's matrix product is deferred and every cross entropy is this package's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .logits import defer, product_of
+from .loss import cross_entropy
+from .traced import TracedLogits
+
+_MATMULS = ("matmul", "__matmul__")
+
+
+class LossMode(TorchFunctionMode):
+    """`classes` is the number of the head's rows, None without a head: then nothing is deferred.
+
+    `ignore_index` and `options` are added to the cross entropies over that many classes, or over any number without
+    a head.
+    """
+
+    def __init__(self, classes: int | None, ignore_index: tuple[int, ...], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.classes = classes
+        self.ignore_index = ignore_index
+        self.options = options
+        self.started = False
+        self.used = False
+
+    def start(self) -> None:
+        if not self.started:
+            self.started = True
+            self.__enter__()
+
+    def stop(self) -> None:
+        if self.started:
+            self.started = False
+            self.__exit__(None, None, None)
+
+    def check_used(self, name: str) -> None:
+        """Options that nothing took are an error, not a loss without them."""
+        options = [option for option in self.options if option not in ("memory_budget", "backend")]
+        if not self.used and (self.ignore_index or options):
+            given = ", ".join(["ignore_index"] * bool(self.ignore_index) + options)
+            raise RuntimeError(
+                f"{given}: given to patch_model, but the forward of {name} took no cross entropy over the head's "
+                "classes that could use it; unpatch_model(model) and give it to the loss yourself"
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            return self._linear(func, *args, **kwargs)
+        if func is torch.nn.functional.cross_entropy:
+            return self._cross_entropy(func, *args, **kwargs)
+        if self.classes is not None and getattr(func, "__name__", "") in _MATMULS and not kwargs:
+            return self._matmul(func, *args)
+        return func(*args, **kwargs)
+
+    def _linear(self, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
+        if self.classes is None or weight.shape[0] != self.classes or not _can_defer(input, weight, bias):
+            return func(input, weight, bias)
+        return _deferred(input, weight, bias)
+
+    def _matmul(self, func: Any, input: Any, other: Any) -> Any:
+        """An embedding used as a projection: h @ embedding.weight.T."""
+        if other.dim() != 2 or other.shape[1] != self.classes or not _can_defer(input, other, None):
+            return func(input, other)
+        return _deferred(input, other.t(), None)
+
+    def _cross_entropy(self, func: Any, input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+        deferred = hasattr(input, "_product")
+        is_head = deferred or self.classes is None or input.shape[input.dim() > 1] == self.classes
+        if not is_head:
+            return func(input, target, weight, *args, **kwargs)
+        self.used = True
+        extra = dict(self.options)
+        if "weight" in extra:
+            if weight is not None:
+                raise ValueError("weight: given to patch_model, but the model's own cross entropy has class weights")
+            extra["weight"] = extra["weight"].to(input.device)
+        if self.ignore_index:
+            own = kwargs.get("ignore_index", args[1] if len(args) > 1 else -100)
+            extra["ignore_index"] = tuple(dict.fromkeys((own, *self.ignore_index)))
+        return cross_entropy(input, target, weight, *args, extra=extra, **kwargs)
+
+
+def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
+    plain = (Tensor, torch.nn.Parameter)
+    tensors = [t for t in (hidden, weight, bias) if t is not None]
+    return (
+        all(type(t) in plain and t.device == hidden.device and t.is_floating_point() for t in tensors)
+        and hidden.dim() > 0
+        and hidden.device.type != "meta"
+    )
+
+
+def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    if torch.compiler.is_compiling():
+        return TracedLogits(product_of(hidden, weight, bias))
+    return defer(hidden, weight, bias)

@@ -1,0 +1,97 @@
+"""Deferred logits while torch.compile traces, where tensor subclasses cannot be made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loss import cross_entropy
+from .product import Product
+
+
+class TracedLogits:
+    """As `DeferredLogits`, but an ordinary object; every method of Tensor that is recorded is one of its."""
+
+    _written = False
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        self._loss_taken = False
+
+    def _checked_product(self) -> Product:
+        return self._product
+
+    def _is_foreign(self) -> bool:
+        return False
+
+    def materialize(self) -> Tensor:
+        return self._product.logits()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._product.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._product.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._product.hidden.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) == 1 and isinstance(args[0], TracedLogits) and name in ("add", "__add__"):
+            done = self._product.plus(args[0]._product)
+        else:
+            done = self._product.record(name, args, kwargs)
+        if done is None:
+            args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)
+            return getattr(self._product.logits(), name)(*args, **kwargs)
+        return tuple(TracedLogits(p) for p in done) if isinstance(done, list) else TracedLogits(done)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.cross_entropy:
+            return cross_entropy(*args, **kwargs)
+        name = func.__name__
+        if isinstance(args[0], TracedLogits) and name in _RECORDED:
+            return args[0]._call(name, args[1:], kwargs)
+        args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)
+        kwargs = {k: a.materialize() if isinstance(a, TracedLogits) else a for k, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._product.logits(), name)
+
+
+_RECORDED = (
+    "float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "detach", "tanh", "mul", "div", "add",
+    "sub", "view", "reshape", "permute", "transpose", "flatten", "unsqueeze", "squeeze", "select", "narrow", "split",
+    "chunk", "unbind", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__getitem__",
+)  # fmt: skip
+
+
+def _method(name: str) -> Any:
+    def method(self: TracedLogits, *args: Any, **kwargs: Any) -> Any:
+        return self._call(name, args, kwargs)
+
+    return method
+
+
+for _name in _RECORDED:
+    setattr(TracedLogits, _name, _method(_name))

@@ -1,0 +1,294 @@
+"""One call for any transformers model: its loss is computed by this package, without logits where that can be.
+
+While the forward of a patched model runs with labels, the product of hidden states and head is deferred, and a cross
+entropy is this package's, whoever asks for it. No model is named here, no forward is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments
+from .deferred.logits import as_tensor
+from .deferred.mode import LossMode
+from .deferred.traced import TracedLogits
+
+_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "backend")
+
+
+class _Settings(NamedTuple):
+    ignore_index: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def patch_model(
+    model: nn.Module,
+    *,
+    ignore_index: int | Collection[int] | None = None,
+    memory_budget: int | None = None,
+    **loss_options: Any,
+) -> nn.Module:
+    """Lets a transformers model take its loss from hidden states and head, whenever it is called with labels.
+
+    Equivalent to the same model with `F.cross_entropy(logits, labels, ...)` replaced by
+    `fused_linear_cross_entropy(hidden, head.weight, labels, ...)`: loss and gradients are the same.
+
+    Args:
+        model: a `PreTrainedModel`, or a module that holds one (PEFT, DDP, torch.compile's). Changed in place.
+        ignore_index: an id or a collection of ids to ignore, beside those that the model ignores (-100).
+        memory_budget: bytes of scratch, as in `fused_linear_cross_entropy`.
+        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, backend, as in
+            `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes.
+
+    Returns:
+        model. `outputs.logits` is a `DeferredLogits`: computed when somebody reads it.
+
+    Raises:
+        TypeError: no transformers model; a misspelled option.
+        ValueError, RuntimeError: an option out of its range. In a forward: RuntimeError where the model takes no cross
+            entropy that the given options could apply to.
+
+    Note:
+        Without labels the model runs its own code. `num_items_in_batch` is the caller's count and divides as before;
+        it should not count what `ignore_index` adds. Patching again replaces the options.
+    """
+    settings = _settings(ignore_index, memory_budget, loss_options)
+    inner = _transformers_model(model)
+    if not hasattr(inner, "_fused_ignore_ce"):
+        inner.__class__ = _patched_class(type(inner))
+    inner._fused_ignore_ce = settings
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
+    inner = _transformers_model(model)
+    inner.__dict__.pop("_fused_ignore_ce", None)
+    cls = type(inner)
+    if "_fused_ignore_ce_of" in cls.__dict__:
+        inner.__class__ = cls._fused_ignore_ce_of
+    return model
+
+
+class patch_transformers:  # a function that is also a context manager
+    """`patch_model` for every transformers model of the process, created before or afterwards.
+
+    A model that was patched itself keeps its options. As a context manager, it ends with the block.
+
+    >>> with patch_transformers(ignore_index=0):
+    ...     pass
+    """
+
+    _settings: _Settings | None = None
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int | Collection[int] | None = None,
+        memory_budget: int | None = None,
+        **loss_options: Any,
+    ) -> None:
+        settings = _settings(ignore_index, memory_budget, loss_options)
+        self._before = patch_transformers._settings
+        patch_transformers._settings = settings
+        _patch_classes()
+
+    def __enter__(self) -> patch_transformers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        unpatch_transformers()
+        if self._before is not None:
+            patch_transformers._settings = self._before
+            _patch_classes()
+
+
+def unpatch_transformers() -> None:
+    """Undoes `patch_transformers`; models patched by `patch_model` stay patched."""
+    patch_transformers._settings = None
+    while _PATCHED_CLASSES:
+        cls, name, original = _PATCHED_CLASSES.pop()
+        setattr(cls, name, original)
+
+
+def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any]) -> _Settings:
+    for name in loss_options:
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_OPTIONS)}"
+            raise TypeError(f"patch_model() got an unexpected option {name!r}; {meant}")
+    given = {name: value for name, value in loss_options.items() if value is not None}
+    arguments.row_options(
+        -100, given.get("label_smoothing", 0.0), given.get("softcap"), given.get("logit_scale", 1.0),
+        given.get("z_loss", 0.0),
+    )  # fmt: skip
+    arguments.check_backend(given.get("backend", "auto"))
+    arguments.check_memory_budget(memory_budget)
+    if "weight" in given and not isinstance(given["weight"], Tensor):
+        raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
+    if memory_budget is not None:
+        given["memory_budget"] = memory_budget
+    return _Settings(() if ignore_index is None else arguments.ignored_ids(ignore_index), given)
+
+
+def _transformers_model(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise TypeError(
+        f"model: expected a transformers PreTrainedModel or a module that holds one, got {type(model).__name__}"
+    )
+
+
+@functools.cache
+def _patched_class(cls: type) -> type:
+    """A subclass of the same name whose forward is patched; instances pickle and copy as such."""
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce,
+        "_fused_ignore_ce_of": cls,
+        "forward": _patched_forward(cls.forward),  # type: ignore[attr-defined]
+    }
+    return type(cls)(cls.__name__, (cls,), body)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    cls = type(self)
+    _, args, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
+    return _rebuild, (cls._fused_ignore_ce_of, *args[1:]), *rest
+
+
+def _rebuild(cls: type, *args: Any) -> Any:
+    patched = _patched_class(cls)
+    return patched.__new__(patched, *args)
+
+
+_PATCHED_CLASSES: list[tuple[type, str, Any]] = []
+
+
+def _patch_classes() -> None:
+    """Patches forward in all classes of models there are, and in those that will be defined."""
+    from transformers import PreTrainedModel
+
+    if _PATCHED_CLASSES:
+        return
+    define = PreTrainedModel.__dict__.get("__init_subclass__")
+
+    def init_subclass(cls: type, **kwargs: Any) -> None:
+        if define is not None:
+            define.__func__(cls, **kwargs)
+        else:
+            super(PreTrainedModel, cls).__init_subclass__(**kwargs)
+        _patch_class(cls)
+
+    if define is not None:
+        _PATCHED_CLASSES.append((PreTrainedModel, "__init_subclass__", define))
+        PreTrainedModel.__init_subclass__ = classmethod(init_subclass)
+    classes = [PreTrainedModel]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        _patch_class(cls)
+
+
+def _patch_class(cls: type) -> None:
+    forward = cls.__dict__.get("forward")
+    if inspect.isfunction(forward) and "_fused_ignore_ce_of" not in cls.__dict__ and forward is not nn.Module.forward:
+        _PATCHED_CLASSES.append((cls, "forward", forward))
+        cls.forward = _patched_forward(forward)  # type: ignore[attr-defined]
+
+
+def _patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    names = tuple(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = self.__dict__.get("_fused_ignore_ce") or patch_transformers._settings
+        if settings is None or not _has_labels((*zip(names, args), *kwargs.items())):
+            return original(self, *args, **kwargs)
+        mode = LossMode(*_head(self), settings.ignore_index, settings.options)
+        if torch.compiler.is_compiling():
+            with mode:
+                outputs = original(self, *args, **kwargs)
+        else:
+            with _from_the_head_on(self, mode):
+                outputs = original(self, *args, **kwargs)
+            mode.check_used(type(self).__name__)
+        return _as_tensors(outputs)
+
+    return forward
+
+
+def _has_labels(given: Any) -> bool:
+    return any(v is not None and ("label" in k or k in ("start_positions", "end_positions")) for k, v in given)
+
+
+def _head(model: Any) -> tuple[int | None, ...]:
+    """The number of classes of the output embeddings, None if the model has none."""
+    try:
+        head = model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return (None,)
+    weight = getattr(head, "weight", None)
+    if hasattr(weight, "ds_id"):
+        raise RuntimeError(
+            "patch_model: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before the "
+            "loss; use ZeRO-2 or FSDP2, or unpatch_model(model) and model.loss_function = fused_causal_lm_loss"
+        )
+    classes = getattr(head, "out_features", None)
+    if classes is None and isinstance(weight, Tensor) and weight.dim() == 2:
+        classes = weight.shape[0]
+    return (classes,)
+
+
+@contextlib.contextmanager
+def _from_the_head_on(model: nn.Module, mode: LossMode) -> Iterator[None]:
+    """The mode, from the first module that may be a head on: the layers before it run at full speed.
+
+    A mode costs a Python call an operation. Heads are what `get_output_embeddings` says and the children that are
+    no models and no embeddings themselves.
+    """
+    from transformers import PreTrainedModel
+
+    heads = [m for m in model.children() if not isinstance(m, (PreTrainedModel, nn.Embedding))]
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        heads.append(model.get_output_embeddings())  # type: ignore[operator]
+    handles = [m.register_forward_pre_hook(lambda *_: mode.start()) for m in heads if isinstance(m, nn.Module)]
+    if not handles:
+        mode.start()
+    try:
+        yield
+    finally:
+        mode.stop()
+        for handle in handles:
+            handle.remove()
+
+
+def _as_tensors(outputs: Any) -> Any:
+    """What was traced becomes tensors: outside of the graph, which cannot make them."""
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    if isinstance(values, Tensor) or not any(isinstance(v, TracedLogits) for v in values):
+        return outputs
+    return _outside(outputs)
+
+
+@torch.compiler.disable
+def _outside(outputs: Any) -> Any:
+    if not isinstance(outputs, dict):
+        return type(outputs)(as_tensor(v) if isinstance(v, TracedLogits) else v for v in outputs)
+    for name, value in list(outputs.items()):
+        if isinstance(value, TracedLogits):
+            outputs[name] = as_tensor(value)
+    return outputs
