@@ -63,7 +63,8 @@ def patch_model(
     settings = _settings(ignore_index, memory_budget, loss_options)
     inner = _transformers_model(model)
     if not hasattr(inner, "_fused_ignore_ce"):
-        inner.__class__ = _patched_class(type(inner))
+        cls: Any = type(inner)
+        inner.__class__ = _patched_class(cls)
     inner._fused_ignore_ce = settings
     return model
 
@@ -216,9 +217,9 @@ def _patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         settings = self.__dict__.get("_fused_ignore_ce") or patch_transformers._settings
-        if settings is None or not _has_labels((*zip(names, args), *kwargs.items())):
+        if settings is None or not _has_labels((*zip(names, args, strict=False), *kwargs.items())):
             return original(self, *args, **kwargs)
-        mode = LossMode(*_head(self), settings.ignore_index, settings.options)
+        mode = LossMode(_classes(self), settings.ignore_index, settings.options)
         if torch.compiler.is_compiling():
             with mode:
                 outputs = original(self, *args, **kwargs)
@@ -235,12 +236,12 @@ def _has_labels(given: Any) -> bool:
     return any(v is not None and ("label" in k or k in ("start_positions", "end_positions")) for k, v in given)
 
 
-def _head(model: Any) -> tuple[int | None, ...]:
+def _classes(model: Any) -> int | None:
     """The number of classes of the output embeddings, None if the model has none."""
     try:
         head = model.get_output_embeddings()
     except (NotImplementedError, AttributeError):
-        return (None,)
+        return None
     weight = getattr(head, "weight", None)
     if hasattr(weight, "ds_id"):
         raise RuntimeError(
@@ -250,7 +251,7 @@ def _head(model: Any) -> tuple[int | None, ...]:
     classes = getattr(head, "out_features", None)
     if classes is None and isinstance(weight, Tensor) and weight.dim() == 2:
         classes = weight.shape[0]
-    return (classes,)
+    return classes
 
 
 @contextlib.contextmanager

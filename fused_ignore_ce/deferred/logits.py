@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .loss import cross_entropy
 from .product import Product
+from .recording import record
 
 #: What the tensor answers itself, by the names of methods and attributes.
 _METADATA = frozenset({
@@ -65,6 +66,10 @@ class DeferredLogits(Tensor):
                 self._value.register_hook(hook)
         return self._value
 
+    def _usable_product(self) -> Product | None:
+        """The product, unless the logits have become something else since."""
+        return None if self._written or self._is_foreign() else self._checked_product()
+
     def _is_foreign(self) -> bool:
         """Whether an autograd.Function returned this tensor: its gradient is that function's to compute."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -88,24 +93,18 @@ class DeferredLogits(Tensor):
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation gives, deferred; None where it cannot be recorded."""
-        if self._written or self._is_foreign() or (name in ("clone", "detach") and self._value is not None):
+        product = self._usable_product()
+        if product is None:
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
-            other = args[0] if len(args) == 1 and name in ("add", "__add__") and not kwargs else None
-            if isinstance(other, DeferredLogits):
-                done = (
-                    None
-                    if other._written or other._is_foreign()
-                    else self._checked_product().plus(other._checked_product())
-                )
+            if name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
+                other = args[0]._usable_product()
+                done = None if other is None or kwargs else product.plus(other)
             else:
-                done = self._checked_product().record(name, args, kwargs)
-            if done is None:
-                return None
+                done = record(product, name, args, kwargs)
             if isinstance(done, list):
-                operations = [(_part, (func, i, args, kwargs), {}) for i in range(len(done))]
-                return tuple(_make(p, self, operation) for p, operation in zip(done, operations, strict=True))
-            return _make(done, self, (func, args, kwargs))
+                return tuple(_make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
+            return None if done is None else _make(done, self, (func, args, kwargs))
 
     def _settle(self) -> None:
         """Computes the whole family, that the memory they share is shared, before one of them is written."""
@@ -144,18 +143,16 @@ class DeferredLogits(Tensor):
                 self._settle()
         elif "out" in kwargs and isinstance(kwargs["out"], cls):
             kwargs["out"]._settle()
-        values = torch.utils._pytree.tree_map_only(cls, lambda t: t.materialize(), (args, kwargs))
-        before = None if self is None else self._value._version if not self._value.is_inference() else 0
-        out = func(*values[0], **values[1])
-        if self is not None:
-            if not self._value.is_inference() and self._value._version != before:
-                self._written = True
-            if out is self._value and _writes(name):
-                return self
-        return out
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda t: t.materialize(), (args, kwargs))
+        if self is None:
+            return func(*args, **kwargs)
+        value, version = args[0], _version(args[0])
+        out = func(*args, **kwargs)
+        self._written = self._written or _version(value) != version
+        return self if out is value and self._written else out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Code that goes past __torch_function__ (C++, autograd.Function.apply) reads the logits here."""
         if func is torch.ops.aten.detach.default:
             return args[0]._record(torch.Tensor.detach, "detach", (), {})
@@ -181,7 +178,7 @@ class DeferredLogits(Tensor):
         value = self.materialize()
         return getattr(value, name)() if name == "retain_grad" else getattr(value, name)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._value is not None:
             return repr(self._value)
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..functional import fused_cross_entropy
-from .product import Product
 
 
 def cross_entropy(
@@ -26,15 +25,19 @@ def cross_entropy(
     """`F.cross_entropy(input, target, ...)`, with further options of `fused_linear_cross_entropy` in `extra`."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, weight=weight)
-    options.update(extra or {})
-    product: Product | None = getattr(input, "_product", None)
-    if product is not None and not input._written and not input._is_foreign():
-        loss = input._checked_product().cross_entropy(target, options)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "weight": weight,
+        **(extra or {}),
+    }
+    if hasattr(input, "_product"):
+        product = input._usable_product()
+        loss = None if product is None else product.cross_entropy(target, options)
         if loss is not None:
             input._loss_taken = True
             return loss
-    if product is not None:
         input = input.materialize()
     options.pop("memory_budget", None)
     return fused_cross_entropy(input, target, **options)

@@ -94,6 +94,7 @@ def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
     return (
         all(type(t) in plain and t.device == hidden.device and t.is_floating_point() for t in tensors)
         and hidden.dim() > 0
+        and weight.dim() == 2
         and hidden.device.type != "meta"
     )
 

@@ -9,22 +9,18 @@ from torch import Tensor
 
 from .loss import cross_entropy
 from .product import Product
+from .recording import RECORDERS, record
 
 
 class TracedLogits:
     """As `DeferredLogits`, but an ordinary object; every method of Tensor that is recorded is one of its."""
 
-    _written = False
-
     def __init__(self, product: Product) -> None:
         self._product = product
         self._loss_taken = False
 
-    def _checked_product(self) -> Product:
+    def _usable_product(self) -> Product:
         return self._product
-
-    def _is_foreign(self) -> bool:
-        return False
 
     def materialize(self) -> Tensor:
         return self._product.logits()
@@ -55,7 +51,7 @@ class TracedLogits:
         if len(args) == 1 and isinstance(args[0], TracedLogits) and name in ("add", "__add__"):
             done = self._product.plus(args[0]._product)
         else:
-            done = self._product.record(name, args, kwargs)
+            done = record(self._product, name, args, kwargs)
         if done is None:
             args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)
             return getattr(self._product.logits(), name)(*args, **kwargs)
@@ -67,7 +63,7 @@ class TracedLogits:
         if func is torch.nn.functional.cross_entropy:
             return cross_entropy(*args, **kwargs)
         name = func.__name__
-        if isinstance(args[0], TracedLogits) and name in _RECORDED:
+        if isinstance(args[0], TracedLogits) and name in RECORDERS:
             return args[0]._call(name, args[1:], kwargs)
         args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)
         kwargs = {k: a.materialize() if isinstance(a, TracedLogits) else a for k, a in kwargs.items()}
@@ -79,13 +75,6 @@ class TracedLogits:
         return getattr(self._product.logits(), name)
 
 
-_RECORDED = (
-    "float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "detach", "tanh", "mul", "div", "add",
-    "sub", "view", "reshape", "permute", "transpose", "flatten", "unsqueeze", "squeeze", "select", "narrow", "split",
-    "chunk", "unbind", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__getitem__",
-)  # fmt: skip
-
-
 def _method(name: str) -> Any:
     def method(self: TracedLogits, *args: Any, **kwargs: Any) -> Any:
         return self._call(name, args, kwargs)
@@ -93,5 +82,5 @@ def _method(name: str) -> Any:
     return method
 
 
-for _name in _RECORDED:
+for _name in RECORDERS:
     setattr(TracedLogits, _name, _method(_name))
