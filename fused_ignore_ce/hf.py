@@ -10,7 +10,9 @@ import contextlib
 import difflib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +64,11 @@ def patch_model(
     """
     settings = _settings(ignore_index, memory_budget, loss_options)
     inner = _transformers_model(model)
-    if not hasattr(inner, "_fused_ignore_ce"):
-        cls: Any = type(inner)
+    cls: Any = type(inner)
+    if not hasattr(cls, "_fused_ignore_ce_of"):
         inner.__class__ = _patched_class(cls)
+        if "forward" in inner.__dict__:
+            inner.forward = inner.__dict__["forward"]
     inner._fused_ignore_ce = settings
     return model
 
@@ -73,9 +77,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
     inner = _transformers_model(model)
     inner.__dict__.pop("_fused_ignore_ce", None)
-    cls = type(inner)
+    cls: Any = type(inner)
     if "_fused_ignore_ce_of" in cls.__dict__:
         inner.__class__ = cls._fused_ignore_ce_of
+        own = inner.__dict__.get("forward")
+        if own is not None:
+            inner.__dict__["forward"] = own.__func__._fused_ignore_ce_of
     return model
 
 
@@ -162,12 +169,32 @@ def _patched_class(cls: type) -> type:
         "__reduce_ex__": _reduce,
         "_fused_ignore_ce_of": cls,
         "forward": _patched_forward(cls.forward),  # type: ignore[attr-defined]
+        "__setattr__": _set_attribute,
     }
     return type(cls)(cls.__name__, (cls,), body)
 
 
+def _set_attribute(self: Any, name: str, value: Any) -> None:
+    """A forward that somebody (accelerate, TRL) sets on the instance is patched as well."""
+    super(_own_class(self), self).__setattr__(name, _patched_method(self, value) if name == "forward" else value)
+
+
+def _patched_method(model: Any, forward: Any) -> Any:
+    if getattr(forward, "__self__", None) is model:
+        patched: Any = _patched_forward(forward.__func__)
+    else:
+        patched = _patched_forward(functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs)))
+    patched._fused_ignore_ce_of = forward
+    return MethodType(patched, model)
+
+
+def _own_class(model: Any) -> Any:
+    """The patched class: the model's, or what a sharding wrapper (FSDP2) derived from it."""
+    return next(cls for cls in type(model).__mro__ if "_fused_ignore_ce_of" in cls.__dict__)
+
+
 def _reduce(self: Any, protocol: Any) -> Any:
-    cls = type(self)
+    cls = _own_class(self)
     _, args, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
     return _rebuild, (cls._fused_ignore_ce_of, *args[1:]), *rest
 
@@ -212,24 +239,37 @@ def _patch_class(cls: type) -> None:
 
 
 def _patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    names = tuple(inspect.signature(original).parameters)[1:]
+    names = tuple(inspect.signature(original).parameters)
+    names = names[1:] if names[:1] == ("self",) else names
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         settings = self.__dict__.get("_fused_ignore_ce") or patch_transformers._settings
         if settings is None or not _has_labels((*zip(names, args, strict=False), *kwargs.items())):
             return original(self, *args, **kwargs)
-        mode = LossMode(_classes(self), settings.ignore_index, settings.options)
         if torch.compiler.is_compiling():
-            with mode:
+            with LossMode(_classes(self), settings.ignore_index, settings.options):
                 outputs = original(self, *args, **kwargs)
-        else:
-            with _from_the_head_on(self, mode):
-                outputs = original(self, *args, **kwargs)
-            mode.check_used(type(self).__name__)
+            return _as_tensors(outputs)
+        if self in _running.models:  # a subclass's forward, or the instance's, calls this one
+            return original(self, *args, **kwargs)
+        mode = LossMode(_classes(self), settings.ignore_index, settings.options)
+        with _while_heads_run(self, mode):
+            outputs = original(self, *args, **kwargs)
+        mode.check_used(type(self).__name__)
         return _as_tensors(outputs)
 
     return forward
+
+
+class _Running(threading.local):
+    """The models whose forward this thread is in."""
+
+    def __init__(self) -> None:
+        self.models: list[Any] = []
+
+
+_running = _Running()
 
 
 def _has_labels(given: Any) -> bool:
@@ -255,23 +295,35 @@ def _classes(model: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def _from_the_head_on(model: nn.Module, mode: LossMode) -> Iterator[None]:
-    """The mode, from the first module that may be a head on: the layers before it run at full speed.
+def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
+    """The mode, but not while the models inside this one run, unless they hold the head.
 
-    A mode costs a Python call an operation. Heads are what `get_output_embeddings` says and the children that are
-    no models and no embeddings themselves.
+    A mode costs a Python call an operation: layers run at full speed, as they would without it. It begins when a
+    module that is no model is called, or the output embeddings, or when an inner model has returned.
     """
     from transformers import PreTrainedModel
 
-    heads = [m for m in model.children() if not isinstance(m, (PreTrainedModel, nn.Embedding))]
+    def start(*_: Any) -> None:
+        mode.start()
+
+    def stop(*_: Any) -> None:
+        mode.stop()
+
+    handles = []
+    for child in model.children():
+        if isinstance(child, PreTrainedModel):
+            handles += [child.register_forward_pre_hook(stop), child.register_forward_hook(start)]
+        elif not isinstance(child, nn.Embedding):
+            handles.append(child.register_forward_pre_hook(start))
     with contextlib.suppress(NotImplementedError, AttributeError):
-        heads.append(model.get_output_embeddings())  # type: ignore[operator]
-    handles = [m.register_forward_pre_hook(lambda *_: mode.start()) for m in heads if isinstance(m, nn.Module)]
+        handles.append(model.get_output_embeddings().register_forward_pre_hook(start))  # type: ignore[operator]
     if not handles:
         mode.start()
+    _running.models.append(model)
     try:
         yield
     finally:
+        _running.models.pop()
         mode.stop()
         for handle in handles:
             handle.remove()

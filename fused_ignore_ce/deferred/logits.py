@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .loss import cross_entropy
 from .product import Product
-from .recording import record
+from .recording import COMMUTATIVE, record
 
 #: What the tensor answers itself, by the names of methods and attributes.
 _METADATA = frozenset({
@@ -70,6 +70,13 @@ class DeferredLogits(Tensor):
         """The product, unless the logits have become something else since."""
         return None if self._written or self._is_foreign() else self._checked_product()
 
+    def _take_loss(self) -> None:
+        """From now on no gradient flows through the logits of this family."""
+        member: DeferredLogits | None = self
+        while member is not None:
+            member._loss_taken = True
+            member = member._parent
+
     def _is_foreign(self) -> bool:
         """Whether an autograd.Function returned this tensor: its gradient is that function's to compute."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -124,6 +131,8 @@ class DeferredLogits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
+        if name in COMMUTATIVE and len(args) == 2 and isinstance(args[1], cls) and not isinstance(args[0], cls):
+            args = args[::-1]
         self = args[0] if args and isinstance(args[0], cls) else None
         if func is torch.nn.functional.cross_entropy:
             return cross_entropy(*args, **kwargs)
@@ -251,7 +260,7 @@ def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Deferre
 def as_tensor(traced: Any) -> DeferredLogits:
     """What was traced, once tracing is over."""
     made = _make(traced._product)
-    made._loss_taken = traced._loss_taken
+    made._loss_taken = True
     return made
 
 

@@ -36,7 +36,7 @@ def cross_entropy(
         product = input._usable_product()
         loss = None if product is None else product.cross_entropy(target, options)
         if loss is not None:
-            input._loss_taken = True
+            input._take_loss()
             return loss
         input = input.materialize()
     options.pop("memory_budget", None)

@@ -27,17 +27,17 @@ class LossMode(TorchFunctionMode):
         self.classes = classes
         self.ignore_index = ignore_index
         self.options = options
-        self.started = False
+        self.active = False
         self.used = False
 
     def start(self) -> None:
-        if not self.started:
-            self.started = True
+        if not self.active:
+            self.active = True
             self.__enter__()
 
     def stop(self) -> None:
-        if self.started:
-            self.started = False
+        if self.active:
+            self.active = False
             self.__exit__(None, None, None)
 
     def check_used(self, name: str) -> None:

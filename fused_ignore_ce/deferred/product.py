@@ -64,8 +64,12 @@ class Product(NamedTuple):
     def step(self, kind: str, value: Any, dtype: torch.dtype | None = None) -> Product:
         return self._replace(steps=(*self.steps, (kind, value)), dtype=dtype or self.dtype)
 
-    def cast(self, dtype: torch.dtype) -> Product:
-        return self if dtype == self.dtype else self.step("cast", dtype, dtype)
+    def cast(self, dtype: torch.dtype) -> Product | None:
+        if dtype == self.dtype:
+            return self
+        if dtype == torch.float64 or not dtype.is_floating_point:  # the loss of float32 operands is a float32 one
+            return None
+        return self.step("cast", dtype, dtype)
 
     def logits(self) -> Tensor:
         """The logits, by the operations that were asked for, in their order."""

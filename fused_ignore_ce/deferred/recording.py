@@ -19,6 +19,9 @@ from .product import Product
 #: name -> recorder(product, *args, **kwargs): a Product, a list of them, or None.
 RECORDERS: dict[str, Callable[..., Any]] = {}
 
+#: What may come with the logits on the right.
+COMMUTATIVE = ("add", "__add__", "mul", "multiply", "__mul__")
+
 
 def record(product: Product, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The product after an operation; a list for what returns several; None if it is not recorded."""
@@ -71,7 +74,7 @@ def _to(p: Product, *args: Any, **kwargs: Any) -> Product | None:
         elif value is not None and not isinstance(value, bool):
             return None
     here = device.type == p.hidden.device.type and device.index in (None, p.hidden.device.index)
-    return p.cast(dtype) if here and dtype.is_floating_point else None
+    return p.cast(dtype) if here else None
 
 
 @_records("contiguous", "clone")

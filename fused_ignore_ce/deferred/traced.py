@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .loss import cross_entropy
 from .product import Product
-from .recording import RECORDERS, record
+from .recording import COMMUTATIVE, RECORDERS, record
 
 
 class TracedLogits:
@@ -17,10 +17,12 @@ class TracedLogits:
 
     def __init__(self, product: Product) -> None:
         self._product = product
-        self._loss_taken = False
 
     def _usable_product(self) -> Product:
         return self._product
+
+    def _take_loss(self) -> None:
+        """Nobody can ask for a gradient of what is traced."""
 
     def materialize(self) -> Tensor:
         return self._product.logits()
@@ -63,6 +65,8 @@ class TracedLogits:
         if func is torch.nn.functional.cross_entropy:
             return cross_entropy(*args, **kwargs)
         name = func.__name__
+        if name in COMMUTATIVE and len(args) == 2 and not isinstance(args[0], TracedLogits):
+            args = args[::-1]
         if isinstance(args[0], TracedLogits) and name in RECORDERS:
             return args[0]._call(name, args[1:], kwargs)
         args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)

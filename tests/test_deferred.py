@@ -1,0 +1,387 @@
+"""Deferred logits are the logits: whatever is done to them gives what it gives without deferral, gradients included."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_ignore_ce.deferred import DeferredLogits, defer
+
+B, T, D, V = 2, 5, 8, 13
+MASK = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+VECTOR = torch.linspace(-1, 1, V)
+
+
+def head(dtype=torch.float32):
+    hidden = torch.randn(B, T, D, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, dtype=dtype, requires_grad=True)
+    bias = torch.randn(V, dtype=dtype, requires_grad=True)
+    return hidden, weight, bias
+
+
+#: name -> operation that stays deferred, on logits (B, T, V)
+RECORDED = {
+    "float": lambda x: x.float(),
+    "to": lambda x: x.to(x.device, x.dtype).to(dtype=x.dtype).to(VECTOR.to(x.dtype)),
+    "type_as": lambda x: x.type_as(VECTOR.to(x.dtype)),
+    "contiguous": lambda x: x.contiguous(),
+    "clone": lambda x: x.clone(),
+    "scale": lambda x: x * 3.0,
+    "scale-left": lambda x: 0.5 * x,
+    "scale-torch": lambda x: torch.mul(torch.div(x, 3.0), 2),
+    "scale-tensor": lambda x: x * torch.tensor(2.5) / torch.tensor([[2.0]]),
+    "softcap": lambda x: torch.tanh(x / 5.0) * 5.0,
+    "scaled-softcap": lambda x: (0.25 * (x * 2.0 / 5.0).tanh()) * 5.0,
+    "bias": lambda x: x + VECTOR,
+    "bias-2d": lambda x: (x * 2.0 + VECTOR.view(1, V)) * 0.5 - VECTOR,
+    "bias-left": lambda x: VECTOR + x,
+    "shift": lambda x: x[..., :-1, :],
+    "shift-2": lambda x: x[:, 1:].contiguous(),
+    "first-row": lambda x: x[0],
+    "last-token": lambda x: x[:, -1],
+    "new-axis": lambda x: x[:, None, 1:, :].squeeze(1),
+    "row-mask": lambda x: x[MASK],
+    "row-indices": lambda x: x[torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])],
+    "padded-vocabulary": lambda x: x[..., : V - 3],
+    "padded-vocabulary-after-bias": lambda x: (x + VECTOR)[:, :-1, : V - 3],
+    "narrow-vocabulary": lambda x: x.narrow(-1, 2, V - 4),
+    "narrow-rows": lambda x: x.narrow(1, 1, 3),
+    "view": lambda x: x.view(-1, V),
+    "view-infer-last": lambda x: x.view(B * T, -1),
+    "reshape-tuple": lambda x: x.reshape((T, B, V)),
+    "flatten": lambda x: x.flatten(0, 1),
+    "flatten-torch": lambda x: torch.flatten(x, end_dim=-2),
+    "unsqueeze": lambda x: x.unsqueeze(0).squeeze(0).unsqueeze(-2).squeeze(2),
+    "transpose-rows": lambda x: x.transpose(0, 1),
+    "permute-rows": lambda x: x.permute(1, 0, 2),
+    "classes-second": lambda x: x.transpose(1, 2),
+    "classes-second-movedim": lambda x: x.movedim(-1, 1).float().contiguous(),
+    "classes-second-permute": lambda x: x.permute(0, 2, 1),
+    "split": lambda x: x.split(2, dim=1)[0],
+    "chunk": lambda x: torch.chunk(x, 2)[1],
+    "unbind": lambda x: x.unbind(0)[1],
+    "select": lambda x: torch.select(x, 1, 2),
+    "index-select": lambda x: x.index_select(1, torch.tensor([3, 0])),
+    "two-heads": lambda x: x + defer(torch.full((B, T, 3), 0.5), torch.ones(V, 3).tril()) * 0.25,
+}
+
+#: name -> what reads or writes the logits
+OTHERS = {
+    "double": lambda x: x.double(),
+    "sum": lambda x: x.sum(-1),
+    "log_softmax": lambda x: x.log_softmax(-1).mean(),
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "masked_fill": lambda x: x.masked_fill(VECTOR > 0, -1.0),
+    "transposed-product": lambda x: x.transpose(1, 2) @ x,
+    "view-of-all": lambda x: x.view(-1),
+    "index-one-class": lambda x: x[..., 3],
+    "index-classes": lambda x: x[:, :, torch.tensor([1, 2])],
+    "boolean-of-all": lambda x: x[x > 0],
+    "list-index": lambda x: x[[0]],
+    "cat": lambda x: torch.cat([x[:, :2], x], 1),
+    "stack": lambda x: torch.stack([x, x]),
+    "add-scalar": lambda x: x + 1.0,
+    "add-itself": lambda x: x + x.sin(),
+    "row-scale": lambda x: x * torch.arange(1.0, T + 1).unsqueeze(-1),
+    "divide-by-vector": lambda x: x / (VECTOR + 2),
+    "negate": lambda x: -x,
+    "second-cap": lambda x: x.tanh().tanh() * 2,
+    "write-slice": lambda x: _written(x, (slice(None), slice(None), slice(2, 4)), -5.0),
+    "write-part": lambda x: _part_written(x),
+    "add-in-place": lambda x: _in_place(x, "add_", 2.0),
+    "iadd": lambda x: x.__iadd__(1.0),
+    "relu-in-place": lambda x: F.relu(x.clone(), inplace=True),
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy().copy()) + x,
+    "autograd-function": lambda x: Doubled.apply(x),
+    "autograd-function-on-part": lambda x: Doubled.apply(x[:, 1:].float()).tanh(),
+    "autograd-function-clone": lambda x: Cloned.apply(x).sin(),
+    "hidden-in-a-dict": lambda x: torch.utils._pytree.tree_map(lambda t: t * 2 + 1, {"x": x})["x"],
+}
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx * 2
+
+
+class Cloned(torch.autograd.Function):
+    """What DDP does to a model's outputs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx
+
+
+def _written(x, index, value):
+    x[index] = value
+    return x
+
+
+def _part_written(x):
+    part = x[:, 1:]
+    part[..., 0] = 7.0
+    return x + part.sum()
+
+
+def _in_place(x, name, value):
+    x = x * 1.0
+    getattr(x, name)(value)
+    return x
+
+
+def gradients(out, leaves):
+    """With an upstream gradient that is not 1."""
+    upstream = torch.linspace(0.5, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    return torch.autograd.grad(out, leaves, upstream)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_operation_stays_deferred_and_reads_as_the_original(name):
+    leaves = head()
+    x = defer(*leaves)
+    ours, plain = RECORDED[name](x), RECORDED[name](F.linear(*leaves))
+    assert isinstance(ours, DeferredLogits)
+    assert not x.is_materialized
+    assert (ours.shape, ours.dtype, ours.requires_grad) == (plain.shape, plain.dtype, True)
+    assert not ours.is_materialized
+    assert type(ours.materialize()) is torch.Tensor
+    torch.testing.assert_close(ours.materialize(), plain)
+    if plain.numel() == x.numel() and name != "two-heads":  # the same matrix product
+        assert torch.equal(ours.materialize(), plain)
+    for mine, true in zip(gradients(ours.sin(), leaves), gradients(plain.sin(), leaves), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_cross_entropy_of_recorded_operations(name, no_worse):
+    leaves = head()
+    x = defer(*leaves)
+    ours, plain = RECORDED[name](x), RECORDED[name](F.linear(*leaves))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    true = RECORDED[name](F.linear(*wide).double())
+    if ours.dim() > 2 and plain.shape[1] != V:
+        ours, plain, true = (t.reshape(-1, t.shape[-1]) for t in (ours, plain, true))
+    classes = ours.shape[1] if ours.dim() > 1 else ours.shape[0]
+    target = torch.arange(ours.numel() // classes).view(ours.shape[:1] + ours.shape[2:]) * 5 % classes
+    target.view(-1)[-2:] = -100
+    losses = [F.cross_entropy(t, target, reduction="sum", label_smoothing=0.1) for t in (ours, plain, true.double())]
+    assert not x.is_materialized
+    assert not ours.is_materialized
+    no_worse("loss", *losses)
+    grads = [torch.autograd.grad(loss * 0.7, t) for loss, t in zip(losses, (leaves, leaves, wide), strict=True)]
+    for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
+        no_worse(leaf, *found, scale=1.0, units=8)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_anything_else_computes_the_logits_and_goes_on(name):
+    leaves = head()
+    x = defer(*leaves)
+    ours, plain = OTHERS[name](x), OTHERS[name](F.linear(*leaves) * 1.0)
+    assert (ours.shape, ours.dtype, ours.requires_grad) == (plain.shape, plain.dtype, True)
+    for mine, true in zip(gradients(ours * 1.5, leaves), gradients(plain * 1.5, leaves), strict=True):
+        torch.testing.assert_close(mine, true)
+    torch.testing.assert_close(ours * 1.0, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_programs_of_random_operations(seed):
+    """Any order of operations: the same values, the same loss, the same gradients."""
+    rng = random.Random(seed)
+    leaves = head(torch.float64)
+    pair = [defer(*leaves), F.linear(*leaves)]
+    safe = [n for n in RECORDED if "two-heads" not in n]
+    done = []
+    for _ in range(rng.randint(1, 7)):
+        name = rng.choice(safe if rng.random() < 0.8 else list(OTHERS))
+        try:
+            torch.manual_seed(seed)
+            after = (RECORDED | OTHERS)[name](pair[1].clone())
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            continue  # not for logits of this shape
+        if after.dim() == 0 or after.numel() == 0:
+            continue
+        done.append(name)
+        pair = [(RECORDED | OTHERS)[name](pair[0]), after]
+    ours, plain = pair
+    assert ours.shape == plain.shape, done
+    if rng.random() < 0.5:
+        results = [t.double().sin().sum() for t in pair]
+    else:
+        classes = plain.shape[1] if plain.dim() > 1 else plain.shape[0]
+        target = torch.randint(classes, plain.shape[:1] + plain.shape[2:] if plain.dim() > 1 else ())
+        results = [F.cross_entropy(t.double(), target, reduction="sum") for t in pair]
+    torch.testing.assert_close(*results, msg=lambda m: f"{done}: {m}", rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours * 1.0, plain * 1.0, msg=lambda m: f"{done}: {m}", rtol=1e-5, atol=1e-5)
+    for mine, true in zip(*(torch.autograd.grad(r, leaves, allow_unused=True) for r in results), strict=True):
+        zeros = torch.zeros(())
+        torch.testing.assert_close(
+            zeros if mine is None else mine, zeros if true is None else true, rtol=1e-2, atol=1e-2
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_dtypes_are_those_of_the_logits(dtype, autocast, upcast, no_worse):
+    leaves = head(dtype)
+    target = torch.arange(B * T) % V
+    target[3] = -100
+    losses = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for linear in (defer, F.linear):
+            logits = linear(*leaves)
+            logits = logits.float() if upcast else logits
+            losses.append(F.cross_entropy(logits.view(-1, V), target))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    losses.append(F.cross_entropy(F.linear(*wide).view(-1, V), target))
+    no_worse("loss", *losses, units=4)
+    grads = [torch.autograd.grad(loss, t) for loss, t in zip(losses, (leaves, leaves, wide), strict=True)]
+    for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
+        # under autocast, leaves are float32 and the error is bfloat16's, 2**16 units
+        no_worse(leaf, *found, scale=1 / (B * T), units=2**13 if autocast and dtype == torch.float32 else 4)
+
+
+@pytest.mark.parametrize("probabilities", ["rows", "classes second"])
+def test_probability_targets(probabilities):
+    leaves = head()
+    target = torch.rand(B, V, T).softmax(1)
+    losses = []
+    for linear in (defer, F.linear):
+        logits = linear(*leaves)
+        if probabilities == "rows":
+            losses.append(F.cross_entropy(logits.view(-1, V), target.transpose(1, 2).reshape(-1, V)))
+        else:
+            losses.append(F.cross_entropy(logits.transpose(1, 2), target))
+    torch.testing.assert_close(*losses)
+    for mine, true in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_every_keyword_of_cross_entropy_reaches_the_loss():
+    leaves = head()
+    target = torch.arange(B * T) % V
+    for keywords in (
+        {"weight": VECTOR + 2},
+        {"ignore_index": 3},
+        {"size_average": False},
+        {"reduce": False},
+        {"reduction": "none"},
+        {"label_smoothing": 0.3},
+    ):
+        losses = [F.cross_entropy(linear(*leaves).flatten(0, 1), target, **keywords) for linear in (defer, F.linear)]
+        torch.testing.assert_close(*losses, msg=lambda m, k=keywords: f"{k}: {m}")
+
+
+def test_it_is_computed_once_and_in_the_grad_mode_of_the_forward():
+    leaves = head()
+    x = defer(*leaves)
+    with torch.no_grad():
+        first = x.materialize()
+        assert first.requires_grad  # as logits that were there would
+        assert not x.sum().requires_grad
+    assert x.materialize() is first
+    with torch.no_grad():
+        y = defer(*leaves)
+    assert not y.requires_grad
+    assert not y.materialize().requires_grad
+    assert not defer(*leaves).detach().requires_grad
+
+
+def test_reading_after_the_head_changed_is_an_error():
+    leaves = head()
+    x = defer(*leaves)
+    F.cross_entropy(x.view(-1, V), torch.zeros(B * T, dtype=torch.int64)).backward()
+    assert x.detach().sum().isfinite()
+    y = defer(*leaves)
+    with torch.no_grad():
+        leaves[1].mul_(2.0)
+    with pytest.raises(RuntimeError, match="before optimizer.step"):
+        y.sum()
+    with pytest.raises(RuntimeError, match="before optimizer.step"):
+        F.cross_entropy(y.view(-1, V), torch.zeros(B * T, dtype=torch.int64))
+    assert x.shape == (B, T, V)
+
+
+def test_a_freed_head_is_an_error_that_says_what_to_do():
+    hidden, weight = torch.randn(3, D), torch.nn.Parameter(torch.randn(V, D))
+    x = defer(hidden, weight)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="reshard_after_forward=False"):
+        F.cross_entropy(x, torch.zeros(3, dtype=torch.int64))
+
+
+def test_hooks_see_the_gradient_of_what_is_read():
+    leaves = head()
+    x = defer(*leaves)
+    seen = []
+    x.register_hook(seen.append)
+    x.square().sum().backward()
+    torch.testing.assert_close(seen[0], 2 * F.linear(*leaves))
+
+
+def test_a_gradient_that_the_loss_does_not_make_is_an_error():
+    x = defer(*head())
+    F.cross_entropy(x.view(-1, V), torch.zeros(B * T, dtype=torch.int64)).backward()
+    with pytest.raises(RuntimeError, match="unpatch_model"):
+        x.retain_grad()
+    y = defer(*head())
+    y.retain_grad()
+    y.square().sum().backward()
+    torch.testing.assert_close(y.grad, 2 * y.materialize())
+
+
+def test_a_part_that_was_read_and_then_written_is_an_error():
+    x = defer(*head())
+    part = x[:, 1:]
+    assert part.sum().isfinite()
+    with pytest.raises(RuntimeError, match="clone"):
+        x[:, 2] = 0.0
+
+
+def test_writing_to_the_tensor_that_was_read_is_seen():
+    leaves = head()
+    x = defer(*leaves)
+    x.detach().zero_()
+    value = x.materialize()
+    with torch.no_grad():
+        value.fill_(1.0)
+    target = torch.zeros(B * T, dtype=torch.int64)
+    torch.testing.assert_close(F.cross_entropy(x.view(-1, V), target), torch.tensor(float(V)).log())
+
+
+def test_copies_and_files_hold_real_logits():
+    leaves = head()
+    plain = F.linear(*leaves).detach()
+    for copied in (pickle.loads(pickle.dumps(defer(*leaves).detach())), copy.deepcopy(defer(*leaves).detach())):
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, plain)
+    assert repr(defer(*leaves)) == f"DeferredLogits(shape=({B}, {T}, {V}), dtype=torch.float32, device='cpu')"
+
+
+def test_compiled_functions_take_deferred_logits():
+    torch._dynamo.reset()
+    leaves = head()
+    target = torch.arange(B * T) % V
+
+    @torch.compile(backend="aot_eager")
+    def loss_of(logits):
+        return F.cross_entropy(logits.float().view(-1, V), target)
+
+    ours, plain = loss_of(defer(*leaves)), loss_of(F.linear(*leaves))
+    torch.testing.assert_close(ours, plain)
+    for mine, true in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(mine, true)
