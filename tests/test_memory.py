@@ -12,6 +12,7 @@ from fused_ignore_ce import plan_linear_loss
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
 
+ROOT = Path(__file__).parent.parent
 FUSED, PLAIN = "fused_cross_entropy(x, y)", "F.cross_entropy(x.float(), y)"
 FUSED_LINEAR, PLAIN_LINEAR = "fused_linear_cross_entropy(h, w, y)", "F.cross_entropy(F.linear(h, w), y)"
 
@@ -20,7 +21,7 @@ def peak(name, shape, share, dtype, budget=None):
     """Bytes beside inputs and gradients, forward and backward."""
     sizes = "x".join(map(str, shape))
     command = [sys.executable, "-m", "bench.memory", name, sizes, str(share), dtype, json.dumps(budget)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout)
 
 
@@ -78,3 +79,16 @@ def test_scratch_does_not_grow_with_the_tokens():
     for N in (2048, 4096):
         assert plan_linear_loss(N, 32768, 64, dtype=torch.float32, device="cpu", memory_budget=budget).bytes <= budget
         assert peak(FUSED_LINEAR, (N, 32768, 64), 0.0, "float32", budget) <= budget
+
+
+def test_a_patched_models_training_step_holds_no_logits():
+    """Fresh processes, forward and backward of a small Llama with 128256 classes and 2048 tokens, float32."""
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "bench.training_step"]
+    plain, patched = (
+        int(subprocess.run([*command, way, "0.0"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        for way in ("plain", "patched")
+    )
+    logits = 2048 * 128256 * 4
+    assert plain > 3 * logits
+    assert patched < 0.5 * logits
