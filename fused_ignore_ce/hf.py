@@ -6,29 +6,19 @@ entropy is this package's, whoever asks for it. No model is named here, no forwa
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .deferred.logits import as_tensor
-from .deferred.mode import LossMode
-from .deferred.traced import TracedLogits
+from .deferred.forward import Settings, is_label, patched_forward, process_wide
 
 _OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "backend")
-
-
-class _Settings(NamedTuple):
-    ignore_index: tuple[int, ...]
-    options: dict[str, Any]
 
 
 def patch_model(
@@ -63,26 +53,26 @@ def patch_model(
         it should not count what `ignore_index` adds. Patching again replaces the options.
     """
     settings = _settings(ignore_index, memory_budget, loss_options)
-    inner = _transformers_model(model)
-    cls: Any = type(inner)
-    if not hasattr(cls, "_fused_ignore_ce_of"):
-        inner.__class__ = _patched_class(cls)
-        if "forward" in inner.__dict__:
-            inner.forward = inner.__dict__["forward"]
-    inner._fused_ignore_ce = settings
+    for inner in _transformers_models(model):
+        cls: Any = type(inner)
+        if not hasattr(cls, "_fused_ignore_ce_of"):
+            inner.__class__ = _patched_class(cls)
+            if "forward" in inner.__dict__:
+                inner.forward = inner.__dict__["forward"]
+        inner._fused_ignore_ce = settings
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
-    inner = _transformers_model(model)
-    inner.__dict__.pop("_fused_ignore_ce", None)
-    cls: Any = type(inner)
-    if "_fused_ignore_ce_of" in cls.__dict__:
-        inner.__class__ = cls._fused_ignore_ce_of
-        own = inner.__dict__.get("forward")
-        if own is not None:
-            inner.__dict__["forward"] = own.__func__._fused_ignore_ce_of
+    for inner in _transformers_models(model):
+        inner.__dict__.pop("_fused_ignore_ce", None)
+        cls: Any = type(inner)
+        if "_fused_ignore_ce_of" in cls.__dict__:
+            inner.__class__ = cls._fused_ignore_ce_of
+            own = inner.__dict__.get("forward")
+            if own is not None:
+                inner.__dict__["forward"] = own.__func__._fused_ignore_ce_of
     return model
 
 
@@ -95,8 +85,6 @@ class patch_transformers:  # a function that is also a context manager
     ...     pass
     """
 
-    _settings: _Settings | None = None
-
     def __init__(
         self,
         *,
@@ -105,8 +93,8 @@ class patch_transformers:  # a function that is also a context manager
         **loss_options: Any,
     ) -> None:
         settings = _settings(ignore_index, memory_budget, loss_options)
-        self._before = patch_transformers._settings
-        patch_transformers._settings = settings
+        self._before = process_wide.settings
+        process_wide.settings = settings
         _patch_classes()
 
     def __enter__(self) -> patch_transformers:
@@ -115,19 +103,19 @@ class patch_transformers:  # a function that is also a context manager
     def __exit__(self, *exc: object) -> None:
         unpatch_transformers()
         if self._before is not None:
-            patch_transformers._settings = self._before
+            process_wide.settings = self._before
             _patch_classes()
 
 
 def unpatch_transformers() -> None:
     """Undoes `patch_transformers`; models patched by `patch_model` stay patched."""
-    patch_transformers._settings = None
+    process_wide.settings = None
     while _PATCHED_CLASSES:
         cls, name, original = _PATCHED_CLASSES.pop()
         setattr(cls, name, original)
 
 
-def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any]) -> _Settings:
+def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any]) -> Settings:
     for name in loss_options:
         if name not in _OPTIONS:
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
@@ -144,19 +132,20 @@ def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any
         raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
     if memory_budget is not None:
         given["memory_budget"] = memory_budget
-    return _Settings(() if ignore_index is None else arguments.ignored_ids(ignore_index), given)
+    return Settings(() if ignore_index is None else arguments.ignored_ids(ignore_index), given)
 
 
-def _transformers_model(model: Any) -> Any:
+def _transformers_models(model: Any) -> list[Any]:
+    """The outermost transformers model, and those inside it that take labels, as some hand theirs on."""
     from transformers import PreTrainedModel
 
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                return module
-    raise TypeError(
-        f"model: expected a transformers PreTrainedModel or a module that holds one, got {type(model).__name__}"
-    )
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    models = [module for module in modules if isinstance(module, PreTrainedModel)]
+    if not models:
+        raise TypeError(
+            f"model: expected a transformers PreTrainedModel or a module that holds one, got {type(model).__name__}"
+        )
+    return models[:1] + [m for m in models[1:] if any(map(is_label, inspect.signature(m.forward).parameters))]
 
 
 @functools.cache
@@ -168,7 +157,7 @@ def _patched_class(cls: type) -> type:
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce,
         "_fused_ignore_ce_of": cls,
-        "forward": _patched_forward(cls.forward),  # type: ignore[attr-defined]
+        "forward": patched_forward(cls.forward),  # type: ignore[attr-defined]
         "__setattr__": _set_attribute,
     }
     return type(cls)(cls.__name__, (cls,), body)
@@ -181,9 +170,9 @@ def _set_attribute(self: Any, name: str, value: Any) -> None:
 
 def _patched_method(model: Any, forward: Any) -> Any:
     if getattr(forward, "__self__", None) is model:
-        patched: Any = _patched_forward(forward.__func__)
+        patched: Any = patched_forward(forward.__func__)
     else:
-        patched = _patched_forward(functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs)))
+        patched = patched_forward(functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs)))
     patched._fused_ignore_ce_of = forward
     return MethodType(patched, model)
 
@@ -235,113 +224,4 @@ def _patch_class(cls: type) -> None:
     forward = cls.__dict__.get("forward")
     if inspect.isfunction(forward) and "_fused_ignore_ce_of" not in cls.__dict__ and forward is not nn.Module.forward:
         _PATCHED_CLASSES.append((cls, "forward", forward))
-        cls.forward = _patched_forward(forward)  # type: ignore[attr-defined]
-
-
-def _patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    names = tuple(inspect.signature(original).parameters)
-    names = names[1:] if names[:1] == ("self",) else names
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = self.__dict__.get("_fused_ignore_ce") or patch_transformers._settings
-        if settings is None or not _has_labels((*zip(names, args, strict=False), *kwargs.items())):
-            return original(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            with LossMode(_classes(self), settings.ignore_index, settings.options):
-                outputs = original(self, *args, **kwargs)
-            return _as_tensors(outputs)
-        if self in _running.models:  # a subclass's forward, or the instance's, calls this one
-            return original(self, *args, **kwargs)
-        mode = LossMode(_classes(self), settings.ignore_index, settings.options)
-        with _while_heads_run(self, mode):
-            outputs = original(self, *args, **kwargs)
-        mode.check_used(type(self).__name__)
-        return _as_tensors(outputs)
-
-    return forward
-
-
-class _Running(threading.local):
-    """The models whose forward this thread is in."""
-
-    def __init__(self) -> None:
-        self.models: list[Any] = []
-
-
-_running = _Running()
-
-
-def _has_labels(given: Any) -> bool:
-    return any(v is not None and ("label" in k or k in ("start_positions", "end_positions")) for k, v in given)
-
-
-def _classes(model: Any) -> int | None:
-    """The number of classes of the output embeddings, None if the model has none."""
-    try:
-        head = model.get_output_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    weight = getattr(head, "weight", None)
-    if hasattr(weight, "ds_id"):
-        raise RuntimeError(
-            "patch_model: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before the "
-            "loss; use ZeRO-2 or FSDP2, or unpatch_model(model) and model.loss_function = fused_causal_lm_loss"
-        )
-    classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(weight, Tensor) and weight.dim() == 2:
-        classes = weight.shape[0]
-    return classes
-
-
-@contextlib.contextmanager
-def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
-    """The mode, but not while the models inside this one run, unless they hold the head.
-
-    A mode costs a Python call an operation: layers run at full speed, as they would without it. It begins when a
-    module that is no model is called, or the output embeddings, or when an inner model has returned.
-    """
-    from transformers import PreTrainedModel
-
-    def start(*_: Any) -> None:
-        mode.start()
-
-    def stop(*_: Any) -> None:
-        mode.stop()
-
-    handles = []
-    for child in model.children():
-        if isinstance(child, PreTrainedModel):
-            handles += [child.register_forward_pre_hook(stop), child.register_forward_hook(start)]
-        elif not isinstance(child, nn.Embedding):
-            handles.append(child.register_forward_pre_hook(start))
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        handles.append(model.get_output_embeddings().register_forward_pre_hook(start))  # type: ignore[operator]
-    if not handles:
-        mode.start()
-    _running.models.append(model)
-    try:
-        yield
-    finally:
-        _running.models.pop()
-        mode.stop()
-        for handle in handles:
-            handle.remove()
-
-
-def _as_tensors(outputs: Any) -> Any:
-    """What was traced becomes tensors: outside of the graph, which cannot make them."""
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    if isinstance(values, Tensor) or not any(isinstance(v, TracedLogits) for v in values):
-        return outputs
-    return _outside(outputs)
-
-
-@torch.compiler.disable
-def _outside(outputs: Any) -> Any:
-    if not isinstance(outputs, dict):
-        return type(outputs)(as_tensor(v) if isinstance(v, TracedLogits) else v for v in outputs)
-    for name, value in list(outputs.items()):
-        if isinstance(value, TracedLogits):
-            outputs[name] = as_tensor(value)
-    return outputs
+        cls.forward = patched_forward(forward)  # type: ignore[attr-defined]

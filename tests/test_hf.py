@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_ignore_ce import hf
-from fused_ignore_ce.deferred import DeferredLogits, loss, product
+from fused_ignore_ce.deferred import DeferredLogits, forward, loss, product
 from fused_ignore_ce.hf import patch_model, patch_transformers, unpatch_model, unpatch_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -278,6 +277,24 @@ def test_options_do_not_touch_other_losses_of_the_model(took):
     assert took == ["linear"]
 
 
+def test_a_model_that_hands_its_labels_to_another_inside_it(took):
+    torch.manual_seed(0)
+    text = TINY | {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "sep_token_id": 3, "encoder_hidden_size": D}
+    vision = TINY | {"image_size": 8, "patch_size": 4}
+    model = transformers.BlipForConditionalGeneration(
+        transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=D)
+    ).eval()
+    inputs = batch() | {"pixel_values": torch.rand(2, 3, 8, 8)}
+    plain = step(model, **inputs)
+    assert_same(step(patch_model(model), **inputs), plain)
+    assert took == ["linear"]
+    labels = inputs["labels"].masked_fill(inputs["labels"] == 9, -100)
+    masked = step(unpatch_model(model), **inputs | {"labels": labels})
+    assert_same(step(patch_model(model, ignore_index=9), **inputs), masked)
+    assert type(unpatch_model(model).text_decoder) is type(copy.deepcopy(model).text_decoder)
+    assert "_fused_ignore_ce" not in model.text_decoder.__dict__
+
+
 def test_options_that_no_loss_took_are_an_error():
     model = bert("BertForSequenceClassification", num_labels=1)  # a regression
     inputs = {"input_ids": batch()["input_ids"], "labels": torch.rand(2)}
@@ -308,7 +325,7 @@ def test_wrong_options_are_errors_at_once(options, error, message):
     assert type(model) is transformers.LlamaForCausalLM
     with pytest.raises(error, match=message):
         patch_transformers(**options)
-    assert hf.patch_transformers._settings is None
+    assert forward.process_wide.settings is None
 
 
 def test_what_is_no_transformers_model_is_an_error():

@@ -17,8 +17,8 @@ _METADATA = frozenset({
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "dtype", "device", "layout",
     "requires_grad", "is_leaf", "grad_fn", "get_device", "is_floating_point", "is_complex", "element_size", "itemsize",
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps",
-    "is_inference", "is_neg", "is_conj", "output_nr", "name", "names", "_version", "_backward_hooks", "_base", "_is_view",
-    "is_sparse_csr", "nbytes",
+    "is_inference", "is_neg", "is_conj", "output_nr", "name", "names", "_version", "_backward_hooks", "_base",
+    "_is_view", "is_sparse_csr", "nbytes",
 })  # fmt: skip
 
 
