@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check format bench traffic aot clean
+.PHONY: demo test test-transformers-4 check format bench traffic aot sweep clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
 
 test: $(VENV)/.ready
 	$(BIN)/pytest
+
+# What touches transformers, on the last release before 5.
+test-transformers-4: $(VENV)-transformers-4/.ready
+	$(VENV)-transformers-4/bin/pytest tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -29,10 +33,20 @@ traffic: $(VENV)/.ready
 aot: $(VENV)/.ready
 	$(BIN)/python -m bench.aot
 
+# Every class of transformers' auto-mappings, patched and not; writes docs/transformers-coverage.md.
+sweep: $(VENV)/.ready
+	$(BIN)/python -m bench.sweep
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)-transformers-4/.ready: pyproject.toml constraints.txt constraints-transformers-4.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(transformers|tokenizers|datasets)==' constraints.txt | cat - constraints-transformers-4.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt -e '.[dev]'
 	touch $@
