@@ -112,7 +112,10 @@ def unpatch_transformers() -> None:
     process_wide.settings = None
     while _PATCHED_CLASSES:
         cls, name, original = _PATCHED_CLASSES.pop()
-        setattr(cls, name, original)
+        if original is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, original)
 
 
 def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any]) -> Settings:
@@ -193,6 +196,7 @@ def _rebuild(cls: type, *args: Any) -> Any:
     return patched.__new__(patched, *args)
 
 
+#: (class, attribute, what it was; None if it was inherited)
 _PATCHED_CLASSES: list[tuple[type, str, Any]] = []
 
 
@@ -220,8 +224,12 @@ def _patch_classes() -> None:
         _patch_class(cls)
 
 
-def _patch_class(cls: type) -> None:
-    forward = cls.__dict__.get("forward")
-    if inspect.isfunction(forward) and "_fused_ignore_ce_of" not in cls.__dict__ and forward is not nn.Module.forward:
-        _PATCHED_CLASSES.append((cls, "forward", forward))
-        cls.forward = patched_forward(forward)  # type: ignore[attr-defined]
+def _patch_class(cls: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if "_fused_ignore_ce_of" in cls.__dict__:
+        return
+    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    if owner is cls or not issubclass(owner, PreTrainedModel) and owner is not nn.Module:  # its own, or a mixin's
+        _PATCHED_CLASSES.append((cls, "forward", cls.__dict__.get("forward")))
+        cls.forward = patched_forward(owner.__dict__["forward"])

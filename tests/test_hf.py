@@ -438,6 +438,18 @@ def test_patch_transformers_reaches_every_model_and_leaves_no_trace(took):
     assert transformers.LlamaForCausalLM.forward is forward
 
 
+def test_patch_transformers_reaches_a_forward_that_a_mixin_defines(took):
+    cls = transformers.LlamaForSequenceClassification
+    assert "forward" not in cls.__dict__
+    model = llama(cls, num_labels=4, pad_token_id=0)
+    inputs = {"input_ids": batch()["input_ids"], "labels": torch.tensor([3, 1])}
+    plain = step(model, **inputs)
+    with patch_transformers():
+        assert_same(step(model, **inputs), plain)
+    assert took == ["logits"]
+    assert "forward" not in cls.__dict__
+
+
 def test_a_models_own_options_come_before_those_of_patch_transformers():
     model, inputs = llama(), batch()
     true = patch_model(model, label_smoothing=0.3)(**inputs).loss

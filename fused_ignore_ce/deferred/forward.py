@@ -70,7 +70,7 @@ _running = _Running()
 
 
 def _has_labels(given: Any) -> bool:
-    return any(value is not None and is_label(name) for name, value in given)
+    return any(is_label(name) and value is not None and value is not False for name, value in given)
 
 
 def is_label(name: str) -> bool:
