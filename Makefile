@@ -35,7 +35,7 @@ aot: $(VENV)/.ready
 
 # Every class of transformers' auto-mappings, patched and not; writes docs/transformers-coverage.md.
 sweep: $(VENV)/.ready
-	$(BIN)/python -m bench.sweep
+	$(BIN)/python -m bench.sweep --out docs/transformers-coverage.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers-4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

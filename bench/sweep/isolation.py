@@ -1,0 +1,36 @@
+"""One class in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+
+from .compare import FAILED, Outcome, compare
+
+TIMEOUT = 60.0
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, not by every process: torch, transformers, and what most models import.
+_CONTEXT.set_forkserver_preload([f"{__package__}.compare", "transformers.models.llama.modeling_llama"])
+
+
+def isolated(mapping: str, name: str) -> Outcome:
+    """`compare`, whose crash or hang is an outcome too."""
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_send, args=(sender, mapping, name))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(TIMEOUT):
+            return receiver.recv()
+        return Outcome(mapping, name, FAILED, f"no result after {TIMEOUT:.0f} s", seconds=TIMEOUT)
+    except EOFError:
+        process.join()
+        return Outcome(mapping, name, FAILED, f"its process ended with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sender: Connection, mapping: str, name: str) -> None:
+    sender.send(compare(mapping, name))
