@@ -230,6 +230,6 @@ def _patch_class(cls: Any) -> None:
     if "_fused_ignore_ce_of" in cls.__dict__:
         return
     owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
-    if owner is cls or not issubclass(owner, PreTrainedModel) and owner is not nn.Module:  # its own, or a mixin's
+    if owner is cls or (not issubclass(owner, PreTrainedModel) and owner is not nn.Module):  # its own, or a mixin's
         _PATCHED_CLASSES.append((cls, "forward", cls.__dict__.get("forward")))
         cls.forward = patched_forward(owner.__dict__["forward"])

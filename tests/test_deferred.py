@@ -68,11 +68,22 @@ RECORDED = {
     "two-heads": lambda x: x + defer(torch.full((B, T, 3), 0.5), torch.ones(V, 3).tril()) * 0.25,
 }
 
+#: name -> log-probabilities, which stay deferred
+LOG_PROBS = {
+    "rows": lambda x: x.view(-1, V).log_softmax(-1),
+    "functional": lambda x: F.log_softmax((x / 2).view(-1, V), dim=1, dtype=torch.float32),
+    "rows-taken-later": lambda x: torch.log_softmax(x, -1)[:, 1:].reshape(-1, V),
+    "classes-second": lambda x: x.transpose(1, 2).log_softmax(1),
+}
+
 #: name -> what reads or writes the logits
 OTHERS = {
     "double": lambda x: x.double(),
     "sum": lambda x: x.sum(-1),
     "log_softmax": lambda x: x.log_softmax(-1).mean(),
+    "log_softmax-of-rows": lambda x: x.log_softmax(1),
+    "log_softmax-sliced": lambda x: x.log_softmax(-1)[..., 2:5],
+    "log_softmax-scaled": lambda x: x.log_softmax(-1) * 2,
     "where": lambda x: torch.where(x > 0, x, 0.0),
     "masked_fill": lambda x: x.masked_fill(VECTOR > 0, -1.0),
     "transposed-product": lambda x: x.transpose(1, 2) @ x,
@@ -184,6 +195,31 @@ def test_cross_entropy_of_recorded_operations(name, no_worse):
     grads = [torch.autograd.grad(loss * 0.7, t) for loss, t in zip(losses, (leaves, leaves, wide), strict=True)]
     for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
         no_worse(leaf, *found, scale=1.0, units=8)
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nll_loss_of_log_probabilities(name, reduction):
+    leaves = head()
+    log_probs = LOG_PROBS[name]
+    x = defer(*leaves)
+    ours, plain = log_probs(x), log_probs(F.linear(*leaves))
+    target = (torch.arange(ours.numel() // V) * 5 % V).view(ours.shape[:1] + ours.shape[2:])
+    target.view(-1)[1] = -100
+    weight = torch.linspace(0.5, 1.5, V)
+    losses = [F.nll_loss(t, target, weight, reduction=reduction) for t in (ours, plain)]
+    assert not ours.is_materialized
+    torch.testing.assert_close(*losses)
+    for mine, true in zip(*(gradients(loss, leaves) for loss in losses), strict=True):
+        torch.testing.assert_close(mine, true)
+    torch.testing.assert_close(ours.materialize(), plain)
+
+
+def test_nll_loss_of_what_are_no_log_probabilities_is_pytorchs():
+    leaves = head()
+    target = torch.arange(B * T) % V
+    losses = [F.nll_loss(linear(*leaves).view(-1, V), target) for linear in (defer, F.linear)]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -322,6 +358,17 @@ def test_a_freed_head_is_an_error_that_says_what_to_do():
     weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="reshard_after_forward=False"):
         F.cross_entropy(x, torch.zeros(3, dtype=torch.int64))
+
+
+def test_what_was_said_to_be_contiguous_is():
+    x = defer(*head())
+    part, moved = x[:, 1:], x.transpose(1, 2)
+    assert part.is_contiguous()
+    assert not moved.is_contiguous()
+    assert not x.is_materialized
+    x.materialize()
+    assert part.materialize().is_contiguous()
+    assert torch.equal(part.materialize(), x.materialize()[:, 1:])
 
 
 def test_hooks_see_the_gradient_of_what_is_read():

@@ -174,7 +174,7 @@ class _Originals(TorchFunctionMode):
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.cross_entropy:
+        if func in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss):
             self.seen.original.append(args[0].shape[args[0].dim() > 1])
         elif getattr(func, "__name__", "").endswith(("_loss", "_loss_nd", "cross_entropy_with_logits")):
             self.seen.others.append(func.__name__)

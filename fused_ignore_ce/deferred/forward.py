@@ -78,12 +78,9 @@ def is_label(name: str) -> bool:
     return "label" in name or name in ("start_positions", "end_positions")
 
 
-def _classes(model: Any) -> int | None:
+def _classes(model: nn.Module) -> int | None:
     """The number of classes of the output embeddings, None if the model has none."""
-    try:
-        head = model.get_output_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
+    head = _output_embeddings(model)
     weight = getattr(head, "weight", None)
     if hasattr(weight, "ds_id"):
         raise RuntimeError(
@@ -96,6 +93,19 @@ def _classes(model: Any) -> int | None:
     return classes
 
 
+def _output_embeddings(model: Any) -> nn.Module | None:
+    """The model's, or else those of a model inside it."""
+    from transformers import PreTrainedModel
+
+    head = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        return head
+    inner = (_output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
+    return next((found for found in inner if found is not None), None)
+
+
 @contextlib.contextmanager
 def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
     """The mode, but not while the models inside this one run, unless they hold the head.
@@ -106,7 +116,8 @@ def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     def start(*_: Any) -> None:
-        mode.start()
+        if _running.forwards[-1][1] is mode:  # not while a model inside takes the loss itself
+            mode.start()
 
     def stop(*_: Any) -> None:
         mode.stop()
@@ -117,8 +128,9 @@ def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
             handles += [child.register_forward_pre_hook(stop), child.register_forward_hook(start)]
         elif not isinstance(child, nn.Embedding):
             handles.append(child.register_forward_pre_hook(start))
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        handles.append(model.get_output_embeddings().register_forward_pre_hook(start))  # type: ignore[operator]
+    head = _output_embeddings(model)
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(start))
     if not handles:
         mode.start()
     _running.forwards.append((model, mode))

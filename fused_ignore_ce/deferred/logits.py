@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss import cross_entropy
+from .loss import LOSSES
 from .product import Product
 from .recording import COMMUTATIVE, record
 
@@ -41,6 +41,7 @@ class DeferredLogits(Tensor):
     _children: list[weakref.ref[DeferredLogits]]
     _hooks: list[Any]
     _node: Any
+    _is_contiguous: bool  # as somebody was told
     _written: bool
     _loss_taken: bool
 
@@ -63,6 +64,8 @@ class DeferredLogits(Tensor):
                 product = self._checked_product()
                 with torch.set_grad_enabled(self._with_grad):
                     self._value = product.logits()
+            if self._is_contiguous:
+                self._value = self._value.contiguous()
             for hook in self._hooks:
                 self._value.register_hook(hook)
         return self._value
@@ -135,12 +138,15 @@ class DeferredLogits(Tensor):
         if name in COMMUTATIVE and len(args) == 2 and isinstance(args[1], cls) and not isinstance(args[0], cls):
             args = args[::-1]
         self = args[0] if args and isinstance(args[0], cls) else None
-        if func is torch.nn.functional.cross_entropy:
-            return cross_entropy(*args, **kwargs)
+        if func in LOSSES and args and isinstance(args[0], cls):
+            return LOSSES[func](*args, **kwargs)
         if self is not None:
             if name in _METADATA and func.__name__ != "__set__" and not self._written:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
+            if name == "is_contiguous" and self._value is None and not (kwargs or args[1:]):
+                self._is_contiguous = not self._product.classes_second
+                return self._is_contiguous
             if name == "register_hook" and self._value is None:
                 return self._register_hook(*args[1:], **kwargs)
             if name in ("retain_grad", "grad", "retains_grad") and self._value is None:
@@ -241,6 +247,7 @@ def _make(product: Product, parent: DeferredLogits | None = None, operation: Any
     made._hooks = []
     with torch._C.DisableTorchFunctionSubclass():
         made._node = made.grad_fn
+    made._is_contiguous = False
     made._written = False
     made._loss_taken = False
     if parent is not None:

@@ -41,3 +41,34 @@ def cross_entropy(
         input = input.materialize()
     options.pop("memory_budget", None)
     return fused_cross_entropy(input, target, **options)
+
+
+def nll_loss(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    extra: dict[str, Any] | None = None,
+) -> Tensor:
+    """`F.nll_loss` of deferred logits: the cross entropy, if they are log-probabilities."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    product = input._usable_product()
+    logits = None if product is None else product.before_log_softmax
+    if logits is not None and not target.is_floating_point():
+        options = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight, **(extra or {})}
+        loss = logits.cross_entropy(target, options)
+        if loss is not None:
+            input._take_loss()
+            return loss
+    return torch.nn.functional.nll_loss(
+        input.materialize(), target, weight, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+#: What is computed here, by the function of PyTorch's whose calls it takes.
+LOSSES = {torch.nn.functional.cross_entropy: cross_entropy, torch.nn.functional.nll_loss: nll_loss}

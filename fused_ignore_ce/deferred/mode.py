@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .logits import defer, product_of
-from .loss import cross_entropy
+from .loss import LOSSES
 from .traced import TracedLogits
 
 _MATMULS = ("matmul", "__matmul__")
@@ -54,8 +54,10 @@ class LossMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             return self._linear(func, *args, **kwargs)
-        if func is torch.nn.functional.cross_entropy:
-            return self._cross_entropy(func, *args, **kwargs)
+        if func is torch.nn.functional.cross_entropy or (
+            func is torch.nn.functional.nll_loss and _are_log_probs(args[0] if args else kwargs["input"])
+        ):
+            return self._loss(func, *args, **kwargs)
         if self.classes is not None and getattr(func, "__name__", "") in _MATMULS and not kwargs:
             return self._matmul(func, *args)
         return func(*args, **kwargs)
@@ -71,7 +73,7 @@ class LossMode(TorchFunctionMode):
             return func(input, other)
         return _deferred(input, other.t(), None)
 
-    def _cross_entropy(self, func: Any, input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _loss(self, func: Any, input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
         deferred = hasattr(input, "_product")
         is_head = deferred or self.classes is None or input.shape[input.dim() > 1] == self.classes
         if not is_head:
@@ -85,7 +87,7 @@ class LossMode(TorchFunctionMode):
         if self.ignore_index:
             own = kwargs.get("ignore_index", args[1] if len(args) > 1 else -100)
             extra["ignore_index"] = tuple(dict.fromkeys((own, *self.ignore_index)))
-        return cross_entropy(input, target, weight, *args, extra=extra, **kwargs)
+        return LOSSES[func](input, target, weight, *args, extra=extra, **kwargs)
 
 
 def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -97,6 +99,11 @@ def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
         and weight.dim() == 2
         and hidden.device.type != "meta"
     )
+
+
+def _are_log_probs(input: Any) -> bool:
+    product = input._usable_product() if hasattr(input, "_product") else None
+    return product is not None and product.before_log_softmax is not None
 
 
 def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..linear.functional import fused_linear_cross_entropy
 
-#: ("cast", dtype), ("mul", number or 0-d tensor), ("div", the same), ("tanh", None) or ("add", (V,) tensor).
+#: ("cast", dtype), ("mul", number or 0-d tensor), ("div", the same), ("tanh", None), ("add", (V,) tensor) or
+#: ("log_softmax", None).
 Step = tuple[str, Any]
 
 
@@ -85,6 +86,8 @@ class Product(NamedTuple):
                 x = x / value
             elif kind == "tanh":
                 x = x.tanh()
+            elif kind == "log_softmax":
+                x = x.log_softmax(-1)
             else:
                 x = x + value
         return x.movedim(-1, 1) if self.classes_second else x
@@ -99,6 +102,8 @@ class Product(NamedTuple):
         for kind, value in self.steps:
             if kind == "cast":
                 continue
+            if kind == "log_softmax":
+                return None
             if kind == "tanh":
                 if cap is not None:
                     return None
@@ -138,6 +143,12 @@ class Product(NamedTuple):
             bias = mine.bias if bias is None else mine.bias + bias
         total = Product(hidden, weight, bias, self.linear_dtype, self.linear_dtype)
         return total.cast(torch.promote_types(self.dtype, other.dtype))
+
+    @property
+    def before_log_softmax(self) -> Product | None:
+        """The logits whose log-probabilities these are, if they are."""
+        is_last = bool(self.steps) and self.steps[-1][0] == "log_softmax"
+        return self._replace(steps=self.steps[:-1]) if is_last else None
 
     def cross_entropy(self, target: Tensor, options: dict[str, Any]) -> Any:
         """`fused_linear_cross_entropy` with its `options`, or None where it cannot express these logits.

@@ -30,7 +30,9 @@ def record(product: Product, name: str, args: tuple[Any, ...], kwargs: dict[str,
     return RECORDERS[name](product, *args, **kwargs)
 
 
-_WITH_CLASSES_SECOND = ("float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "detach")
+_WITH_CLASSES_SECOND = (
+    "float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "detach", "log_softmax",
+)  # fmt: skip
 
 
 def _records(*names: str) -> Callable[[Any], Any]:
@@ -90,6 +92,20 @@ def _detach(p: Product) -> Product:
 @_records("tanh")
 def _tanh(p: Product) -> Product:
     return p.step("tanh", None)
+
+
+@_records("log_softmax")
+def _log_softmax(
+    p: Product, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Product | None:
+    if dim is None or dim % p.ndim != (1 if p.classes_second else p.ndim - 1):
+        return None
+    if _stacklevel is not None and isinstance(_stacklevel, torch.dtype):  # Tensor.log_softmax(dim, dtype)
+        dtype = _stacklevel
+    if dtype is None and torch.is_autocast_enabled(p.hidden.device.type):
+        dtype = torch.float32
+    upcast = p if dtype is None else p.cast(dtype)
+    return None if upcast is None else upcast.step("log_softmax", None)
 
 
 @_records("mul", "multiply", "__mul__", "__rmul__")
@@ -156,9 +172,11 @@ def _consumed(item: Any) -> int:
     return item.dim() if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) else 1
 
 
-def _slice_classes(p: Product, classes: slice) -> Product:
+def _slice_classes(p: Product, classes: slice) -> Product | None:
     if classes == slice(None):
         return p
+    if any(kind == "log_softmax" for kind, _ in p.steps):  # it was over all classes
+        return None
     return p._replace(
         weight=p.weight[classes],
         bias=None if p.bias is None else p.bias[classes],

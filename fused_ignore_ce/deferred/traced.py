@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss import cross_entropy
+from .loss import LOSSES
 from .product import Product
 from .recording import COMMUTATIVE, RECORDERS, record
 
@@ -46,6 +46,9 @@ class TracedLogits:
     def dim(self) -> int:
         return len(self.shape)
 
+    def is_contiguous(self) -> bool:
+        return not self._product.classes_second
+
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
@@ -62,8 +65,8 @@ class TracedLogits:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.cross_entropy:
-            return cross_entropy(*args, **kwargs)
+        if func in LOSSES and args and isinstance(args[0], TracedLogits):
+            return LOSSES[func](*args, **kwargs)
         name = func.__name__
         if name in COMMUTATIVE and len(args) == 2 and not isinstance(args[0], TracedLogits):
             args = args[::-1]
