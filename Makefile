@@ -9,11 +9,11 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
 
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # What touches transformers, on the last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
-	$(VENV)-transformers-4/bin/pytest tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py
+	$(VENV)-transformers-4/bin/pytest -n auto --dist loadfile tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each
+    torch.set_num_threads(1)
 
 
 def _import_bench():

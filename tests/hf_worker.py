@@ -1,0 +1,169 @@
+"""What the tests of patched training share: a tiny model, its batches, the loop. As a script: one of two processes."""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fused_ignore_ce.deferred import DeferredLogits, product
+from fused_ignore_ce.hf import patch_model
+
+V, T, PAD = 101, 14, 0
+
+
+def llama(seed=0, cls=LlamaForCausalLM, **config):
+    """The same weights every time."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": PAD,
+        "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    return cls(LlamaConfig(**{**sizes, **config}))
+
+
+def examples(count, seed=1, ignored=-100):
+    """Prompts of unequal length and padding on the right, their labels `ignored`: unequal numbers of kept tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        start = torch.randint(V, (1,), generator=generator)
+        ids = 3 + (start + 7 * torch.arange(T)) % (V - 3)  # 7 further on: can be learnt
+        labels = ids.clone()
+        labels[: 1 + 5 * i % 9] = ignored
+        length = T - 3 * (i % 2)
+        ids[length:] = PAD
+        labels[length:] = ignored
+        mask = torch.arange(T) < length
+        made.append({"input_ids": ids, "labels": labels, "attention_mask": mask.long()})
+    return made
+
+
+def batches(steps, rows=3, **options):
+    rows_of = torch.utils.data.DataLoader(examples(steps * rows, **options), batch_size=rows)
+    return list(rows_of)
+
+
+def trajectory(model, batches, *, lr=0.3, backward=torch.Tensor.backward, optimizer=None, context=None):
+    """The loss of every step, and the outputs of the last."""
+    optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model.train()
+    losses = []
+    for batch in batches:
+        if context is None:
+            outputs = model(**batch)
+        else:
+            with context():
+                outputs = model(**batch)
+        backward(outputs.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(outputs.loss.item())
+    return losses, outputs
+
+
+class Spy:
+    """Counts the linear losses, in place of `fused_linear_cross_entropy`."""
+
+    def __init__(self):
+        self.calls = 0
+        self.original = product.fused_linear_cross_entropy
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.original(*args, **kwargs)
+
+
+def spied(monkeypatch):
+    spy = Spy()
+    monkeypatch.setattr(product, "fused_linear_cross_entropy", spy)
+    return spy
+
+
+def assert_same(ours, expected, rel=1e-5):
+    """Equal up to rounding, and training did something: the loss of an untrained model hides wrong gradients."""
+    assert len(ours) == len(expected)
+    difference = max(abs(a - b) / abs(b) for a, b in zip(ours, expected, strict=True))
+    assert difference <= rel, f"{difference:.1e} relative: {ours}, unpatched {expected}"
+    assert max(expected) - min(expected) > 0.02 * max(expected), f"did not learn: {expected}"
+
+
+def assert_deferred(outputs):
+    assert type(outputs.logits) is DeferredLogits
+    assert not outputs.logits.is_materialized
+
+
+def sharded(model, *, layers=True, head=None, dtype=torch.float32, **root):
+    """FSDP2: each layer, the head if `head` has its options, and the rest."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.model.layers if layers else ():
+        fully_shard(layer, mp_policy=policy)
+    if head is not None:
+        fully_shard(model.lm_head, mp_policy=policy, **head)
+    return fully_shard(model, mp_policy=policy, **root)
+
+
+#: How a model is wrapped for two processes; a second function patches it once it is wrapped.
+DISTRIBUTED = {
+    "DDP": DistributedDataParallel,
+    "DDP, patched itself": (DistributedDataParallel, patch_model),
+    "DDP, unused parameters": partial(DistributedDataParallel, find_unused_parameters=True),
+    "DDP, static graph": partial(DistributedDataParallel, static_graph=True),
+    "DDP, buckets are views": partial(DistributedDataParallel, gradient_as_bucket_view=True),
+    "FSDP2, root": partial(sharded, layers=False),
+    "FSDP2, layers": sharded,
+    "FSDP2, patched itself": (sharded, patch_model),
+    "FSDP2, root resharded": partial(sharded, reshard_after_forward=True),
+    "FSDP2, bf16": partial(sharded, dtype=torch.bfloat16),
+    "FSDP2, head kept": partial(sharded, head={"reshard_after_forward": False}),
+    "FSDP2, head": partial(sharded, head={}),
+    "FSDP1": partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True),
+    "FSDP1, flat": partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=False),
+}
+
+
+def train_distributed(name, patched, rank):
+    """The losses of this rank, whose batches are its own."""
+    wrap, patch_wrapped = DISTRIBUTED[name] if isinstance(DISTRIBUTED[name], tuple) else (DISTRIBUTED[name], None)
+    model = llama()
+    if patched and patch_wrapped is None:
+        patch_model(model)
+    model = wrap(model)
+    if patched and patch_wrapped is not None:
+        patch_wrapped(model)
+    spy = product.fused_linear_cross_entropy = Spy()
+    try:
+        losses, outputs = trajectory(model, batches(4, seed=10 + rank), lr=0.2)
+    finally:
+        product.fused_linear_cross_entropy = spy.original
+    if patched:
+        assert_deferred(outputs)
+    return {"losses": losses, "linear": spy.calls}
+
+
+def main(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.use_deterministic_algorithms(True)
+    with open(f"{folder}/{rank}", "w") as results:
+        for name in DISTRIBUTED:
+            for patched in (False, True):
+                try:
+                    done = train_distributed(name, patched, rank)
+                except Exception:
+                    done = {"error": traceback.format_exc()}
+                print(json.dumps([name, patched, done]), file=results, flush=True)
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(int(sys.argv[1]), sys.argv[2])
