@@ -87,9 +87,12 @@ def document(outcomes: list[Outcome], seconds: float) -> str:
 def failures(outcomes: list[Outcome]) -> list[str]:
     found = [f"{o.name} ({o.mapping}) differs: {o.difference}" for o in outcomes if o.difference]
     for mapping in GENERATING:
-        ran = [o for o in outcomes if o.mapping == mapping and o.how != FAILED]
+        group = [o for o in outcomes if o.mapping == mapping]
+        ran = [o for o in group if o.how != FAILED]
         linear = sum(o.how == LINEAR for o in ran)
-        if linear < ENOUGH * len(ran):
+        if group and not ran:
+            found.append(f"{mapping}: no class was built")
+        elif linear < ENOUGH * len(ran):
             found.append(f"{mapping}: {linear} of {len(ran)} classes take the linear way, fewer than {ENOUGH:.0%}")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from .compare import FAILED, Outcome, compare
@@ -14,10 +15,10 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([f"{__package__}.compare", "transformers.models.llama.modeling_llama"])
 
 
-def isolated(mapping: str, name: str) -> Outcome:
-    """`compare`, whose crash or hang is an outcome too."""
+def isolated(mapping: str, name: str, work: Callable[[str, str], Outcome] = compare) -> Outcome:
+    """`work`, whose crash or hang is an outcome too."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_send, args=(sender, mapping, name))
+    process = _CONTEXT.Process(target=_send, args=(sender, work, mapping, name))
     process.start()
     sender.close()
     try:
@@ -32,5 +33,5 @@ def isolated(mapping: str, name: str) -> Outcome:
         process.join()
 
 
-def _send(sender: Connection, mapping: str, name: str) -> None:
-    sender.send(compare(mapping, name))
+def _send(sender: Connection, work: Callable[[str, str], Outcome], mapping: str, name: str) -> None:
+    sender.send(work(mapping, name))
