@@ -13,7 +13,7 @@ test: $(VENV)/.ready
 
 # What touches transformers, on the last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
-	$(VENV)-transformers-4/bin/pytest -n auto --dist loadfile tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py
+	$(VENV)-transformers-4/bin/pytest -n auto --dist loadfile tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_sweep.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

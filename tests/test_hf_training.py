@@ -18,6 +18,13 @@ STEPS, LR = 5, 0.3
 FP32, BF16 = 1e-5, 2e-2  # relative
 
 
+@pytest.fixture(autouse=True)
+def _precision_of_its_own(monkeypatch):
+    """transformers 4 leaves a trainer's mixed precision in the environment, and accelerate in its state."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class Recorder(Trainer):
     """Keeps what each micro batch gave: its loss as it is divided, its logits, the count it was divided by."""
 
@@ -52,16 +59,16 @@ def train(model, folder, *, recipe=None, evaluate=False, **given):
 RECIPES = {
     "default": {},
     "accumulation": {"gradient_accumulation_steps": 3},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
     "checkpointing, reentrant": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bf16": {"bf16": True},
     "bf16, accumulation, checkpointing": {
         "bf16": True,
         "gradient_accumulation_steps": 2,
-        "activation_checkpointing": True,
+        "gradient_checkpointing": True,
     },
     "NEFTune": {"neftune_noise_alpha": 1.0},
 }
@@ -144,7 +151,6 @@ def test_evaluation(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("patch", ["before", "after"])
 def test_accelerate(precision, patch, monkeypatch):
     """Prepared before or after it is patched."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=True)
 
     def run(patched):
