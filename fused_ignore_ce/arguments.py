@@ -64,16 +64,23 @@ def check_reduction(reduction: str, normalizer: float | Tensor | None) -> None:
         raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
 
 
-def check_not_distributed(process_group: Any, *tensors: Tensor | None) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: a vocabulary sharded over ranks is not supported yet; gather the logits and pass "
-            "process_group=None"
-        )
+def is_distributed(process_group: Any, *tensors: Tensor | None) -> bool:
+    """Whether the vocabulary may be sharded: by a group, or since there is a DTensor."""
+    check_process_group(process_group)
     distributed_tensor = sys.modules.get("torch.distributed.tensor")
-    for t in tensors:
-        if distributed_tensor is not None and isinstance(t, distributed_tensor.DTensor):
-            raise NotImplementedError("DTensor arguments are not supported yet; pass `tensor.full_tensor()`")
+    return process_group is not None or (
+        distributed_tensor is not None and any(isinstance(t, distributed_tensor.DTensor) for t in tensors)
+    )
+
+
+def check_process_group(process_group: Any) -> None:
+    if process_group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed ProcessGroup or None, got {type(process_group).__name__}; "
+            "of a DeviceMesh, pass mesh.get_group(dimension)"
+        )
 
 
 def check_backend(backend: str) -> None:

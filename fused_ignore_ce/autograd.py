@@ -54,11 +54,18 @@ def _forward(
     options: RowOptions,
     with_stats: bool,
     backend: str,
-) -> tuple[Tensor, ...]:
-    forward = implementation(backend, x.device).forward
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, mass, correct, entropy, target_weight, place); the last two are empty without a group."""
+    kernels = implementation(backend, x.device)
+    if group is not None:
+        from . import distributed
+
+        return distributed.forward(kernels, group, x, target, weight, probs, options._asdict(), with_stats)
     if probs is None:
         torch_backend.check_targets(target, options.ignore_index, x.shape[-1])
-    return forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
+    rows = kernels.forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
+    return *rows, x.new_empty(0), torch.empty(0, dtype=torch.int64)
 
 
 def _backward(
@@ -69,13 +76,18 @@ def _backward(
     probs: Tensor | None,
     lse: Tensor,
     mass: Tensor,
+    place: Tensor,
     options: RowOptions,
     dx: Tensor | None,
     dprobs: Tensor | None,
     backend: str,
 ) -> None:
     backward = implementation(backend, x.device).backward
-    backward(dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs)
+    first_class, classes = place.tolist() or (0, None)
+    backward(
+        dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs,
+        first_class=first_class, classes=classes,
+    )  # fmt: skip
 
 
 def empty_rows(x: Tensor, N: int, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -91,6 +103,15 @@ def empty_rows(x: Tensor, N: int, with_stats: bool) -> tuple[Tensor, Tensor, Ten
     )
 
 
+def empty_sharded(
+    loss: Tensor, group: str | None, weight: Tensor | None, probs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(target_weight, place), for fake kernels."""
+    has_weight = group is not None and weight is not None and probs is None
+    place = torch.empty(0 if group is None else 2, dtype=torch.int64, device="cpu")
+    return torch.empty_like(loss) if has_weight else loss.new_empty(0), place
+
+
 @torch.library.custom_op("fused_ignore_ce::cross_entropy_forward", mutates_args=())
 def cross_entropy_forward(
     x: Tensor,
@@ -104,16 +125,22 @@ def cross_entropy_forward(
     z_loss: float,
     with_stats: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, mass, correct, entropy) of every row of x (B, T, V); target is (B * T,) int64."""
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, mass, correct, entropy, target_weight, place) of x (B, T, V); target is (B * T,) int64.
+
+    With a `group`, by name, x is its rank's shard of the vocabulary. `target_weight` are the class weights of the
+    targets, which may be other ranks'; `place` is (first class of the shard, classes of the vocabulary).
+    """
     options = RowOptions(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
-    loss, lse, mass, correct, entropy = _forward(x, target, weight, probs, options, with_stats, backend)
-    return loss, lse, mass, correct, entropy
+    return _forward(x, target, weight, probs, options, with_stats, backend, group)
 
 
 @cross_entropy_forward.register_fake
-def _(x, target, weight, probs, ignore_index, label_smoothing, softcap, logit_scale, z_loss, with_stats, backend):
-    return empty_rows(x, x.shape[0] * x.shape[1], with_stats)
+def _(x, target, weight, probs, ignore_index, label_smoothing, softcap, logit_scale, z_loss, with_stats, backend,
+      group):  # fmt: skip
+    rows = empty_rows(x, x.shape[0] * x.shape[1], with_stats)
+    return *rows, *empty_sharded(rows[0], group, weight, probs)
 
 
 @torch.library.custom_op("fused_ignore_ce::cross_entropy_backward", mutates_args=())
@@ -125,6 +152,7 @@ def cross_entropy_backward(
     probs: Tensor | None,
     lse: Tensor,
     mass: Tensor,
+    place: Tensor,
     ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
@@ -139,25 +167,25 @@ def cross_entropy_backward(
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dprobs = torch.empty_like(probs) if need_dprobs and probs is not None else x.new_empty(0)
     _backward(
-        dloss, x, target, weight, probs, lse, mass, options, dx if need_dx else None,
+        dloss, x, target, weight, probs, lse, mass, place, options, dx if need_dx else None,
         dprobs if need_dprobs else None, backend,
     )  # fmt: skip
     return dx, dprobs
 
 
 @cross_entropy_backward.register_fake
-def _(dloss, x, target, weight, probs, lse, mass, ignore_index, label_smoothing, softcap, logit_scale, z_loss,
+def _(dloss, x, target, weight, probs, lse, mass, place, ignore_index, label_smoothing, softcap, logit_scale, z_loss,
       need_dx, need_dprobs, backend):  # fmt: skip
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     return dx, torch.empty_like(probs) if need_dprobs else x.new_empty(0)
 
 
 def _save_operator_inputs(ctx, inputs, output) -> None:
-    x, target, weight, probs, *options, _with_stats, backend = inputs
-    _, lse, mass, correct, entropy = output
-    ctx.save_for_backward(x, target, weight, probs, lse, mass)
+    x, target, weight, probs, *options, _with_stats, backend, _group = inputs
+    _, lse, mass, correct, entropy, target_weight, place = output
+    ctx.save_for_backward(x, target, weight, probs, lse, mass, place)
     ctx.options, ctx.backend = RowOptions(*options), backend
-    ctx.mark_non_differentiable(lse, mass, correct, entropy)
+    ctx.mark_non_differentiable(lse, mass, correct, entropy, target_weight, place)
     ctx.set_materialize_grads(False)
 
 
@@ -167,23 +195,25 @@ def _operator_backward(ctx, dloss, *_):
         need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
         gradients = cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, need_dx, need_dprobs, ctx.backend)
         dx, dprobs = gradients[0] if need_dx else None, gradients[1] if need_dprobs else None
-    return dx, None, None, dprobs, *[None] * (len(RowOptions._fields) + 2)
+    return dx, None, None, dprobs, *[None] * (len(RowOptions._fields) + 3)
 
 
 cross_entropy_forward.register_autograd(_operator_backward, setup_context=_save_operator_inputs)
 
 
 class CrossEntropyRows(torch.autograd.Function):
-    """(loss, lse, correct, entropy) per row; only the loss is differentiable, in x and in probability targets."""
+    """(loss, lse, correct, entropy, target_weight) per row; the loss is differentiable, in x and in probabilities."""
 
     @staticmethod
-    def forward(ctx, x, probs, target, weight, options, with_stats, backend, inplace_backward):
-        loss, lse, mass, correct, entropy = _forward(x, target, weight, probs, options, with_stats, backend)
-        ctx.save_for_backward(x, target, weight, probs, lse, mass)
+    def forward(ctx, x, probs, target, weight, options, with_stats, backend, group, inplace_backward):
+        loss, lse, mass, correct, entropy, target_weight, place = _forward(
+            x, target, weight, probs, options, with_stats, backend, group
+        )
+        ctx.save_for_backward(x, target, weight, probs, lse, mass, place)
         ctx.options, ctx.backend, ctx.inplace_backward = options, backend, inplace_backward
-        ctx.mark_non_differentiable(lse, correct, entropy)
+        ctx.mark_non_differentiable(lse, correct, entropy, target_weight)
         ctx.set_materialize_grads(False)
-        return loss, lse, correct, entropy
+        return loss, lse, correct, entropy, target_weight
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -191,8 +221,10 @@ class CrossEntropyRows(torch.autograd.Function):
         need_dx, need_dprobs, *_ = ctx.needs_input_grad
         if dloss is not None:
             # Asked for once: activation checkpointing recomputes them for the first access only.
-            x, target, weight, probs, lse, mass = ctx.saved_tensors
+            x, target, weight, probs, lse, mass, place = ctx.saved_tensors
             if torch.is_grad_enabled():  # create_graph=True
+                if len(place):
+                    raise NotImplementedError("create_graph=True is not supported with a sharded vocabulary")
                 dx, dprobs = _differentiable_backward(
                     dloss, x, target, weight, probs, ctx.options, need_dx, need_dprobs
                 )
@@ -201,10 +233,10 @@ class CrossEntropyRows(torch.autograd.Function):
                     dx = x.detach() if ctx.inplace_backward else torch.empty_like(x)
                 if need_dprobs:
                     dprobs = torch.empty_like(probs)
-                _backward(dloss, x, target, weight, probs, lse, mass, ctx.options, dx, dprobs, ctx.backend)
+                _backward(dloss, x, target, weight, probs, lse, mass, place, ctx.options, dx, dprobs, ctx.backend)
                 if need_dx and ctx.inplace_backward:
                     torch.autograd.graph.increment_version(x)
-        return dx, dprobs, *[None] * 6
+        return dx, dprobs, *[None] * 7
 
 
 def _differentiable_backward(
@@ -258,18 +290,21 @@ def cross_entropy_rows(
     with_stats: bool,
     inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, correct, entropy) of the rows of x (B, T, V), each (B * T,) but lse, which is (2, B * T).
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, correct, entropy, target_weight) of the rows of x (B, T, V), each (B * T,) but lse, (2, B * T).
 
     `target` is (B * T,) int64 and contiguous. `lse` is the unevaluated sum max + log(sum(exp(x - max))).
-    The last two are empty unless `with_stats`.
+    `correct` and `entropy` are empty unless `with_stats`, `target_weight` unless there is a group.
     """
     if not torch.compiler.is_compiling():
         refuse_transforms(x, probs)
-    if not is_plain(x):
-        loss, lse, _, correct, entropy = cross_entropy_forward(x, target, weight, probs, *options, with_stats, backend)
-    elif torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):
-        return CrossEntropyRows.apply(x, probs, target, weight, options, with_stats, backend, inplace_backward)
+    call = (options, with_stats, backend, group)
+    if is_plain(x) and torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):
+        return CrossEntropyRows.apply(x, probs, target, weight, *call, inplace_backward)
+    if is_plain(x):
+        rows = _forward(x, target, weight, probs, *call)
     else:
-        loss, lse, _, correct, entropy = _forward(x, target, weight, probs, options, with_stats, backend)
-    return loss, lse, correct, entropy
+        rows = cross_entropy_forward(x, target, weight, probs, *options, *call[1:])
+    loss, lse, _, correct, entropy, target_weight, _ = rows
+    return loss, lse, correct, entropy, target_weight

@@ -41,7 +41,7 @@ def fused_causal_lm_loss(
     Args:
         logits: (..., T, V), floating; any strides, so that slices are not copied.
         labels: (..., T) int64, not shifted. Not read when shift_labels is given.
-        vocab_size: V, if given.
+        vocab_size: V, if given; with a process_group, of the whole vocabulary, and not checked.
         num_items_in_batch: number or one-element tensor to divide the sum by; None divides by the kept labels.
         ignore_index: an id or a collection of ids; position t is ignored if label t + 1 is one of them.
         shift_labels: (..., T) int64, already shifted.
@@ -66,7 +66,8 @@ def fused_causal_lm_loss(
             f"{type(targets).__name__}"
         )
     V = logits.shape[-1]
-    if vocab_size is not None and vocab_size != V:
+    process_group = options.pop("process_group", None)
+    if vocab_size is not None and vocab_size != V and process_group is None:
         raise ValueError(f"vocab_size: expected the last dimension of logits, {V}, got {vocab_size}")
     targets = targets.to(logits.device)
     token_weight = options.pop("token_weight", None)
@@ -82,21 +83,20 @@ def fused_causal_lm_loss(
     x = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 2 else logits.reshape(1, -1, V)
     index = targets.reshape(x.shape[:2])
     weight = options.pop("weight", None)
-    arguments.check_not_distributed(options.pop("process_group", None), logits, targets, weight)
-    arguments.check_cross_entropy(x.movedim(-1, 1), index, weight, weight_dtype=torch.float32)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.reshape(()).to(logits.device)
-    return row_loss(
-        x,
-        index,
-        weight,
-        shape=targets.shape,
-        out_dtype=torch.promote_types(logits.dtype, torch.float32),
-        ignore_index=ids,
-        token_weight=token_weight,
-        normalizer=num_items_in_batch,
-        **options,
-    )
+    options |= {"shape": targets.shape, "ignore_index": ids, "normalizer": num_items_in_batch}
+    if arguments.is_distributed(process_group, logits, targets, weight, token_weight):
+        from .dtensor import local_logits
+
+        return local_logits(_rows, process_group, x, index, weight, token_weight, classes_dim=2, **options)
+    return _rows(x, index, weight, token_weight, **options)
+
+
+def _rows(x: Tensor, index: Tensor, weight: Tensor | None, token_weight: Tensor | None, **options: Any) -> Any:
+    arguments.check_cross_entropy(x.movedim(-1, 1), index, weight, weight_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return row_loss(x, index, weight, token_weight=token_weight, out_dtype=dtype, **options)
 
 
 def _next(t: Tensor, last: float) -> Tensor:

@@ -60,7 +60,10 @@ def fused_cross_entropy(
         inplace_backward: let backward write the gradient over input's memory. Autograd's version check catches
             whoever needs the logits afterwards. Without effect under torch.compile, which plans memory itself.
         return_stats: also return `LossStats`, from the same pass.
-        process_group: not supported yet.
+        process_group: the vocabulary is sharded over this group, in rank order; shards may be uneven or empty. `input`,
+            `weight` and probability targets are then the rank's own shard, while index targets and `ignore_index` are
+            ids of the whole vocabulary; all ranks pass the same of them and of everything else, and get the same bits.
+            Not needed for DTensors. See `fused_ignore_ce.distributed`.
         backend: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "torch".
 
     Returns:
@@ -69,20 +72,49 @@ def fused_cross_entropy(
 
     Raises:
         IndexError: a target that is neither ignored nor in [0, C), on CPU. On CUDA, an asynchronous device
-            assertion, as PyTorch's.
+            assertion, as PyTorch's. With a process_group, on every device and on all ranks.
         ValueError, TypeError, RuntimeError, NotImplementedError: what F.cross_entropy raises for the same mistake.
 
     Note:
         Beside the gradient itself, memory is O(N) on CUDA and one cache-sized block on CPU; the forward saves the
         logits and two numbers a row. All rows ignored, or N = 0: "mean" is NaN, "sum" is 0, the gradient exactly 0.
-        The gradient at a logit of -inf is 0. `create_graph=True` works, at the memory of plain PyTorch.
-        Deterministic.
+        The gradient at a logit of -inf is 0. `create_graph=True` works, at the memory of plain PyTorch, but not with
+        a process_group. Deterministic. With a process_group there are two collectives in forward, the first of which
+        is waited for (it tells the sizes of the shards), and none in backward.
 
     >>> logits = torch.zeros(3, 4, requires_grad=True)
     >>> fused_cross_entropy(logits, torch.tensor([1, -100, 2])).item()
     1.3862943649291992
     """
-    arguments.check_not_distributed(process_group, input, target, weight)
+    tensors = (input, target, weight, token_weight)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "z_loss": z_loss,
+        "normalizer": normalizer,
+        "inplace_backward": inplace_backward,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
+    if arguments.is_distributed(process_group, *tensors):
+        from .dtensor import local_logits
+
+        return local_logits(_cross_entropy, process_group, *tensors, **options)
+    return _cross_entropy(*tensors, **options)
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    *,
+    ignore_index: int | Collection[int],
+    **options: Any,
+) -> Any:
     is_probs = arguments.check_cross_entropy(input, target, weight)
     if is_probs and any(i >= 0 for i in arguments.ignored_ids(ignore_index)):
         raise RuntimeError(
@@ -96,16 +128,8 @@ def fused_cross_entropy(
         shape=torch.Size([*input.shape[:1], *input.shape[2:]][: input.dim() - 1]) if is_probs else target.shape,
         out_dtype=loss_dtype(input, *((target, weight) if is_probs else ())),
         ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        z_loss=z_loss,
         token_weight=token_weight,
-        normalizer=normalizer,
-        inplace_backward=inplace_backward,
-        return_stats=return_stats,
-        backend=backend,
+        **options,
     )
 
 
@@ -127,10 +151,11 @@ def row_loss(
     inplace_backward: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
+    group: str | None = None,
 ) -> Any:
     """The loss of logits x (B, T, V) with indices (B, T) or probabilities (B, T, V), both already checked.
 
-    `shape` is that of the caller's row losses.
+    `shape` is that of the caller's row losses. With a process group, by name, x is its rank's shard.
     """
     ids = arguments.ignored_ids(ignore_index)
     options = arguments.row_options(ids[0], label_smoothing, softcap, logit_scale, z_loss)
@@ -140,9 +165,9 @@ def row_loss(
         arguments.check_inplace(x)
     weight = None if weight is None else weight.contiguous()
     probs = target if target.dim() == 3 else None
-    index = row_targets(target if probs is None else None, probs, ids, token_weight, return_stats)
+    index = row_targets(target if probs is None else None, probs, ids, token_weight, return_stats and group is None)
 
-    loss, lse, correct, entropy = cross_entropy_rows(
+    loss, lse, correct, entropy, target_weight = cross_entropy_rows(
         x,
         index,
         weight,
@@ -151,6 +176,7 @@ def row_loss(
         with_stats=return_stats,
         inplace_backward=inplace_backward,
         backend=arguments.choose_backend(backend, x.device),
+        group=group,
     )
     kept = index != options.ignore_index
     if token_weight is not None:
@@ -161,7 +187,10 @@ def row_loss(
     else:
         loss = loss.sum()
         if reduction == "mean":
-            loss = loss / (divisor(kept, index, weight, probs, token_weight) if normalizer is None else normalizer)
+            share = None
+            if weight is not None and probs is None:
+                share = target_weight if group is not None else weight[torch.where(kept, index, 0)]
+            loss = loss / (divisor(kept, share, token_weight) if normalizer is None else normalizer)
     loss = loss.to(out_dtype)
     if not return_stats:
         return loss

@@ -30,7 +30,7 @@ def _check(module: Any) -> None:
     arguments.row_options(ids[0], module.label_smoothing, module.softcap, module.logit_scale, module.z_loss)
     arguments.check_reduction(module.reduction, None)
     arguments.check_backend(module.backend)
-    arguments.check_not_distributed(module.process_group)
+    arguments.check_process_group(module.process_group)
 
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):

@@ -45,14 +45,10 @@ def row_targets(
     return index if ignored is None else index.masked_fill(ignored, ids[0])
 
 
-def divisor(
-    kept: Tensor, index: Tensor, weight: Tensor | None, probs: Tensor | None, token_weight: Tensor | None
-) -> Tensor:
+def divisor(kept: Tensor, target_weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
     """What "mean" divides by: the kept rows, each counted with its target's class weight and its token weight."""
-    if weight is not None and probs is None:
-        share = torch.where(
-            kept, weight[torch.where(kept, index, 0)].to(torch.promote_types(weight.dtype, torch.float32)), 0.0
-        )
+    if target_weight is not None:
+        share = torch.where(kept, target_weight.to(torch.promote_types(target_weight.dtype, torch.float32)), 0.0)
         return (share if token_weight is None else share * token_weight).sum()
     return kept.sum() if token_weight is None else token_weight.sum()
 

@@ -233,6 +233,9 @@ def forward_part(
     """
     del options["z_loss"]
     partial, argmax = parts
+    if x.shape[2] == 0:
+        partial[0, part] = -torch.inf
+        return
     blocks = _row_sums(
         x, target, weight, probs, with_stats=with_stats, first_class=first_class, classes=classes, **options
     )
@@ -242,23 +245,27 @@ def forward_part(
             argmax[part, rows] = (sums.argmax + first_class).int()
 
 
+def combine(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The sums over all parts, as one part: ((5, 1, N), (1, N))."""
+    (m, s, r, mass, d), argmax = parts
+    if len(m) == 1:
+        return parts
+    largest, at = m.max(0, keepdim=True)
+    shift = m.masked_fill(m == -torch.inf, 0.0) - largest.masked_fill(largest == -torch.inf, 0.0)
+    beta = shift.exp().masked_fill_(m == -torch.inf, 0.0)
+    sums = (s * beta, r + mass * shift, mass, beta * (d + s * shift))
+    partial = torch.stack([largest, *(each.sum(0, keepdim=True) for each in sums)])
+    return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
+
+
 def merge(
     target: Tensor, parts: tuple[Tensor, Tensor], *, ignore_index: int, z_loss: float, with_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, from all parts."""
-    (m, s, r, mass, d), argmax = parts
-    outputs = _outputs(m, len(target), m.dtype, with_stats)
-    largest, at = m.max(0)
-    shift = m.masked_fill(m == -torch.inf, 0.0) - largest.masked_fill(largest == -torch.inf, 0.0)
-    beta = shift.exp().masked_fill_(m == -torch.inf, 0.0)
-    sums = _Sums(
-        m=largest,
-        s=(s * beta).sum(0),
-        r=(r + mass * shift).sum(0),
-        mass=mass.sum(0),
-        d=(beta * (d + s * shift)).sum(0),
-        argmax=argmax.gather(0, at.unsqueeze(0)).squeeze(0) if with_stats else target,
-    )
+    partial, argmax = combine(parts)
+    outputs = _outputs(partial, len(target), partial.dtype, with_stats)
+    m, s, r, mass, d = partial[:, 0]
+    sums = _Sums(m, s, r, mass, d, argmax[0] if with_stats else target)
     kept = target != ignore_index
     for output, found in zip(outputs, _finish(sums, target, z_loss, with_stats), strict=False):
         output.copy_(torch.where(kept, found, 0))

@@ -99,3 +99,13 @@ def plan(request, monkeypatch):
     monkeypatch.setattr(autograd, "choose", choose)
     monkeypatch.setattr(functional, "choose", choose)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Four processes of a gloo group, see `ranks.py`."""
+    from .ranks import Ranks
+
+    started = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.stop()

@@ -21,7 +21,7 @@ def forward_args(device, backend, probs=False, weighted=False, with_stats=False,
     target = torch.tensor([1, 6, -100, 0, 2, 3], device=device)
     q = torch.rand(2, 3, 7, device=device, requires_grad=requires_grad) if probs else None
     weight = torch.rand(7, device=device) if weighted else None
-    return x, target.clamp(min=0) if probs else target, weight, q, -100, 0.1, 5.0, 1.0, 0.01, with_stats, backend
+    return x, target.clamp(min=0) if probs else target, weight, q, -100, 0.1, 5.0, 1.0, 0.01, with_stats, backend, None
 
 
 @pytest.mark.parametrize("with_stats", [False, True], ids=["", "stats"])
@@ -35,9 +35,9 @@ def test_opcheck_forward(probs, weighted, with_stats, backend, device):
 @pytest.mark.parametrize(("need_dx", "need_dprobs"), [(True, False), (False, True), (True, True)])
 def test_opcheck_backward(need_dx, need_dprobs, backend, device):
     torch.use_deterministic_algorithms(False)
-    x, target, weight, q, *options, _, _ = forward_args(device, backend, probs=True, requires_grad=False)
-    loss, lse, mass, _, _ = OPS.cross_entropy_forward(x, target, weight, q, *options, False, backend)
-    args = (torch.rand_like(loss), x, target, weight, q, lse, mass, *options, need_dx, need_dprobs, backend)
+    x, target, weight, q, *options, _, _, _ = forward_args(device, backend, probs=True, requires_grad=False)
+    loss, lse, mass, _, _, _, place = OPS.cross_entropy_forward(x, target, weight, q, *options, False, backend, None)
+    args = (torch.rand_like(loss), x, target, weight, q, lse, mass, place, *options, need_dx, need_dprobs, backend)
     torch.library.opcheck(OPS.cross_entropy_backward, args)
 
 

@@ -30,7 +30,7 @@ def operands(device, probs, full, requires_grad=True):
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
 def test_opcheck_forward(probs, full, backend, device):
     torch.use_deterministic_algorithms(False)  # opcheck compares what fake kernels leave unwritten
-    arguments = (*operands(device, probs, full), *OPTIONS, full, backend)
+    arguments = (*operands(device, probs, full), *OPTIONS, full, backend, None)
     torch.library.opcheck(OPS.linear_cross_entropy_forward, arguments)
 
 
@@ -38,7 +38,7 @@ def test_opcheck_forward(probs, full, backend, device):
 def test_opcheck_sum(full, backend, device):
     torch.use_deterministic_algorithms(False)
     scale = torch.rand(5, device=device, requires_grad=True)
-    arguments = (*operands(device, False, full), scale, *OPTIONS, full, True, True, full, backend)
+    arguments = (*operands(device, False, full), scale, *OPTIONS, full, True, True, full, backend, None)
     torch.library.opcheck(OPS.linear_cross_entropy_sum, arguments)
 
 
@@ -46,8 +46,8 @@ def test_opcheck_sum(full, backend, device):
 def test_opcheck_backward(probs, backend, device):
     torch.use_deterministic_algorithms(False)
     given = operands(device, probs, True, requires_grad=False)
-    loss, lse, mass, _, _ = OPS.linear_cross_entropy_forward(*given, *OPTIONS, False, backend)
-    arguments = (torch.rand_like(loss), *given, lse, mass, *OPTIONS, True, True, True, probs, backend)
+    loss, lse, mass, _, _, _, place = OPS.linear_cross_entropy_forward(*given, *OPTIONS, False, backend, None)
+    arguments = (torch.rand_like(loss), *given, lse, mass, place, *OPTIONS, True, True, True, probs, backend, None)
     torch.library.opcheck(OPS.linear_cross_entropy_backward, arguments)
 
 

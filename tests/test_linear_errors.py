@@ -38,7 +38,11 @@ BAD = {
     "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected"),
     "token_weight": ({"token_weight": torch.ones(5)}, ValueError, "token_weight: expected shape"),
     "backend": ({"backend": "cuda"}, ValueError, "backend: expected one of"),
-    "process_group": ({"process_group": object()}, NotImplementedError, "process_group"),
+    "process_group": (
+        {"process_group": object()},
+        TypeError,
+        "process_group: expected a torch.distributed ProcessGroup",
+    ),
     "ids": ({"ignore_index": []}, ValueError, "ignore_index: expected at least one"),
     "ids with probabilities": ({"target": torch.rand(4, 9), "ignore_index": 2}, RuntimeError, "ignore_index"),
     "budget": ({"memory_budget": 1.5}, TypeError, "memory_budget: expected a number of bytes"),

@@ -12,7 +12,7 @@ from .. import arguments
 from ..autograd import RowOptions, is_plain, refuse_transforms
 from ..reduction import LossStats, divisor, loss_dtype, row_targets
 from .autograd import linear_cross_entropy_forward, linear_cross_entropy_sum, sizes_of
-from .plan import VOCABULARY_BLOCKS, choose, operand_dtype
+from .plan import ONE_BLOCK, TOKEN_CHUNKS, choose, operand_dtype
 
 
 def fused_linear_cross_entropy(
@@ -62,7 +62,11 @@ def fused_linear_cross_entropy(
         memory_budget: bytes of scratch beside the gradients; None for the leanest plan whose predicted time is
             within 5% of the fastest's. `plan_linear_loss` tells what is chosen.
         return_stats: also return `LossStats`, without logits.
-        process_group: not supported yet.
+        process_group: the vocabulary is sharded over this group, in rank order; shards may be uneven or empty.
+            `linear_weight`, `linear_bias`, `weight` and probability targets are then the rank's own shard, while
+            `input`, index targets (ids of the whole vocabulary) and everything else are the same on all ranks, which
+            get the same bits. The gradient of `input` is that of the whole loss. Not needed for DTensors, and a DTensor
+            `input` may also be sharded on its tokens. See `fused_ignore_ce.distributed`.
         backend: what computes between the matrix products: "auto" (Triton for CUDA tensors, PyTorch otherwise),
             "triton" or "torch".
 
@@ -72,6 +76,7 @@ def fused_linear_cross_entropy(
 
     Raises:
         IndexError: a target that is neither ignored nor in [0, C), on CPU. On CUDA, an asynchronous device assertion.
+            With a process_group, on every device and on all ranks.
         ValueError: a memory_budget that no plan meets; the message names the smallest that works.
         ValueError, TypeError, RuntimeError, NotImplementedError: what F.cross_entropy raises for the same mistake.
 
@@ -88,11 +93,55 @@ def fused_linear_cross_entropy(
         ignored, or N = 0: "mean" is NaN, "sum" is 0, the gradients exactly 0; the gradient at a logit of -inf is 0.
         Deterministic. `create_graph=True` raises RuntimeError.
 
+        With a process_group there are two collectives in forward, the first of which is waited for (it tells the
+        sizes of the shards), and one in backward: the sum of input's gradient, in float32. Several tiles, where they
+        are needed, cost the fourth matrix product, since the ranks exchange their sums once, for all tokens.
+
     >>> h, w = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     >>> fused_linear_cross_entropy(h, w, torch.tensor([1, -100, 2])).item()
     1.3862943649291992
     """
-    arguments.check_not_distributed(process_group, input, linear_weight, target, linear_bias, weight)
+    tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "z_loss": z_loss,
+        "normalizer": normalizer,
+        "memory_budget": memory_budget,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
+    if arguments.is_distributed(process_group, *tensors):
+        from ..dtensor import local_linear
+
+        return local_linear(_cross_entropy, process_group, *tensors, **options)
+    return _cross_entropy(*tensors, **options)
+
+
+def _cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    *,
+    ignore_index: int | Collection[int] | None,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    z_loss: float,
+    normalizer: float | Tensor | None,
+    memory_budget: int | None,
+    return_stats: bool,
+    backend: str,
+    group: str | None = None,
+    sum_dinput: bool = True,
+) -> Any:
     is_probs = arguments.check_linear_cross_entropy(input, linear_weight, target, linear_bias, weight)
     ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
     if is_probs and any(i >= 0 for i in ids):
@@ -111,7 +160,7 @@ def fused_linear_cross_entropy(
         reduction,
         token_weight,
         normalizer,
-        _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device)),
+        _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device), group, sum_dinput),
     )
     loss = loss.to(loss_dtype(input, *((target, weight) if is_probs else ())))
     return (loss, stats) if return_stats else loss
@@ -150,13 +199,47 @@ def fused_linear_log_probs(
     >>> fused_linear_log_probs(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
     """
-    arguments.check_not_distributed(process_group, input, linear_weight, target, linear_bias)
+    tensors = (input, linear_weight, target, linear_bias, None, None)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "memory_budget": memory_budget,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
+    if arguments.is_distributed(process_group, *tensors):
+        from ..dtensor import local_linear
+
+        return local_linear(_log_probs, process_group, *tensors, **options)
+    return _log_probs(*tensors, **options)
+
+
+def _log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: None,
+    token_weight: None,
+    *,
+    ignore_index: int | Collection[int] | None,
+    softcap: float | None,
+    logit_scale: float,
+    memory_budget: int | None,
+    return_stats: bool,
+    backend: str,
+    group: str | None = None,
+    sum_dinput: bool = True,
+) -> Any:
     if arguments.check_linear_cross_entropy(input, linear_weight, target, linear_bias, None):
         raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype} probabilities")
     ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
     options = arguments.row_options(ids[0], 0.0, softcap, logit_scale, 0.0)
-    call = _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device))
-    loss, stats = _loss(input, linear_weight, target, False, linear_bias, None, ids, "none", None, None, call)
+    call = _Call(
+        options, memory_budget, return_stats, arguments.choose_backend(backend, input.device), group, sum_dinput
+    )
+    loss, stats = _loss(input, linear_weight, target, False, linear_bias, weight, ids, "none", token_weight, None, call)
     log_probs = 0.0 - loss  # not -loss: that is -0.0 at ignored rows
     return (log_probs, stats) if return_stats else log_probs
 
@@ -168,6 +251,8 @@ class _Call(NamedTuple):
     memory_budget: int | None
     with_stats: bool
     backend: str
+    group: str | None  # by name; the vocabulary is sharded over it
+    sum_dinput: bool  # whether the gradient of input is to be summed over the group
 
 
 class _Rows(NamedTuple):
@@ -177,6 +262,7 @@ class _Rows(NamedTuple):
     lse: Tensor
     correct: Tensor
     entropy: Tensor
+    target_weight: Tensor  # empty unless the vocabulary is sharded and has class weights
 
 
 def _loss(
@@ -204,16 +290,20 @@ def _loss(
     # From here on, N rows with P sets of logits each.
     h = input.reshape(N, D)
     probs = target.reshape(N, C, P).movedim(1, 2) if is_probs else None
-    index = row_targets(None if is_probs else target, probs, ids, token_weight, call.with_stats)
+    index = row_targets(None if is_probs else target, probs, ids, token_weight, call.with_stats and call.group is None)
     kept = index != ids[0]
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     if token_weight is not None:
         token_weight = torch.where(kept, token_weight.reshape(-1).to(acc), 0.0)
-    scale = divided = None
+    scale = divided = share = None
+    if weight is not None and probs is None and call.group is None:
+        share = weight[torch.where(kept, index, 0)]
+    # Class weights of other ranks' targets come with the loss: it is divided afterwards.
+    late = reduction == "mean" and normalizer is None and weight is not None and probs is None and share is None
     if reduction != "none":
         scale = kept.to(acc) if token_weight is None else token_weight
-        if reduction == "mean":
-            divided = divisor(kept, index, weight, probs, token_weight) if normalizer is None else normalizer
+        if reduction == "mean" and not late:
+            divided = divisor(kept, share, token_weight) if normalizer is None else normalizer
             scale = torch.where(kept, scale / divided, 0.0)
     rows = [
         _one_position(h, w, b, i, weight, q, s, probs is None or token_weight is not None, call)
@@ -233,12 +323,15 @@ def _loss(
         loss = loss if token_weight is None else loss * token_weight.view(shape)
     else:
         loss = loss.sum()
+        if late:
+            divided = divisor(kept, fields.target_weight.flatten(), token_weight)
+            loss = loss / torch.where(kept.any(), divided, 1.0)
         if divided is not None:  # 0 / 0 where nothing is kept, and nothing where something is
             divided = divided.detach() if isinstance(divided, Tensor) else divided
             loss = loss + torch.where(kept.any(), 0.0, torch.zeros_like(loss) / divided)
     if not call.with_stats:
         return loss, None
-    return loss, LossStats(kept.sum(), *(field.view(shape) for field in fields[1:]))
+    return loss, LossStats(kept.sum(), fields.lse.view(shape), fields.correct.view(shape), fields.entropy.view(shape))
 
 
 def _one_position(
@@ -253,7 +346,7 @@ def _one_position(
     call: _Call,
 ) -> _Rows:
     """Losses of the logits h @ w.T + b (N, C); their sum times `scale` (N,), if that is given."""
-    options, memory_budget, with_stats, backend = call
+    options, memory_budget, with_stats, backend, group, sum_dinput = call
     N = len(index)
     if not torch.compiler.is_compiling():
         refuse_transforms(h, w, b, probs)
@@ -271,6 +364,10 @@ def _one_position(
         # Selected, not multiplied by 0: nothing of an ignored row reaches a matrix product.
         gathered = True
         h = torch.where((index != options.ignore_index).unsqueeze(1), h, 0.0)
+    if group is not None and sum_dinput:
+        from ..distributed import Replicated
+
+        h = Replicated.apply(h, group)
 
     dtype = h.dtype
     if torch.is_autocast_enabled(h.device.type) and dtype != torch.float64:
@@ -283,23 +380,28 @@ def _one_position(
     if need_dh or need_dw or need_db:
         if is_plain(h):  # a budget that is too small is an error here, not in backward
             sizes = sizes_of(
-                h, w, probs, operand, dinput=need_dh, dweight=need_dw, gathered=gathered, recompute=not at_once
-            )
-            at_once = choose(sizes, memory_budget).plan != VOCABULARY_BLOCKS and at_once
+                h, w, probs, operand,
+                dinput=need_dh, dweight=need_dw, gathered=gathered, recompute=not at_once, group=group,
+            )  # fmt: skip
+            plan = choose(sizes, memory_budget).plan
+            at_once = at_once and (plan == ONE_BLOCK or (plan == TOKEN_CHUNKS and group is None))
         else:  # sizes may be symbolic, and are not looked at
             at_once = memory_budget is None and at_once
     if at_once:
-        total, loss, lse, correct, entropy, *_ = linear_cross_entropy_sum(
-            *tensors, scale, *rest, need_dh, need_dw, need_db, backend
+        total, loss, lse, correct, entropy, target_weight, *_ = linear_cross_entropy_sum(
+            *tensors, scale, *rest, need_dh, need_dw, need_db, backend, group
         )
     else:
-        loss, lse, _, correct, entropy = linear_cross_entropy_forward(*tensors, *rest, backend)
+        loss, lse, _, correct, entropy, target_weight, _ = linear_cross_entropy_forward(*tensors, *rest, backend, group)
         total = loss if scale is None else (loss * scale).sum()
     if scale is None:
         total = _spread(total, rows, N)
+    if group is not None and weight is not None and probs is None:
+        target_weight = _spread(target_weight, rows, N)
     if not with_stats:
-        return _Rows(total, entropy, correct, entropy)
-    return _Rows(total, *(_spread(t, rows, N) for t in (lse[0] + lse[1], correct, entropy)))
+        return _Rows(total, entropy, correct, entropy, target_weight)
+    lse, correct, entropy = (_spread(t, rows, N) for t in (lse[0] + lse[1], correct, entropy))
+    return _Rows(total, lse, correct, entropy, target_weight)
 
 
 def _may_wait(h: Tensor) -> bool:

@@ -30,7 +30,7 @@ NEAR_ENOUGH = 1.05
 #: Bytes of row vectors: targets, losses, normalisers, scales, and their copies.
 ROW_BYTES = 128
 
-#: Bytes a row and vocabulary block: the sums of every block until they are merged, and the merging.
+#: Bytes a row and vocabulary block, or rank: the sums of every block until they are merged, and the merging.
 PART_BYTES = 48
 
 #: Elements of a product that is summed into another dtype at a time, at most; see `product_elements`.
@@ -105,6 +105,7 @@ class Sizes:
     gathered: bool  # whether some rows are ignored, so that the kept ones are a copy
     recompute: bool  # whether gradients wait for backward, which needs the logits once more
     probs: bool
+    ranks: int = 1  # that share the vocabulary, of which V are this one's
 
     @property
     def sums(self) -> torch.dtype:
@@ -127,7 +128,9 @@ class Sizes:
         hidden = N * D * (gathered + size * (self.input_dtype != self.dtype))
         dweight = V * D * acc if self.dweight and accumulates(self.weight_dtype, self.dtype, rows < N) else 0
         dinput = N * D * acc if self.dinput and accumulates(self.input_dtype, self.dtype, blocks > 1) else 0
-        parts = N * blocks * PART_BYTES if blocks > 1 else 0
+        parts = N * PART_BYTES * (blocks * (blocks > 1) + self.ranks * (self.ranks > 1))
+        if self.ranks > 1 and self.dinput and self.input_dtype.itemsize < 4:
+            dinput += N * D * acc  # summed over the ranks in float32
         return tile + workspace + weight + hidden + dweight + dinput + parts + N * ROW_BYTES
 
     def seconds(self, rows: int, classes: int) -> float:
@@ -137,7 +140,8 @@ class Sizes:
         machine = MACHINES.get((self.device, size), MACHINES["cuda", size])
         chunks, blocks = -(-N // rows), -(-V // classes)
         gradients = self.dinput + self.dweight
-        gemms = 1 + gradients + bool(gradients and (blocks > 1 or self.recompute))
+        again = blocks > 1 or self.recompute or (self.ranks > 1 and chunks > 1)
+        gemms = 1 + gradients + bool(gradients and again)
         moved = chunks * (gemms - self.dweight) * V * D * size  # the weight, read by the other GEMMs
         moved += self.dweight * V * D * (2 * acc * chunks if chunks > 1 else size)
         moved += blocks * N * D * (gemms * size + (2 * acc if self.dinput and blocks > 1 else 0))

@@ -1,7 +1,8 @@
 """The walk over the tiles of a plan: logits by GEMM, the loss's kernels on them, gradients by GEMM.
 
 One buffer holds the logits of every tile in turn, and then their gradient. The kernels are those of the logits loss;
-a tile that has only a block of the vocabulary leaves sums, which are merged when its rows are complete.
+a tile that has only a block of the vocabulary leaves sums, which are merged when its rows are complete: over the
+blocks, and over the ranks where the vocabulary is sharded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import RowOptions, implementation
+from ..torch_backend import combine
 from .plan import LinearPlan, accumulates, product_elements
 
 
@@ -101,10 +103,12 @@ def sweep(
     saved: tuple[Tensor, Tensor] | None = None,
     dloss: Tensor | None = None,
     wanted: tuple[bool, bool, bool, bool] = (False, False, False, False),
-) -> tuple[Rows | None, Gradients]:
+    shard: Any = None,
+) -> tuple[Any, Gradients]:
     """Losses of all rows, unless `saved` has their (lse, mass); the gradients of `sum(dloss * loss)` that are wanted.
 
-    `dtype` is that of the GEMMs; gradients have their operands' dtypes.
+    `dtype` is that of the GEMMs; gradients have their operands' dtypes. With a `shard` (`distributed.Shard`), the
+    operands are its own, the rows `distributed.Merged`, and dh is this rank's share.
     """
     kernels = implementation(backend, operands.h.device)
     h, w = operands.h.to(dtype), operands.w
@@ -115,7 +119,7 @@ def sweep(
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     if len(blocks) == 1:
         w = w.to(dtype)
-    tiles = _Tiles(operands._replace(h=h, w=w), options, kernels, buffer, with_stats)
+    tiles = _Tiles(operands._replace(h=h, w=w), options, kernels, buffer, with_stats, shard)
 
     want_h, want_w, want_b, want_probs = wanted
     dh = _Sum(operands.h, dtype, sums, len(blocks) > 1, len(buffer)) if want_h else None
@@ -123,6 +127,10 @@ def sweep(
     db = torch.zeros(V, dtype=sums, device=h.device) if want_b else None
     dprobs = torch.empty_like(operands.probs) if want_probs and operands.probs is not None else None
     found = None
+    first_pass = saved is None
+    if shard is not None and saved is None:
+        found = tiles.losses_of_all_ranks(chunks, blocks)
+        saved = (found.lse, found.mass)
     for rows in chunks:
         if saved is None:
             part = tiles.losses(rows, blocks)
@@ -135,7 +143,8 @@ def sweep(
         assert dloss is not None
         for block in blocks:
             w_block = w[block].to(dtype)
-            kept = saved is None and len(blocks) == 1
+            # Logits that are in the buffer from the first pass.
+            kept = first_pass and len(blocks) == 1 and (saved is None or len(chunks) == 1)
             x = tiles.tile(rows, block) if kept else tiles.logits(rows, block, w_block)
             tiles.differentiate(x, rows, block, dloss[rows], lse, mass, dprobs)
             if dh:
@@ -173,9 +182,13 @@ def _joined(found: Rows | None, part: Rows, rows: slice, N: int) -> Rows:
 class _Tiles:
     """Tiles of logits in the buffer, and the kernels' calls on them."""
 
-    def __init__(self, operands: Operands, options: RowOptions, kernels: Any, buffer: Tensor, with_stats: bool) -> None:
+    def __init__(
+        self, operands: Operands, options: RowOptions, kernels: Any, buffer: Tensor, with_stats: bool, shard: Any
+    ) -> None:
         self.operands, self.kernels, self.buffer, self.with_stats = operands, kernels, buffer, with_stats
-        self.options = options._asdict()
+        self.options, self.shard = options._asdict(), shard
+        self.first_class: int = 0 if shard is None else shard.first_class
+        self.classes: int = len(operands.w) if shard is None else shard.classes
 
     def tile(self, rows: slice, block: slice) -> Tensor:
         """The part of the buffer that holds this tile, (rows, classes)."""
@@ -198,14 +211,36 @@ class _Tiles:
         )
 
     def losses(self, rows: slice, blocks: list[slice]) -> Rows:
-        V, dtype = len(self.operands.w), self.operands.h.dtype
         if len(blocks) == 1:
             x = self.logits(rows, blocks[0], self.operands.w)
             arguments = self._arguments(rows, blocks[0])
             return Rows(*self.kernels.forward(x.unsqueeze(0), *arguments, **self.options, with_stats=self.with_stats))
+        options = {name: self.options[name] for name in ("ignore_index", "z_loss")}
+        parts = self._sums(rows, blocks)
+        return Rows(*self.kernels.merge(self.operands.target[rows], parts, **options, with_stats=self.with_stats))
+
+    def losses_of_all_ranks(self, chunks: list[slice], blocks: list[slice]) -> Any:
+        """Of all rows, from the sums of every rank's shard."""
+        from ..distributed import merge
+
+        # Written into place, see `_joined`.
+        parts = self.kernels.new_parts(self.operands.h.new_empty((1, len(self.operands.h), 0)), 1, self.with_stats)
+        for rows in chunks:
+            for whole, part in zip(parts, combine(self._sums(rows, blocks)), strict=True):
+                if whole.shape[-1]:
+                    whole[..., rows] = part
+        _, _, _, target, weight, probs = self.operands
+        options = {name: self.options[name] for name in ("ignore_index", "z_loss")}
+        return merge(
+            self.shard, parts, target, weight, probs,
+            kernels=self.kernels, **options, with_stats=self.with_stats,
+        )  # fmt: skip
+
+    def _sums(self, rows: slice, blocks: list[slice]) -> tuple[Tensor, Tensor]:
+        """What the kernels leave of every block."""
         parts = None
         for i, block in enumerate(blocks):
-            x = self.logits(rows, block, self.operands.w[block].to(dtype)).unsqueeze(0)
+            x = self.logits(rows, block, self.operands.w[block].to(self.operands.h.dtype)).unsqueeze(0)
             parts = parts or self.kernels.new_parts(x, len(blocks), self.with_stats)
             self.kernels.forward_part(
                 x,
@@ -213,12 +248,12 @@ class _Tiles:
                 **self.options,
                 parts=parts,
                 part=i,
-                first_class=block.start,
-                classes=V,
+                first_class=self.first_class + block.start,
+                classes=self.classes,
                 with_stats=self.with_stats,
             )
-        options = {name: self.options[name] for name in ("ignore_index", "z_loss")}
-        return Rows(*self.kernels.merge(self.operands.target[rows], parts, **options, with_stats=self.with_stats))
+        assert parts is not None
+        return parts
 
     def differentiate(
         self, x: Tensor, rows: slice, block: slice, dloss: Tensor, lse: Tensor, mass: Tensor, dprobs: Tensor | None
@@ -233,6 +268,6 @@ class _Tiles:
             **self.options,
             dx=x.unsqueeze(0),
             dprobs=None if dprobs is None else dprobs[rows, block].unsqueeze(0),
-            first_class=block.start,
-            classes=len(self.operands.w),
+            first_class=self.first_class + block.start,
+            classes=self.classes,
         )

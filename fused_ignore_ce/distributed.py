@@ -1,0 +1,300 @@
+"""A vocabulary that is sharded over the ranks of a process group: whose classes are whose, and sums over all of them.
+
+Two collectives a forward, none a backward of the logits loss. The first tells every rank the sizes of all shards and
+what went wrong on any of them. The second exchanges, per row, the partial sums that the kernels leave of a block of the
+vocabulary (see `kernels/forward.py`): the ranks' shards are such blocks, and every rank merges them in the same order,
+so that all return the same bits.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import threading
+import zlib
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from .arguments import ignored_ids
+from .torch_backend import combine
+
+# Renamed in torch 2.13.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """Operators take groups by name."""
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+class Shard(NamedTuple):
+    """The part of the vocabulary that this rank has: the classes from `first_class` on, of `classes` in all."""
+
+    group: dist.ProcessGroup
+    first_class: int
+    classes: int
+
+    def place(self) -> Tensor:
+        """As a tensor, for operators to save."""
+        return torch.tensor([self.first_class, self.classes])
+
+
+class _Header(NamedTuple):
+    """What a rank tells the others before it computes."""
+
+    failed: int
+    size: int  # of its shard
+    rows: int
+    lowest: int  # of its targets that are not ignored
+    highest: int
+    targets: int  # a checksum of them
+    call: int  # a checksum of what must be the same on all ranks
+
+
+class _Agreements(threading.local):
+    count = 0
+
+
+_agreements = _Agreements()
+
+
+def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows: int, call: Any) -> Shard:
+    """The first collective: this rank's place among the shards, or the same error on all ranks.
+
+    `target` are class indices (N,), `call` is whatever has to be equal on all ranks.
+    """
+    ranks = group_named(group)
+    device = _device(ranks) if target is None else target.device
+    told = _Header(0, size, rows, lowest=0, highest=-1, targets=0, call=zlib.crc32(repr(call).encode()))
+    packed = torch.tensor(told, device=device)
+    if target is not None and rows:
+        kept = target != ignore_index
+        packed[3] = torch.where(kept, target, torch.iinfo(torch.int64).max).min()
+        packed[4] = torch.where(kept, target, torch.iinfo(torch.int64).min).max()
+        # Wraps around, the same on all ranks; the position's factor sees permutations.
+        packed[5] = (target * torch.arange(1, rows + 1, device=device)).sum()
+    headers = _exchange_headers(ranks, packed)
+    sizes = [header.size for header in headers]
+    classes = sum(sizes)
+    for rank, header in enumerate(headers):
+        bad = header.lowest if header.lowest < 0 else header.highest
+        if header.lowest <= header.highest and not 0 <= bad < classes:
+            raise IndexError(
+                f"target {bad} is out of bounds: expected a class in [0, {classes}) or ignore_index={ignore_index}; "
+                f"it came on rank {rank} of the process group"
+            )
+    _check_same(headers, "rows", "numbers of rows")
+    _check_same(headers, "call", "arguments or dtypes", show=False)
+    _check_same(headers, "targets", "targets", show=False)
+    return Shard(ranks, sum(sizes[: dist.get_rank(ranks)]), classes)
+
+
+def _check_same(headers: list[_Header], field: str, name: str, show: bool = True) -> None:
+    values = [getattr(header, field) for header in headers]
+    if len(set(values)) > 1:
+        differing = next(rank for rank, value in enumerate(values) if value != values[0])
+        shown = f": {values}" if show else ""
+        raise ValueError(
+            f"process_group: expected the same {name} on all ranks, rank {differing} differs from rank 0{shown}; a "
+            "sharded vocabulary needs replicated hidden states and targets, and equal options"
+        )
+
+
+@contextlib.contextmanager
+def failing_together(group: dist.ProcessGroup) -> Iterator[None]:
+    """An error that one rank meets before the ranks have agreed becomes the error of all, instead of a hang."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    before = _agreements.count
+    try:
+        yield
+    except Exception as error:
+        if _agreements.count == before:
+            header = torch.zeros(len(_Header._fields), dtype=torch.int64, device=_device(group))
+            header[0] = 1
+            _exchange_headers(group, header, error)
+        raise
+
+
+def _exchange_headers(group: dist.ProcessGroup, header: Tensor, error: Exception | None = None) -> list[_Header]:
+    headers = [_Header(*values) for values in _gather(group, header).tolist()]
+    _agreements.count += 1
+    if any(header.failed for header in headers):
+        told: list[Any] = [None] * len(headers)
+        dist.all_gather_object(told, error and (type(error).__name__, str(error)), group)
+        rank, (name, message) = next((rank, each) for rank, each in enumerate(told) if each is not None)
+        kind = getattr(builtins, name, RuntimeError)
+        raise kind(f"{message} (on rank {rank} of the process group)") from error
+    return headers
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's collectives take tensors."""
+    types = {device.type for device in group._device_types}
+    return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
+
+
+def _gather(group: dist.ProcessGroup, t: Tensor) -> Tensor:
+    """(ranks, *t.shape)"""
+    gathered = t.new_empty(group.size() * t.numel())
+    _all_gather(gathered, t.reshape(-1), group=group)
+    return gathered.view(group.size(), *t.shape)
+
+
+class Merged(NamedTuple):
+    """Of every row, from all shards: what the forward kernels give, and the class weight of its target."""
+
+    loss: Tensor
+    lse: Tensor
+    mass: Tensor
+    correct: Tensor
+    entropy: Tensor
+    target_weight: Tensor  # (N,), empty unless targets are indices and there are class weights
+
+
+def merge(
+    shard: Shard,
+    parts: tuple[Tensor, Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    *,
+    kernels: Any,
+    ignore_index: int,
+    z_loss: float,
+    with_stats: bool,
+) -> Merged:
+    """The second collective, and the rows' results from what it brings.
+
+    `parts` are this rank's (5, blocks, N) and (blocks, N), `probs` are (N, V).
+    """
+    partial, argmax = combine(parts)
+    fields = list(partial[: 5 if with_stats else 4, 0])
+    if with_stats:
+        fields.append(_as_float(argmax[0], partial.dtype))
+    if weight is not None and probs is None:
+        fields.append(_weight_of_target(weight, target - shard.first_class).to(partial.dtype))
+    if probs is not None and with_stats:
+        largest, at = probs.detach().max(-1) if probs.shape[-1] else (probs.new_full(target.shape, -1.0), target)
+        fields += [largest.to(partial.dtype), _as_float(at + shard.first_class, partial.dtype)]
+
+    gathered = _gather(shard.group, torch.stack(fields)).transpose(0, 1).contiguous()  # (fields, ranks, N)
+    rest = iter(gathered[4 + with_stats :])
+    partial = gathered[:5] if with_stats else torch.cat([gathered[:4], torch.zeros_like(gathered[:1])])
+    argmax = _as_int(next(rest)).int() if with_stats else argmax[:0].new_empty((len(gathered[0]), 0))
+    target_weight = next(rest).sum(0) if weight is not None and probs is None else partial.new_empty(0)
+    if probs is not None and with_stats:
+        of = next(rest).argmax(0, keepdim=True)
+        at = _as_int(next(rest)).gather(0, of).squeeze(0).long()
+        target = torch.where(target == ignore_index, target, at)
+    loss, lse, mass, correct, entropy = kernels.merge(
+        target, (partial, argmax), ignore_index=ignore_index, z_loss=z_loss, with_stats=with_stats
+    )
+    return Merged(loss, lse, mass, correct, entropy, target_weight)
+
+
+def forward(
+    kernels: Any,
+    group: str,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    options: dict[str, Any],
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of a shard x (B, T, V): (loss, lse, mass, correct, entropy, target_weight, place)."""
+    B, T, V = x.shape
+    call = (x.dtype, tuple(options.values()), with_stats, weight is None, probs is None)
+    ignore_index = options["ignore_index"]
+    shard = agree(group, V, target if probs is None else None, ignore_index, B * T, call)
+    parts = kernels.new_parts(x, 1, with_stats)
+    kernels.forward_part(
+        x, target, weight, probs, **options, parts=parts, part=0, first_class=shard.first_class,
+        classes=shard.classes, with_stats=with_stats,
+    )  # fmt: skip
+    rows = merge(
+        shard, parts, target, weight, None if probs is None else probs.reshape(B * T, V), kernels=kernels,
+        ignore_index=ignore_index, z_loss=options["z_loss"], with_stats=with_stats,
+    )  # fmt: skip
+    return *rows, shard.place()
+
+
+def _weight_of_target(weight: Tensor, local: Tensor) -> Tensor:
+    """Of this shard's classes; 0 for a target of another shard."""
+    here = (local >= 0) & (local < len(weight))
+    if not len(weight):
+        return torch.zeros_like(local, dtype=weight.dtype)
+    return torch.where(here, weight[torch.where(here, local, 0)], 0.0)
+
+
+def _as_float(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their bits, to travel with numbers of this dtype."""
+    return integers.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
+
+
+def _as_int(floats: Tensor) -> Tensor:
+    return floats.view(torch.int64 if floats.dtype == torch.float64 else torch.int32)
+
+
+@torch.library.custom_op("fused_ignore_ce::sum_over_ranks", mutates_args=())
+def sum_over_ranks(t: Tensor, group: str) -> Tensor:
+    """The sum, of t's dtype; half precision is summed in float32."""
+    wide = t.to(torch.promote_types(t.dtype, torch.float32), copy=True).contiguous()
+    dist.all_reduce(wide, group=group_named(group))
+    return wide.to(t.dtype)
+
+
+@sum_over_ranks.register_fake
+def _(t, group):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+class Replicated(torch.autograd.Function):
+    """A tensor that all ranks hold and every rank uses for its shard: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, dt: Tensor) -> tuple[Tensor, None]:
+        return sum_over_ranks(dt, ctx.group), None
+
+
+def global_token_count(
+    target: Tensor, group: dist.ProcessGroup | None = None, *, ignore_index: int | Collection[int] = -100
+) -> Tensor:
+    """The number of targets that are not ignored, over all ranks of a group whose ranks have tokens of their own.
+
+    It makes the mean over ranks with unequal numbers of ignored tokens the true one::
+
+        normalizer = global_token_count(target, group) / group.size()    # DDP and FSDP average gradients over ranks
+        fused_cross_entropy(logits, target, normalizer=normalizer)
+
+    Args:
+        target: class indices of this rank, any shape.
+        group: the data-, context- or sequence-parallel group; the default group if None.
+        ignore_index: an id, or a collection of them, as the loss takes it.
+
+    Returns:
+        0-d int64 tensor on target's device, the same on all ranks. No host sync.
+
+    Raises:
+        TypeError: a target that holds no class indices.
+    """
+    if target.is_floating_point():
+        raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype}")
+    kept = torch.ones_like(target, dtype=torch.bool)
+    for ignored in ignored_ids(ignore_index):
+        kept &= target != ignored
+    count = kept.sum()
+    dist.all_reduce(count, group=group)
+    return count

@@ -1,0 +1,52 @@
+"""Processes that are the ranks of a gloo group, for all tests of a file."""
+
+import os
+import pickle
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+class Ranks:
+    """`run` calls a function of `rank_worker.py` on the first ranks, each with its own arguments."""
+
+    def __init__(self, world, folder):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, WORKER, str(rank), str(world), str(folder)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+
+    def run(self, name, arguments, timeout=120):
+        """What the function returned, on every rank; `arguments` has the keyword arguments of each."""
+        processes = self.processes[: len(arguments)]
+        for process, kwargs in zip(processes, arguments, strict=True):
+            pickle.dump((name, kwargs), process.stdin)
+            process.stdin.flush()
+        answers = [self._answer(rank, process, timeout) for rank, process in enumerate(processes)]
+        for rank, (succeeded, answer) in enumerate(answers):
+            assert succeeded, f"rank {rank}: {answer}"
+        return [answer for _, answer in answers]
+
+    def _answer(self, rank, process, timeout):
+        ready, _, _ = select.select([process.stdout], [], [], timeout)
+        if not ready:
+            self.stop()
+            pytest.fail(f"rank {rank} did not answer within {timeout} s")
+        return pickle.load(process.stdout)
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()

@@ -1,0 +1,141 @@
+"""A vocabulary sharded over ranks: the losses, gradients and statistics of one process, at the promised cost."""
+
+import itertools
+
+import pytest
+import torch
+
+from fused_ignore_ce import reference
+
+N, V, D = 6, 23, 5
+#: Classes of every rank: even, uneven, a rank without any, one with almost all.
+SHARDS = {
+    "2 even": (12, 11),
+    "2 uneven": (20, 3),
+    "2, one empty": (0, 23),
+    "4 even": (6, 6, 6, 5),
+    "4 uneven": (1, 13, 2, 7),
+    "4, one empty": (5, 0, 11, 7),
+}
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.2},
+    "z-loss": {"z_loss": 0.1},
+    "softcap": {"softcap": 3.0, "logit_scale": 1.5},
+    "everything": {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7},
+}
+IGNORED = {"none": (), "some": (1, 4), "all": tuple(range(N))}
+#: One is no class, one a class in another rank's shard than rank 0's.
+IGNORED_IDS = (-100, 21)
+
+
+def parts(shards):
+    """The slices of the vocabulary."""
+    stops = list(itertools.accumulate(shards))
+    return [slice(stop - size, stop) for stop, size in zip(stops, shards, strict=True)]
+
+
+def problem(ignored="some", probs=False, weighted=False, dtype=torch.float32):
+    """Logits, targets and class weights of the whole vocabulary; the first and the last class are targets."""
+    tensors = {"input": torch.randn(N, V, dtype=dtype), "target": torch.randint(V - 2, (N,))}
+    tensors["target"][0], tensors["target"][-1] = 0, V - 1
+    for i, row in enumerate(IGNORED[ignored]):
+        tensors["target"][row] = IGNORED_IDS[i % 2]
+    if probs:
+        tensors["target"] = torch.rand(N, V, dtype=dtype).softmax(1)
+    if weighted:
+        tensors["weight"] = torch.rand(V, dtype=dtype) + 0.5
+    return tensors
+
+
+def vocabulary_dim(name, t, loss):
+    """The dimension of a tensor that is sharded, if one is."""
+    if name == "input":
+        return 1 if loss == "fused_cross_entropy" else None
+    if name in ("target", "token_weight"):
+        return 1 if t.dim() == 2 else None
+    return 0
+
+
+def run(ranks, loss, tensors, shards, **kwargs):
+    """The loss on every rank's own tensors."""
+    arguments = []
+    for part in parts(shards):
+        own = {}
+        for name, t in tensors.items():
+            dim = vocabulary_dim(name, t, loss)
+            own[name] = t if dim is None else t.narrow(dim, part.start, part.stop - part.start).contiguous()
+        arguments.append({"ranks": len(shards), "loss": loss, "tensors": own, **kwargs})
+    return ranks.run("call", arguments)
+
+
+def joined(name, found, tensors, loss):
+    """A gradient of the whole tensor from the ranks' parts."""
+    dim = vocabulary_dim(name, tensors[name], loss)
+    if dim is not None:
+        return torch.cat([f[name] for f in found], dim)
+    assert all(torch.equal(f[name], found[0][name]) for f in found), f"d{name}: not the same bits on all ranks"
+    return found[0][name]
+
+
+def truth(tensors, wanted, upstream, dtype, **options):
+    """Loss and gradients of the whole vocabulary, by the reference."""
+    tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    tensors = {k: t.clone().requires_grad_(k in wanted) for k, t in tensors.items()}
+    rest = dict(tensors)
+    if "linear_weight" in rest:
+        operands = (rest.pop(name) for name in ("input", "linear_weight", "linear_bias"))
+        rest["input"] = torch.nn.functional.linear(*operands)
+    loss = reference.cross_entropy(**rest, **options)
+    (loss * upstream).sum().backward()
+    return loss.detach(), {name: tensors[name].grad for name in wanted}
+
+
+def check(ranks, no_worse, loss, tensors, shards, wanted, options, **more):
+    """The loss is the same bits on all ranks; it and the gradients are no worse than PyTorch's in one process."""
+    upstream = torch.linspace(0.5, 2.0, N) if options["reduction"] == "none" else torch.tensor(1.7)
+    true, true_grads = truth(tensors, wanted, upstream, torch.float64, **options)
+    plain, plain_grads = truth(tensors, wanted, upstream, torch.float32, **options)
+    found = run(ranks, loss, tensors, shards, wanted=wanted, upstream=upstream, **options, **more)
+    for f in found:
+        assert torch.equal(f["loss"].nan_to_num(7.0), found[0]["loss"].nan_to_num(7.0)), (
+            "not the same bits on all ranks"
+        )
+    no_worse("loss", found[0]["loss"], plain, true)
+    index = tensors["target"]
+    kept = index.dim() == 2 or not all(i in IGNORED_IDS for i in index.tolist())
+    for name in wanted:
+        gradient = joined(name, found, tensors, loss)
+        if kept:
+            no_worse(f"d{name}", gradient, plain_grads[name], true_grads[name], scale=10.0)
+        else:
+            assert (gradient == 0).all()
+
+
+def problems():
+    """(tensors, ignored ids), with indices or probabilities, class weights or none, and some, all or none ignored."""
+    for probs, weighted, ignored in itertools.product((False, True), (False, True), IGNORED):
+        if not probs or ignored == "none":
+            yield problem(ignored, probs, weighted), -100 if probs else IGNORED_IDS
+
+
+@pytest.mark.parametrize("shards", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_logits_loss(ranks, no_worse, shards, reduction, options):
+    for tensors, ignore_index in problems():
+        wanted = ["input", *["target"] * (tensors["target"].dim() == 2)]
+        call = {"reduction": reduction, "ignore_index": ignore_index, **options}
+        check(ranks, no_worse, "fused_cross_entropy", tensors, shards, wanted, call)
+
+
+@pytest.mark.parametrize("shards", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_linear_loss(ranks, no_worse, shards, reduction, options):
+    """With one tile of logits on each rank, and with several, which a budget asks for."""
+    for (tensors, ignore_index), budget in itertools.product(problems(), (None, 3000)):
+        tensors |= {"input": torch.randn(N, D), "linear_weight": torch.randn(V, D), "linear_bias": torch.randn(V)}
+        wanted = ["input", "linear_weight", "linear_bias", *["target"] * (tensors["target"].dim() == 2)]
+        call = {"reduction": reduction, "ignore_index": ignore_index, **options}
+        check(ranks, no_worse, "fused_linear_cross_entropy", tensors, shards, wanted, call, memory_budget=budget)
