@@ -114,8 +114,8 @@ class DeferredLogits(Tensor):
             else:
                 done = record(product, name, args, kwargs)
             if isinstance(done, list):
-                return tuple(_make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
-            return None if done is None else _make(done, self, (func, args, kwargs))
+                return tuple(make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
+            return None if done is None else make(done, self, (func, args, kwargs))
 
     def _settle(self) -> None:
         """Computes the whole family, that the memory they share is shared, before one of them is written."""
@@ -204,23 +204,23 @@ class _Node(torch.autograd.Function):
     """Makes deferred logits a part of the autograd graph, whoever uses them; its backward computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, product: Product, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, product: Product, cls: type[DeferredLogits], *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.product = product.with_tensors([t.detach() for t in tensors])
         return torch.Tensor._make_wrapper_subclass(
-            DeferredLogits, product.shape, dtype=product.dtype, device=product.hidden.device
+            cls, product.shape, dtype=product.dtype, device=product.hidden.device
         )
 
     @staticmethod
     def backward(ctx: Any, dlogits: Any) -> Any:
         if dlogits is None:
             return (None,) * len(ctx.needs_input_grad)
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.product.tensors, needed, strict=True)]
         with torch.enable_grad():
             logits = ctx.product.with_tensors(tensors).logits()
         grads = iter(torch.autograd.grad(logits, [t for t in tensors if t.requires_grad], dlogits, allow_unused=True))
-        return None, *(next(grads) if n else None for n in needed)
+        return None, None, *(next(grads) if n else None for n in needed)
 
 
 class _Read(torch.autograd.Function):
@@ -235,8 +235,14 @@ class _Read(torch.autograd.Function):
         return dlogits
 
 
-def _make(product: Product, parent: DeferredLogits | None = None, operation: Any = None) -> DeferredLogits:
-    made = _Node.apply(product, *product.tensors)
+def make(
+    product: Product,
+    parent: DeferredLogits | None = None,
+    operation: Any = None,
+    cls: type[DeferredLogits] | None = None,
+) -> DeferredLogits:
+    """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
+    made = _Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
     made._product = product
     made._versions = [_version(t) for t in product.tensors]
     made._value = None
@@ -262,12 +268,12 @@ def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Deferre
     >>> (logits / 2)[0].is_materialized, logits[0].sum().item(), logits.is_materialized
     (False, 15.0, False)
     """
-    return _make(product_of(hidden, weight, bias))
+    return make(product_of(hidden, weight, bias))
 
 
 def as_tensor(traced: Any) -> DeferredLogits:
     """What was traced, once tracing is over."""
-    made = _make(traced._product)
+    made = make(traced._product)
     made._loss_taken = True
     return made
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .logits import defer, product_of
 from .loss import LOSSES
+from .sharded import defer_sharded, is_sharded
 from .traced import TracedLogits
 
 _MATMULS = ("matmul", "__matmul__")
@@ -63,7 +64,11 @@ class LossMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
-        if self.classes is None or weight.shape[0] != self.classes or not _can_defer(input, weight, bias):
+        if self.classes is None or weight.shape[0] != self.classes:
+            return func(input, weight, bias)
+        if is_sharded(input, weight, bias):
+            return defer_sharded(input, weight, bias)
+        if not _can_defer(input, weight, bias):
             return func(input, weight, bias)
         return _deferred(input, weight, bias)
 

@@ -38,6 +38,9 @@ class Product(NamedTuple):
     dtype: torch.dtype  # of the logits
     steps: tuple[Step, ...] = ()
     classes_second: bool = False
+    #: "plain"; or of a weight and bias that are DTensors, sharded on V: "sharded" or "replicated" DTensors, or
+    #: "gathered", which are plain again
+    layout: str = "plain"
 
     @property
     def shape(self) -> torch.Size:
@@ -76,7 +79,7 @@ class Product(NamedTuple):
         """The logits, by the operations that were asked for, in their order."""
         operands = (self.hidden, self.weight, self.bias)
         with self._autocast(any(t is not None and t.dtype != self.linear_dtype for t in operands)):
-            x = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+            x = self._linear()
         for kind, value in self.steps:
             if kind == "cast":
                 x = x.to(value)
@@ -91,6 +94,21 @@ class Product(NamedTuple):
             else:
                 x = x + value
         return x.movedim(-1, 1) if self.classes_second else x
+
+    def _linear(self) -> Tensor:
+        if self.layout == "plain":
+            return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        weight: Any = self.weight
+        everywhere = [Replicate()] * weight.device_mesh.ndim
+        hidden = DTensor.from_local(self.hidden, weight.device_mesh, everywhere, run_check=False)
+        with torch._C.DisableTorchFunction():  # a hook may ask while the mode that deferred this product is on
+            x: Any = torch.nn.functional.linear(hidden, weight, self.bias)
+        if self.layout == "sharded":
+            return x
+        x = x.redistribute(placements=everywhere)
+        return x.to_local() if self.layout == "gathered" else x
 
     def _autocast(self, enabled: bool) -> torch.autocast:
         return torch.autocast(self.hidden.device.type, dtype=self.linear_dtype if enabled else None, enabled=enabled)
@@ -109,7 +127,7 @@ class Product(NamedTuple):
                     return None
                 cap = 1.0
             elif kind == "add":
-                if cap is not None or scale == 0.0:
+                if cap is not None or scale == 0.0 or (self.layout != "plain" and bias is not None):
                     return None
                 unscaled = value if scale == 1.0 else value / scale
                 bias = unscaled if bias is None else bias + unscaled

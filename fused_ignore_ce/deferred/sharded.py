@@ -1,0 +1,98 @@
+"""Deferred logits of a head whose vocabulary is sharded, as the hooks of tensor parallelism see them.
+
+A head that is parallelised column by column multiplies DTensors, and then asks the product for all of its columns and for
+a plain tensor. Neither happens: the product remembers that it was asked, and the loss works on the shards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .logits import DeferredLogits, make, product_of
+
+
+def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
+    """Whether these are a head sharded on its vocabulary over one dimension of a mesh, and hidden states for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or torch.compiler.is_compiling():
+        return False
+    tensors = [t for t in (hidden, weight, bias) if t is not None]
+    if not all(type(t) in (module.DTensor, torch.nn.Parameter) and isinstance(t, module.DTensor) for t in tensors):
+        return False
+    sharded = [p for p in weight.placements if not isinstance(p, module.Replicate)]
+    return (
+        len(sharded) == 1
+        and type(sharded[0]) is module.Shard
+        and sharded[0].dim % weight.dim() == 0
+        and weight.dim() == 2
+        and hidden.device_mesh == weight.device_mesh
+        and all(isinstance(p, module.Replicate) for p in hidden.placements)
+        and hidden.is_floating_point()
+    )
+
+
+def defer_sharded(hidden: Any, weight: Any, bias: Any) -> DeferredLogits:
+    """`F.linear` of DTensors, deferred."""
+    product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
+    return make(product, cls=DeferredDTensor)
+
+
+class DeferredDTensor(DeferredLogits):
+    """Deferred logits that say they are a DTensor, until they are made local."""
+
+    @property
+    def __class__(self) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        return DTensor
+
+    @property
+    def device_mesh(self) -> Any:
+        return self._product.weight.device_mesh  # type: ignore[attr-defined]
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        from torch.distributed.tensor import Replicate, Shard
+
+        last = Replicate() if self._product.layout == "replicated" else Shard(1 if self._product.classes_second else -1)
+        weight: Any = self._product.weight
+        return self._normalized(p if isinstance(p, Replicate) else last for p in weight.placements)
+
+    def _normalized(self, placements: Iterable[Any]) -> tuple[Any, ...]:
+        from torch.distributed.tensor import Shard
+
+        return tuple(Shard(p.dim % self.dim()) if type(p) is Shard else p for p in placements)
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> Any:
+        """As DTensor's; to replicate all is remembered, not done."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        given = (device_mesh, placements)
+        if placements is not None and self._normalized(placements) == self.placements:
+            return self
+        product = None if placements is None or self._product.classes_second else self._usable_product()
+        if product is None or not all(isinstance(p, Replicate) for p in placements):
+            return self.materialize().redistribute(*given, **kwargs)  # type: ignore[operator]
+        replicated = product._replace(layout="replicated")
+        return make(replicated, self, (DTensor.redistribute, given, kwargs), cls=DeferredDTensor)
+
+    def to_local(self, **kwargs: Any) -> Tensor:
+        """As DTensor's: of replicated logits, deferred logits that are a plain tensor."""
+        from torch.distributed.tensor import DTensor
+
+        product = self._usable_product()
+        if product is None or product.layout != "replicated":
+            return self.materialize().to_local(**kwargs)  # type: ignore[operator]
+        return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
+
+    def full_tensor(self, **kwargs: Any) -> Tensor:
+        """As DTensor's, deferred."""
+        from torch.distributed.tensor import Replicate
+
+        replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
+        return replicated.to_local(**kwargs)
