@@ -65,7 +65,7 @@ def _forward(
     if probs is None:
         torch_backend.check_targets(target, options.ignore_index, x.shape[-1])
     rows = kernels.forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
-    return *rows, x.new_empty(0), torch.empty(0, dtype=torch.int64)
+    return *rows, rows[0].new_empty(0), torch.empty(0, dtype=torch.int64)
 
 
 def _backward(

@@ -1,7 +1,7 @@
 """Deferred logits of a head whose vocabulary is sharded, as the hooks of tensor parallelism see them.
 
-A head that is parallelised column by column multiplies DTensors, and then asks the product for all of its columns and for
-a plain tensor. Neither happens: the product remembers that it was asked, and the loss works on the shards.
+A head that is parallelised column by column multiplies DTensors, and then asks the product for all of its columns and
+for a plain tensor. Neither happens: the product remembers that it was asked, and the loss works on the shards.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def defer_sharded(hidden: Any, weight: Any, bias: Any) -> DeferredLogits:
 class DeferredDTensor(DeferredLogits):
     """Deferred logits that say they are a DTensor, until they are made local."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         from torch.distributed.tensor import DTensor
 
@@ -77,7 +77,7 @@ class DeferredDTensor(DeferredLogits):
             return self
         product = None if placements is None or self._product.classes_second else self._usable_product()
         if product is None or not all(isinstance(p, Replicate) for p in placements):
-            return self.materialize().redistribute(*given, **kwargs)  # type: ignore[operator]
+            return self._computed().redistribute(*given, **kwargs)
         replicated = product._replace(layout="replicated")
         return make(replicated, self, (DTensor.redistribute, given, kwargs), cls=DeferredDTensor)
 
@@ -87,7 +87,7 @@ class DeferredDTensor(DeferredLogits):
 
         product = self._usable_product()
         if product is None or product.layout != "replicated":
-            return self.materialize().to_local(**kwargs)  # type: ignore[operator]
+            return self._computed().to_local(**kwargs)
         return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
@@ -96,3 +96,6 @@ class DeferredDTensor(DeferredLogits):
 
         replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
         return replicated.to_local(**kwargs)
+
+    def _computed(self) -> Any:
+        return self.materialize()

@@ -132,7 +132,7 @@ def linear_cross_entropy_sum(
     )
     total = (rows.loss * scale).sum()
     dh, dw, db = (_empty_unless(gradient, h) for gradient in gradients[:3])
-    target_weight = h.new_empty(0) if shard is None else rows.target_weight
+    target_weight = rows.loss.new_empty(0) if shard is None else rows.target_weight
     return total, rows.loss, rows.lse, rows.correct, rows.entropy, target_weight, dh, dw, db
 
 
@@ -225,7 +225,7 @@ def linear_cross_entropy_forward(
     operands = Operands(h, w, b, target, weight, probs)
     rows, _ = _run(operands, options, plan, dtype, backend, with_stats=with_stats, shard=shard)
     if shard is None:
-        return *rows, h.new_empty(0), torch.empty(0, dtype=torch.int64)
+        return *rows, rows.loss.new_empty(0), torch.empty(0, dtype=torch.int64)
     return *rows, shard.place()
 
 
