@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -65,38 +66,58 @@ def fused_causal_lm_loss(
             f"logits and labels (or shift_labels): expected Tensors, got {type(logits).__name__} and "
             f"{type(targets).__name__}"
         )
-    V = logits.shape[-1]
     process_group = options.pop("process_group", None)
-    if vocab_size is not None and vocab_size != V and process_group is None:
+    tensors = (logits, targets, options.pop("weight", None), options.pop("token_weight", None))
+    options |= {"num_items_in_batch": num_items_in_batch, "ids": ids, "shifted": shift_labels is not None}
+    if arguments.is_distributed(process_group, *tensors):
+        from .dtensor import local_logits
+
+        return local_logits(_loss, process_group, *tensors, classes_dim=-1, vocab_size=None, **options)
+    return _loss(*tensors, vocab_size=vocab_size, **options)
+
+
+def _loss(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    *,
+    vocab_size: int | None,
+    num_items_in_batch: float | Tensor | None,
+    ids: tuple[int, ...],
+    shifted: bool,
+    **options: Any,
+) -> Any:
+    *lead, T, V = logits.shape if logits.dim() > 1 else (1, *logits.shape)
+    if vocab_size is not None and vocab_size != V:
         raise ValueError(f"vocab_size: expected the last dimension of logits, {V}, got {vocab_size}")
     targets = targets.to(logits.device)
-    token_weight = options.pop("token_weight", None)
-    if shift_labels is None:
+    if not shifted:
         targets = _next(targets, ids[0])
         token_weight = None if token_weight is None else _next(token_weight, 0.0)
-    if targets.numel() * V != logits.numel():
+    positions = math.prod(lead) * T
+    if targets.numel() != positions:
         raise ValueError(
             f"labels: expected shape {tuple(logits.shape[:-1])}, as logits without its last dimension, got "
             f"{tuple(targets.shape)}"
         )
     # As in transformers, only the number of positions has to agree.
-    x = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 2 else logits.reshape(1, -1, V)
+    x = logits.reshape(math.prod(lead), T, V)
     index = targets.reshape(x.shape[:2])
-    weight = options.pop("weight", None)
+    arguments.check_cross_entropy(x.movedim(-1, 1), index, weight, weight_dtype=torch.float32)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.reshape(()).to(logits.device)
-    options |= {"shape": targets.shape, "ignore_index": ids, "normalizer": num_items_in_batch}
-    if arguments.is_distributed(process_group, logits, targets, weight, token_weight):
-        from .dtensor import local_logits
-
-        return local_logits(_rows, process_group, x, index, weight, token_weight, classes_dim=2, **options)
-    return _rows(x, index, weight, token_weight, **options)
-
-
-def _rows(x: Tensor, index: Tensor, weight: Tensor | None, token_weight: Tensor | None, **options: Any) -> Any:
-    arguments.check_cross_entropy(x.movedim(-1, 1), index, weight, weight_dtype=torch.float32)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return row_loss(x, index, weight, token_weight=token_weight, out_dtype=dtype, **options)
+    return row_loss(
+        x,
+        index,
+        weight,
+        shape=targets.shape,
+        out_dtype=torch.promote_types(logits.dtype, torch.float32),
+        ignore_index=ids,
+        token_weight=token_weight,
+        normalizer=num_items_in_batch,
+        **options,
+    )
 
 
 def _next(t: Tensor, last: float) -> Tensor:

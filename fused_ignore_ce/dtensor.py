@@ -25,7 +25,7 @@ def local_logits(
     **options: Any,
 ) -> Any:
     """`loss(input, target, weight, token_weight, group=..., **options)` of this rank's shards."""
-    dim = min(1, input.dim() - 1) if classes_dim is None else classes_dim
+    dim = min(1, input.dim() - 1) if classes_dim is None else classes_dim % input.dim()
     layout = _Layout("input", input, dim, process_group)
     is_probs = target.shape == input.shape
     return _together(

@@ -1,37 +1,80 @@
-"""One of the processes of `ranks.py`: runs the functions of this file that it is asked for, as one rank of several."""
+"""A rank: one of the processes of `ranks.py`, which asks it for functions of this file or of `tp_worker.py`."""
 
+import contextlib
+import importlib
 import os
 import pickle
 import sys
 import traceback
 from datetime import timedelta
+from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import fused_ignore_ce
+from fused_ignore_ce import distributed
 
+#: Of the first 1, 2, ... ranks.
 GROUPS = {}
 
 
-def group_of(ranks):
-    """The group of the first `ranks` ranks."""
-    return GROUPS[ranks]
+def call(ranks, loss, tensors, wanted=(), upstream=None, autocast=None, compiled=False, backwards=1, **options):
+    """A loss and its gradients: {"loss", "stats", the gradient of each of `wanted`, "collectives"}, or {"error"}.
 
-
-def call(ranks, loss, tensors, wanted=(), upstream=None, autocast=None, **options):
-    """A loss with its gradients: {"loss", "stats", and the gradient of each of `wanted`}, or {"error"}."""
+    The collectives are the names of those of forward and of those of backward.
+    """
     tensors = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
-    group = None if ranks is None else group_of(ranks)
+    group = None if ranks is None else GROUPS[ranks]
+    function = partial(getattr(fused_ignore_ce, loss), process_group=group, **options)
+    if compiled:
+        torch._dynamo.reset()
+        torch.use_deterministic_algorithms(False)
+        function = torch.compile(function, fullgraph=True)
+    counted = {}
     try:
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            found = getattr(fused_ignore_ce, loss)(**tensors, process_group=group, **options)
+        with counting(counted, "forward"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+            found = function(**tensors)
+        loss, stats = found if type(found) is tuple else (found, None)
+        if upstream is not None:
+            with counting(counted, "backward"):
+                for i in range(backwards):
+                    (loss * upstream).sum().backward(retain_graph=i < backwards - 1)
     except Exception as error:
         return {"error": (type(error).__name__, str(error))}
-    loss, stats = found if isinstance(found, tuple) else (found, None)
-    if upstream is not None:
-        (loss * upstream).sum().backward()
-    return {"loss": loss.detach(), "stats": stats, **{name: tensors[name].grad for name in wanted}}
+    finally:
+        torch.use_deterministic_algorithms(True)
+    return {"loss": loss.detach(), "stats": stats, "collectives": counted, **{n: tensors[n].grad for n in wanted}}
+
+
+def second_derivative(ranks):
+    """The error that `create_graph=True` meets."""
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = fused_ignore_ce.fused_cross_entropy(x, torch.tensor([1, 5, 7]), process_group=GROUPS[ranks])
+    try:
+        torch.autograd.grad(loss, x, create_graph=True)
+    except NotImplementedError as error:
+        return str(error)
+
+
+@contextlib.contextmanager
+def counting(counted, phase):
+    """The names of the collectives that are called, in order."""
+    names = counted.setdefault(phase, [])
+
+    def wrap(name, function):
+        def called(*args, **kwargs):
+            names.append(name)
+            return function(*args, **kwargs)
+
+        return called
+
+    with contextlib.ExitStack() as stack:
+        for name in ("all_reduce", "all_gather_object", "reduce_scatter_tensor", "broadcast"):
+            stack.enter_context(mock.patch.object(dist, name, wrap(name, getattr(dist, name))))
+        stack.enter_context(mock.patch.object(distributed, "_all_gather", wrap("all_gather", distributed._all_gather)))
+        yield
 
 
 def main(rank, world, folder):
@@ -50,7 +93,9 @@ def main(rank, world, folder):
         except EOFError:
             break
         try:
-            answer = True, globals()[name](**kwargs)
+            module, _, function = name.rpartition(".")
+            functions = importlib.import_module(module).__dict__ if module else globals()
+            answer = True, functions[function](**kwargs)
         except Exception:
             answer = False, traceback.format_exc()
         pickle.dump(answer, answers)
