@@ -15,15 +15,17 @@ import torch.distributed as dist
 
 import fused_ignore_ce
 from fused_ignore_ce import distributed
+from fused_ignore_ce.linear import autograd, functional
+from fused_ignore_ce.linear.plan import VOCABULARY_BLOCKS, LinearPlan
 
 #: Of the first 1, 2, ... ranks.
 GROUPS = {}
 
 
-def call(ranks, loss, tensors, wanted=(), upstream=None, autocast=None, compiled=False, backwards=1, **options):
+def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=False, backwards=1, plan=None, **options):
     """A loss and its gradients: {"loss", "stats", the gradient of each of `wanted`, "collectives"}, or {"error"}.
 
-    The collectives are the names of those of forward and of those of backward.
+    The collectives are the names of those of forward and of those of backward. `plan` forces one of the linear loss.
     """
     tensors = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
     group = None if ranks is None else GROUPS[ranks]
@@ -34,11 +36,11 @@ def call(ranks, loss, tensors, wanted=(), upstream=None, autocast=None, compiled
         function = torch.compile(function, fullgraph=True)
     counted = {}
     try:
-        with counting(counted, "forward"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with counting(counted, "forward"), forced(plan):
             found = function(**tensors)
         loss, stats = found if type(found) is tuple else (found, None)
         if upstream is not None:
-            with counting(counted, "backward"):
+            with counting(counted, "backward"), forced(plan):
                 for i in range(backwards):
                     (loss * upstream).sum().backward(retain_graph=i < backwards - 1)
     except Exception as error:
@@ -56,6 +58,20 @@ def second_derivative(ranks):
         torch.autograd.grad(loss, x, create_graph=True)
     except NotImplementedError as error:
         return str(error)
+
+
+@contextlib.contextmanager
+def forced(plan):
+    """A plan of the linear loss, with chunks and blocks that divide nothing."""
+    if plan is None:
+        yield
+        return
+
+    def choose(sizes, memory_budget):
+        return LinearPlan(plan, max(1, sizes.V * 2 // 5) if plan == VOCABULARY_BLOCKS else 4, 0)
+
+    with mock.patch.object(autograd, "choose", choose), mock.patch.object(functional, "choose", choose):
+        yield
 
 
 @contextlib.contextmanager

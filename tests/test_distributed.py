@@ -133,9 +133,9 @@ def test_logits_loss(ranks, no_worse, shards, reduction, options):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_linear_loss(ranks, no_worse, shards, reduction, options):
-    """With one tile of logits on each rank, and with several, which a budget asks for."""
-    for (tensors, ignore_index), budget in itertools.product(problems(), (None, 3000)):
+    """With one tile of logits on each rank, and with several."""
+    for (tensors, ignore_index), plan in itertools.product(problems(), (None, "token chunks", "vocabulary blocks")):
         tensors |= {"input": torch.randn(N, D), "linear_weight": torch.randn(V, D), "linear_bias": torch.randn(V)}
         wanted = ["input", "linear_weight", "linear_bias", *["target"] * (tensors["target"].dim() == 2)]
         call = {"reduction": reduction, "ignore_index": ignore_index, **options}
-        check(ranks, no_worse, "fused_linear_cross_entropy", tensors, shards, wanted, call, memory_budget=budget)
+        check(ranks, no_worse, "fused_linear_cross_entropy", tensors, shards, wanted, call, plan=plan)

@@ -67,6 +67,9 @@ def test_triton_kernels(ranks, loss, shards, probs):
 def test_statistics_and_token_weights(ranks, loss, probs, reduction, dtype):
     tensors = tensors_of(loss, ignored="none" if probs else "some", probs=probs, weighted=not probs, dtype=dtype)
     tensors["token_weight"] = torch.tensor([1.0, 0.5, 0.0, 2.0, 3.0, 0.25], dtype=dtype)
+    logits = tensors["input"] if loss == KINDS[0] else tensors["input"] @ tensors["linear_weight"].t()
+    if probs:  # the largest of half the rows is where the largest logit is
+        tensors["target"][::2].scatter_(1, logits[::2].argmax(1, keepdim=True), 1.0)
     options = {"ignore_index": -100 if probs else IGNORED_IDS, "reduction": reduction, "return_stats": True}
     wanted = ["input", "token_weight"]
     assert_equal(loss, tensors, wanted, UNEVEN, ranks, 1e-6 if dtype == torch.float32 else 1e-12, **options)
@@ -192,13 +195,15 @@ def test_a_group_of_one_is_one_process(ranks, loss):
     assert found[0]["collectives"] == {"forward": [], "backward": []}
 
 
-@pytest.mark.parametrize("loss", KINDS)
+@pytest.mark.parametrize(
+    ("loss", "plan"), [(KINDS[0], None), (KINDS[1], None), (KINDS[1], "token chunks"), (KINDS[1], "vocabulary blocks")]
+)
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
-def test_compiled(ranks, loss, probs):
+def test_compiled(ranks, loss, plan, probs):
     tensors = tensors_of(loss, ignored="none" if probs else "some", probs=probs, weighted=True)
     options = {"ignore_index": -100 if probs else IGNORED_IDS, "label_smoothing": 0.1, "return_stats": True}
     wanted = ["input", *["linear_weight"] * (loss != KINDS[0])]
-    assert_equal(loss, tensors, wanted, SHARDS["2 uneven"], ranks, more={"compiled": True}, **options)
+    assert_equal(loss, tensors, wanted, SHARDS["2 uneven"], ranks, more={"compiled": True, "plan": plan}, **options)
 
 
 def bad_target(tensors):
