@@ -6,6 +6,7 @@ Nothing here looks at the values of a tensor, so nothing waits for the device.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Collection
@@ -31,7 +32,8 @@ def ignored_ids(ignore_index: int | Collection[int]) -> tuple[int, ...]:
             raise TypeError
         ids = tuple(dict.fromkeys(operator.index(i) for i in given))
     except TypeError:
-        raise TypeError(f"ignore_index: expected an int or a collection of ints, got {ignore_index!r}") from None
+        hint = "; pass ignore_index.tolist()" if isinstance(ignore_index, Tensor) else ""
+        raise TypeError(f"ignore_index: expected an int or a collection of ints, got {ignore_index!r}{hint}") from None
     if not ids:
         raise ValueError("ignore_index: expected at least one id, got an empty collection")
     return ids
@@ -40,6 +42,8 @@ def ignored_ids(ignore_index: int | Collection[int]) -> tuple[int, ...]:
 def row_options(
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float
 ) -> RowOptions:
+    if not torch.compiler.is_compiling():  # there they may be symbols
+        _check_numbers(label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if softcap is not None and not softcap > 0.0:
@@ -51,6 +55,16 @@ def row_options(
         float(logit_scale),
         float(z_loss),
     )
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if math.isinf(value) or (math.isnan(value) and name in ("logit_scale", "z_loss")):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_reduction(reduction: str, normalizer: float | Tensor | None) -> None:

@@ -121,9 +121,10 @@ def unpatch_transformers() -> None:
 def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any]) -> Settings:
     for name in loss_options:
         if name not in _OPTIONS:
-            near = difflib.get_close_matches(name, _OPTIONS, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_OPTIONS)}"
-            raise TypeError(f"patch_model() got an unexpected option {name!r}; {meant}")
+            known = ("ignore_index", "memory_budget", *_OPTIONS)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise TypeError(f"patching got an unexpected option {name!r}; {meant}")
     given = {name: value for name, value in loss_options.items() if value is not None}
     arguments.row_options(
         -100, given.get("label_smoothing", 0.0), given.get("softcap"), given.get("logit_scale", 1.0),

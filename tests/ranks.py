@@ -16,7 +16,8 @@ class Ranks:
     """`run` calls a function of `rank_worker.py` on the first ranks, each with its own arguments."""
 
     def __init__(self, world, folder):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # PyTorch 2.13's cache takes a graph of an uneven DTensor from a rank whose shard has another size.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, str(rank), str(world), str(folder)],

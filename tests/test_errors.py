@@ -53,6 +53,10 @@ def test_same_class_as_pytorch(args, kwargs, backend):
 #: (name, keywords, class, what the message must say): mistakes that are ours to reject.
 OWN_MISTAKES = [
     ("softcap", {"softcap": 0.0}, ValueError, "softcap.*above 0.*0.0"),
+    ("infinite softcap", {"softcap": float("inf")}, ValueError, "softcap.*finite.*inf"),
+    ("text", {"softcap": "30"}, TypeError, "softcap: expected a number, got '30'"),
+    ("z_loss", {"z_loss": float("nan")}, ValueError, "z_loss.*finite.*nan"),
+    ("tensor of ids", {"ignore_index": torch.tensor([1, 2])}, TypeError, "ignore_index.*tolist"),
     ("negative smoothing", {"label_smoothing": -0.1}, RuntimeError, "label_smoothing.*-0.1"),
     ("float id", {"ignore_index": 1.5}, TypeError, "ignore_index.*1.5"),
     ("bool id", {"ignore_index": True}, TypeError, "ignore_index.*True"),

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .logits import as_tensor
-from .mode import LossMode
+from .mode import LossMode, names_of
 from .traced import TracedLogits
 
 
@@ -40,7 +41,10 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         settings = self.__dict__.get("_fused_ignore_ce") or process_wide.settings
-        if settings is None or not _has_labels((*zip(names, args, strict=False), *kwargs.items())):
+        if settings is None:
+            return original(self, *args, **kwargs)
+        if not _has_labels((*zip(names, args, strict=False), *kwargs.items())):
+            _warn_without_labels(self, settings)
             return original(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             with LossMode(_classes(self), settings.ignore_index, settings.options):
@@ -57,6 +61,19 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return _as_tensors(outputs)
 
     return forward
+
+
+def _warn_without_labels(model: nn.Module, settings: Settings) -> None:
+    """Whoever takes the loss outside of the model's forward does it without the options."""
+    if torch.compiler.is_compiling() or _running.forwards or not (model.training and torch.is_grad_enabled()):
+        return
+    given = names_of(*settings)
+    if given:
+        warnings.warn(
+            f"{given}: given to patch_model, but {type(model).__name__} is trained without labels, so its "
+            "loss is taken elsewhere, without them (as by Trainer's label_smoothing_factor and compute_loss_func)",
+            stacklevel=3,
+        )
 
 
 class _Running(threading.local):

@@ -16,6 +16,12 @@ from .traced import TracedLogits
 _MATMULS = ("matmul", "__matmul__")
 
 
+def names_of(ignore_index: tuple[int, ...], options: dict[str, Any]) -> str:
+    """What of it makes the loss another one."""
+    names = [name for name in options if name not in ("memory_budget", "backend")]
+    return ", ".join(["ignore_index"] * bool(ignore_index) + names)
+
+
 class LossMode(TorchFunctionMode):
     """`classes` is the number of the head's rows, None without a head: then nothing is deferred.
 
@@ -43,9 +49,8 @@ class LossMode(TorchFunctionMode):
 
     def check_used(self, name: str) -> None:
         """Options that nothing took are an error, not a loss without them."""
-        options = [option for option in self.options if option not in ("memory_budget", "backend")]
-        if not self.used and (self.ignore_index or options):
-            given = ", ".join(["ignore_index"] * bool(self.ignore_index) + options)
+        given = names_of(self.ignore_index, self.options)
+        if not self.used and given:
             raise RuntimeError(
                 f"{given}: given to patch_model, but the forward of {name} took no cross entropy over the head's "
                 "classes that could use it; unpatch_model(model) and give it to the loss yourself"
