@@ -47,20 +47,26 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize(("mesh", "placements"), LOGITS.values(), ids=LOGITS)
-def test_logits(ranks, mesh, placements, compiled):
-    check(ranks, "fused_cross_entropy", ["input"], mesh, placements, compiled)
+def test_logits(ranks, mesh, placements):
+    check(ranks, "fused_cross_entropy", ["input"], mesh, placements)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize(("mesh", "placements"), HEADS.values(), ids=HEADS)
-def test_heads(ranks, mesh, placements, compiled):
-    wanted = ["input", "linear_weight", "linear_bias"]
-    check(ranks, "fused_linear_cross_entropy", wanted, mesh, placements, compiled)
+def test_heads(ranks, mesh, placements):
+    check(ranks, "fused_linear_cross_entropy", ["input", "linear_weight", "linear_bias"], mesh, placements)
 
 
-def check(ranks, loss, wanted, mesh, placements, compiled):
+def test_compiled_logits(ranks):
+    check(ranks, "fused_cross_entropy", ["input"], *LOGITS["class weights too"], compiled=True)
+
+
+@pytest.mark.parametrize("case", ["plain hidden states", "sharded tokens"])
+def test_compiled_heads(ranks, case):
+    check(ranks, "fused_linear_cross_entropy", ["input", "linear_weight", "linear_bias"], *HEADS[case], compiled=True)
+
+
+def check(ranks, loss, wanted, mesh, placements, compiled=False):
     tensors = tensors_of(linear=loss == "fused_linear_cross_entropy")
     expected = expected_of(tensors, wanted)
     call = {"loss": loss, "placements": placements, "wanted": wanted, "mesh": mesh, "compiled": compiled}

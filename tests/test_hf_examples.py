@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"bare_loop": ["tokenizers"], "trainer": ["tokenizers", "accelerate"], "sft": ["tokenizers", "trl"]}
+NEEDS = {
+    "bare_loop": ["tokenizers"],
+    "trainer": ["tokenizers", "accelerate"],
+    "sft": ["tokenizers", "trl"],
+    "tensor_parallel": [],
+}
+#: How those are run that are not for one process.
+LAUNCHERS = {"tensor_parallel": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 
 
 def test_all_are_tested():
@@ -25,7 +32,7 @@ def test_example(name, tmp_path):
     script = EXAMPLES / f"{name}.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), "--steps", "10"],
+        [sys.executable, *LAUNCHERS.get(name, []), str(script), "--steps", "10"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
