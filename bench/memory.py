@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from bench.providers import named
 from bench.workload import DEVICE, Case, tensors
 from fused_ignore_ce.measure import PeakMemory
+
+ROOT = Path(__file__).parent.parent
 
 
 def peak(name: str, case: Case, budget: int | None = None) -> int:
     """In a fresh process: bytes above inputs and gradients."""
     sizes = "x".join(str(size) for size in (case.N, case.V, case.D) if size)
     arguments = [sys.executable, "-m", "bench.memory", name, sizes, str(case.ignored), case.dtype, json.dumps(budget)]
-    return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(arguments, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
 
 
 def measure(name: str, case: Case, budget: int | None = None) -> int:

@@ -54,7 +54,13 @@ def version(package: str) -> str | None:
 
 
 def _compiled(loss: Loss) -> Loss:
-    """Compiled for one static shape. The compiler forgets the shapes before: past eight it would give up quietly."""
+    """Compiled for one static shape. The compiler forgets the shapes before: past eight it would give up quietly.
+
+    In this process: workers of its own would start, and keep cores busy, while others are timed.
+    """
+    from torch._inductor import config
+
+    config.compile_threads = 1
     torch.compiler.reset()
     return torch.compile(loss, dynamic=False)
 

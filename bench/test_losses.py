@@ -46,14 +46,16 @@ def seconds(verdict, in_time, record):
     @lru_cache(maxsize=1)
     def measured(case):
         if not in_time():
-            record("left out", **case._asdict())
+            record("left out", case=str(case))
             return None
         green = [
             pair.values[1]
             for pair in PAIRS
             if pair.values[0] == case and verdict(case.kind, pair.values[1].name, case.dtype).status == "green"
         ]
-        return measure(case, green, DEVICE)
+        found = measure(case, green, DEVICE)
+        record("case", case=str(case))
+        return found
 
     return measured
 
@@ -62,7 +64,6 @@ def seconds(verdict, in_time, record):
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize(("case", "provider"), PAIRS)
 def test_speed(benchmark, case, provider, seconds, verdict, record):
-    of = case._asdict() | {"provider": provider.name}
     everyone = seconds(case)
     if everyone is None:
         pytest.skip("left out: the time was up")
@@ -73,7 +74,7 @@ def test_speed(benchmark, case, provider, seconds, verdict, record):
         pytest.skip(judged.reason)
     own = everyone[provider.name]
     if isinstance(own, str):
-        record("failed", **of, reason=own)
+        record("failed", case=str(case), provider=provider.name, reason=own)
         pytest.fail(own)
     found = row(case, provider, everyone)
     record("row", **found)
