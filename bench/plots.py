@@ -13,6 +13,8 @@ Row = dict[str, Any]
 
 TITLES = {"logits": "loss of logits", "linear": "linear loss"}
 
+ROOF = {"color": "black", "linestyle": ":"}
+
 
 def draw(result: Row, folder: Path, name: str) -> list[Path]:
     """Saves the three, of what there is; returns their paths."""
@@ -26,15 +28,11 @@ def draw(result: Row, folder: Path, name: str) -> list[Path]:
             continue
         figure = Figure(figsize=(5.5 * len(drawn), 4.2), layout="constrained")
         figure.suptitle(f"{device}, bfloat16, forward and backward", fontsize=10)
-        for axes, (labels, lines, logarithmic) in zip(
-            figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True
-        ):
+        every = figure.subplots(1, len(drawn), squeeze=False)[0]
+        for axes, (labels, lines, logarithmic) in zip(every, drawn, strict=True):
             for number, (label, points) in enumerate(lines.items()):
                 xs, ys = zip(*sorted(points), strict=True)
-                style = (
-                    {"color": "black", "linestyle": ":"} if label == "roof" else {"color": f"C{number}", "marker": "o"}
-                )
-                axes.plot(xs, ys, label=label, **style)
+                axes.plot(xs, ys, label=label, **(ROOF if label == "roof" else {"color": f"C{number}", "marker": "o"}))
             axes.set(**labels)
             if logarithmic:
                 axes.set_xscale("log", base=2)
