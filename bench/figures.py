@@ -49,8 +49,8 @@ def machine(results: Results) -> str:
     versions = header["versions"]
     return (
         f"All of it by `{header['command']}` on one machine: {cores} ({header['simd']}), PyTorch {versions['torch']}, "
-        f"commit {header['commit'][:7]}, {header['date']}; every figure with its spread, the machine's own roof and what "
-        f"was left out: [{results.name}](bench/results/{results.name}.md)."
+        f"commit {header['commit'][:7]}, {header['date']}; every figure with its spread, the machine's own roof and "
+        f"what was left out: [{results.name}](bench/results/{results.name}.md)."
     )
 
 
@@ -132,8 +132,8 @@ def training_step(results: Results) -> str:
         raise SystemExit("the newest result has no training step")
     r = rows[0]
     text = (
-        f"a Llama of {r['layers']} layers, {r['T']} tokens, V={r['V']}, D={r['D']}, float32, forward and backward; peak "
-        f"memory above the model and its gradients. The logits alone would be {size(4 * r['T'] * r['V'])}."
+        f"a Llama of {r['layers']} layers, {r['T']} tokens, V={r['V']}, D={r['D']}, float32, forward and backward; "
+        f"peak memory above the model and its gradients. The logits alone would be {size(4 * r['T'] * r['V'])}."
     )
     shares = sorted({row["ignored"] for row in rows})
     lines = []

@@ -18,7 +18,7 @@ ROOF = "roof"
 
 #: Rounds of a case: at least, at most, and seconds after which no more are started.
 ROUNDS = (3, 15)
-SECONDS = 4.0
+SECONDS = 2.5
 
 
 class Turn(NamedTuple):
