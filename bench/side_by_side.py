@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -135,12 +136,19 @@ def roof_work(case: Case) -> float:
     return least_work(case) if case.D else 2 * case.N * case.V * getattr(torch, case.dtype).itemsize
 
 
+@lru_cache(maxsize=16)
+def _built(provider: Provider, *shape: object) -> Loss:
+    """What is compiled for a shape serves all cases of it, which follow each other."""
+    return provider.build()
+
+
 def measure(case: Case, providers: list[Provider], device: torch.device) -> dict[str, list[float] | str]:
     """Seconds by provider and of the roof, or why there are none. All see the same tensors."""
     *inputs, target = tensors(case, device)
     turns = {}
     for provider in providers:
-        turns[provider.name] = turn_of(provider.build(), case, inputs, target, provider.overwrites)
+        loss = _built(provider, case.N, case.V, case.D, case.dtype)
+        turns[provider.name] = turn_of(loss, case, inputs, target, provider.overwrites)
     return in_turns(turns | {ROOF: roof_of(case, device)}, Stopwatch(device))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from typing import NamedTuple
 
@@ -144,13 +145,19 @@ def _rest(dtype: str) -> list[tuple[float, str, str]]:
     return [(share, dtype, direction) for direction, share in itertools.product(DIRECTIONS, SHARES)]
 
 
+#: Random numbers of a tensor.
+DRAWN = 2**24 - 3
+
+
 def tensors(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     """(logits, target), or (hidden, weight, target) with logits of the order of 1; all but target want gradients."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+        """Repeats itself after a while: a CPU takes longer to draw a model's head than to multiply with it."""
+        some = torch.randn(min(math.prod(shape), DRAWN), device=device, dtype=dtype, generator=generator)
+        return some.repeat(-(-math.prod(shape) // DRAWN))[: math.prod(shape)].view(shape)
 
     target = torch.randint(0, case.V, (case.N,), device=device, generator=generator)
     target[torch.randperm(case.N, device=device, generator=generator)[case.kept :]] = -100
