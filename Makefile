@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-transformers-4 check format bench traffic aot sweep clean
+.PHONY: demo test test-transformers-4 check format bench readme-figures traffic aot sweep clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -24,8 +24,13 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Everything measured side by side on this machine, in nine minutes; writes bench/results.
 bench: $(VENV)/.ready
-	$(BIN)/python -m pytest bench --benchmark-only -s
+	$(BIN)/python -m bench.run
+
+# The README's tables and plots, from the newest of bench/results.
+readme-figures: $(VENV)/.ready
+	$(BIN)/python -m bench.figures
 
 traffic: $(VENV)/.ready
 	$(BIN)/python -m bench.traffic

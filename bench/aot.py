@@ -1,6 +1,6 @@
 """Every kernel in every configuration that a launcher can choose, compiled ahead of time: no GPU is needed.
 
-    python -m bench.aot [--quick] [--arch 90] [--verbose] [--json FILE]
+    python -m bench.aot [--quick] [--arch 90] [--verbose] [--json FILE] [--summary FILE]
 
 Exit status 1 when a kernel does not compile, spills, or accesses logits narrowly where it could be wide.
 """
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -243,6 +244,20 @@ def summary(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
+def totals(reports: list[Report], archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> dict[str, Any]:
+    """What result files say of a run."""
+    cubins = [report.cubin for report in reports if report.cubin]
+    return {
+        "kernels": len(reports),
+        "archs": archs,
+        "dtypes": dtypes,
+        "quick": quick,
+        "spilling": sum(cubin.spill > 0 for cubin in cubins),
+        "most registers": max((cubin.registers for cubin in cubins), default=0),
+        "faults": [f"{row(report)}: {'; '.join(faults(report))}" for report in reports if faults(report)],
+    }
+
+
 def row(report: Report) -> str:
     job, cubin, shape = report.job, report.cubin, report.job.shape
     of = f"{job.kernel:15} sm_{job.arch:<3} {job.dtype:8} {'contiguous' if shape.contiguous else 'strided':10}"
@@ -263,6 +278,7 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", help=f"instead of {DTYPES}; may be repeated")
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     parser.add_argument("--json", type=Path, help="write every report to this file")
+    parser.add_argument("--summary", type=Path, help="write totals and faults to this file")
     options = parser.parse_args()
 
     import triton
@@ -282,6 +298,8 @@ def main() -> int:
     print(f"{len(reports)} kernels in {time.perf_counter() - start:.0f} s, {len(failed)} with faults")
     if options.json:
         options.json.write_text(json.dumps([asdict(r) | {"faults": faults(r)} for r in reports], indent=1))
+    if options.summary:
+        options.summary.write_text(json.dumps(totals(reports, archs, dtypes, options.quick), indent=1))
     return 1 if failed else 0
 
 

@@ -1,58 +1,50 @@
 """Peak memory of a loss, forward and backward, beside the gradients it returns: one fresh process a figure.
 
-python -m bench.memory                                 # tables
-python -m bench.memory NAME SHAPE SHARE DTYPE [BUDGET] # one figure, in bytes; SHAPE is NxV, or NxVxD for linear losses
+python -m bench.memory NAME SHAPE SHARE DTYPE [BUDGET]
+
+The figure is in bytes. NAME is a provider's; SHAPE is NxV, or NxVxD for linear losses.
 """
+
+from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-import torch
-
-from bench.providers import LINEAR_LOSSES, LOGITS_LOSSES
-from bench.workload import hidden_and_target, logits_and_target
+from bench.providers import named
+from bench.workload import DEVICE, Case, tensors
 from fused_ignore_ce.measure import PeakMemory
 
-SHARES = (0.0, 0.75)
-TABLES = ((LOGITS_LOSSES, (2048, 32768), "bfloat16"), (LINEAR_LOSSES, (2048, 32768, 1024), "float32"))
+ROOT = Path(__file__).parent.parent
 
 
-def peak(name: str, shape: tuple[int, ...], share: float, dtype: str, budget: int | None = None) -> int:
-    """In a fresh process: bytes above inputs and gradients. `name` is a key of bench.providers."""
-    sizes = "x".join(map(str, shape))
-    arguments = [sys.executable, "-m", "bench.memory", name, sizes, str(share), dtype, json.dumps(budget)]
-    return int(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def peak(name: str, case: Case, budget: int | None = None) -> int:
+    """In a fresh process: bytes above inputs and gradients."""
+    sizes = "x".join(str(size) for size in (case.N, case.V, case.D) if size)
+    arguments = [sys.executable, "-m", "bench.memory", name, sizes, str(case.ignored), case.dtype, json.dumps(budget)]
+    return int(subprocess.run(arguments, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
 
 
-def measure(name: str, shape: tuple[int, ...], share: float, dtype: str, budget: int | None = None) -> int:
+def measure(name: str, case: Case, budget: int | None = None) -> int:
     """As `peak`, in this process."""
-    loss = (LOGITS_LOSSES | LINEAR_LOSSES)[name]
+    provider = named(case.kind, name)
+    loss = provider.build()
     options = {} if budget is None else {"memory_budget": budget}
-    workload = logits_and_target if len(shape) == 2 else hidden_and_target
-    # Thread pools, lazy imports and the GEMM library's buffers are not the loss's.
-    loss(*workload(*[64, 2048, 256][: len(shape)], share, getattr(torch, dtype))).backward()
-    *inputs, target = workload(*shape, share, getattr(torch, dtype))
-    with PeakMemory(target.device) as memory:
+    # Thread pools, lazy imports and the GEMM library's buffers are not the loss's; nor is compiling for the shape.
+    warm = case if provider.compiled else case._replace(N=64, V=2048, D=256 if case.D else 0)
+    loss(*tensors(warm, DEVICE)).backward()
+    *inputs, target = tensors(case, DEVICE)
+    with PeakMemory(DEVICE) as memory:
         loss(*inputs, target, **options).backward()
     if memory.bytes is None:
         raise SystemExit("peak memory can be measured on Linux or on CUDA only")
-    return memory.bytes - sum(t.numel() * t.element_size() for t in inputs)
-
-
-def _tables() -> None:
-    for losses, shape, dtype in TABLES:
-        sizes = ", ".join(f"{name}={size}" for name, size in zip("NVD", shape, strict=False))
-        print(f"peak memory beside the gradients, MiB; {sizes}, {dtype}, PyTorch {torch.__version__}")
-        print(f"{'':44}" + "".join(f"{share:>12.0%} ignored" for share in SHARES))
-        for name in losses:
-            row = (peak(name, shape, share, dtype) / 2**20 for share in SHARES)
-            print(f"{name:44}" + "".join(f"{mib:20.0f}" for mib in row), flush=True)
+    gradients = 0 if provider.overwrites else sum(x.numel() * x.element_size() for x in inputs)
+    return memory.bytes - gradients
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        name, sizes, share, dtype, budget = [*sys.argv[1:], "null"][:5]
-        print(measure(name, tuple(map(int, sizes.split("x"))), float(share), dtype, json.loads(budget)))
-    else:
-        _tables()
+    name, sizes, share, dtype, budget = [*sys.argv[1:], "null"][:5]
+    N, V, D = [*map(int, sizes.split("x")), 0][:3]
+    case = Case("memory", "linear" if D else "logits", N, V, D, float(share), dtype, "both")
+    print(measure(name, case, json.loads(budget)))

@@ -1,6 +1,6 @@
 """Bytes that the kernels load and store, against the fewest that the loss needs.
 
-    python -m bench.traffic
+    python -m bench.traffic [--quick] [--json FILE]
 
 Triton's interpreter runs the real kernels and sees every load and store; a lane counts when its mask is true. That
 is the performance of a kernel bound by memory, as a number that does not wobble, and no GPU is needed.
@@ -11,15 +11,14 @@ writes V (zeros) of every ignored one. Targets, losses and sums come on top: the
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import inspect
+import argparse
 import itertools
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,112 +26,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .meter import Launch, Traffic
+from .providers import version
+
 #: The parameters by which the kernels, ours and Liger's, know the logits and their gradient.
 LOGITS = ("x_ptr", "dx_ptr", "X_ptr")
-
-#: What the interpreter calls to access memory (unmasked accesses come through the masked), and what that does.
-ACCESSES = {
-    "create_masked_load": ("load",),
-    "create_masked_store": ("store",),
-    "create_atomic_rmw": ("load", "store"),
-    "create_atomic_cas": ("load", "store"),
-}
-
-
-@dataclass
-class Launch:
-    """What one launch moved: (load or store, the address of every element, bytes of an element)."""
-
-    kernel: str
-    tensors: dict[str, torch.Tensor]  # by the kernel's parameters
-    accesses: list[tuple[str, np.ndarray, int]] = field(default_factory=list)
-
-    def bytes(self, kind: str) -> int:
-        return sum(len(addresses) * size for k, addresses, size in self.accesses if k == kind)
-
-    def row_bytes(self, kind: str, name: str) -> np.ndarray:
-        """Bytes of every row (the elements that share all indices but the last) of a parameter's tensor.
-
-        Memory that parameters share, as of a gradient written over the logits, belongs to the first of them.
-        """
-        tensor = self.tensors[name]
-        earlier = list(self.tensors.values())[: list(self.tensors).index(name)]
-        rows = _rows_by_offset(tensor)
-        counts = np.zeros(tensor.shape[:-1].numel(), dtype=np.int64)
-        for size in {size for k, _, size in self.accesses if k == kind}:
-            addresses = np.concatenate([a for k, a, s in self.accesses if (k, s) == (kind, size)])
-            addresses = addresses[_within(tensor, addresses)]
-            for other in earlier:
-                addresses = addresses[~_within(other, addresses)]
-            offsets = (addresses - tensor.data_ptr()) // tensor.element_size()
-            counts += size * np.bincount(rows[offsets], minlength=len(counts))
-        return counts
-
-
-def _span(tensor: torch.Tensor) -> int:
-    """Elements of memory from the first to the last of a tensor."""
-    steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return 1 + sum(steps) if tensor.numel() else 0
-
-
-def _within(tensor: torch.Tensor, addresses: np.ndarray) -> np.ndarray:
-    start = tensor.data_ptr()
-    return (addresses >= start) & (addresses < start + _span(tensor) * tensor.element_size())
-
-
-def _rows_by_offset(tensor: torch.Tensor) -> np.ndarray:
-    """The row that each element of memory belongs to; -1, which nothing may count, in gaps."""
-    rows = torch.full((_span(tensor),), -1)
-    numbers = torch.arange(tensor.shape[:-1].numel()).view(*tensor.shape[:-1], 1)
-    rows.as_strided(tensor.shape, tensor.stride()).copy_(numbers.expand(tensor.shape))
-    return rows.numpy()
-
-
-class Traffic(ExitStack):
-    """Within it, every launch in Triton's interpreter is recorded in `launches`.
-
-    >>> with Traffic() as traffic:
-    ...     kernel[grid](x, out)
-    >>> traffic.launches[0].row_bytes("load", "x_ptr")
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: list[Launch] = []
-
-    def __enter__(self) -> Traffic:
-        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
-
-        self.enter_context(mock.patch.object(GridExecutor, "__call__", self._launching(GridExecutor.__call__)))
-        for name, kinds in ACCESSES.items():
-            hooked = self._accessing(getattr(InterpreterBuilder, name), kinds)
-            self.enter_context(mock.patch.object(InterpreterBuilder, name, hooked))
-        return self
-
-    def _launching(self, original: Callable) -> Callable:
-        @functools.wraps(original)
-        def launching(executor, *args, **kwargs):
-            arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
-            tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-            self.launches.append(Launch(executor.fn.__name__, tensors))
-            return original(executor, *args, **kwargs)
-
-        return launching
-
-    def _accessing(self, original: Callable, kinds: tuple[str, ...]) -> Callable:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def accessing(*args, **kwargs):
-            arguments = signature.bind(*args, **kwargs).arguments
-            pointers = arguments.get("ptrs", arguments.get("ptr"))
-            lanes = np.broadcast_to(arguments["mask"].data, pointers.data.shape) if "mask" in arguments else ...
-            addresses = pointers.data[lanes].reshape(-1).astype(np.int64)
-            size = pointers.get_element_ty().primitive_bitwidth // 8
-            self.launches[-1].accesses += [(kind, addresses, size) for kind in kinds]
-            return original(*args, **kwargs)
-
-        return accessing
 
 
 @dataclass(frozen=True)
@@ -266,56 +164,80 @@ CASES = (
 SHARES = (0.0, 0.5, 0.75, 1.0)
 
 
-def _row(share: float, what: str, kept: np.ndarray, moved: Moved) -> str:
-    def worst(rows: np.ndarray) -> str:
-        return f"{rows.max():10.3f}" if len(rows) else f"{'-':>10}"
+def _record(case: Case, share: float, passes: str, kept: np.ndarray, moved: Moved) -> dict[str, Any]:
+    """A line of the report: the worst kept and the worst ignored row, and all bytes."""
 
-    def ratio(moved_bytes: int) -> str:
-        return f"{moved_bytes / moved.bound:8.3f}" if moved.bound else f"{'-' if moved_bytes else '0 / 0':>8}"
+    def worst(rows: np.ndarray) -> float | None:
+        return float(rows.max()) if len(rows) else None
 
-    rows = [worst(of[which]) for which in (kept, ~kept) for of in (moved.reads, moved.writes)]
-    counts = f"{moved.logits:12,}{moved.bound:12,}{ratio(moved.logits)}{ratio(moved.total)}"
-    return f"{share:6.0%}  {what:26}{''.join(rows)}{counts}"
+    return {
+        "case": str(case),
+        "ignored": share,
+        "passes": passes,
+        "kept": {"read": worst(moved.reads[kept]), "written": worst(moved.writes[kept])},
+        "of ignored": {"read": worst(moved.reads[~kept]), "written": worst(moved.writes[~kept])},
+        "bytes": moved.logits,
+        "fewest": moved.bound,
+        "all bytes": moved.total,
+    }
 
 
-def _rows(case: Case, with_liger: bool) -> Iterator[str]:
-    yield f"\n{case}"
-    yield (
-        f"ignored  {'passes':26}kept: read    written ign.: read    written"
-        f"{'bytes':>12}{'fewest':>12}{'ratio':>8}{'all':>8}"
-    )
-    # It has no such options, and copies strided logits first, outside its kernel.
+def records(case: Case, shares: tuple[float, ...], with_liger: bool) -> Iterator[dict[str, Any]]:
+    """Of our passes and, where it has such options, Liger's; strided logits it copies, outside its kernel."""
     with_liger = with_liger and not case.strided and case.options.keys() <= {"label_smoothing", "softcap"}
-    for share in SHARES:
+    for share in shares:
         ours = measure(case, share)
-        yield _row(share, "ours, forward", ours.kept, ours.forward)
-        yield _row(share, "ours, backward", ours.kept, ours.backward)
-        yield _row(share, "ours, both", ours.kept, ours.forward + ours.backward)
+        yield _record(case, share, "ours, forward", ours.kept, ours.forward)
+        yield _record(case, share, "ours, backward", ours.kept, ours.backward)
+        yield _record(case, share, "ours, both", ours.kept, ours.forward + ours.backward)
         for upstream in (1.0, 0.5) if with_liger else ():
             try:
                 liger = measure_liger(case, share, upstream)
             except Exception as e:  # the interpreter wraps every error in its own
-                yield f"         Liger: not measured, {type(e).__name__}: {e}"
+                yield {"case": str(case), "ignored": share, "passes": "Liger", "failed": f"{type(e).__name__}: {e}"}
                 with_liger = False
                 break
-            yield _row(share, f"Liger, both, upstream {upstream}", liger.kept, liger.forward + liger.backward)
+            passes = f"Liger, both, upstream {upstream}"
+            yield _record(case, share, passes, liger.kept, liger.forward + liger.backward)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+HEADER = (
+    f"ignored  {'passes':26}kept: read    written ign.: read    written"
+    f"{'bytes':>12}{'fewest':>12}{'ratio':>8}{'all':>8}"
+)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record as it is printed."""
+    if "failed" in record:
+        return f"{record['ignored']:6.0%}  {record['passes']}: not measured, {record['failed']}"
+
+    def ratio(moved: int) -> str:
+        return f"{moved / record['fewest']:8.3f}" if record["fewest"] else f"{'-' if moved else '0 / 0':>8}"
+
+    worst = [record[which][what] for which in ("kept", "of ignored") for what in ("read", "written")]
+    rows = "".join(f"{'-':>10} " if value is None else f"{value:10.3f} " for value in worst)
+    counts = f"{record['bytes']:12,}{record['fewest']:12,}{ratio(record['bytes'])}{ratio(record['all bytes'])}"
+    return f"{record['ignored']:6.0%}  {record['passes']:26}{rows}{counts}"
 
 
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing above does
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
-    versions = {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
-    print(", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()))
-    for case in CASES:
-        for line in _rows(case, versions["liger-kernel"] is not None):
-            print(line, flush=True)
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one case, half of the rows ignored")
+    parser.add_argument("--json", type=Path, help="write every line to this file")
+    options = parser.parse_args()
+    versions = {name: version(name) for name in ("torch", "triton", "liger-kernel")}
+    print(", ".join(f"{name} {number or 'not installed'}" for name, number in versions.items()))
+    found = []
+    for case in CASES[:1] if options.quick else CASES:
+        print(f"\n{case}\n{HEADER}")
+        for record in records(case, (0.5,) if options.quick else SHARES, versions["liger-kernel"] is not None):
+            print(line(record), flush=True)
+            found.append(record)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

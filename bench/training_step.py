@@ -1,35 +1,47 @@
 """Peak memory of a training step of a transformers model, as it is and patched: one fresh process a figure.
 
-python -m bench.training_step            # the table
-python -m bench.training_step WAY SHARE  # one figure, in bytes above the model and its gradients
+python -m bench.training_step WAY SHARE
+
+The figure is in bytes above the model and its gradients. On a CPU, whatever the machine has.
 """
+
+from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
-from fused_ignore_ce.hf import patch_model
 from fused_ignore_ce.measure import PeakMemory
 
+ROOT = Path(__file__).parent.parent
 WAYS = ("plain", "patched")
 SHARES = (0.0, 0.75)
-V, T, D = 128256, 2048, 256
+SIZES = {"V": 128256, "T": 2048, "D": 256, "layers": 2}
 
 
 def peak(way: str, share: float) -> int:
     """In a fresh process: bytes at the peak of forward and backward, above the model and its gradients."""
     command = [sys.executable, "-m", "bench.training_step", way, str(share)]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return int(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
 
 
 def measure(way: str, share: float) -> int:
     """As `peak`, in this process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from fused_ignore_ce.hf import patch_model
+
     torch.manual_seed(0)
+    V, T, D, layers = SIZES.values()
     config = LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=2 * D,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        use_cache=False,
     )
     model = LlamaForCausalLM(config)
     if way == "patched":
@@ -48,16 +60,5 @@ def measure(way: str, share: float) -> int:
     return memory.bytes
 
 
-def _table() -> None:
-    print(f"peak of a training step above model and gradients, MiB; T={T}, V={V}, D={D}, float32, {torch.__version__}")
-    print(f"T x V logits alone: {T * V * 4 / 2**20:.0f}")
-    for share in SHARES:
-        figures = "".join(f"{way:>12} {peak(way, share) / 2**20:6.0f}" for way in WAYS)
-        print(f"{share:4.0%} ignored{figures}", flush=True)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(measure(sys.argv[1], float(sys.argv[2])))
-    else:
-        _table()
+    print(measure(sys.argv[1], float(sys.argv[2])))

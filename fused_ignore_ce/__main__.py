@@ -1,18 +1,21 @@
-"""`python -m fused_ignore_ce demo` shows the library at work; `env` shows what it runs on."""
+"""`python -m fused_ignore_ce demo` shows the library at work; `plan` what a loss will cost; `env` what it runs on."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from . import __version__, demo
+from . import __version__, cost, demo
 from .arguments import choose_backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "env":
         print(environment())
         return 0
+    if options.command == "plan":
+        return _plan(options, parser)
     parser.print_help()
     return 2
+
+
+def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    classes, features = options.model_shape
+    rate = None if options.tflops is None else cost.Rate(1e12 * options.tflops, "as given")
+    try:
+        print(
+            cost.report(
+                options.tokens, classes, features, ignored=options.ignored, dtype=DTYPES[options.dtype],
+                device=options.device, memory_budget=options.memory_budget, rate=rate,
+            )
+        )  # fmt: skip
+    except ValueError as e:  # no plan meets the budget
+        parser.error(str(e))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +71,40 @@ def _parser() -> argparse.ArgumentParser:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default_device, help="cpu or cuda")
     command.add_argument("--out", type=Path, metavar="PNG", default=demo.Options.out, help="picture of the curves")
+    command = commands.add_parser(
+        "plan",
+        help="print what the linear loss of a model will take, plain and fused, by arithmetic",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--model-shape", type=_shape, metavar="VxD", required=True, help="classes x features")
+    command.add_argument("--tokens", type=_positive, metavar="N", required=True, help="tokens of a step")
+    command.add_argument("--ignored", type=_share, metavar="SHARE", default=0.0, help="of the tokens, 0 to 1")
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the matrix products")
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it will run")
+    command.add_argument("--memory-budget", type=_bytes, metavar="BYTES", help="of scratch: 512MiB, 2GiB, or bytes")
+    command.add_argument("--tflops", type=float, metavar="X", help="rate of the matrix products, if you know better")
     return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected classes x features, as in 128256x4096, got {text}")
+    return int(found[1]), int(found[2])
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+    return value
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size as in 512MiB, got {text}")
+    return int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(found[2] or "B"))
 
 
 def _positive(text: str) -> int:

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bench.traffic import Case, Traffic, measure
+from bench.meter import Traffic
+from bench.traffic import Case, measure
 
 CASES = [
     pytest.param(Case(16, 1003, torch.bfloat16), id="one-block-bf16"),

@@ -1,0 +1,221 @@
+"""The README's figures, taken from committed result files: `python -m bench.figures` writes them between its markers.
+
+A block is `<!-- figures: NAME -->`, what is generated, `<!-- end -->`. NAME is a function's below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fused_ignore_ce.cost import linear_cost
+
+from .machine import ROOT
+from .providers import LINEAR, LOGITS, PROVIDERS
+from .report import code, memory_of, size, table
+from .workload import MODELS
+
+Row = dict[str, Any]
+
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Results:
+    """Result files of full runs, the newest first, by their names."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        paths = [path for path in folder.glob("*.json") if not path.stem.endswith("-quick")]
+        read = {path.stem: json.loads(path.read_text()) for path in paths}
+        self.files = dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
+
+    @property
+    def newest(self) -> Row:
+        if not self.files:
+            raise SystemExit(f"no results in {RESULTS}: python -m bench.run")
+        return next(iter(self.files.values()))
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.files))
+
+
+def machine(results: Results) -> str:
+    header = results.newest["header"]
+    cores = f"{header['cores']} cores of an {header['device']}" if header["kind"] == "cpu" else header["device"]
+    versions = header["versions"]
+    return (
+        f"All of it by `{header['command']}` on one machine: {cores} ({header['simd']}), PyTorch {versions['torch']}, "
+        f"commit {header['commit'][:7]}, {header['date']}; every figure with its spread, the machine's own roof and "
+        f"what was left out: [{results.name}](bench/results/{results.name}.md)."
+    )
+
+
+def _find(rows: list[Row], **values: Any) -> Row | None:
+    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
+
+
+def _ratio(row: Row | None) -> str:
+    return f"{row['ratio']:.2f}" if row and "ratio" in row else "-"
+
+
+def _base(result: Row, kind: str, columns: list[tuple[str, float]], memory: tuple[str, float]) -> str:
+    """Ratios at the base shape, by (dtype, ignored), and memory in one of them."""
+    rows = [row for row in result["rows"] if row["shape"] == "base" and row["direction"] == "both"]
+    lines = []
+    for provider in PROVIDERS[kind]:
+        own = [_find(rows, kind=kind, provider=provider.name, dtype=d, ignored=i) for d, i in columns]
+        if not any(own):
+            continue
+        held = _find(rows, kind=kind, provider=provider.name, dtype=memory[0], ignored=memory[1])
+        peak = held and memory_of(result, held)
+        lines.append((code(provider.name), *map(_ratio, own), peak or "-"))
+    dtypes = {dtype for dtype, _ in columns}
+    names = [f"{dtype} " * (len(dtypes) > 1) + f"{ignored:.0%} ignored" for dtype, ignored in columns]
+    return table(("", *names, f"peak memory, {memory[0]}, {memory[1]:.0%}"), lines)
+
+
+def _sizes(result: Row, kind: str) -> str:
+    row = _find(result["rows"], kind=kind, shape="base")
+    if row is None:
+        raise SystemExit(f"{kind}: the newest result has no figure at the base shape")
+    return f"N={row['N']}, V={row['V']}" + f", D={row['D']}" * (row["D"] > 0)
+
+
+def logits(results: Results) -> str:
+    columns = [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)]
+    text = f"{_sizes(results.newest, 'logits')}, bfloat16, ratios of medians to the first:"
+    return f"{text}\n\n{_base(results.newest, 'logits', columns, ('bfloat16', 0.0))}"
+
+
+def linear(results: Results) -> str:
+    columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
+    text = f"{_sizes(results.newest, 'linear')}, ratios of medians to the first:"
+    slow = [g for g in results.newest["gates"] if g["status"] == "slow"]
+    notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} is not in it: {g['reason']}." for g in slow)
+    return f"{text}\n\n{_base(results.newest, 'linear', columns, ('bfloat16', 0.0))}{notes}"
+
+
+def models(results: Results) -> str:
+    """Ours at real sizes."""
+    rows = [row for row in results.newest["rows"] if row["direction"] == "both"]
+    lines = []
+    for model in MODELS:
+        cells, sizes = [], []
+        for providers in (LOGITS, LINEAR):
+            kind, ours = providers[0].kind, providers[-1].name
+            own = [_find(rows, shape=model.name, kind=kind, provider=ours, ignored=share) for share in (0.0, 0.75)]
+            cells += map(_ratio, own)
+            sizes.append(str(own[0]["N"]) if own[0] else "-")
+        if set(cells) != {"-"}:
+            lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(sizes), *cells))
+    head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0%", "75%")
+    return table(head, lines)
+
+
+def scaling(results: Results) -> str:
+    names = [(providers[0].kind, p.name) for providers in (LOGITS, LINEAR) for p in (providers[0], providers[-1])]
+    fits = results.newest["fits"]
+    lines = []
+    for kind, name in names:
+        own = [_find(fits, kind=kind, provider=name, varied=varied) for varied in ("N", "V", "D", "kept")]
+        lines.append((code(name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
+    return table(("", "tokens", "vocabulary", "features", "kept tokens of a batch"), lines)
+
+
+def training_step(results: Results) -> str:
+    rows = results.newest["training step"]
+    if not rows:
+        raise SystemExit("the newest result has no training step")
+    r = rows[0]
+    text = (
+        f"a Llama of {r['layers']} layers, {r['T']} tokens, V={r['V']}, D={r['D']}, float32, forward and backward; "
+        f"peak memory above the model and its gradients. The logits alone would be {size(4 * r['T'] * r['V'])}."
+    )
+    shares = sorted({row["ignored"] for row in rows})
+    lines = []
+    for way, name in (("plain", "transformers"), ("patched", "`patch_model(model)`")):
+        own = [_find(rows, way=way, ignored=share) for share in shares]
+        lines.append((name, *(size(row["bytes"]) if row else "-" for row in own)))
+    return f"{text}\n\n{table(('', *(f'{share:.0%} ignored' for share in shares)), lines)}"
+
+
+def traffic(results: Results) -> str:
+    rows = [row for row in results.newest["traffic"] if row["ignored"] == 0.5]
+    case = rows[0]["case"] if rows else None
+    lines = []
+    for passes in ("forward", "backward"):
+        row = _find(rows, case=case, passes=f"ours, {passes}")
+        if row is None:
+            raise SystemExit("the newest result has no traffic")
+        cells = [
+            f"{row[which]['read']:.3f} reads, {row[which]['written']:.3f} writes" for which in ("kept", "of ignored")
+        ]
+        lines.append((passes, *cells))
+    return f"{case}, half of the rows ignored:\n\n{table(('', 'kept row', 'ignored row'), lines)}"
+
+
+def aot(results: Results) -> str:
+    """Of the newest run that compiled all of them; failing that, of the newest that compiled some."""
+    every = [(name, result["aot"]) for name, result in results.files.items() if result["aot"]]
+    if not every:
+        raise SystemExit("no result has kernels that were compiled ahead of time")
+    name, found = next(((name, found) for name, found in every if not found["quick"]), every[0])
+    which = "the widest tiles of a launch" if found["quick"] else "every tile that a launch can choose"
+    spilling = "none spills" if not found["spilling"] else f"{found['spilling']} spill"
+    return (
+        f"{found['kernels']} kernels ({which}), for {', '.join(f'sm_{arch}' for arch in found['archs'])} in "
+        f"{', '.join(found['dtypes'])}: {spilling}, {len(found['faults'])} access logits narrower than they could "
+        f"([{name}](bench/results/{name}.md))."
+    )
+
+
+def plots(results: Results) -> str:
+    return "\n".join(f"![{name.removesuffix('.png')}](bench/results/{name})" for name in results.newest["plots"])
+
+
+def memory(results: Results) -> str:
+    """By formula, which tests check against measured peaks; no result enters."""
+    N, V, D = 8192, 128256, 4096
+    whole, half = linear_cost(N, V, D), linear_cost(N, V, D, memory_budget=2**29)
+    chunks = 2 * 1024 * V + 4 * V * D
+    return table(
+        ("", "held at the peak", f"N={N}, V={V}, D={D}, bf16"),
+        [
+            (
+                "`F.cross_entropy(F.linear(h, w).float(), y)`",
+                "log-softmax and two gradients in float32, before there are others: `3 x 4NV - s(N + V)D`",
+                f"{whole.plain_bytes / 2**30:.1f} GiB",
+            ),
+            (whole.plan.plan, "`sNV`", f"{whole.plan.bytes / 2**30:.1f} GiB"),
+            (
+                "token chunks of c rows",
+                "`scV + 4VD` (nothing for `4VD` where the head's gradient is float32 or not wanted)",
+                f"{chunks / 2**30:.1f} GiB, c=1024",
+            ),
+            (
+                f"{half.plan.plan} of b classes",
+                "`sNb + 4ND + 48 NV/b`",
+                f"{half.plan.bytes / 2**30:.2f} GiB, b={half.plan.chunk}",
+            ),
+        ],
+    )
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "machine": machine, "logits": logits, "linear": linear, "models": models, "scaling": scaling,
+    "training-step": training_step, "traffic": traffic, "aot": aot, "plots": plots, "memory": memory,
+}  # fmt: skip
+
+
+def rewritten(text: str, results: Results) -> str:
+    """The text with every block generated anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](results)}\n{found[3]}", text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewritten(readme.read_text(), Results()))

@@ -1,0 +1,72 @@
+"""What a figure was measured on: the header of every result file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .providers import PROVIDERS, version
+from .workload import DEVICE, limits
+
+ROOT = Path(__file__).parent.parent
+
+
+def header(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
+    """Device, versions, commit, date and command."""
+    packages = {provider.package for providers in PROVIDERS.values() for provider in providers if provider.package}
+    versions = {name: version(name) for name in ("triton", "transformers", *sorted(packages))}
+    return {
+        "device": device_name(),
+        "kind": DEVICE.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__} | {name: found for name, found in versions.items() if found},
+        "commit": _git("rev-parse", "HEAD"),
+        # Results of the run before are no change of what is measured.
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", "bench.run", *arguments]),
+        "tokens": str(limits(DEVICE)),
+    } | more
+
+
+def device_name() -> str:
+    """As the driver or the kernel calls it."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    """Fit for a file's name.
+
+    >>> slug("Intel(R) Xeon(R) Processor")
+    'intel-xeon-processor'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is none."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

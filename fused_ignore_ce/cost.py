@@ -1,0 +1,145 @@
+"""What a linear loss will cost, by arithmetic: memory of the plain path and of ours, and the least time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .linear.plan import MACHINES, VOCABULARY_BLOCKS, LinearPlan, operand_dtype, plan_linear_loss
+
+#: What the rates of `MACHINES` rest on.
+RATES = {
+    "cpu": "measured on two cores of another CPU",
+    "cuda": "70% of an H100's data sheet, not measured",
+}
+
+
+class Rate(NamedTuple):
+    """Of the matrix products, in operations per second, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+class Cost(NamedTuple):
+    """Bytes beside hidden states, head and their gradients; operations forward and backward."""
+
+    plain_bytes: int
+    plan: LinearPlan
+    plain_flops: int
+    flops: int
+
+
+def plain_linear_bytes(N: int, V: int, D: int, dtype: torch.dtype, *, upcast: bool = True) -> int:
+    """Peak of `F.cross_entropy(F.linear(h, w).float(), y)` beside the operands and their gradients.
+
+    Backward holds three tensors of the logits' shape: log-softmax, its gradient, and the gradient of the upcast
+    logits. The gradients that are returned do not exist yet, and take that memory later; beside them, the gradient of
+    the logits is left. GEMM libraries add buffers of their own, up to 40 MiB on a CPU.
+    """
+    wide = 4 if upcast and dtype.itemsize < 4 else dtype.itemsize
+    return max(3 * wide * N * V - (N + V) * D * dtype.itemsize, dtype.itemsize * N * V)
+
+
+def plain_logits_bytes(N: int, V: int, dtype: torch.dtype, *, upcast: bool = True) -> int:
+    """Peak of `F.cross_entropy(x.float(), y)` beside the logits and their gradient.
+
+    The same three tensors; the gradient of logits that are not upcast is one of them, and that of others comes later.
+    """
+    wide = 4 if upcast and dtype.itemsize < 4 else dtype.itemsize
+    return (3 * wide - dtype.itemsize) * N * V
+
+
+def linear_cost(
+    num_tokens: int,
+    num_classes: int,
+    num_features: int,
+    *,
+    num_ignored: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    memory_budget: int | None = None,
+) -> Cost:
+    """Of a training step's loss, forward and backward, on both paths. The arguments are `plan_linear_loss`'s.
+
+    The plain path multiplies all tokens, ours the kept ones: three products of 2NVD operations, and a fourth where
+    the plan computes the logits again.
+
+    >>> linear_cost(16384, 128256, 4096, num_ignored=12288).plan.plan
+    'one block'
+    """
+    plan = plan_linear_loss(
+        num_tokens, num_classes, num_features, num_ignored=num_ignored, dtype=dtype, device=device,
+        memory_budget=memory_budget,
+    )  # fmt: skip
+    kept = num_tokens - num_ignored
+    again = plan.plan == VOCABULARY_BLOCKS or dtype == torch.float16
+    return Cost(
+        plain_linear_bytes(num_tokens, num_classes, num_features, dtype),
+        plan,
+        6 * num_tokens * num_classes * num_features,
+        (8 if again else 6) * kept * num_classes * num_features,
+    )
+
+
+def known_rate(dtype: torch.dtype, device: torch.device) -> Rate:
+    """Of the library's own predictions."""
+    itemsize = operand_dtype(dtype, device).itemsize
+    kind = device.type if (device.type, itemsize) in MACHINES else "cuda"
+    return Rate(MACHINES[kind, itemsize].flops, RATES[kind])
+
+
+def report(
+    num_tokens: int,
+    num_classes: int,
+    num_features: int,
+    *,
+    ignored: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    memory_budget: int | None = None,
+    rate: Rate | None = None,
+) -> str:
+    """`linear_cost` as `python -m fused_ignore_ce plan` prints it. Without a `rate`, the one that is known."""
+    device = torch.device(device)
+    num_ignored = round(num_tokens * ignored)
+    kept = num_tokens - num_ignored
+    cost = linear_cost(
+        num_tokens, num_classes, num_features, num_ignored=num_ignored, dtype=dtype, device=device,
+        memory_budget=memory_budget,
+    )  # fmt: skip
+    rate = known_rate(dtype, device) if rate is None else rate
+    plan, chunk, _ = cost.plan
+    unit = "classes" if plan == VOCABULARY_BLOCKS else "tokens"
+    name = str(dtype).removeprefix("torch.")
+    rows = (
+        ("plain", cost.plain_bytes, cost.plain_flops, "F.cross_entropy(F.linear(h, w).float(), y)"),
+        ("fused", cost.plan.bytes, cost.flops, f"fused_linear_cross_entropy(h, w, y): {plan} of {chunk} {unit}"),
+    )
+    sizes = f"{num_tokens} tokens, {kept} of them kept; {num_classes} classes, {num_features} features"
+    lines = [
+        f"{sizes}; {name}, {device.type}",
+        "",
+        f"{'':5}  {'scratch':>10}  {'products':>13}  {'at least':>10}",
+    ]
+    for title, size, flops, text in rows:
+        work = f"{flops / 1e12:.4g} TFLOP"
+        lines.append(f"{title:5}  {_size(size):>10}  {work:>13}  {_time(flops / rate.flops):>10}  {text}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "scratch: memory at the peak, beside hidden states, head and their gradients, by formula",
+            "at least: the matrix products alone, forward and backward, at "
+            f"{rate.flops / 1e12:.4g} TFLOP/s ({rate.source})",
+        ]
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,151 @@
+"""The bench's arithmetic on numbers that a reader can redo; nothing here looks at a clock."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bench import scaling, side_by_side
+from bench.machine import slug
+from bench.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
+from bench.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
+
+CPU = torch.device("cpu")
+LOGITS = Case("base", "logits", 8, 100, 0, 0.75, "bfloat16", "both")
+LINEAR = Case("base", "linear", 8, 100, 10, 0.75, "bfloat16", "both")
+
+
+def test_percentiles_interpolate():
+    assert percentiles([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx((1.8, 3.0, 4.2))
+    assert percentiles([7.0, 7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_least_work_by_hand():
+    """2 of 8 rows are kept, of 100 classes, 2 bytes each; 10 features."""
+    assert [least_work(LOGITS._replace(direction=d)) for d in DIRECTIONS] == [(2 + 2 + 8) * 200, 2 * 200, (2 + 8) * 200]
+    assert [least_work(LINEAR._replace(direction=d)) for d in DIRECTIONS] == [6 * 2000, 2 * 2000, 4 * 2000]
+    assert roof_work(LOGITS) == 2 * 8 * 200
+    assert roof_work(LINEAR) == least_work(LINEAR)
+
+
+@pytest.mark.parametrize(("case", "unit"), [(LOGITS, 1e9), (LINEAR, 1e12)], ids=["logits", "linear"])
+def test_a_row_by_hand(case, unit):
+    baseline, *_, ours = side_by_side.PROVIDERS[case.kind]
+    seconds = {baseline.name: [4.0, 4.0, 8.0], ours.name: [1.0, 2.0, 9.0], ROOF: [0.5, 0.5, 0.5]}
+    found = row(case, ours, seconds)
+    assert found["ms"]["p50"] == 2000
+    assert found["ratio"] == 0.5
+    assert found["rate"] == pytest.approx(least_work(case) / 2 / unit)
+    assert found["share_of_roof"] == pytest.approx(found["rate"] / (roof_work(case) / 0.5 / unit))
+    assert found["rounds"] == 3
+    assert "ratio" not in row(case, ours, seconds | {baseline.name: "out of memory"})
+
+
+def test_turns_alternate_and_errors_stay_with_their_loss():
+    order = []
+
+    def clock(turn):
+        order.append(turn.run(turn.prepare()))
+        return 0.0
+
+    def fail(_):
+        raise RuntimeError("no\nmemory")
+
+    turns = {name: Turn(lambda: None, lambda _, name=name: name) for name in "ab"} | {"c": Turn(lambda: None, fail)}
+    found = in_turns(turns, clock)
+    assert found["c"] == "RuntimeError: no memory"
+    assert len(found["a"]) == len(found["b"]) == side_by_side.ROUNDS[1]
+    assert "".join(order) == "ab" * (side_by_side.ROUNDS[1] + 1)  # and one that is not kept
+
+
+def test_slow_turns_end_after_the_least_rounds(monkeypatch):
+    monkeypatch.setattr(side_by_side, "SECONDS", -1.0)
+    assert len(in_turns({"a": Turn(lambda: None, lambda _: None)}, lambda _: 1.0)["a"]) == side_by_side.ROUNDS[0]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_overwritten_is_restored_before_every_turn(direction):
+    x, target = tensors(LOGITS._replace(direction=direction, dtype="float32"), CPU)
+    original, seen = x.detach().clone(), []
+
+    def loss(x, target):
+        seen.append(x.detach().clone())
+        total = x.sum()
+        x.data.zero_()
+        return total
+
+    turn = turn_of(loss, LOGITS._replace(direction=direction), [x], target, overwrites=True)
+    for _ in range(2):
+        turn.run(turn.prepare())
+    assert len(seen) == 2
+    assert all(torch.equal(x, original) for x in seen)
+
+
+def test_the_most_tokens_that_fit():
+    within = Limits(tokens=1000, logits=10_000, products=400_000, bytes=10**6)
+    assert within.tokens_for(V=100, D=0, itemsize=2) == 64  # 128 would be 12800 logits
+    assert within.tokens_for(V=100, D=100, itemsize=2) == 32  # 64 would be 640000 multiply-adds
+    assert within.tokens_for(V=1, D=0, itemsize=2) == 512
+    assert within._replace(bytes=16 * 3200).tokens_for(V=100, D=0, itemsize=2) == 32
+    assert within.tokens_for(V=20_000, D=0, itemsize=2) == 0
+
+
+def test_every_model_share_and_direction_has_its_case():
+    every = cases(CPU)
+    assert len(every) == len(set(every))
+    linear = {(c.V, c.D, c.ignored, c.direction) for c in every if c.kind == "linear"}
+    logits = {(c.V, c.ignored, c.direction) for c in every if c.kind == "logits"}
+    for model, share, direction in itertools.product(MODELS, SHARES, DIRECTIONS):
+        assert (model.V, model.D, share, direction) in linear
+        assert (model.V, share, direction) in logits
+
+
+def test_tensors_are_what_the_case_says():
+    h, w, target = tensors(LINEAR, CPU)
+    assert (h.shape, w.shape, target.shape) == ((8, 10), (100, 10), (8,))
+    assert h.dtype == w.dtype == torch.bfloat16
+    assert int((target == -100).sum()) == 8 - LINEAR.kept == 6
+
+
+def fake(kind, shape, N=1024, V=32768, D=1024, ignored=0.0, ms=1.0, **more):
+    ours = side_by_side.PROVIDERS[kind][-1].name
+    sizes = {"N": N, "V": V, "D": D if kind == "linear" else 0, "ignored": ignored}
+    times = {"ms": {"p50": ms}, "rate": 1.0, "roof": 2.0}
+    return (
+        {"kind": kind, "shape": shape, "dtype": "bfloat16", "direction": "both", "provider": ours}
+        | sizes
+        | times
+        | more
+    )
+
+
+def test_fits_find_the_exponents_that_were_put_in():
+    """Time is N^1 V^1.5, and half of that of all tokens with half of them kept; rows of other kinds change nothing."""
+    rows = [fake("linear", "base", ms=8.0)]
+    rows += [fake("linear", "N", N=1024 * k, ms=8.0 * k) for k in (0.5, 2)]
+    rows += [fake("linear", "V", V=32768 * k, ms=8.0 * k**1.5) for k in (0.5, 2)]
+    rows += [fake("linear", "base", ignored=i, ms=8 * (1 - i)) for i in (0.5, 0.75)]
+    rows += [fake("linear", "base", direction="forward", ms=1e6), fake("linear", "base", dtype="float32", ms=1e6)]
+    found = {fit["varied"]: fit for fit in scaling.fits(rows)}
+    assert {varied: round(fit["exponent"], 9) for varied, fit in found.items()} == {"N": 1.0, "V": 1.5, "kept": 1.0}
+    assert (found["N"]["from"], found["N"]["to"], found["N"]["points"]) == (512, 2048, 3)
+    assert scaling.exponent([2, 4, 8], [5, 5, 5]) == pytest.approx(0)
+
+
+def test_plan_ahead_by_hand():
+    """6NVD at the measured roof of 2 TFLOP/s; logits at our 1 GB/s; nothing for shapes that were measured."""
+    rows = [fake("linear", "base"), fake("logits", "base"), fake("linear", "GPT-2", N=8192, V=50257, D=768)]
+    found = {(a["kind"], a["model"], a["ignored"]): a for a in scaling.plan_ahead(rows, "cuda")}
+    llama = found["linear", "Llama 3 8B", 0.75]
+    assert llama["plain seconds"] == pytest.approx(6 * 8192 * 128256 * 4096 / 2e12)
+    assert llama["seconds"] == pytest.approx(llama["plain seconds"] / 4)
+    logits = found["logits", "GPT-2", 0.75]
+    assert logits["seconds"] == pytest.approx(2 * 50257 * (2048 + 2048 + 8192) / 1e9)
+    assert ("linear", "GPT-2", 0.0) not in found
+    assert all(math.isfinite(a["seconds"]) for a in found.values())
+
+
+def test_names_of_files():
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert slug("Intel(R) Xeon(R) Processor") == "intel-xeon-processor"

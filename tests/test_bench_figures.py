@@ -1,0 +1,44 @@
+"""The README's figures are those of the committed result files."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import figures
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_says_what_the_results_say():
+    """If it does not: make readme-figures."""
+    assert README == figures.rewritten(README, figures.Results())
+
+
+def test_every_block_is_there_once():
+    assert sorted(found[1] for found in figures.BLOCK.findall(README)) == sorted(figures.BLOCKS)
+
+
+def test_a_changed_number_is_seen():
+    block = figures.BLOCK.search(README)
+    assert block
+    changed = README.replace(block[0], block[0].replace("1", "2"), 1)
+    assert changed != README
+    assert figures.rewritten(changed, figures.Results()) == README
+
+
+@pytest.mark.parametrize("path", sorted(figures.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_of_a_known_commit(path):
+    """And whole: the report and the plots that belong to them."""
+    header = figures.json.loads(path.read_text())["header"]
+    assert header["commit"]
+    assert header["dirty"] is False
+    assert path.with_suffix(".md").exists()
+    assert all((path.parent / name).exists() for name in figures.json.loads(path.read_text())["plots"])
+
+
+def test_looks_are_no_source(tmp_path):
+    (tmp_path / "machine-2026-01-01-quick.json").write_text('{"header": {"date": "2026-01-01"}}')
+    (tmp_path / "machine-2025-01-01.json").write_text('{"header": {"date": "2025-01-01"}}')
+    (tmp_path / "machine-2025-06-01.json").write_text('{"header": {"date": "2025-06-01"}}')
+    assert figures.Results(tmp_path).name == "machine-2025-06-01"

@@ -1,0 +1,192 @@
+"""The bench's promises: no speed of what is wrong, a reason for what is missing, a list of what there was no time for.
+
+pytest runs the suite in a process of its own, as `bench.run` has it, with a plugin that puts small cases and odd losses
+in place of the real ones.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from bench import machine, plots, report, run
+from bench.gate import judge
+from bench.providers import LINEAR, LOGITS, Provider
+from bench.workload import DEVICE, cases
+
+SMALL = """
+import torch.nn.functional as F
+from bench import providers, workload
+from bench.providers import Provider
+from bench.workload import Case
+
+workload.cases = lambda device: [
+    Case("base", "logits", 64, 1000, 0, 0.5, "float32", "both"),
+    Case("base", "logits", 65, 1000, 0, 0.5, "float32", "forward"),
+]
+
+
+def fails(x, y):
+    if len(x) == 65:
+        raise MemoryError("of this size")
+    return F.cross_entropy(x, y)
+
+
+providers.PROVIDERS["logits"] = (
+    providers.LOGITS[0],
+    Provider("wrong", "logits", lambda: lambda x, y: F.cross_entropy(x, y) + 0.01 * x.square().mean()),
+    Provider("raises", "logits", lambda: lambda x, y: x.no_such_method()),
+    Provider("absent", "logits", lambda: None, package="no-such-package"),
+    Provider("fails", "logits", lambda: fails),
+    providers.LOGITS[-1],
+)
+"""
+BASELINE, OURS = LOGITS[0].name, LOGITS[-1].name
+
+
+def empty():
+    result = {"header": machine.header(["--minutes", "1"], seconds=1), "aot": None}
+    return result | {name: [] for name in ("gates", "rows", "memory", "training step", "traffic", "left out", "failed")}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Of the small cases."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "small_bench.py").write_text(SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTEST_ADDOPTS", "-p small_bench")
+        patch.setenv("PYTHONPATH", str(folder))
+        found = empty()
+        run._speed(found, run.Deadline(100), False)
+    return found | {"fits": [], "plan ahead": []}
+
+
+def gates(result):
+    return {gate["provider"]: gate for gate in result["gates"]}
+
+
+def test_what_is_wrong_gets_no_speed(result):
+    assert gates(result)["wrong"]["status"] == gates(result)["raises"]["status"] == "red"
+    assert gates(result)["wrong"]["reason"].startswith("loss is off by")
+    assert "AttributeError" in gates(result)["raises"]["reason"]
+    assert {row["provider"] for row in result["rows"]} == {BASELINE, OURS, "fails"}
+    text = report.markdown(result)
+    assert [line for line in text.splitlines() if "wrong" in line and " ms" in line] == []
+    assert "| Loss of logits | wrong | float32 | red | loss is off by" in text
+    assert "RED wrong" in report.summary(result)
+
+
+def test_what_is_missing_is_skipped_with_its_reason(result):
+    assert gates(result)["absent"]["status"] == "skipped"
+    assert gates(result)["absent"]["reason"] == "no-such-package is not installed"
+    assert "no-such-package is not installed" in report.markdown(result)
+
+
+def test_what_fails_at_one_size_is_said_and_measured_at_others(result):
+    assert [row["N"] for row in result["rows"] if row["provider"] == "fails"] == [64]
+    (failed,) = result["failed"]
+    assert "fails" in failed
+    assert "N65-V1000" in failed
+    assert "MemoryError: of this size" in failed
+    assert failed in report.markdown(result)
+
+
+def test_rows_say_what_they_are(result):
+    (row,) = (row for row in result["rows"] if row["provider"] == OURS and row["direction"] == "both")
+    assert (row["kind"], row["N"], row["V"], row["D"], row["ignored"], row["dtype"]) == (
+        "logits",
+        64,
+        1000,
+        0,
+        0.5,
+        "float32",
+    )
+    assert row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+    assert row["roof"] > 0
+    assert row["ratio"] > 0
+    (first,) = (row for row in result["rows"] if row["provider"] == BASELINE and row["direction"] == "both")
+    assert first["ratio"] == 1
+
+
+def test_out_of_time_everything_is_listed(tmp_path, capsys):
+    """End to end, with no time at all: nothing is started, nothing is forgotten, the files are there."""
+    assert run.main(["--minutes", "0", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert path.stem == f"{machine.slug(found['header']['device'])}-{found['header']['date']}"
+    assert [found[name] for name in ("gates", "rows", "memory", "traffic", "failed", "plots")] == [[]] * 6
+    left_out = found["left out"]
+    assert {f"speed: {case}" for case in cases(DEVICE)} <= set(left_out)
+    assert "traffic: python -m bench.traffic" in left_out
+    assert any(line.startswith("aot:") for line in left_out)
+    assert any(line.startswith(f"memory: {OURS}, base-logits") for line in left_out)
+    assert sum(line.startswith("training step:") for line in left_out) == 4
+    text = path.with_suffix(".md").read_text()
+    assert all(f"- {line}\n" in text for line in left_out)
+    assert {"device", "threads", "versions", "commit", "dirty", "date", "command"} <= found["header"].keys()
+    assert found["header"]["command"].startswith("python -m bench.run --minutes 0 --out")
+    assert f"0 figures, {len(left_out)} left out, 0 failed" in capsys.readouterr().out
+
+
+def test_a_crash_is_a_failure(monkeypatch):
+    monkeypatch.setattr(run, "_python", lambda *_, **k: run.subprocess.Popen([sys.executable, "-c", "exit(3)"], **k))
+    found = empty()
+    run._speed(found, run.Deadline(10), False)
+    assert found["failed"][0].startswith("speed: exit status 3")
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path):
+    assert plots.draw(empty(), tmp_path, "name") == []
+    figures = {"dtype": "bfloat16", "direction": "both", "D": 8, "ms": {"p50": 1.0}, "rate": 1.0, "roof": 2.0}
+    rows = [
+        figures | {"kind": kind, "provider": provider, "shape": shape, "N": N, "V": V, "ignored": ignored}
+        for kind, provider in (("logits", OURS), ("linear", LINEAR[-1].name))
+        for shape, N, V, ignored in (("base", 8, 8, 0.0), ("base", 8, 8, 0.5), ("N", 16, 8, 0.0), ("V", 8, 16, 0.0))
+    ]
+    drawn = plots.draw(empty() | {"rows": rows}, tmp_path, "name")
+    assert [path.name for path in drawn] == ["name-bandwidth.png", "name-tokens.png", "name-ignored.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+@pytest.mark.parametrize("provider", [*LOGITS, *LINEAR], ids=lambda provider: f"{provider.kind}-{provider.name}")
+def test_every_loss_is_right_here_or_says_why_not(provider):
+    if provider.compiled:
+        pytest.skip("compiles for half a minute; the bench's own gate sees it")
+    verdict = judge(provider, torch.device("cpu"), torch.float32)
+    assert verdict.status in ("green", "slow", "skipped")
+    if verdict.status == "skipped":
+        assert verdict.reason
+    else:
+        assert provider.name in {p.name for p in (*LOGITS, *LINEAR) if p.package is None}
+
+
+def test_the_gate_sees_a_wrong_gradient_of_a_right_loss():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return torch.nn.functional.cross_entropy(x, y)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            """Takes the upstream gradient for 1."""
+            x, y = ctx.saved_tensors
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(torch.nn.functional.cross_entropy(x, y), x)[0], None
+
+    verdict = judge(Provider("wrong", "logits", lambda: Wrong.apply), torch.device("cpu"), torch.float32)
+    assert verdict.status == "red"
+    assert verdict.reason.startswith("gradient of logits is off by")
+
+
+def test_results_are_no_change_of_the_tree():
+    """What a run writes must not make the next one's header say that the tree was changed."""
+    assert ":!bench/results" in (Path(machine.__file__)).read_text()

@@ -1,0 +1,94 @@
+"""`python -m fused_ignore_ce plan`: arithmetic by hand, and against peaks that were measured in fresh processes."""
+
+import sys
+
+import pytest
+import torch
+
+from fused_ignore_ce import cost
+from fused_ignore_ce.__main__ import main
+
+MIB, GIB = 2**20, 2**30
+N, V, D = 16384, 128256, 4096
+
+
+def printed(capsys, *arguments):
+    assert main(["plan", "--model-shape", f"{V}x{D}", "--tokens", str(N), *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_issues_example(capsys):
+    """12 NV bytes less the gradients; 2 bytes a kept logit and the kept rows twice; 6 NVD operations at 700 TFLOP/s."""
+    out = printed(capsys, "--ignored", "0.75", "--dtype", "bf16")
+    plain = 12 * N * V - 2 * (N + V) * D
+    fused = 2 * 4096 * V + 2 * 2 * 4096 * D + 128 * 4096
+    assert f"plain  {plain / GIB:6.2f} GiB" in out
+    assert f"fused  {fused / GIB:6.2f} GiB" in out
+    assert "16384 tokens, 4096 of them kept" in out
+    assert f"{6 * N * V * D / 1e12:.4g} TFLOP" in out
+    assert f"{6 * 4096 * V * D / 700e12 * 1e3:.3g} ms" in out
+    assert "one block of 4096 tokens" in out
+
+
+def test_a_rate_that_was_not_measured_says_so(capsys):
+    assert "700 TFLOP/s (70% of an H100's data sheet, not measured)" in printed(capsys)
+    assert "not measured" not in printed(capsys, "--device", "cpu")
+    out = printed(capsys, "--tflops", "400")
+    assert "400 TFLOP/s (as given)" in out
+    assert f"{6 * N * V * D / 400e12 * 1e3:.3g} ms" in out
+
+
+def test_a_budget_is_kept_and_costs_a_product(capsys):
+    out = printed(capsys, "--memory-budget", "512MiB")
+    assert "vocabulary blocks" in out
+    assert f"{8 * N * V * D / 1e12:.4g} TFLOP" in out
+    chosen = cost.linear_cost(N, V, D, memory_budget=512 * MIB)
+    assert chosen.plan.bytes <= 512 * MIB
+    assert chosen.flops == 8 * N * V * D
+    assert chosen.plain_flops == 6 * N * V * D
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory-budget", "1MiB"], "expected at least"),
+        (["--memory-budget", "much"], "expected a size as in 512MiB, got much"),
+        (["--ignored", "75"], "expected a share from 0 to 1, got 75"),
+        (["--model-shape", "4096"], "expected classes x features"),
+    ],
+    ids=["too-small", "no-size", "no-share", "no-shape"],
+)
+def test_mistakes_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        printed(capsys, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_where_the_gradients_are_larger_the_logits_gradient_is_what_is_left():
+    assert cost.plain_linear_bytes(8, 1000, 4096, torch.bfloat16) == 2 * 8 * 1000
+    assert cost.plain_linear_bytes(8192, 1000, 8, torch.float32) == 12 * 8192 * 1000 - 4 * 9192 * 8
+    assert cost.plain_linear_bytes(8192, 1000, 8, torch.bfloat16, upcast=False) == 6 * 8192 * 1000 - 2 * 9192 * 8
+
+
+#: GEMM libraries' own buffers, on a CPU.
+BUFFERS = 40 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_formulas_hold_in_a_process(dtype):
+    """The plain path within 3% and the buffers of a GEMM: one tensor more or less of its three would be a third."""
+    from bench.memory import peak
+    from bench.providers import LINEAR, LOGITS
+    from bench.workload import Case
+
+    of = getattr(torch, dtype)
+    logits, linear = (
+        Case("cost", kind, 2048, 32768, d, 0.0, dtype, "both") for kind, d in (("logits", 0), ("linear", 256))
+    )
+    predicted = cost.plain_logits_bytes(2048, 32768, of)
+    assert 0.99 * predicted <= peak(LOGITS[0].name, logits) <= 1.03 * predicted
+    predicted = cost.plain_linear_bytes(2048, 32768, 256, of)
+    assert 0.99 * predicted <= peak(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
+    predicted = cost.linear_cost(2048, 32768, 256, dtype=of, device="cpu").plan.bytes
+    assert 0.7 * predicted <= peak(LINEAR[-1].name, linear) <= predicted
