@@ -1,6 +1,6 @@
 """What a vocabulary-sharded loss sends and holds: bytes a token, counted, and peak memory of a rank.
 
-    python -m bench.distributed [--ranks 2 4] [--out FILE.json]
+    python -m bench.distributed [--ranks 2 4] [--out DIR]
 
 Against PyTorch's `loss_parallel`, and against gathering the logits. One process a rank over gloo on this machine. Bytes
 are what a rank hands to collectives in forward and backward, from PyTorch's profiler, times what the ring algorithms of
@@ -30,6 +30,8 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
 from fused_ignore_ce.measure import PeakMemory
+
+from . import machine
 
 #: Tokens, classes of the whole vocabulary, features; three quarters of the tokens are ignored.
 N, V, D, IGNORED = 2048, 32768, 512, 0.75
@@ -167,7 +169,7 @@ def table(names: Any, worlds: list[int]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where the file goes")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -175,9 +177,10 @@ def main() -> None:
         print(json.dumps(measure(name, int(rank), int(ranks), store)))
         return
     print(f"N={N}, V={V}, D={D}, float32, {IGNORED:.0%} ignored, PyTorch {torch.__version__}, gloo on one machine")
+    header = machine.header(sys.argv[1:], module="bench.distributed")
     rows = table([*LOGITS, *LINEAR], given.ranks)
-    if given.out:
-        given.out.write_text(json.dumps({"N": N, "V": V, "D": D, "ignored": IGNORED, "rows": rows}, indent=1))
+    result = {"header": header, "N": N, "V": V, "D": D, "ignored": IGNORED, "ranks": given.ranks, "rows": rows}
+    (given.out / f"distributed-{header['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

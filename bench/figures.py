@@ -25,10 +25,11 @@ BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 class Results:
-    """Result files of full runs, the newest first, by their names."""
+    """Result files of full runs, the newest first, by their names; those of `bench.distributed` apart."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
-        paths = [path for path in folder.glob("*.json") if not path.stem.endswith("-quick")]
+        self.distributed = sorted(folder.glob("distributed-*.json"))
+        paths = [p for p in folder.glob("*.json") if not p.stem.endswith("-quick") and p not in self.distributed]
         read = {path.stem: json.loads(path.read_text()) for path in paths}
         self.files = dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
 
@@ -173,6 +174,27 @@ def aot(results: Results) -> str:
     )
 
 
+def distributed(results: Results) -> str:
+    """The newest result of `bench.distributed`."""
+    if not results.distributed:
+        raise SystemExit(f"no results in {RESULTS}: python -m bench.distributed")
+    path = results.distributed[-1]
+    found = json.loads(path.read_text())
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in found["rows"]):
+        own = [_find(found["rows"], name=name, ranks=ranks) for ranks in found["ranks"]]
+        sent = [row["bytes_per_token"] for row in own if row]
+        cells = [f"{n / 1024:.0f} KiB" if n >= 10240 else f"{n:.0f} B" for n in sent]
+        lines.append((f"`{name}`", *cells, *(size(row["peak_bytes"]) for row in own if row)))
+    ranks = [f"{ranks} ranks" for ranks in found["ranks"]]
+    text = (
+        f"N={found['N']}, V={found['V']}, D={found['D']}, float32, {found['ignored']:.0%} ignored "
+        f"([{path.stem}](bench/results/{path.name})):"
+    )
+    head = ("", *(f"sent, {each}" for each in ranks), *(f"held, {each}" for each in ranks))
+    return f"{text}\n\n{table(head, lines)}"
+
+
 def plots(results: Results) -> str:
     return "\n".join(f"![{name.removesuffix('.png')}](bench/results/{name})" for name in results.newest["plots"])
 
@@ -208,6 +230,7 @@ def memory(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "machine": machine, "logits": logits, "linear": linear, "models": models, "scaling": scaling,
     "training-step": training_step, "traffic": traffic, "aot": aot, "plots": plots, "memory": memory,
+    "distributed": distributed,
 }  # fmt: skip
 
 

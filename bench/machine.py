@@ -20,7 +20,7 @@ from .workload import DEVICE, limits
 ROOT = Path(__file__).parent.parent
 
 
-def header(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
+def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> dict[str, Any]:
     """Device, versions, commit, date and command."""
     packages = {provider.package for providers in PROVIDERS.values() for provider in providers if provider.package}
     versions = {name: version(name) for name in ("triton", "transformers", *sorted(packages))}
@@ -38,7 +38,7 @@ def header(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
         # Results of the run before are no change of what is measured.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "bench.run", *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "tokens": str(limits(DEVICE)),
     } | more
 
