@@ -94,8 +94,12 @@ def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
 
 
 def _python(*arguments: str, **keywords: Any) -> subprocess.Popen:
-    """Of this interpreter, with this checkout importable; Triton compiles, whatever the caller's environment says."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """Of this interpreter, with this checkout importable.
+
+    Triton compiles and pytest-benchmark measures, whatever the caller's environment says.
+    """
+    unwanted = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     environment["PYTHONPATH"] = os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen([sys.executable, *arguments], cwd=machine.ROOT, env=environment, text=True, **keywords)
 

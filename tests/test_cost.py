@@ -91,4 +91,4 @@ def test_formulas_hold_in_a_process(dtype):
     predicted = cost.plain_linear_bytes(2048, 32768, 256, of)
     assert 0.99 * predicted <= peak(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
     predicted = cost.linear_cost(2048, 32768, 256, dtype=of, device="cpu").plan.bytes
-    assert 0.7 * predicted <= peak(LINEAR[-1].name, linear) <= predicted
+    assert 0.6 * predicted <= peak(LINEAR[-1].name, linear) <= predicted
