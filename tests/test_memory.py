@@ -70,8 +70,9 @@ def test_scratch_stays_within_the_budget(plan):
         )  # fmt: skip
         assert chosen.plan == plan
         assert chosen.bytes <= budget
-        # The C library's leftovers are in it, a MiB more or less from process to process.
-        measured = min(peak(FUSED_LINEAR, shape, share, dtype, budget) for _ in range(2))
+        measured = peak(FUSED_LINEAR, shape, share, dtype, budget)
+        if measured > budget:  # the C library's leftovers are in it, a MiB more or less from process to process
+            measured = min(measured, *(peak(FUSED_LINEAR, shape, share, dtype, budget) for _ in range(2)))
         assert measured <= budget, f"{shape} {dtype}: {measured / 2**20:.1f} MiB of {mib}; {chosen}"
 
 
