@@ -14,12 +14,14 @@ from typing import Any
 from fused_ignore_ce.cost import linear_cost
 
 from .machine import ROOT
-from .providers import LINEAR, LOGITS, PROVIDERS
+from .providers import PROVIDERS
 from .report import code, memory_of, size, table
+from .scaling import VARIED
 from .workload import MODELS
 
 Row = dict[str, Any]
 
+MODEL_NAMES = {model.name for model in MODELS}
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -33,25 +35,23 @@ class Results:
         read = {path.stem: json.loads(path.read_text()) for path in paths}
         self.files = dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
 
-    @property
-    def newest(self) -> Row:
-        if not self.files:
-            raise SystemExit(f"no results in {RESULTS}: python -m bench.run")
-        return next(iter(self.files.values()))
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.files))
+    def newest(self, section: str) -> tuple[str, Row]:
+        """Of those that have the section, by name."""
+        for name, result in self.files.items():
+            if result[section]:
+                return name, result
+        raise SystemExit(f"no result in bench/results has {section}: python -m bench.run")
 
 
 def machine(results: Results) -> str:
-    header = results.newest["header"]
+    name, result = results.newest("rows")
+    header = result["header"]
     cores = f"{header['cores']} cores of an {header['device']}" if header["kind"] == "cpu" else header["device"]
     versions = header["versions"]
     return (
         f"All of it by `{header['command']}` on one machine: {cores} ({header['simd']}), PyTorch {versions['torch']}, "
         f"commit {header['commit'][:7]}, {header['date']}; every figure with its spread, the machine's own roof and "
-        f"what was left out: [{results.name}](bench/results/{results.name}.md)."
+        f"what was left out: [{name}](bench/results/{name}.md)."
     )
 
 
@@ -81,56 +81,55 @@ def _base(result: Row, kind: str, columns: list[tuple[str, float]], memory: tupl
 
 def _sizes(result: Row, kind: str) -> str:
     row = _find(result["rows"], kind=kind, shape="base")
-    if row is None:
-        raise SystemExit(f"{kind}: the newest result has no figure at the base shape")
+    assert row is not None
     return f"N={row['N']}, V={row['V']}" + f", D={row['D']}" * (row["D"] > 0)
 
 
 def logits(results: Results) -> str:
+    _, result = results.newest("rows")
     columns = [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)]
-    text = f"{_sizes(results.newest, 'logits')}, bfloat16, ratios of medians to the first:"
-    return f"{text}\n\n{_base(results.newest, 'logits', columns, ('bfloat16', 0.0))}"
+    text = f"{_sizes(result, 'logits')}, bfloat16, ratios of medians to the first:"
+    return f"{text}\n\n{_base(result, 'logits', columns, ('bfloat16', 0.0))}"
 
 
 def linear(results: Results) -> str:
+    _, result = results.newest("rows")
     columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
-    text = f"{_sizes(results.newest, 'linear')}, ratios of medians to the first:"
-    slow = [g for g in results.newest["gates"] if g["status"] == "slow"]
-    notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} is not in it: {g['reason']}." for g in slow)
-    return f"{text}\n\n{_base(results.newest, 'linear', columns, ('bfloat16', 0.0))}{notes}"
+    text = f"{_sizes(result, 'linear')}, ratios of medians to the first:"
+    slow = [gate for gate in result["gates"] if gate["status"] == "slow"]
+    notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
+    return f"{text}\n\n{_base(result, 'linear', columns, ('bfloat16', 0.0))}{notes}"
 
 
 def models(results: Results) -> str:
     """Ours at real sizes."""
-    rows = [row for row in results.newest["rows"] if row["direction"] == "both"]
+    rows = [row for row in results.newest("rows")[1]["rows"] if row["direction"] == "both"]
     lines = []
     for model in MODELS:
-        cells, sizes = [], []
-        for providers in (LOGITS, LINEAR):
-            kind, ours = providers[0].kind, providers[-1].name
-            own = [_find(rows, shape=model.name, kind=kind, provider=ours, ignored=share) for share in (0.0, 0.75)]
-            cells += map(_ratio, own)
-            sizes.append(str(own[0]["N"]) if own[0] else "-")
-        if set(cells) != {"-"}:
-            lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(sizes), *cells))
-    head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0%", "75%")
+        cells, tokens = [], []
+        for kind, providers in PROVIDERS.items():
+            own = [r for r in rows if (r["kind"], r["V"], r["provider"]) == (kind, model.V, providers[-1].name)]
+            own = [r for r in own if r["D"] in (0, model.D) and r["shape"] in MODEL_NAMES]
+            found = [_find(own, ignored=share) for share in (0.0, 0.75)]
+            cells += map(_ratio, found)
+            tokens.append(str(found[0]["N"]) if found[0] else "-")
+        lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(tokens), *cells))
+    head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0% ignored", "75%")
     return table(head, lines)
 
 
 def scaling(results: Results) -> str:
-    names = [(providers[0].kind, p.name) for providers in (LOGITS, LINEAR) for p in (providers[0], providers[-1])]
-    fits = results.newest["fits"]
+    fits = results.newest("fits")[1]["fits"]
     lines = []
-    for kind, name in names:
-        own = [_find(fits, kind=kind, provider=name, varied=varied) for varied in ("N", "V", "D", "kept")]
-        lines.append((code(name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
+    for kind, (baseline, *_, ours) in PROVIDERS.items():
+        for provider in (baseline, ours):
+            own = [_find(fits, kind=kind, provider=provider.name, varied=varied) for varied in VARIED]
+            lines.append((code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
     return table(("", "tokens", "vocabulary", "features", "kept tokens of a batch"), lines)
 
 
 def training_step(results: Results) -> str:
-    rows = results.newest["training step"]
-    if not rows:
-        raise SystemExit("the newest result has no training step")
+    rows = results.newest("training step")[1]["training step"]
     r = rows[0]
     text = (
         f"a Llama of {r['layers']} layers, {r['T']} tokens, V={r['V']}, D={r['D']}, float32, forward and backward; "
@@ -145,32 +144,26 @@ def training_step(results: Results) -> str:
 
 
 def traffic(results: Results) -> str:
-    rows = [row for row in results.newest["traffic"] if row["ignored"] == 0.5]
-    case = rows[0]["case"] if rows else None
-    lines = []
+    rows = [row for row in results.newest("traffic")[1]["traffic"] if row["ignored"] == 0.5]
+    case, lines = rows[0]["case"], []
     for passes in ("forward", "backward"):
         row = _find(rows, case=case, passes=f"ours, {passes}")
-        if row is None:
-            raise SystemExit("the newest result has no traffic")
-        cells = [
-            f"{row[which]['read']:.3f} reads, {row[which]['written']:.3f} writes" for which in ("kept", "of ignored")
-        ]
-        lines.append((passes, *cells))
+        assert row is not None
+        moved = (row["kept"], row["of ignored"])
+        lines.append((passes, *(f"{rows['read']:.3f} reads, {rows['written']:.3f} writes" for rows in moved)))
     return f"{case}, half of the rows ignored:\n\n{table(('', 'kept row', 'ignored row'), lines)}"
 
 
 def aot(results: Results) -> str:
     """Of the newest run that compiled all of them; failing that, of the newest that compiled some."""
-    every = [(name, result["aot"]) for name, result in results.files.items() if result["aot"]]
-    if not every:
-        raise SystemExit("no result has kernels that were compiled ahead of time")
-    name, found = next(((name, found) for name, found in every if not found["quick"]), every[0])
-    which = "the widest tiles of a launch" if found["quick"] else "every tile that a launch can choose"
-    spilling = "none spills" if not found["spilling"] else f"{found['spilling']} spill"
+    whole = ((name, result) for name, result in results.files.items() if result["aot"] and not result["aot"]["quick"])
+    name, result = next(whole, None) or results.newest("aot")
+    found = result["aot"]
+    which = "the widest tiles, few features" if found["quick"] else "every tile that a launch can choose"
     return (
         f"{found['kernels']} kernels ({which}), for {', '.join(f'sm_{arch}' for arch in found['archs'])} in "
-        f"{', '.join(found['dtypes'])}: {spilling}, {len(found['faults'])} access logits narrower than they could "
-        f"([{name}](bench/results/{name}.md))."
+        f"{', '.join(found['dtypes'])}: {found['spilling'] or 'none'} with spills, {len(found['faults']) or 'none'} "
+        f"with accesses to logits narrower than they could be ([{name}](bench/results/{name}.md))."
     )
 
 
@@ -196,7 +189,8 @@ def distributed(results: Results) -> str:
 
 
 def plots(results: Results) -> str:
-    return "\n".join(f"![{name.removesuffix('.png')}](bench/results/{name})" for name in results.newest["plots"])
+    pictures = results.newest("plots")[1]["plots"]
+    return "\n".join(f"![{name.removesuffix('.png')}](bench/results/{name})" for name in pictures)
 
 
 def memory(results: Results) -> str:

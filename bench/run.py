@@ -113,28 +113,35 @@ def _speed(result: Result, deadline: Deadline, quick: bool) -> None:
         process = _python(
             *command, "--deadline", str(deadline.at), "--records", str(records), stdout=log, stderr=subprocess.STDOUT
         )
-        with tqdm(total=len(cases(DEVICE)), desc="speed", unit="case") as bar:
-            while process.poll() is None and deadline.left > -GRACE:
-                time.sleep(0.2)
-                done = records.read_text().count('"table": "case"')
-                if done > bar.n:
-                    bar.update(done - bar.n)
-        if process.poll() is None:
-            process.kill()
-            result["failed"].append(f"speed: ended {GRACE:.0f} s after its time")
-        tables = {"gate": "gates", "row": "rows", "failed": "failed", "left out": "left out"}
-        for line in records.read_text().splitlines():
-            record = json.loads(line)
-            table = record.pop("table")
-            if table == "failed":
-                result["failed"].append("speed: {provider}, {case}: {reason}".format(**record))
-            elif table == "left out":
-                result["left out"].append(f"speed: {record['case']}")
-            elif table in tables:
-                result[tables[table]].append(record)
+        try:
+            with tqdm(total=len(cases(DEVICE)), desc="speed", unit="case") as bar:
+                while process.poll() is None and deadline.left > -GRACE:
+                    time.sleep(0.2)
+                    done = records.read_text().count('"table": "case"')
+                    if done > bar.n:
+                        bar.update(done - bar.n)
+            if process.poll() is None:
+                result["failed"].append(f"speed: ended {GRACE:.0f} s after its time")
+        finally:  # what was measured before an interrupt, too
+            process.kill()  # which does nothing to one that has ended
+            _collect(result, records.read_text())
         if process.wait() not in (0, 1) or not records.read_text():
             log.seek(0)
             result["failed"].append(f"speed: exit status {process.returncode}: {log.read()[-500:]}")
+
+
+def _collect(result: Result, records: str) -> None:
+    """What the suite appended, a line each."""
+    tables = {"gate": "gates", "row": "rows"}
+    for line in records.splitlines():
+        record = json.loads(line)
+        table = record.pop("table")
+        if table == "failed":
+            result["failed"].append("speed: {provider}, {case}: {reason}".format(**record))
+        elif table == "left out":
+            result["left out"].append(f"speed: {record['case']}")
+        elif table in tables:
+            result[tables[table]].append(record)
 
 
 def _memory_cases() -> Iterator[tuple[Case, Provider]]:
