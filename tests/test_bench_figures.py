@@ -42,7 +42,11 @@ def test_committed_results_are_of_a_known_commit(path):
 
 
 def test_looks_are_no_source(tmp_path):
-    (tmp_path / "machine-2026-01-01-quick.json").write_text('{"header": {"date": "2026-01-01"}}')
-    (tmp_path / "machine-2025-01-01.json").write_text('{"header": {"date": "2025-01-01"}}')
-    (tmp_path / "machine-2025-06-01.json").write_text('{"header": {"date": "2025-06-01"}}')
-    assert figures.Results(tmp_path).name == "machine-2025-06-01"
+    for name in ("machine-2026-01-01-quick", "machine-2025-01-01", "machine-2025-06-01", "distributed-2026-02-01"):
+        date = name.partition("-")[2].removesuffix("-quick")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"header": {"date": date}, "rows": [1], "aot": None}))
+    results = figures.Results(tmp_path)
+    assert results.newest("rows")[0] == "machine-2025-06-01"
+    assert [path.stem for path in results.distributed] == ["distributed-2026-02-01"]
+    with pytest.raises(SystemExit, match="no result in bench/results has aot"):
+        results.newest("aot")
