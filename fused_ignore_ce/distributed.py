@@ -78,7 +78,7 @@ def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows:
         packed[4] = torch.where(kept, target, torch.iinfo(torch.int64).min).max()
         # Wraps around, the same on all ranks; the position's factor sees permutations.
         packed[5] = (target * torch.arange(1, rows + 1, device=device)).sum()
-    headers = _exchange_headers(ranks, packed)
+    headers = _exchange_headers(ranks, packed.to(_device(ranks)))
     sizes = [header.size for header in headers]
     classes = sum(sizes)
     for rank, header in enumerate(headers):
@@ -135,7 +135,7 @@ def _exchange_headers(group: dist.ProcessGroup, header: Tensor, error: Exception
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's collectives take tensors."""
+    """Where headers are exchanged: the same on all ranks, and known without a tensor."""
     types = {device.type for device in group._device_types}
     return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
 
