@@ -224,7 +224,10 @@ class CrossEntropyRows(torch.autograd.Function):
             x, target, weight, probs, lse, mass, place = ctx.saved_tensors
             if torch.is_grad_enabled():  # create_graph=True
                 if len(place):
-                    raise NotImplementedError("create_graph=True is not supported with a sharded vocabulary")
+                    raise NotImplementedError(
+                        "create_graph=True is not supported with a sharded vocabulary: gather the logits first, and "
+                        "pass process_group=None"
+                    )
                 dx, dprobs = _differentiable_backward(
                     dloss, x, target, weight, probs, ctx.options, need_dx, need_dprobs
                 )

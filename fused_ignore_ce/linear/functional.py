@@ -130,19 +130,23 @@ def _cross_entropy(
     token_weight: Tensor | None,
     *,
     ignore_index: int | Collection[int] | None,
-    reduction: str,
-    label_smoothing: float,
     softcap: float | None,
     logit_scale: float,
-    z_loss: float,
-    normalizer: float | Tensor | None,
     memory_budget: int | None,
     return_stats: bool,
     backend: str,
+    reduction: str = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    log_probs: bool = False,
     group: str | None = None,
     sum_dinput: bool = True,
 ) -> Any:
+    """The loss, or with `log_probs` its negative and not cast to input's dtype."""
     is_probs = arguments.check_linear_cross_entropy(input, linear_weight, target, linear_bias, weight)
+    if log_probs and is_probs:
+        raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype} probabilities")
     ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
     if is_probs and any(i >= 0 for i in ids):
         raise RuntimeError(
@@ -162,7 +166,8 @@ def _cross_entropy(
         normalizer,
         _Call(options, memory_budget, return_stats, arguments.choose_backend(backend, input.device), group, sum_dinput),
     )
-    loss = loss.to(loss_dtype(input, *((target, weight) if is_probs else ())))
+    dtype = loss_dtype(input, *((target, weight) if is_probs else ()))
+    loss = 0.0 - loss if log_probs else loss.to(dtype)  # not -loss: that is -0.0 at ignored rows
     return (loss, stats) if return_stats else loss
 
 
@@ -207,41 +212,13 @@ def fused_linear_log_probs(
         "memory_budget": memory_budget,
         "return_stats": return_stats,
         "backend": backend,
+        "log_probs": True,
     }
     if arguments.is_distributed(process_group, *tensors):
         from ..dtensor import local_linear
 
-        return local_linear(_log_probs, process_group, *tensors, **options)
-    return _log_probs(*tensors, **options)
-
-
-def _log_probs(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: None,
-    token_weight: None,
-    *,
-    ignore_index: int | Collection[int] | None,
-    softcap: float | None,
-    logit_scale: float,
-    memory_budget: int | None,
-    return_stats: bool,
-    backend: str,
-    group: str | None = None,
-    sum_dinput: bool = True,
-) -> Any:
-    if arguments.check_linear_cross_entropy(input, linear_weight, target, linear_bias, None):
-        raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype} probabilities")
-    ids = arguments.ignored_ids(-100 if ignore_index is None else ignore_index)
-    options = arguments.row_options(ids[0], 0.0, softcap, logit_scale, 0.0)
-    call = _Call(
-        options, memory_budget, return_stats, arguments.choose_backend(backend, input.device), group, sum_dinput
-    )
-    loss, stats = _loss(input, linear_weight, target, False, linear_bias, weight, ids, "none", token_weight, None, call)
-    log_probs = 0.0 - loss  # not -loss: that is -0.0 at ignored rows
-    return (log_probs, stats) if return_stats else log_probs
+        return local_linear(_cross_entropy, process_group, *tensors, **options)
+    return _cross_entropy(*tensors, **options)
 
 
 class _Call(NamedTuple):
