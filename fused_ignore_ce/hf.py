@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import arguments
 from .deferred.forward import Settings, is_label, patched_forward, process_wide
+from .options import LossOptions, budget_bytes, check_backend, ignored_ids
 
 _OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "backend")
 
@@ -126,17 +126,14 @@ def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any
             meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise TypeError(f"patching got an unexpected option {name!r}; {meant}")
     given = {name: value for name, value in loss_options.items() if value is not None}
-    arguments.row_options(
-        -100, given.get("label_smoothing", 0.0), given.get("softcap"), given.get("logit_scale", 1.0),
-        given.get("z_loss", 0.0),
-    )  # fmt: skip
-    arguments.check_backend(given.get("backend", "auto"))
-    arguments.check_memory_budget(memory_budget)
+    LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
+    check_backend(given.get("backend", "auto"))
+    budget_bytes(memory_budget)
     if "weight" in given and not isinstance(given["weight"], Tensor):
         raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
     if memory_budget is not None:
         given["memory_budget"] = memory_budget
-    return Settings(() if ignore_index is None else arguments.ignored_ids(ignore_index), given)
+    return Settings(() if ignore_index is None else ignored_ids(ignore_index), given)
 
 
 def _transformers_models(model: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear.functional import fused_linear_cross_entropy
+from ..linear.cross_entropy import fused_linear_cross_entropy
 
 #: ("cast", dtype), ("mul", number or 0-d tensor), ("div", the same), ("tanh", None), ("add", (V,) tensor) or
 #: ("log_softmax", None).
