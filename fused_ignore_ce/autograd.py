@@ -47,6 +47,10 @@ class RowResults(NamedTuple):
         of_rows = (rows.loss, rows.lse, rows.entropy, rows.predicted, rows.shift, rows.mass)
         return cls(*of_rows, target_weight, likeliest, place)
 
+    def constants(self, with_stats: bool) -> tuple[Tensor, ...]:
+        """The results that have no gradient; without statistics there is no entropy."""
+        return self[3:] if with_stats else self[2:]
+
 
 RESULTS_SCHEMA = "(" + ", ".join(["Tensor"] * len(RowResults._fields)) + ")"
 
@@ -140,15 +144,15 @@ def _gradients_like(logits: Logits, need_dx: bool, need_dprobs: bool) -> tuple[T
     return torch.empty_like(logits.x) if need_dx else None, dprobs
 
 
-def _save(ctx: Any, logits: Logits, results: RowResults) -> None:
+def _save(ctx: Any, logits: Logits, results: RowResults, with_stats: bool) -> None:
     ctx.save_for_backward(*logits, results.shift, results.mass, results.entropy, results.block)
-    ctx.mark_non_differentiable(*results[3:])
+    ctx.mark_non_differentiable(*results.constants(with_stats))
     ctx.set_materialize_grads(False)
 
 
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, Logits(*inputs[:4]), RowResults(*output))
     ctx.call = inputs[4:]
+    _save(ctx, Logits(*inputs[:4]), RowResults(*output), unflatten(RowCall, ctx.call).with_stats)
 
 
 def _operator_backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
@@ -178,7 +182,7 @@ class CrossEntropyRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logits = Logits(x, target, weight, probs)
         results = _forward(logits, call)
-        _save(ctx, logits, results)
+        _save(ctx, logits, results, call.with_stats)
         ctx.call, ctx.inplace_backward = call, inplace_backward
         return tuple(results)
 

@@ -101,7 +101,8 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     saved = (results.shift, results.mass, results.entropy, results.block)
     ctx.save_for_backward(*inputs[:OPERANDS], *saved)
     ctx.call = inputs[OPERANDS:]
-    ctx.mark_non_differentiable(*results[3:])
+    call = ctx.call[0] if isinstance(ctx.call[0], LinearCall) else unflatten(LinearCall, ctx.call)
+    ctx.mark_non_differentiable(*results.constants(call.with_stats))
     ctx.set_materialize_grads(False)
 
 
