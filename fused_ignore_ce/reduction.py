@@ -138,6 +138,12 @@ def row_losses(loss: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> Te
     return loss.view(targets.shape)
 
 
+def scaled_total(loss: Tensor, lse: Tensor, scale: Tensor, z_scale: Tensor | None, z_loss: float) -> Tensor:
+    """`sum(loss * scale)`, and with a `z_scale` also `z_loss * sum(lse**2 * z_scale)`."""
+    total = (loss * scale).sum()
+    return total if z_scale is None else total + z_loss * (lse.square() * z_scale).sum()
+
+
 def reduce_rows(
     loss: Tensor,
     lse: Tensor,
@@ -149,15 +155,9 @@ def reduce_rows(
     """The loss from the rows' losses: by "none", "sum" or "mean"."""
     if reduction.reduction == "none":
         return row_losses(loss, lse, targets, z_loss)
-    return total(loss, lse, scales(targets, reduction, z_loss, target_weight), z_loss)
-
-
-def total(loss: Tensor, lse: Tensor, scale: Scales, z_loss: float) -> Tensor:
-    """The scalar loss from the rows' losses."""
-    found = (loss * scale.loss).sum()
-    if scale.z_loss is not None:
-        found = found + z_loss * (lse.square() * scale.z_loss).sum()
-    return found if scale.nothing is None else found + scale.nothing
+    scale = scales(targets, reduction, z_loss, target_weight)
+    total = scaled_total(loss, lse, scale.loss, scale.z_loss, z_loss)
+    return total if scale.nothing is None else total + scale.nothing
 
 
 def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

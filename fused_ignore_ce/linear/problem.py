@@ -20,6 +20,7 @@ from ..reduction import (
     loss_dtype_of,
     prepare_targets,
     reduce_rows,
+    scaled_total,
     scales,
     statistics,
     weight_of_target,
@@ -54,8 +55,8 @@ class LinearProblem(NamedTuple):
 
     positions: list[Position]
     targets: Targets  # of all rows and positions; the positions of a row follow one another
-    weight_of_target: Tensor | None
     scales: Scales | None  # None for reduction="none"
+    divides_by_weights_of_ranks: bool  # by the class weights of targets, which come with the rows of all ranks
     reduction: ReductionOptions
     loss_dtype: torch.dtype
     at_once: bool  # whether gradients are computed in forward
@@ -66,16 +67,18 @@ class LinearProblem(NamedTuple):
         found: Sequence[ScaledSum | RowResults]
         if self.at_once:
             found = sums = [_scaled_sum(position) for position in self.positions]
-            loss = torch.stack([each.total for each in sums]).sum()
-            if self.scales is not None and self.scales.nothing is not None:
-                loss = loss + self.scales.nothing
+            loss = self._total([each.total for each in sums])
         else:
-            found = [row_results(position.operands, position.call) for position in self.positions]
-            target_weight = self.weight_of_target
-            if call.group is not None and len(found[0].target_weight):
-                target_weight = self._joined(found, "target_weight")
-            rows = (self._joined(found, "loss"), self._joined(found, "lse"))
-            loss = reduce_rows(*rows, targets, reduction, call.options.z_loss, target_weight)
+            found = rows = [row_results(position.operands, position.call) for position in self.positions]
+            if self.scales is None or self.divides_by_weights_of_ranks:
+                of_ranks = self._joined(rows, "target_weight") if self.divides_by_weights_of_ranks else None
+                of_all = (self._joined(rows, "loss"), self._joined(rows, "lse"))
+                loss = reduce_rows(*of_all, targets, reduction, call.options.z_loss, of_ranks)
+            else:
+                # Over kept rows, as in `scaled_sum`: ranks that choose different plans return the same bits.
+                loss = self._total(
+                    [_total(position, each) for position, each in zip(self.positions, rows, strict=True)]
+                )
         loss = loss.to(self.loss_dtype)
         if not call.with_stats:
             return loss
@@ -83,6 +86,11 @@ class LinearProblem(NamedTuple):
             targets = targets._replace(target=self._joined(found, "likeliest"))
         lse, predicted, entropy = (self._joined(found, name) for name in ("lse", "predicted", "entropy"))
         return loss, statistics(targets, reduction, lse, predicted, entropy)
+
+    def _total(self, totals: list[Tensor]) -> Tensor:
+        loss = torch.stack(totals).sum()
+        nothing = None if self.scales is None else self.scales.nothing
+        return loss if nothing is None else loss + nothing
 
     def _joined(self, found: Sequence[ScaledSum | RowResults], name: str) -> Tensor:
         """A field of the results for all rows and positions: what the kept rows have, among zeros for the others."""
@@ -95,6 +103,11 @@ class LinearProblem(NamedTuple):
 
 def _spread(values: Tensor, rows: Tensor | None, N: int) -> Tensor:
     return values if rows is None else values.new_zeros(N).index_copy(0, rows, values)
+
+
+def _total(position: Position, rows: RowResults) -> Tensor:
+    assert position.scale is not None
+    return scaled_total(rows.loss, rows.lse, *position.scale, position.call.options.z_loss)
 
 
 def _scaled_sum(position: Position) -> ScaledSum:
@@ -140,20 +153,26 @@ def linear_problem(
         gathered=False,
     )
     positions = _positions(tensors._replace(weight=weight), targets, row_scales, call)
-    # Not where a gradient of float16 would be scaled only after it was rounded; nor where the scales depend on class
-    # weights of other ranks' targets, which come with the rows; nor where statistics have gradients, too.
+    divides_by_weights_of_ranks = (
+        group is not None
+        and weight is not None
+        and not holds_probabilities(target)
+        and reduction.reduction == "mean"
+        and reduction.normalizer is None
+    )
+    # Not where a gradient of float16 would be scaled only after it was rounded, nor where statistics have gradients.
     early = (
         row_scales is not None
+        and not divides_by_weights_of_ranks
         and dtype != torch.float16
-        and not (group is not None and weight is not None and reduction.normalizer is None)
         and reduction.return_stats != "differentiable"
     )
     in_forward = [_in_forward(position, early) for position in positions]
     return LinearProblem(
         positions,
         targets,
-        shares,
         row_scales,
+        divides_by_weights_of_ranks,
         reduction,
         loss_dtype_of(reduction, input, target, weight),
         all(in_forward),

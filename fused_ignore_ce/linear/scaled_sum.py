@@ -14,6 +14,7 @@ from ..autograd import RowResults, fake_results
 from ..distributed import Merged
 from ..operators import is_plain, wants_grad
 from ..options import flatten, unflatten
+from ..reduction import scaled_total
 from ..rows import Rows
 from .calls import (
     CALL_SCHEMA,
@@ -67,9 +68,7 @@ def _forward(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCall)
 
 
 def _summed(results: RowResults, scale: Scale, call: LinearCall, *gradients: Tensor) -> ScaledSum:
-    total = (results.loss * scale.rows).sum()
-    if scale.rows_z is not None:
-        total = total + call.options.z_loss * (results.lse.square() * scale.rows_z).sum()
+    total = scaled_total(results.loss, results.lse, *scale, call.options.z_loss)
     of_rows = (results.loss, results.lse, results.entropy, results.predicted)
     return ScaledSum(total, *of_rows, results.target_weight, results.likeliest, *gradients)
 
