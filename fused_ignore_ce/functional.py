@@ -202,5 +202,5 @@ def _classes_last(t: Tensor, dim: int) -> Tensor:
     if t.dim() == 1:
         return t.view(1, 1, -1)
     if dim == t.dim() - 1:
-        return t.unsqueeze(0) if t.dim() == 2 else t.reshape(-1, *t.shape[-2:])
+        return t.unsqueeze(0) if t.dim() == 2 else t.flatten(0, -3)
     return t.movedim(1, -1).flatten(1, -2)
