@@ -104,7 +104,9 @@ def _speed(result: Result, deadline: float) -> None:
             with tqdm(total=len(cases(DEVICE)), desc="speed", unit="case") as bar:
                 while process.poll() is None and time.time() < deadline + GRACE:
                     time.sleep(0.2)
-                    bar.update(records.read_text().count('"table": "case"') - bar.n)
+                    done = records.read_text().count('"table": "case"')
+                    if done > bar.n:
+                        bar.update(done - bar.n)
             if process.poll() is None:
                 result["failed"].append(f"speed: ended {GRACE:.0f} s after its time")
         finally:  # also keeps what was measured before an interrupt

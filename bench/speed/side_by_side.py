@@ -82,8 +82,12 @@ class Alternation:
         self._result = self._turn.run(self._prepared)
 
 
-def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkFixture) -> Seconds:
-    """Warms every turn up, leaves out those that raise an error, and has pytest-benchmark time rounds of the others."""
+def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkFixture, compiles: bool) -> Seconds:
+    """Warms every turn up, leaves out those that raise an error, and has pytest-benchmark time rounds of the others.
+
+    The warm-up tells how many rounds there is time for. With `compiles`, the first turns may compile something, and a
+    second round tells it.
+    """
     found: Seconds = {}
 
     def one_round() -> float:
@@ -97,7 +101,7 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
         return synchronized_clock() - start
 
     seconds = one_round()
-    if seconds > SECONDS / ROUNDS[0]:  # perhaps only because something was compiled in the first round
+    if compiles and seconds > SECONDS / ROUNDS[1]:
         seconds = one_round()
     rounds = min(max(ROUNDS[0], int(SECONDS / seconds)), ROUNDS[1])
     working = [name for name in turns if name not in found]
@@ -177,11 +181,12 @@ def _built(provider: Provider, *shape: object) -> Loss:
 def measure(case: Case, providers: list[Provider], device: torch.device, benchmark: BenchmarkFixture) -> Seconds:
     """The seconds of every provider, on the same tensors, and of the roof."""
     *inputs, target = tensors(case, device)
-    turns = {}
+    turns, built_before = {}, _built.cache_info().misses
     for provider in providers:
         loss = _built(provider, case.N, case.V, case.D, case.dtype)
         turns[provider.name] = turn_of(loss, case, inputs, target, provider.overwrites)
-    return in_turns(turns | {ROOF: roof_of(case, device)}, device, benchmark)
+    compiles = _built.cache_info().misses > built_before
+    return in_turns(turns | {ROOF: roof_of(case, device)}, device, benchmark, compiles)
 
 
 def row(case: Case, provider: Provider, seconds: Seconds) -> dict[str, Any]:
