@@ -1,47 +1,24 @@
 """A plain PyTorch loop: a small Llama learns Python's standard library; prompts and padding are ignored."""
 
 import argparse
-import ast
 import itertools
-import sysconfig
-from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data import encode, texts_and_tokenizer
 from fused_ignore_ce.hf import patch_model
-
-
-def functions():
-    """(signature, body) of functions of the standard library."""
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        lines = source.split("\n")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 40:
-                head, _, body = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("\n")
-                yield head + "\n", body
-
-
-def encode(tokenizer, prompt, body, length, pad):
-    """Token ids and labels; nothing is masked but the prompt: the padding is left to ignore_index."""
-    prompt, body = tokenizer.encode(prompt).ids[: length // 2], tokenizer.encode(body).ids
-    ids = (prompt + body)[:length]
-    ids += [pad] * (length - len(ids))
-    return torch.tensor(ids), torch.tensor([-100] * len(prompt) + ids[len(prompt) :])
-
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
 options = parser.parse_args()
 torch.manual_seed(0)
 
-texts = list(itertools.islice(functions(), 600))
-tokenizer = ByteLevelBPETokenizer()
-tokenizer.train_from_iterator(itertools.chain(*texts), vocab_size=2048, special_tokens=["<pad>"], show_progress=False)
+texts, tokenizer = texts_and_tokenizer("<pad>")
 PAD = tokenizer.token_to_id("<pad>")
-data = [encode(tokenizer, prompt, body, 64, PAD) for prompt, body in texts]
+rows = [encode(tokenizer, prompt, body, 64, padding_label=PAD) for prompt, body in texts]
+columns = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
+data = torch.utils.data.TensorDataset(*columns)
 batches = itertools.cycle(torch.utils.data.DataLoader(data, batch_size=4, shuffle=True))
 
 model = LlamaForCausalLM(

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import scaling, side_by_side
+pytest.importorskip("pytest_benchmark")
+
 from bench.machine import slug
-from bench.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
-from bench.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
+from bench.speed import scaling, side_by_side
+from bench.speed.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
+from bench.speed.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
 
 CPU = torch.device("cpu")
 LOGITS = Case("base", "logits", 8, 100, 0, 0.75, "bfloat16", "both")
@@ -42,26 +45,40 @@ def test_a_row_by_hand(case, unit):
     assert "ratio" not in row(case, ours, seconds | {baseline.name: "out of memory"})
 
 
+class Benchmark:
+    """In place of pytest-benchmark's fixture: it calls what it is given, and the n-th round takes n seconds."""
+
+    def pedantic(self, target, setup, rounds):
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+        for number in range(rounds):
+            setup()
+            target()
+            self.stats.stats.data.append(float(number))
+
+
 def test_turns_alternate_and_errors_stay_with_their_loss():
     order = []
-
-    def clock(turn):
-        order.append(turn.run(turn.prepare()))
-        return 0.0
 
     def fail(_):
         raise RuntimeError("no\nmemory")
 
-    turns = {name: Turn(lambda: None, lambda _, name=name: name) for name in "ab"} | {"c": Turn(lambda: None, fail)}
-    found = in_turns(turns, clock)
+    turns = {name: Turn(lambda name=name: name, order.append) for name in "ab"} | {"c": Turn(lambda: None, fail)}
+    found = in_turns(turns, CPU, Benchmark(), compiles=False)
     assert found["c"] == "RuntimeError: no memory"
-    assert len(found["a"]) == len(found["b"]) == side_by_side.ROUNDS[1]
-    assert "".join(order) == "ab" * (side_by_side.ROUNDS[1] + 1)  # and one that is not kept
+    rounds = side_by_side.ROUNDS[1]
+    assert found["a"] == [2.0 * i for i in range(rounds)]
+    assert found["b"] == [2.0 * i + 1 for i in range(rounds)]
+    assert "".join(order) == "ab" * (rounds + 1)  # the first round warms up and is not timed
 
 
-def test_slow_turns_end_after_the_least_rounds(monkeypatch):
-    monkeypatch.setattr(side_by_side, "SECONDS", -1.0)
-    assert len(in_turns({"a": Turn(lambda: None, lambda _: None)}, lambda _: 1.0)["a"]) == side_by_side.ROUNDS[0]
+@pytest.mark.parametrize("compiles", [False, True])
+def test_slow_turns_get_the_least_rounds(monkeypatch, compiles):
+    """The clock says that a round takes an hour. Where that may be due to compilation, a second one is tried."""
+    monkeypatch.setattr(side_by_side, "synchronized_clock", itertools.count(0, 3600).__next__)
+    runs = []
+    found = in_turns({"a": Turn(lambda: None, runs.append)}, CPU, Benchmark(), compiles)
+    assert len(found["a"]) == side_by_side.ROUNDS[0]
+    assert len(runs) == 1 + compiles + side_by_side.ROUNDS[0]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

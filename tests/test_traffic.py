@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bench.meter import Traffic
-from bench.traffic import Case, measure
+from bench.proofs.meter import Traffic
+from bench.proofs.traffic import Case, measure
 
 CASES = [
     pytest.param(Case(16, 1003, torch.bfloat16), id="one-block-bf16"),

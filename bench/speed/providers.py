@@ -1,7 +1,8 @@
-"""Who is measured, as data: how each loss is called, and why it may not run here."""
+"""The losses that are measured, as data: how each is called, and why it may not run on this machine."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,20 +19,20 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Provider:
-    """A loss, and what it needs. `build` imports it, so that nothing is imported that is not measured."""
+    """A loss and what it needs. `build` imports it, so that only what is measured is imported."""
 
     name: str
     kind: str  # "logits" or "linear"
     build: Callable[[], Loss]
-    package: str | None = None  # the distribution that has it
-    capability: tuple[int, int] | None = None  # the least of a CUDA device; None where any device will do
+    package: str | None = None  # the distribution that contains it
+    capability: tuple[int, int] | None = None  # the least that a CUDA device must have; None where any device will do
     dtypes: tuple[torch.dtype, ...] | None = None  # None for all
-    attribute: str | None = None  # of torch.nn.functional
+    attribute: str | None = None  # a name that torch.nn.functional must have
     compiled: bool = False  # built for one shape, at its first call
     overwrites: bool = False  # writes its gradient over the logits that it is given
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run here; None if nothing is known that keeps it."""
+        """The reason why it cannot run on a device in a dtype; None if none is known."""
         if self.attribute is not None and not hasattr(F, self.attribute):
             return f"torch {torch.__version__} has no F.{self.attribute}"
         if self.package is not None and version(self.package) is None:
@@ -46,7 +47,7 @@ class Provider:
 
 
 def version(package: str) -> str | None:
-    """Of an installed distribution, or None."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -54,9 +55,10 @@ def version(package: str) -> str | None:
 
 
 def _compiled(loss: Loss) -> Loss:
-    """Compiled for one static shape. The compiler forgets the shapes before: past eight it would give up quietly.
+    """The loss, compiled for one static shape.
 
-    In this process: workers of its own would start, and keep cores busy, while others are timed.
+    The compiler is reset, because after eight shapes it would silently run the loss uncompiled. It compiles in this
+    process, because worker processes would keep cores busy while other losses are timed.
     """
     from torch._inductor import config
 
@@ -73,71 +75,45 @@ def _plain_linear(h, w, y):
     return F.cross_entropy(F.linear(h, w).float(), y)
 
 
+def _imported(module: str, name: str) -> Callable[[], Loss]:
+    return lambda: getattr(importlib.import_module(module), name)
+
+
 def _torch_linear() -> Loss:
-    from torch.nn import LinearCrossEntropyOptions
-
-    return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=LinearCrossEntropyOptions())
-
-
-def _liger() -> Loss:
-    from liger_kernel.ops import LigerCrossEntropyFunction
-
-    return lambda x, y: LigerCrossEntropyFunction.apply(x, y, None)[0]
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
 
 
-def _liger_linear() -> Loss:
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+def _liger(function: str, *more: None) -> Callable[[], Loss]:
+    def build() -> Loss:
+        apply = getattr(importlib.import_module("liger_kernel.ops"), function).apply
+        return lambda *operands: apply(*operands, *more)[0]
 
-    return lambda h, w, y: LigerFusedLinearCrossEntropyFunction.apply(h, w, y)[0]
-
-
-def _quack() -> Loss:
-    from quack.cross_entropy import cross_entropy
-
-    return cross_entropy
-
-
-def _quack_linear() -> Loss:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy
+    return build
 
 
 def _flash_attn() -> Loss:
-    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-
-    return lambda x, y: cross_entropy_loss(x, y)[0].sum() / (y != -100).sum()
-
-
-def _cce() -> Loss:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy
+    loss = _imported("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")()
+    return lambda x, y: loss(x, y)[0].sum() / (y != -100).sum()
 
 
-def _ours() -> Loss:
-    from fused_ignore_ce import fused_cross_entropy
-
-    return fused_cross_entropy
-
-
-def _ours_linear() -> Loss:
-    from fused_ignore_ce import fused_linear_cross_entropy
-
-    return fused_linear_cross_entropy
-
-
-#: What ratios are relative to comes first: what transformers does.
+#: The first of each kind is the baseline of all ratios: what transformers computes. The last is this package's.
 LOGITS = (
     Provider("F.cross_entropy(x.float(), y)", "logits", lambda: _plain),
-    # In float32 it is the first.
+    # Not measured in float32, where it is the same as the first.
     Provider("F.cross_entropy(x, y)", "logits", lambda: F.cross_entropy, dtypes=HALF),
     Provider("torch.compile of the first", "logits", lambda: _compiled(_plain), compiled=True),
-    Provider("Liger", "logits", _liger, package="liger-kernel", capability=(7, 0), overwrites=True),
-    Provider("QuACK", "logits", _quack, package="quack-kernels", capability=(8, 0)),
+    Provider(
+        "Liger", "logits", _liger("LigerCrossEntropyFunction", None),
+        package="liger-kernel", capability=(7, 0), overwrites=True,
+    ),
+    Provider(
+        "QuACK", "logits", _imported("quack.cross_entropy", "cross_entropy"),
+        package="quack-kernels", capability=(8, 0),
+    ),
     Provider("flash-attn", "logits", _flash_attn, package="flash-attn", capability=(8, 0)),
-    Provider("fused_cross_entropy(x, y)", "logits", _ours),
-)
+    Provider("fused_cross_entropy(x, y)", "logits", _imported("fused_ignore_ce", "fused_cross_entropy")),
+)  # fmt: skip
 
 LINEAR = (
     Provider("F.cross_entropy(F.linear(h, w).float(), y)", "linear", lambda: _plain_linear),
@@ -149,10 +125,21 @@ LINEAR = (
     Provider(
         "F.linear_cross_entropy(h, w, y, options=...)", "linear", _torch_linear, attribute="linear_cross_entropy"
     ),
-    Provider("Liger", "linear", _liger_linear, package="liger-kernel", capability=(7, 0)),
-    Provider("CCE", "linear", _cce, package="cut-cross-entropy", capability=(8, 0), dtypes=HALF),
-    Provider("QuACK", "linear", _quack_linear, package="quack-kernels", capability=(9, 0), dtypes=HALF),
-    Provider("fused_linear_cross_entropy(h, w, y)", "linear", _ours_linear),
+    Provider(
+        "Liger", "linear", _liger("LigerFusedLinearCrossEntropyFunction"),
+        package="liger-kernel", capability=(7, 0),
+    ),
+    Provider(
+        "CCE", "linear", _imported("cut_cross_entropy", "linear_cross_entropy"),
+        package="cut-cross-entropy", capability=(8, 0), dtypes=HALF,
+    ),
+    Provider(
+        "QuACK", "linear", _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+        package="quack-kernels", capability=(9, 0), dtypes=HALF,
+    ),
+    Provider(
+        "fused_linear_cross_entropy(h, w, y)", "linear", _imported("fused_ignore_ce", "fused_linear_cross_entropy")
+    ),
 )  # fmt: skip
 
 PROVIDERS = {"logits": LOGITS, "linear": LINEAR}

@@ -1,6 +1,6 @@
 """Every kernel in every configuration that a launcher can choose, compiled ahead of time: no GPU is needed.
 
-    python -m bench.aot [--quick] [--arch 90] [--verbose] [--json FILE] [--summary FILE]
+    python -m bench.proofs.aot [--quick] [--arch 90] [--verbose] [--json FILE] [--summary FILE]
 
 Exit status 1 when a kernel does not compile, spills, or accesses logits narrowly where it could be wide.
 """
@@ -271,8 +271,8 @@ def row(report: Report) -> str:
 def main() -> int:
     if "TRITON_INTERPRET" in os.environ:  # it would replace the very functions that are to be compiled
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "bench.aot", *sys.argv[1:]], environment)
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
+        os.execve(sys.executable, [sys.executable, "-m", "bench.proofs.aot", *sys.argv[1:]], environment)
+    parser = argparse.ArgumentParser(prog="python -m bench.proofs.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one architecture and dtype, largest tiles, few features")
     parser.add_argument("--arch", type=int, action="append", help=f"instead of {ARCHS}; may be repeated")
     parser.add_argument("--dtype", action="append", help=f"instead of {DTYPES}; may be repeated")

@@ -1,4 +1,4 @@
-"""The meter: Triton's interpreter runs the real kernels, and every load and store is seen; see `bench.traffic`."""
+"""Records every load and store of kernels that run in Triton's interpreter; `bench.proofs.traffic` counts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-#: What the interpreter calls to access memory (unmasked accesses come through the masked), and what that does.
+#: What each of the interpreter's functions does to memory. Unmasked accesses call the masked functions, too.
 ACCESSES = {
     "create_masked_load": ("load",),
     "create_masked_store": ("store",),
@@ -35,7 +35,7 @@ class Launch:
     def row_bytes(self, kind: str, name: str) -> np.ndarray:
         """Bytes of every row (the elements that share all indices but the last) of a parameter's tensor.
 
-        Memory that parameters share, as of a gradient written over the logits, belongs to the first of them.
+        Memory that several parameters share, such as a gradient written over the logits, counts for the first of them.
         """
         tensor = self.tensors[name]
         earlier = list(self.tensors.values())[: list(self.tensors).index(name)]
@@ -52,7 +52,7 @@ class Launch:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Elements of memory from the first to the last of a tensor."""
+    """Number of elements in memory from the first to the last of a tensor."""
     steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return 1 + sum(steps) if tensor.numel() else 0
 
@@ -63,7 +63,7 @@ def _within(tensor: torch.Tensor, addresses: np.ndarray) -> np.ndarray:
 
 
 def _rows_by_offset(tensor: torch.Tensor) -> np.ndarray:
-    """The row that each element of memory belongs to; -1, which nothing may count, in gaps."""
+    """The row that each element of memory belongs to; -1 in gaps, which makes counting an access to a gap an error."""
     rows = torch.full((_span(tensor),), -1)
     numbers = torch.arange(tensor.shape[:-1].numel()).view(*tensor.shape[:-1], 1)
     rows.as_strided(tensor.shape, tensor.stride()).copy_(numbers.expand(tensor.shape))
@@ -107,7 +107,7 @@ class Traffic(ExitStack):
         @functools.wraps(original)
         def accessing(*args, **kwargs):
             arguments = signature.bind(*args, **kwargs).arguments
-            pointers = arguments.get("ptrs", arguments.get("ptr"))
+            pointers = arguments["ptrs" if "ptrs" in arguments else "ptr"]
             lanes = np.broadcast_to(arguments["mask"].data, pointers.data.shape) if "mask" in arguments else ...
             addresses = pointers.data[lanes].reshape(-1).astype(np.int64)
             size = pointers.get_element_ty().primitive_bitwidth // 8

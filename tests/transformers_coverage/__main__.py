@@ -1,6 +1,6 @@
 """Runs the sweep and writes its tables.
 
-    python -m bench.sweep [--only REGEX] [--mapping NAME] [--out docs/transformers-coverage.md]
+    python -m tests.transformers_coverage [--only REGEX] [--mapping NAME] [--out docs/transformers-coverage.md]
 
 Every class has a process of its own, with a timeout: a crash or a hang of one is a row of the table. The exit status is
 1 if a class differs, or if less than 95% of the generating classes that run take the linear way.
@@ -53,7 +53,7 @@ def document(outcomes: list[Outcome], seconds: float) -> str:
     lines = [
         "# `patch_model` on every class of transformers",
         "",
-        f"Written by `python -m bench.sweep` in {seconds / 60:.0f} minutes; {versions}, CPU.",
+        f"Written by `python -m tests.transformers_coverage` in {seconds / 60:.0f} minutes; {versions}, CPU.",
         "",
         "Each class that the auto-mappings name is built tiny with random weights and trained for one step with and",
         "without `patch_model`, on the same batch, some of whose labels are ignored.",
@@ -98,7 +98,7 @@ def failures(outcomes: list[Outcome]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.transformers_coverage", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help="classes whose name it is found in")
     parser.add_argument("--mapping", action="append", choices=MAPPINGS, help="one mapping; may be repeated")
     parser.add_argument("--out", type=Path, metavar="FILE", help="markdown; without it, standard output")

@@ -9,10 +9,11 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from bench.sweep import __main__ as sweep
-from bench.sweep import compare, isolation
-from bench.sweep.compare import FAILED, LINEAR, LOGITS, UNTOUCHED, Outcome
 from fused_ignore_ce.deferred import product
+
+from .transformers_coverage import __main__ as sweep
+from .transformers_coverage import compare, isolation
+from .transformers_coverage.compare import FAILED, LINEAR, LOGITS, UNTOUCHED, Outcome
 
 CLASSES = [
     ("CAUSAL_LM", "LlamaForCausalLM", LINEAR),

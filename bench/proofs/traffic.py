@@ -1,12 +1,12 @@
 """Bytes that the kernels load and store, against the fewest that the loss needs.
 
-    python -m bench.traffic [--quick] [--json FILE]
+    python -m bench.proofs.traffic [--quick] [--json FILE]
 
-Triton's interpreter runs the real kernels and sees every load and store; a lane counts when its mask is true. That
-is the performance of a kernel bound by memory, as a number that does not wobble, and no GPU is needed.
+Triton's interpreter runs the real kernels and sees every load and store; a lane counts when its mask is true. Bytes are
+what bounds these kernels' speed. They are the same in every run, and counting them needs no GPU.
 
-Fewest, for rows of V logits: forward reads V of every kept row; backward reads V and writes V of every kept row and
-writes V (zeros) of every ignored one. Targets, losses and sums come on top: the column "all tensors".
+The fewest, for rows of V logits: forward reads V of every kept row; backward reads V and writes V of every kept row and
+writes V (zeros) of every ignored one. The column "all" also counts targets, losses and sums.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch.nn import functional as F
 
+from bench.speed.providers import version
+
 from .meter import Launch, Traffic
-from .providers import version
 
 #: The parameters by which the kernels, ours and Liger's, know the logits and their gradient.
 LOGITS = ("x_ptr", "dx_ptr", "X_ptr")
@@ -35,13 +37,13 @@ LOGITS = ("x_ptr", "dx_ptr", "X_ptr")
 
 @dataclass(frozen=True)
 class Moved:
-    """What a pass over N rows moved: of logits and gradient, per row in units of V elements; of all, in bytes."""
+    """What a pass over N rows of V logits moved."""
 
-    reads: np.ndarray
-    writes: np.ndarray
-    logits: int
-    total: int
-    bound: int
+    reads: np.ndarray  # (N,) elements of logits and gradient that were read, divided by V
+    writes: np.ndarray  # (N,) the same of what was written
+    logits: int  # bytes of logits and gradient
+    total: int  # bytes of all tensors
+    bound: int  # the fewest bytes of logits and gradient
 
     def __add__(self, other: Moved) -> Moved:
         return Moved(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -58,8 +60,8 @@ class Measurement:
 class Case:
     """N rows of V logits, and options of fused_cross_entropy.
 
-    `strided`: neighbouring elements belong to neighbouring rows. `busy`: rows suffice to keep the chip busy (taken
-    to be a small one); otherwise, the launcher may split them.
+    With `strided`, neighbouring elements belong to neighbouring rows. With `busy`, the chip is taken to be so small
+    that the rows keep it busy; without, the launcher may split rows.
     """
 
     N: int
@@ -76,7 +78,7 @@ class Case:
 
 
 def measure(case: Case, share: float) -> Measurement:
-    """Our traffic when a `share` of the rows is ignored."""
+    """This package's traffic where a share of the rows is ignored."""
     from fused_ignore_ce.functional import fused_cross_entropy
     from fused_ignore_ce.kernels import cross_entropy, launch
 
@@ -91,7 +93,7 @@ def measure(case: Case, share: float) -> Measurement:
 
 
 def measure_liger(case: Case, share: float, upstream: float) -> Measurement:
-    """Liger's. Its forward writes the gradient, which backward scales where the upstream gradient is not 1."""
+    """Liger's traffic. Its forward writes the gradient; backward scales it if the upstream gradient is not 1."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     smoothing, softcap = case.options.get("label_smoothing", 0.0), case.options.get("softcap")
@@ -121,17 +123,17 @@ def _reference(case: Case, x: torch.Tensor, target: torch.Tensor) -> tuple[torch
 
 
 def _measure(run: Callable, case: Case, share: float, upstream: float) -> Measurement:
-    """Both passes. The bytes of a kernel that computes something else would be no measurement."""
+    """Measures both passes, and checks loss and gradient: bytes of a kernel with wrong results would mean nothing."""
     x, target = _inputs(case, share)
     loss_reference, dx_reference = _reference(case, x, target)
     with Traffic() as forward:
         loss = run(x, target)
     with Traffic() as backward:
         loss.backward(torch.tensor(upstream, dtype=loss.dtype))
-    tolerance = {"rtol": 0.02, "atol": 1e-3}
-    torch.testing.assert_close(loss.detach().double(), loss_reference, **tolerance)
+    torch.testing.assert_close(loss.detach().double(), loss_reference, rtol=0.02, atol=1e-3)
     if upstream == 1 or case.dtype != torch.bfloat16:  # the interpreter multiplies bfloat16 as if it were integers
-        torch.testing.assert_close(x.grad.double(), dx_reference * upstream, **tolerance)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.double(), dx_reference * upstream, rtol=0.02, atol=1e-3)
     kept = (target != -100).numpy()
     row = case.V * x.element_size()
     return Measurement(
@@ -165,7 +167,7 @@ SHARES = (0.0, 0.5, 0.75, 1.0)
 
 
 def _record(case: Case, share: float, passes: str, kept: np.ndarray, moved: Moved) -> dict[str, Any]:
-    """A line of the report: the worst kept and the worst ignored row, and all bytes."""
+    """One row of the report, with the largest figures of a kept and of an ignored row."""
 
     def worst(rows: np.ndarray) -> float | None:
         return float(rows.max()) if len(rows) else None
@@ -183,7 +185,7 @@ def _record(case: Case, share: float, passes: str, kept: np.ndarray, moved: Move
 
 
 def records(case: Case, shares: tuple[float, ...], with_liger: bool) -> Iterator[dict[str, Any]]:
-    """Of our passes and, where it has such options, Liger's; strided logits it copies, outside its kernel."""
+    """This package's passes and Liger's, where it has the options. It copies strided logits outside of its kernel."""
     with_liger = with_liger and not case.strided and case.options.keys() <= {"label_smoothing", "softcap"}
     for share in shares:
         ours = measure(case, share)
@@ -201,30 +203,24 @@ def records(case: Case, shares: tuple[float, ...], with_liger: bool) -> Iterator
             yield _record(case, share, passes, liger.kept, liger.forward + liger.backward)
 
 
-HEADER = (
-    f"ignored  {'passes':26}kept: read    written ign.: read    written"
-    f"{'bytes':>12}{'fewest':>12}{'ratio':>8}{'all':>8}"
-)
+HEAD = ("ignored", "passes", "kept: read", "written", "ignored: read", "written", "bytes", "fewest", "ratio", "all")
 
 
-def line(record: dict[str, Any]) -> str:
-    """A record as it is printed."""
+def cells(record: dict[str, Any]) -> list[Any]:
+    """A record as a row of the printed table. Ratios are to the fewest bytes, if any are needed."""
+    share = f"{record['ignored']:.0%}"
     if "failed" in record:
-        return f"{record['ignored']:6.0%}  {record['passes']}: not measured, {record['failed']}"
-
-    def ratio(moved: int) -> str:
-        return f"{moved / record['fewest']:8.3f}" if record["fewest"] else f"{'-' if moved else '0 / 0':>8}"
-
+        return [share, f"{record['passes']}: not measured, {record['failed']}"]
     worst = [record[which][what] for which in ("kept", "of ignored") for what in ("read", "written")]
-    rows = "".join(f"{'-':>10} " if value is None else f"{value:10.3f} " for value in worst)
-    counts = f"{record['bytes']:12,}{record['fewest']:12,}{ratio(record['bytes'])}{ratio(record['all bytes'])}"
-    return f"{record['ignored']:6.0%}  {record['passes']:26}{rows}{counts}"
+    moved, fewest, total = record["bytes"], record["fewest"], record["all bytes"]
+    ratios = [moved / fewest, total / fewest] if fewest else [None, None]
+    return [share, record["passes"], *worst, moved, fewest, *ratios]
 
 
 def main() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing above does
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, which happens after this
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.proofs.traffic", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one case, half of the rows ignored")
     parser.add_argument("--json", type=Path, help="write every line to this file")
     options = parser.parse_args()
@@ -232,10 +228,9 @@ def main() -> None:
     print(", ".join(f"{name} {number or 'not installed'}" for name, number in versions.items()))
     found = []
     for case in CASES[:1] if options.quick else CASES:
-        print(f"\n{case}\n{HEADER}")
-        for record in records(case, (0.5,) if options.quick else SHARES, versions["liger-kernel"] is not None):
-            print(line(record), flush=True)
-            found.append(record)
+        of_case = list(records(case, (0.5,) if options.quick else SHARES, versions["liger-kernel"] is not None))
+        print(f"\n{case}", tabulate(map(cells, of_case), HEAD, floatfmt=".3f"), sep="\n", flush=True)
+        found += of_case
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

@@ -1,4 +1,4 @@
-"""What is measured, as data: models, sweeps around one shape, and in which order."""
+"""The measured cases, as data: sizes of models, variations of one shape, and the order in which they are measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS = (
 
 
 class Case(NamedTuple):
-    """Everything that a measurement depends on, but the loss. D is 0 for logits."""
+    """Everything that a measurement depends on, except the loss. D is 0 where the loss is of logits."""
 
     shape: str  # a model's name, or what is varied: "base", "N", "V", "D"
     kind: str
@@ -53,12 +53,12 @@ class Case(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the plain path may cost. Shapes get the most tokens, in powers of two, that stay within."""
+    """What the plain path may cost. A shape is measured with the largest power of two of tokens within these limits."""
 
     tokens: int
     logits: int  # N V, where the loss is of logits
     products: int  # N V D, where it is of hidden states
-    bytes: int  # of the plain path, with its operands
+    bytes: int  # what the plain path holds, including its operands
 
     def fits(self, N: int, V: int, D: int, itemsize: int) -> bool:
         held = (12 + 2 * itemsize) * N * V + 2 * itemsize * (N + V) * D
@@ -66,7 +66,7 @@ class Limits(NamedTuple):
         return N <= self.tokens and work and held <= self.bytes
 
     def tokens_for(self, V: int, D: int, itemsize: int) -> int:
-        """0 where not even one token fits."""
+        """The largest power of two of tokens that fits; 0 where not even one token does."""
         fitting = (1 << i for i in range(self.tokens.bit_length()) if self.fits(1 << i, V, D, itemsize))
         return max(fitting, default=0)
 
@@ -79,28 +79,28 @@ class Limits(NamedTuple):
 
 
 def limits(device: torch.device) -> Limits:
-    """A turn of the plain path: under a second on two cores; on CUDA, what training takes."""
+    """On a CPU, the plain path takes under a second on two cores; on CUDA, as much as in training."""
     if device.type == "cuda":
         return Limits(8192, 2**33, 2**43, int(0.6 * torch.cuda.get_device_properties(device).total_memory))
     return Limits(8192, 2**26, 2**36, _memory() // 2)
 
 
 def _memory() -> int:
-    """Of the host, in bytes."""
+    """The host's memory in bytes."""
     if not hasattr(os, "sysconf"):  # Windows
         return 8 * 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Base(NamedTuple):
-    """The shape that sweeps vary one size of."""
+    """The shape of which one size at a time is varied."""
 
     N: int
     V: int
     D: int
 
 
-#: By device and kind. A GPU has room for a model's sizes, two cores for a model's ratios.
+#: By device and kind. On CUDA these are a model's sizes; on a CPU they are smaller in the same ratios.
 BASES = {
     ("cpu", "logits"): Base(1024, 32768, 0),
     ("cpu", "linear"): Base(1024, 32768, 1024),
@@ -111,13 +111,15 @@ FACTORS = (0.25, 0.5, 2.0)
 
 
 def cases(device: torch.device) -> list[Case]:
-    """All of them, what matters most first: a run that is out of time leaves out the end."""
+    """All cases, the most important first: a run whose time is up leaves out the end."""
     within = limits(device)
-    models, base, swept = [], [], []
+    models: list[Case] = []
+    base: list[Case] = []
+    swept: list[Case] = []
     for kind in ("logits", "linear"):
         for name, V, D in MODELS:
             if kind == "logits" and V in {case.V for case in models}:
-                continue  # the same logits
+                continue  # a model with the same logits is measured already
             D = D if kind == "linear" else 0
             N = within.tokens_for(V, D, 2)
             models += [Case(name, kind, N, V, D, *rest) for rest in _rest("bfloat16") if N]
@@ -145,7 +147,7 @@ def _rest(dtype: str) -> list[tuple[float, str, str]]:
     return [(share, dtype, direction) for direction, share in itertools.product(DIRECTIONS, SHARES)]
 
 
-#: Random numbers of a tensor.
+#: How many random numbers are drawn for a tensor.
 DRAWN = 2**24 - 3
 
 
@@ -155,7 +157,7 @@ def tensors(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     dtype = getattr(torch, case.dtype)
 
     def random(*shape: int) -> Tensor:
-        """Repeats itself after a while: a CPU takes longer to draw a model's head than to multiply with it."""
+        """Repeats DRAWN numbers: a CPU takes longer to draw a model's head than to multiply with it."""
         some = torch.randn(min(math.prod(shape), DRAWN), device=device, dtype=dtype, generator=generator)
         return some.repeat(-(-math.prod(shape) // DRAWN))[: math.prod(shape)].view(shape)
 
