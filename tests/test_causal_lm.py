@@ -125,8 +125,8 @@ class TestLikeTransformers:
             torch.testing.assert_close(results[0][0].float(), results[1][0])
             return
         true = F.cross_entropy(logits[:, :-1].double().transpose(1, 2), labels[:, 1:])
-        no_worse("loss", results[0][0], results[1][0], true)
-        no_worse("dlogits", results[0][1], results[1][1], results[2][1])
+        no_worse("loss", results[0][0], results[1][0], true, terms=V)
+        no_worse("dlogits", results[0][1], results[1][1], results[2][1], terms=V)
 
     def test_shift_labels(self, backend, device):
         logits, labels = torch.randn(2, 5, V, device=device), torch.randint(0, V, (2, 5), device=device)

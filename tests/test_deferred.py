@@ -191,10 +191,10 @@ def test_cross_entropy_of_recorded_operations(name, no_worse):
     losses = [F.cross_entropy(t, target, reduction="sum", label_smoothing=0.1) for t in (ours, plain, true.double())]
     assert not x.is_materialized
     assert not ours.is_materialized
-    no_worse("loss", *losses)
+    no_worse("loss", *losses, terms=target.numel())
     grads = [torch.autograd.grad(loss * 0.7, t) for loss, t in zip(losses, (leaves, leaves, wide), strict=True)]
     for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
-        no_worse(leaf, *found, scale=1.0, units=8)
+        no_worse(leaf, *found, scale=1.0, terms=x.numel())
 
 
 @pytest.mark.parametrize("name", LOG_PROBS)
@@ -284,11 +284,11 @@ def test_dtypes_are_those_of_the_logits(dtype, autocast, upcast, no_worse):
             losses.append(F.cross_entropy(logits.view(-1, V), target))
     wide = [t.detach().double().requires_grad_() for t in leaves]
     losses.append(F.cross_entropy(F.linear(*wide).view(-1, V), target))
-    no_worse("loss", *losses, units=4)
+    via = torch.bfloat16 if autocast else dtype  # of the logits
+    no_worse("loss", *losses, terms=V, via=via)
     grads = [torch.autograd.grad(loss, t) for loss, t in zip(losses, (leaves, leaves, wide), strict=True)]
     for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
-        # under autocast, leaves are float32 and the error is bfloat16's, 2**16 units
-        no_worse(leaf, *found, scale=1 / (B * T), units=2**13 if autocast and dtype == torch.float32 else 4)
+        no_worse(leaf, *found, scale=1 / (B * T), terms=V, via=via)
 
 
 @pytest.mark.parametrize("probabilities", ["rows", "classes second"])
