@@ -12,7 +12,7 @@ will do. What is compiled (signature, specialisation, options) is Triton's own d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,28 @@ class Kernel:
     """A compiled kernel."""
 
     name: str
-    signature: dict[str, str]  # by parameter; "constexpr" for those that were compiled in
+    signature: dict[str, Any]  # type by parameter; "constexpr" for those that were compiled in
     constants: dict[str, Any]  # by parameter, also arguments that Triton specialised on, such as a stride of 1
     metadata: Any  # Triton's: num_warps, shared, target, ...
     binary: bytes = b""  # cubin or hsaco
     files: dict[str, Path] = field(default_factory=dict)  # every stage of the compilation, by file name
 
+    @property
+    def parameters(self) -> list[str]:
+        """The arguments of the compiled function, in order; of a tuple's elements, "rows_out.0"."""
+        return [name for name, kind in _flat(self.signature.items()) if kind != "constexpr"]
+
     def stage(self, suffix: str) -> str:
         """A stage of the compilation as text: "ttgir", "ptx", "amdgcn"."""
         return next(path for name, path in self.files.items() if name.endswith(f".{suffix}")).read_text()
+
+
+def _flat(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+    for name, kind in items:
+        if isinstance(kind, tuple):
+            yield from _flat((f"{name}.{index}", inner) for index, inner in enumerate(kind))
+        else:
+            yield name, kind
 
 
 class NullLauncher:
