@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from . import cases, machine_code
+from . import cases, chips, machine_code
 from .accesses import access_widths, rows_fastest
 from .cases import Case
 from .null_driver import Kernel, NullDriver
@@ -25,6 +25,7 @@ class Target:
 
     backend: str
     arch: int | str
+    chip: str = "H100"  # the launchers' choices depend on it; one of `chips.CHIPS`
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
@@ -32,11 +33,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile: `request` is its key among those that the call of the case asks Triton for."""
+    """A kernel to compile. `request` is its key among those that a case asks Triton for.
+
+    Without, it is the kernel of the operation: the first that is launched, and of a peer's backward pass the last.
+    """
 
     case: Case
     target: Target
-    request: str
+    request: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,14 @@ class Proof:
         return self.num_warps * (64 if self.job.target.backend == "hip" else 32)
 
 
+#: Compute units, bytes of L2 cache and resident threads of a unit: MI300X and MI355X, by AMD's data sheets.
+AMD_CHIPS = {"gfx942": (304, 4 * 2**20, 2048), "gfx950": (256, 4 * 2**20, 2048)}
+
+#: For each architecture, a chip that has it.
+CUDA_TARGETS = tuple(Target("cuda", chip.arch, chip.name) for chip in map(chips.chip, ("A100", "H100", "B200")))
+HIP_TARGETS = tuple(Target("hip", arch, "") for arch in AMD_CHIPS)
+
+
 def call(case: Case, target: Target) -> None:
     """Calls the launcher of a case, on the target that is active."""
     if case.library != "fused_ignore_ce":
@@ -69,7 +81,18 @@ def call(case: Case, target: Target) -> None:
         return
     from fused_ignore_ce.kernels import cross_entropy
 
-    cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
+    with mock.patch.object(cross_entropy, "chip_of", return_value=launched_on(target)):
+        cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
+
+
+def launched_on(target: Target) -> Any:
+    """The chip as the launchers know it."""
+    from fused_ignore_ce.kernels import launch
+
+    if target.backend == "hip":
+        return launch.Chip(target.arch, *AMD_CHIPS[str(target.arch)], warp_size=64)
+    chip = chips.chip(target.chip)
+    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads, name=chip.name)
 
 
 def jobs(every: Iterable[Case], target: Target) -> list[Job]:
@@ -85,16 +108,26 @@ def jobs(every: Iterable[Case], target: Target) -> list[Job]:
 
 
 def compiled(job: Job) -> Proof:
-    # Thousands of kernels, each looked at once, do not belong in the user's cache.
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        driver = NullDriver(job.target.backend, job.target.arch, select=job.request.__eq__)
-        try:
-            with driver:
-                call(job.case, job.target)
-            (kernel, grid), *_ = driver.launches
-            return _proof(job, kernel, grid)
-        except Exception as error:
-            return Proof(job, error=" ".join(f"{type(error).__name__}: {error}".split()))
+    wanted = job.request.__eq__ if job.request else None
+    driver = NullDriver(job.target.backend, job.target.arch, select=wanted)
+    try:
+        with driver:
+            call(job.case, job.target)
+        kernel, grid = driver.launches[0 if job.request or job.case.operation != "backward" else -1]
+        return _proof(job, kernel, grid)
+    except Exception as error:
+        return Proof(job, error=reason(error))
+
+
+def reason(error: BaseException, length: int = 400) -> str:
+    """What an error and its causes say, in one line; the end of it, if it is long."""
+    said = []
+    cause: BaseException | None = error
+    while cause is not None:
+        said.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    line = " ".join(" <- ".join(said).split())
+    return line if len(line) <= length else f"...{line[-length:]}"
 
 
 def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
@@ -128,7 +161,12 @@ def amd_usage(assembly: str) -> dict[str, int]:
 
 def compile_all(todo: list[Job], processes: int | None = None) -> Iterator[Proof]:
     """In the order of the jobs."""
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    # Thousands of kernels, each looked at once, do not belong in the user's cache.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
+        ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool,
+    ):
         yield from pool.map(compiled, todo, chunksize=2)
 
 

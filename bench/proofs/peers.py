@@ -20,7 +20,7 @@ TRL_CHUNK = 8192
 
 def liger(case: Case, arch: int | str) -> None:
     """Its one launch reads a row for its sums, and again for its gradient, which it writes over the logits."""
-    from liger_kernel.ops import cross_entropy
+    from liger_kernel.ops import cross_entropy  # type: ignore[import-untyped]
 
     x = torch.empty(case.T, case.V, dtype=getattr(torch, case.dtype), requires_grad=True)
     target = torch.zeros(case.T, dtype=torch.int64)
