@@ -53,8 +53,13 @@ BUDGET_CLASSES = 32000
 
 
 def loaded_a_logit(case: Case, rows: int = 1) -> float:
-    """Bytes that a kernel's loops load for a logit; a class's weight serves all rows of a tile."""
-    return case.itemsize * (1 + ("probs" in case.features) + ("weight" in case.features) / rows)
+    """Bytes that a kernel's loops load for a logit.
+
+    Only the weights of targets over all classes are loaded in loops; one serves all rows of a tile.
+    """
+    probs = "probs" in case.features
+    weights = "weight" in case.features and (probs or "smoothing" in case.features)
+    return case.itemsize * (1 + probs + weights / rows)
 
 
 def work(proof: Proof, rows: int | None = None) -> roof.Work:

@@ -10,8 +10,8 @@ from .compiling import Proof
 from .predicting import Row
 
 HEADER = (
-    f"{'kernel':46} {'arch':7} {'dtype':8} {'tile':>13} {'warps':>5} {'regs':>4} {'shared':>6} {'spilt':>5} {'threads':>7}"
-    f" {'loop':>5} {'all':>6} {'special':>7} {'barriers':>8} {'shuffles':>8} {'in flight':>9}"
+    f"{'kernel':46} {'arch':7} {'dtype':8} {'tile':>13} {'warps':>5} {'regs':>4} {'shared':>6} {'spilt':>5}"
+    f" {'threads':>7} {'loop':>5} {'all':>6} {'special':>7} {'barriers':>8} {'shuffles':>8} {'in flight':>9}"
 )
 
 
