@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .loss import LOSSES
+from .origin import Origin
 from .product import Product
 from .recording import COMMUTATIVE, record
 
@@ -44,16 +45,18 @@ class DeferredLogits(Tensor):
     _is_contiguous: bool  # as somebody was told
     _written: bool
     _loss_taken: bool
+    _origin: Origin
 
     @property
     def is_materialized(self) -> bool:
-        """Whether the logits were computed."""
-        return self._value is not None
+        """Whether these logits, or others that were made from them or that they were made from, were computed."""
+        return self._origin.read
 
-    def materialize(self) -> Tensor:
-        """The logits as a plain tensor, computed on the first call."""
+    def materialize(self, reader: str = "materialize") -> Tensor:
+        """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
             parent = self._parent
+            self._origin.was_read(reader)
             if self._is_foreign():
                 self._value = _Read.apply(self)
             elif parent is not None and parent._value is not None:
@@ -134,12 +137,16 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
         name = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
         if name in COMMUTATIVE and len(args) == 2 and isinstance(args[1], cls) and not isinstance(args[0], cls):
             args = args[::-1]
         self = args[0] if args and isinstance(args[0], cls) else None
         if func in LOSSES and args and isinstance(args[0], cls):
-            return LOSSES[func](*args, **kwargs)
+            origin = args[0]._origin
+            return LOSSES[func](*args, **kwargs, settings=origin.settings, origin=origin)
         if self is not None:
             if name in _METADATA and func.__name__ != "__set__" and not self._written:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -159,7 +166,11 @@ class DeferredLogits(Tensor):
                 self._settle()
         elif "out" in kwargs and isinstance(kwargs["out"], cls):
             kwargs["out"]._settle()
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda t: t.materialize(), (args, kwargs))
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            cls,
+            lambda t: t.materialize(name) if _writes(name) else t._origin.guarded(t.materialize(name)),
+            (args, kwargs),
+        )
         if self is None:
             return func(*args, **kwargs)
         value, version = args[0], _version(args[0])
@@ -172,7 +183,9 @@ class DeferredLogits(Tensor):
         """Code that goes past __torch_function__ (C++, autograd.Function.apply) reads the logits here."""
         if func is torch.ops.aten.detach.default:
             return args[0]._record(torch.Tensor.detach, "detach", (), {})
-        values = torch.utils._pytree.tree_map_only(cls, lambda t: t.materialize().detach(), (args, kwargs or {}))
+        values = torch.utils._pytree.tree_map_only(
+            cls, lambda t: t.materialize(func.__name__).detach(), (args, kwargs or {})
+        )
         if func._schema.is_mutable:
             raise RuntimeError(f"logits: {func} would write to deferred logits; pass logits.clone()")
         return func(*values[0], **values[1])
@@ -191,8 +204,11 @@ class DeferredLogits(Tensor):
                 f"logits.{name}: the loss was taken without computing logits, so they get no gradient; call "
                 "unpatch_model(model) to have it"
             )
-        value = self.materialize()
-        return getattr(value, name)() if name == "retain_grad" else getattr(value, name)
+        value = self.materialize(name)
+        if name != "retain_grad":
+            return getattr(value, name)
+        self._written = True  # from now on losses are taken of the tensor, which gets the gradient
+        return value.retain_grad()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._value is not None:
@@ -240,6 +256,7 @@ def make(
     parent: DeferredLogits | None = None,
     operation: Any = None,
     cls: type[DeferredLogits] | None = None,
+    origin: Origin | None = None,
 ) -> DeferredLogits:
     """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
     made = _Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
@@ -256,25 +273,26 @@ def make(
     made._is_contiguous = False
     made._written = False
     made._loss_taken = False
+    made._origin = origin or (Origin() if parent is None else parent._origin)
     if parent is not None:
         parent._children.append(weakref.ref(made))
     return made
 
 
-def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> DeferredLogits:
+def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None) -> DeferredLogits:
     """`F.linear(hidden, weight, bias)`, deferred.
 
     >>> logits = defer(torch.ones(2, 3), torch.ones(5, 3))
     >>> (logits / 2)[0].is_materialized, logits[0].sum().item(), logits.is_materialized
-    (False, 15.0, False)
+    (False, 15.0, True)
     """
-    return make(product_of(hidden, weight, bias))
+    return make(product_of(hidden, weight, bias), origin=origin)
 
 
-def as_tensor(traced: Any) -> DeferredLogits:
+def as_tensor(traced: Any, origin: Origin, loss_taken: bool) -> DeferredLogits:
     """What was traced, once tracing is over."""
-    made = make(traced._product)
-    made._loss_taken = True
+    made = make(traced._product, origin=origin)
+    made._loss_taken = loss_taken
     return made
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .logits import DeferredLogits, make, product_of
+from .origin import Origin
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -36,10 +37,10 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def defer_sharded(hidden: Any, weight: Any, bias: Any) -> DeferredLogits:
+def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None) -> DeferredLogits:
     """`F.linear` of DTensors, deferred."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
-    return make(product, cls=DeferredDTensor)
+    return make(product, cls=DeferredDTensor, origin=origin)
 
 
 class DeferredDTensor(DeferredLogits):
@@ -98,4 +99,4 @@ class DeferredDTensor(DeferredLogits):
         return replicated.to_local(**kwargs)
 
     def _computed(self) -> Any:
-        return self.materialize()
+        return self.materialize("redistribute")

@@ -24,7 +24,7 @@ class TracedLogits:
     def _take_loss(self) -> None:
         """Nobody can ask for a gradient of what is traced."""
 
-    def materialize(self) -> Tensor:
+    def materialize(self, reader: str = "materialize") -> Tensor:
         return self._product.logits()
 
     @property
