@@ -1,4 +1,4 @@
-"""Never another loss in silence: what a patched model cannot compute as asked is an error, or a warning that says so."""
+"""Never another loss in silence: what a patched model cannot compute as asked is an error, or a warning."""
 
 import functools
 import warnings

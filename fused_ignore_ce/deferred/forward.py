@@ -257,7 +257,7 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool) -> 
         origin = Origin(settings, recorder_of(model))
         if used:
             origin.took("cross_entropy (compiled)", value._product.rows, value._product.bytes)
-        return as_tensor(value, origin, loss_taken=used)
+        return as_tensor(value, origin)
 
     if not isinstance(outputs, dict):
         return type(outputs)(map(as_deferred, outputs))

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import expression
+from .graph import Node, Read
 from .loss import LOSSES
-from .origin import Origin
+from .origin import Origin, joint
 from .product import Product
 from .recording import COMMUTATIVE, record
+from .reductions import reduce
 
 #: What the tensor answers itself, by the names of methods and attributes.
 _METADATA = frozenset({
@@ -33,7 +36,7 @@ class DeferredLogits(Tensor):
     (by an optimizer's step) reading raises RuntimeError: the logits of the forward cannot be had any more.
     """
 
-    _product: Product
+    _product: Any  # a Product or an Expression
     _versions: list[int]
     _value: Tensor | None
     _with_grad: bool
@@ -44,7 +47,6 @@ class DeferredLogits(Tensor):
     _node: Any
     _is_contiguous: bool  # as somebody was told
     _written: bool
-    _loss_taken: bool
     _origin: Origin
 
     @property
@@ -58,7 +60,7 @@ class DeferredLogits(Tensor):
             parent = self._parent
             self._origin.was_read(reader)
             if self._is_foreign():
-                self._value = _Read.apply(self)
+                self._value = Read.apply(self)
             elif parent is not None and parent._value is not None:
                 func, args, kwargs = self._operation
                 with torch.set_grad_enabled(self._with_grad):
@@ -73,23 +75,27 @@ class DeferredLogits(Tensor):
                 self._value.register_hook(hook)
         return self._value
 
-    def _usable_product(self) -> Product | None:
-        """The product, unless the logits have become something else since."""
+    def _usable_recipe(self) -> Any:
+        """The product or expression, unless the logits have become something else since."""
         return None if self._written or self._is_foreign() else self._checked_product()
 
-    def _take_loss(self) -> None:
-        """From now on no gradient flows through the logits of this family."""
+    def _usable_product(self) -> Product | None:
+        recipe = self._usable_recipe()
+        return recipe if isinstance(recipe, Product) else None
+
+    def _is_there(self) -> bool:
+        """Whether it is a tensor, or a part of one."""
         member: DeferredLogits | None = self
-        while member is not None:
-            member._loss_taken = True
+        while member is not None and member._value is None:
             member = member._parent
+        return member is not None
 
     def _is_foreign(self) -> bool:
         """Whether an autograd.Function returned this tensor: its gradient is that function's to compute."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.grad_fn is not self._node
 
-    def _checked_product(self) -> Product:
+    def _checked_product(self) -> Any:
         for t, version in zip(self._product.tensors, self._versions, strict=True):
             if _version(t) != version:
                 raise RuntimeError(
@@ -119,6 +125,23 @@ class DeferredLogits(Tensor):
             if isinstance(done, list):
                 return tuple(make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
             return None if done is None else make(done, self, (func, args, kwargs))
+
+    def _evaluate(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation row by row gives: an expression, deferred, or what reduces one; None for others."""
+        deferred = [a for a in args if isinstance(a, DeferredLogits)]
+        if any(d._is_there() or d._hooks for d in deferred):
+            return None  # what is there already is used, and hooks want the gradient of the logits
+        recipes = {id(d): d._usable_recipe() for d in deferred}
+        if None in recipes.values():
+            return None
+        args = tuple(recipes.get(id(a), a) for a in args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(d._with_grad for d in deferred)):
+            done = expression.record(func, name, args, kwargs)
+            if done is not None:
+                return make(done, cls=DeferredLogits, origin=joint([d._origin for d in deferred]))
+            if deferred[0] is not self or len(deferred) > 1 or recipes[id(self)] is not args[0]:
+                return None
+            return reduce(func, name, args[0], args[1:], kwargs, self._origin)
 
     def _settle(self) -> None:
         """Computes the whole family, that the memory they share is shared, before one of them is written."""
@@ -160,10 +183,16 @@ class DeferredLogits(Tensor):
                 return self._before_loss(name)
             if not _writes(name):
                 done = self._record(func, name, args[1:], kwargs)
+                if done is None:
+                    done = self._evaluate(func, name, args, kwargs)
                 if done is not None:
                     return done
             else:
                 self._settle()
+        elif (other := next((a for a in args if isinstance(a, cls)), None)) is not None:
+            done = other._evaluate(func, name, args, kwargs)
+            if done is not None:
+                return done
         elif "out" in kwargs and isinstance(kwargs["out"], cls):
             kwargs["out"]._settle()
         args, kwargs = torch.utils._pytree.tree_map_only(
@@ -197,7 +226,7 @@ class DeferredLogits(Tensor):
             return super().register_hook(hook)
 
     def _before_loss(self, name: str) -> Any:
-        if self._loss_taken:
+        if self._origin.fused:
             if name == "grad":
                 return None
             raise RuntimeError(
@@ -216,50 +245,15 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
 
-class _Node(torch.autograd.Function):
-    """Makes deferred logits a part of the autograd graph, whoever uses them; its backward computes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Product, cls: type[DeferredLogits], *tensors: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.product = product.with_tensors([t.detach() for t in tensors])
-        return torch.Tensor._make_wrapper_subclass(
-            cls, product.shape, dtype=product.dtype, device=product.hidden.device
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Any) -> Any:
-        if dlogits is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needed = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.product.tensors, needed, strict=True)]
-        with torch.enable_grad():
-            logits = ctx.product.with_tensors(tensors).logits()
-        grads = iter(torch.autograd.grad(logits, [t for t in tensors if t.requires_grad], dlogits, allow_unused=True))
-        return None, None, *(next(grads) if n else None for n in needed)
-
-
-class _Read(torch.autograd.Function):
-    """The logits of a tensor that another autograd.Function returned; their gradient goes to that function."""
-
-    @staticmethod
-    def forward(ctx: Any, deferred: DeferredLogits) -> Tensor:
-        return deferred._checked_product().logits()
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
-        return dlogits
-
-
 def make(
-    product: Product,
+    product: Product | expression.Expression,
     parent: DeferredLogits | None = None,
     operation: Any = None,
     cls: type[DeferredLogits] | None = None,
     origin: Origin | None = None,
 ) -> DeferredLogits:
     """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
-    made = _Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
+    made = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
     made._product = product
     made._versions = [_version(t) for t in product.tensors]
     made._value = None
@@ -272,7 +266,6 @@ def make(
         made._node = made.grad_fn
     made._is_contiguous = False
     made._written = False
-    made._loss_taken = False
     made._origin = origin or (Origin() if parent is None else parent._origin)
     if parent is not None:
         parent._children.append(weakref.ref(made))
@@ -289,11 +282,9 @@ def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Or
     return make(product_of(hidden, weight, bias), origin=origin)
 
 
-def as_tensor(traced: Any, origin: Origin, loss_taken: bool) -> DeferredLogits:
+def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
     """What was traced, once tracing is over."""
-    made = make(traced._product, origin=origin)
-    made._loss_taken = loss_taken
-    return made
+    return make(traced._product, origin=origin)
 
 
 def product_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Product:

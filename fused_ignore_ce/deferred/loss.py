@@ -83,7 +83,6 @@ def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], o
     loss = product.cross_entropy(target, {**options, **asked})
     if loss is None:
         return None
-    input._take_loss()
     if origin is None:
         return loss
     origin.took(kind, product.rows, product.bytes, _ignored(target, options))

@@ -112,6 +112,35 @@ class Origin:
         return _Guard.apply(value, changes)
 
 
+class JointOrigin(Origin):
+    """Of an expression of several models' logits, a divergence for instance: what is said of it is said of each."""
+
+    def __init__(self, origins: list[Origin]) -> None:
+        super().__init__(origins[0].settings)
+        self.origins = origins
+
+    def took(self, kind: str, tokens: int, size: int, ignored: Tensor | None = None) -> None:
+        for origin in self.origins:
+            origin.took(kind, tokens, size, ignored)
+
+    def was_read(self, operation: str) -> None:
+        self.read = True
+        for origin in self.origins:
+            origin.was_read(operation)
+
+    def guarded(self, value: Any) -> Any:
+        for origin in self.origins:
+            value = origin.guarded(value)
+        return value
+
+
+def joint(origins: list[Origin]) -> Origin:
+    """The origin of what is made of logits of these origins."""
+    parts = [part for origin in origins for part in getattr(origin, "origins", [origin])]
+    different = list({id(part): part for part in parts}.values())
+    return different[0] if len(different) == 1 else JointOrigin(different)
+
+
 class _Guard(torch.autograd.Function):
     """Identity; a gradient that arrives comes from a loss that the options did not reach."""
 

@@ -56,6 +56,13 @@ class Product(NamedTuple):
         return self.hidden.device
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for products of the same tensors by the same operations."""
+        operands = tuple(id(t) for t in (self.hidden, self.weight, self.bias))
+        steps = tuple((kind, id(value) if isinstance(value, Tensor) else value) for kind, value in self.steps)
+        return (*operands, self.linear_dtype, steps, self.layout)
+
+    @property
     def rows(self) -> int:
         return self.hidden.shape[:-1].numel()
 

@@ -54,7 +54,7 @@ class DeferredDTensor(DeferredLogits):
 
     @property
     def device_mesh(self) -> Any:
-        return self._product.weight.device_mesh  # type: ignore[attr-defined]
+        return self._product.weight.device_mesh
 
     @property
     def placements(self) -> tuple[Any, ...]:

@@ -21,9 +21,6 @@ class TracedLogits:
     def _usable_product(self) -> Product:
         return self._product
 
-    def _take_loss(self) -> None:
-        """Nobody can ask for a gradient of what is traced."""
-
     def materialize(self, reader: str = "materialize") -> Tensor:
         return self._product.logits()
 

@@ -1,0 +1,51 @@
+"""The nodes by which deferred logits are part of the autograd graph, whoever uses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def refuse_create_graph() -> None:
+    """For backwards whose gradients have no derivative."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True is not supported by deferred logits: take the loss of outputs.logits.materialize(), or "
+            "call unpatch_model(model)"
+        )
+
+
+class Node(torch.autograd.Function):
+    """Makes deferred logits a part of the autograd graph, whoever uses them; its backward computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Any, cls: Any, *tensors: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.product = product.with_tensors([t.detach() for t in tensors])
+        return torch.Tensor._make_wrapper_subclass(cls, product.shape, dtype=product.dtype, device=product.device)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Any) -> Any:
+        if dlogits is None:
+            return (None,) * len(ctx.needs_input_grad)
+        refuse_create_graph()
+        needed = ctx.needs_input_grad[2:]
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.product.tensors, needed, strict=True)]
+        with torch.enable_grad():
+            logits = ctx.product.with_tensors(tensors).logits()
+        grads = iter(torch.autograd.grad(logits, [t for t in tensors if t.requires_grad], dlogits, allow_unused=True))
+        return None, None, *(next(grads) if n else None for n in needed)
+
+
+class Read(torch.autograd.Function):
+    """The logits of a tensor that another autograd.Function returned; their gradient goes to that function."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: Any) -> Tensor:
+        return deferred._checked_product().logits()
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
+        return dlogits
