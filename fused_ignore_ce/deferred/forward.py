@@ -254,10 +254,10 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool) -> 
     def as_deferred(value: Any) -> Any:
         if not isinstance(value, TracedLogits):
             return value
-        origin = Origin(settings, recorder_of(model))
+        made = as_tensor(value, Origin(settings, recorder_of(model)))
         if used:
-            origin.took("cross_entropy (compiled)", value._product.rows, value._product.bytes)
-        return as_tensor(value, origin)
+            made._origin.took("cross_entropy (compiled)", value._product.rows)
+        return made
 
     if not isinstance(outputs, dict):
         return type(outputs)(map(as_deferred, outputs))

@@ -267,7 +267,9 @@ def make(
     made._is_contiguous = False
     made._written = False
     made._origin = origin or (Origin() if parent is None else parent._origin)
-    if parent is not None:
+    if parent is None:
+        made._origin.size += product.bytes if isinstance(product, Product) else 0
+    else:
         parent._children.append(weakref.ref(made))
     return made
 

@@ -85,7 +85,7 @@ def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], o
         return None
     if origin is None:
         return loss
-    origin.took(kind, product.rows, product.bytes, _ignored(target, options))
+    origin.took(kind, product.rows, _ignored(target, options))
     return origin.without_stats(loss)
 
 

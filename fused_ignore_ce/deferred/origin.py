@@ -66,7 +66,7 @@ class Settings(NamedTuple):
 class Origin:
     """What all tensors that were made from the logits of one forward share."""
 
-    def __init__(self, settings: Settings | None = None, recorder: Recorder | None = None, size: int = 0) -> None:
+    def __init__(self, settings: Settings | None = None, recorder: Recorder | None = None) -> None:
         self.settings = settings or Settings()
         self.recorder = recorder or Recorder()
         self.in_forward = False
@@ -75,6 +75,8 @@ class Origin:
         #: Whether a loss was taken without logits, and whether something computed logits.
         self.fused = False
         self.read = False
+        #: Bytes that the head's products would take, and how many of them the recorder has counted.
+        self.size = self.counted = 0
 
     def asked_stats(self) -> dict[str, bool]:
         """The keyword by which a loss in the forward is asked for statistics."""
@@ -88,19 +90,20 @@ class Origin:
             self.stats = result[1]
         return result[0]
 
-    def took(self, kind: str, tokens: int, size: int, ignored: Tensor | None = None) -> None:
-        """A loss was computed without logits, which would have had `size` bytes."""
-        if not self.fused and not self.read:
-            self.recorder.bytes += size
-            self._counted = size
+    def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
+        """A loss was computed without logits."""
         self.fused = True
+        self._count(0 if self.read else self.size)
         self.recorder.add(kind, tokens, ignored)
 
     def was_read(self, operation: str) -> None:
-        if self.fused and not self.read:
-            self.recorder.bytes -= self._counted
         self.read = True
+        self._count(0)
         self.recorder.add_read(operation)
+
+    def _count(self, size: int) -> None:
+        self.recorder.bytes += size - self.counted
+        self.counted = size
 
     def guarded(self, value: Any) -> Any:
         """A tensor for code after the forward whose gradient is an error if a loss of it would miss options."""
@@ -119,9 +122,9 @@ class JointOrigin(Origin):
         super().__init__(origins[0].settings)
         self.origins = origins
 
-    def took(self, kind: str, tokens: int, size: int, ignored: Tensor | None = None) -> None:
+    def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
         for origin in self.origins:
-            origin.took(kind, tokens, size, ignored)
+            origin.took(kind, tokens, ignored)
 
     def was_read(self, operation: str) -> None:
         self.read = True

@@ -57,7 +57,7 @@ def reduce(
         position = kwargs.pop("k", None)
         first = (recipe, -1) if position is None else (recipe, position, -1)
         found = by_tiles(made(func, name, first, kwargs), budget)
-    origin.took(kind, product.rows, product.bytes)
+    origin.took(kind, product.rows)
     if isinstance(found, tuple):
         values = [origin.guarded(value) for value in found]
         return getattr(torch.return_types, name)(values)
