@@ -254,3 +254,36 @@ def test_every_reduction_is_tried():
     for name in ("argmin", "amin", "min"):
         found, plain = (getattr(t, name)(-1) for t in (x, x.detach().clone() + 0))
         torch.testing.assert_close(found if name != "min" else found[0], plain if name != "min" else plain[0])
+
+
+def test_hooks_of_the_logits_are_called_first():
+    """FSDP has some, which take None for the gradient that there is not; a hook that changes it fails."""
+    hidden, weight, bias = head()
+    for value in (entropy, ROW_BY_ROW["shifted"], lambda x: F.cross_entropy(x.view(-1, V), INDEX.view(-1))):
+        order = []
+        upstream = hidden * 1.0
+        upstream.register_hook(lambda g, order=order: order.append("hidden"))
+        x = defer(upstream, weight, bias)
+        x.register_hook(lambda g, order=order: order.append(g))
+        value(x).sum().backward()
+        assert order == [None, "hidden"]
+        x = defer(hidden, weight, bias)
+        x.register_hook(lambda g: g * 0.5)
+        with pytest.raises(TypeError, match="NoneType"):
+            value(x).sum().backward()
+    x, seen = defer(hidden, weight, bias), []
+    x.register_hook(seen.append)
+    x.exp().sum().backward()  # of what is read they see the gradient
+    torch.testing.assert_close(seen[0], F.linear(hidden, weight, bias).exp())
+
+
+def test_writing_to_a_part_of_an_expression_is_seen():
+    for part in (lambda e: e[:, 1:], lambda e: e.detach(), lambda e: e.view(-1, V)):
+        leaves = head()
+        found = []
+        for linear in (defer, F.linear):
+            with torch.no_grad():
+                e = linear(*leaves).softmax(-1)
+                part(e).zero_()
+            found.append(e + 0)
+        torch.testing.assert_close(*found)

@@ -43,7 +43,7 @@ class Expression(NamedTuple):
     kwargs: dict[str, Any]
     shape: torch.Size
     dtype: torch.dtype
-    autocast: torch.dtype | None  # what was on when it was recorded
+    autocast: torch.dtype | None  # the dtype of what was on when it was recorded
 
     @property
     def classes_second(self) -> bool:
@@ -79,13 +79,6 @@ def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if name in NORMALIZING:
         normalized = _normalized(first, args[1:], kwargs) if args[0] is first else None
         return None if normalized is None else made(func, name, (first, -1), normalized)
-    if isinstance(first, Expression) and args[0] is first:
-        if name in _UNCHANGED and not args[1:] and not kwargs:
-            return first
-        if name == "detach":
-            return first.with_tensors([t.detach() for t in first.tensors])
-        if name not in ELEMENTWISE:
-            return _on_rows(first, name, args[1:], kwargs)
     if name not in ELEMENTWISE or not all(_is_constant(value) for value in kwargs.values()):
         return None
     if name in _CASTS and not all(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
@@ -168,8 +161,14 @@ def _normalized(recipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return {} if dtype is None else {"dtype": dtype}
 
 
-def _on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
+def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
     """An operation on rows is one on the rows of the logits, where no other tensor has any."""
+    if name in _UNCHANGED and not args and not kwargs:
+        return expression
+    if name == "detach":
+        return expression.with_tensors([t.detach() for t in expression.tensors])
+    if name in ELEMENTWISE or name in NORMALIZING:
+        return None
     if any(t.dim() > 1 for t in _operands(expression)):
         return None
     hidden: dict[int, Tensor] = {}
@@ -226,9 +225,14 @@ def evaluate(recipe: Any, known: dict[Any, Any]) -> Any:
     if not isinstance(recipe, Expression):
         return recipe
     args = [evaluate(a, known) for a in recipe.args]
-    enabled = recipe.autocast is not None
-    with torch.autocast(recipe.device.type, dtype=recipe.autocast, enabled=enabled):
+    with autocast(recipe):
         return recipe.func(*args, **recipe.kwargs)
+
+
+def autocast(expression: Expression) -> torch.autocast:
+    """As it was when the operation was asked for."""
+    dtype = expression.autocast
+    return torch.autocast(expression.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def describe(recipe: Any) -> str:

@@ -49,3 +49,19 @@ class Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> Tensor:
         return dlogits
+
+
+class Connect(torch.autograd.Function):
+    """Identity of a value; its backward also goes through the logits, without a gradient, for the sake of their hooks.
+
+    A hook gets None then. Those of FSDP take it; one that needs the gradient fails.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *hooked: Any) -> Tensor:
+        ctx.hooked = len(hooked)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, *[None] * ctx.hooked

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from . import expression
-from .graph import Node, Read
+from .graph import Connect, Node, Read
 from .loss import LOSSES
+from .names import METADATA, writes
 from .origin import Origin, joint
-from .product import Product
+from .product import Product, product_of
 from .recording import COMMUTATIVE, record
 from .reductions import reduce
-
-#: What the tensor answers itself, by the names of methods and attributes.
-_METADATA = frozenset({
-    "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "dtype", "device", "layout",
-    "requires_grad", "is_leaf", "grad_fn", "get_device", "is_floating_point", "is_complex", "element_size", "itemsize",
-    "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps",
-    "is_inference", "is_neg", "is_conj", "output_nr", "name", "names", "_version", "_backward_hooks", "_base",
-    "_is_view", "is_sparse_csr", "nbytes",
-})  # fmt: skip
 
 
 class DeferredLogits(Tensor):
@@ -44,6 +36,7 @@ class DeferredLogits(Tensor):
     _operation: tuple[Any, tuple[Any, ...], dict[str, Any]]
     _children: list[weakref.ref[DeferredLogits]]
     _hooks: list[Any]
+    _made_of: tuple[DeferredLogits, ...]
     _node: Any
     _is_contiguous: bool  # as somebody was told
     _written: bool
@@ -61,10 +54,15 @@ class DeferredLogits(Tensor):
             self._origin.was_read(reader)
             if self._is_foreign():
                 self._value = Read.apply(self)
-            elif parent is not None and parent._value is not None:
+            elif parent is not None and (parent._value is not None or self._is_expression()):
                 func, args, kwargs = self._operation
                 with torch.set_grad_enabled(self._with_grad):
-                    self._value = func(parent._value, *args, **kwargs)
+                    self._value = func(parent.materialize(reader), *args, **kwargs)
+            elif self._is_expression():
+                func, args, kwargs = self._operation
+                values = [a.materialize(reader) if isinstance(a, DeferredLogits) else a for a in args]
+                with torch.set_grad_enabled(self._with_grad), expression.autocast(self._product):
+                    self._value = func(*values, **kwargs)
             else:
                 product = self._checked_product()
                 with torch.set_grad_enabled(self._with_grad):
@@ -79,9 +77,20 @@ class DeferredLogits(Tensor):
         """The product or expression, unless the logits have become something else since."""
         return None if self._written or self._is_foreign() else self._checked_product()
 
+    def _is_expression(self) -> bool:
+        return isinstance(self._product, expression.Expression)
+
     def _usable_product(self) -> Product | None:
         recipe = self._usable_recipe()
         return recipe if isinstance(recipe, Product) else None
+
+    def _connected(self, value: Tensor) -> Tensor:
+        """What was computed without logits, in whose backward hooks of the logits are called first: FSDP has some."""
+        hooked, members = [], [self]
+        for member in members:
+            members += [m for m in member._made_of if all(m is not known for known in members)]
+            hooked += [member] if member._hooks else []
+        return Connect.apply(value, *hooked) if hooked and value.requires_grad else value
 
     def _is_there(self) -> bool:
         """Whether it is a tensor, or a part of one."""
@@ -113,15 +122,17 @@ class DeferredLogits(Tensor):
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation gives, deferred; None where it cannot be recorded."""
-        product = self._usable_product()
-        if product is None:
+        recipe = self._usable_recipe()
+        if recipe is None:
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
-            if name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
+            if self._is_expression():
+                done = expression.on_rows(recipe, name, args, kwargs)
+            elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
                 other = args[0]._usable_product()
-                done = None if other is None or kwargs else product.plus(other)
+                done = None if other is None or kwargs else recipe.plus(other)
             else:
-                done = record(product, name, args, kwargs)
+                done = record(recipe, name, args, kwargs)
             if isinstance(done, list):
                 return tuple(make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
             return None if done is None else make(done, self, (func, args, kwargs))
@@ -129,19 +140,21 @@ class DeferredLogits(Tensor):
     def _evaluate(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an operation row by row gives: an expression, deferred, or what reduces one; None for others."""
         deferred = [a for a in args if isinstance(a, DeferredLogits)]
-        if any(d._is_there() or d._hooks for d in deferred):
-            return None  # what is there already is used, and hooks want the gradient of the logits
+        if any(d._is_there() for d in deferred):
+            return None  # it is used
         recipes = {id(d): d._usable_recipe() for d in deferred}
         if None in recipes.values():
             return None
-        args = tuple(recipes.get(id(a), a) for a in args)
+        operands = tuple(recipes.get(id(a), a) for a in args)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(d._with_grad for d in deferred)):
-            done = expression.record(func, name, args, kwargs)
+            done = expression.record(func, name, operands, kwargs)
             if done is not None:
-                return make(done, cls=DeferredLogits, origin=joint([d._origin for d in deferred]))
-            if deferred[0] is not self or len(deferred) > 1 or recipes[id(self)] is not args[0]:
+                origin = joint([d._origin for d in deferred])
+                return make(done, None, (func, args, kwargs), DeferredLogits, origin, tuple(deferred))
+            if deferred[0] is not self or len(deferred) > 1 or args[0] is not self:
                 return None
-            return reduce(func, name, args[0], args[1:], kwargs, self._origin)
+            found = reduce(func, name, operands[0], args[1:], kwargs, self._origin)
+        return torch.utils._pytree.tree_map_only(Tensor, self._connected, found)
 
     def _settle(self) -> None:
         """Computes the whole family, that the memory they share is shared, before one of them is written."""
@@ -171,7 +184,7 @@ class DeferredLogits(Tensor):
             origin = args[0]._origin
             return LOSSES[func](*args, **kwargs, settings=origin.settings, origin=origin)
         if self is not None:
-            if name in _METADATA and func.__name__ != "__set__" and not self._written:
+            if name in METADATA and func.__name__ != "__set__" and not self._written:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if name == "is_contiguous" and self._value is None and not (kwargs or args[1:]):
@@ -181,7 +194,7 @@ class DeferredLogits(Tensor):
                 return self._register_hook(*args[1:], **kwargs)
             if name in ("retain_grad", "grad", "retains_grad") and self._value is None:
                 return self._before_loss(name)
-            if not _writes(name):
+            if not writes(name):
                 done = self._record(func, name, args[1:], kwargs)
                 if done is None:
                     done = self._evaluate(func, name, args, kwargs)
@@ -197,7 +210,7 @@ class DeferredLogits(Tensor):
             kwargs["out"]._settle()
         args, kwargs = torch.utils._pytree.tree_map_only(
             cls,
-            lambda t: t.materialize(name) if _writes(name) else t._origin.guarded(t.materialize(name)),
+            lambda t: t.materialize(name) if writes(name) else t._origin.guarded(t.materialize(name)),
             (args, kwargs),
         )
         if self is None:
@@ -211,7 +224,9 @@ class DeferredLogits(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Code that goes past __torch_function__ (C++, autograd.Function.apply) reads the logits here."""
         if func is torch.ops.aten.detach.default:
-            return args[0]._record(torch.Tensor.detach, "detach", (), {})
+            done = args[0]._record(torch.Tensor.detach, "detach", (), {})
+            if done is not None:
+                return done
         values = torch.utils._pytree.tree_map_only(
             cls, lambda t: t.materialize(func.__name__).detach(), (args, kwargs or {})
         )
@@ -251,6 +266,7 @@ def make(
     operation: Any = None,
     cls: type[DeferredLogits] | None = None,
     origin: Origin | None = None,
+    made_of: tuple[DeferredLogits, ...] = (),
 ) -> DeferredLogits:
     """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
     made = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
@@ -259,6 +275,7 @@ def make(
     made._value = None
     made._with_grad = torch.is_grad_enabled()
     made._parent = parent
+    made._made_of = made_of or (() if parent is None else (parent,))
     made._operation = operation
     made._children = []
     made._hooks = []
@@ -289,26 +306,8 @@ def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
     return make(traced._product, origin=origin)
 
 
-def product_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
-    dtype, device = hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return Product(hidden, weight, bias, dtype, dtype)
-
-
 def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return func(value, *args, **kwargs)[i]
-
-
-def _writes(name: str) -> bool:
-    """PyTorch's names of what changes its first argument."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "data") or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-)
 
 
 def _version(t: Tensor) -> int:

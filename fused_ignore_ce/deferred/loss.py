@@ -86,7 +86,7 @@ def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], o
     if origin is None:
         return loss
     origin.took(kind, product.rows, _ignored(target, options))
-    return origin.without_stats(loss)
+    return input._connected(origin.without_stats(loss))
 
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .logits import defer, product_of
+from .logits import defer
 from .loss import LOSSES
 from .origin import Origin
+from .product import product_of
 from .sharded import defer_sharded, is_sharded
 from .traced import TracedLogits
 

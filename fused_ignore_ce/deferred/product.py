@@ -239,3 +239,10 @@ class Product(NamedTuple):
             bias = bias.to(weight.dtype)
         with self._autocast(half):
             return function(hidden, weight, target, linear_bias=bias, **options)
+
+
+def product_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+    dtype, device = hidden.dtype, hidden.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return Product(hidden, weight, bias, dtype, dtype)

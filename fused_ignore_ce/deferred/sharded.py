@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logits import DeferredLogits, make, product_of
+from .logits import DeferredLogits, make
 from .origin import Origin
+from .product import product_of
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
