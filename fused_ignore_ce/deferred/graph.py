@@ -1,4 +1,4 @@
-"""The nodes by which deferred logits are part of the autograd graph, whoever uses them."""
+"""The nodes by which deferred logits are part of the autograd graph, and whether what they depend on is unchanged."""
 
 from __future__ import annotations
 
@@ -65,3 +65,29 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, *[None] * ctx.hooked
+
+
+def check_unchanged(tensors: list[Tensor], versions: list[int]) -> None:
+    """An error where logits cannot be computed any more."""
+    for t, version in zip(tensors, versions, strict=True):
+        if version_of(t) != version:
+            raise RuntimeError(
+                "logits: the head's weights or the hidden states were changed in place since the forward, so its "
+                "logits cannot be computed any more; before optimizer.step(), read outputs.logits or keep "
+                "outputs.logits.detach().clone(), or call unpatch_model(model) to have them always"
+            )
+        if t.numel() and _is_plain(t) and t.untyped_storage().size() == 0:
+            raise RuntimeError(
+                "logits: the head's weights were freed before the loss was taken, as a sharding wrapper of the head "
+                "alone does after its forward; let the head be part of the root's shard group (with FSDP2, no "
+                "fully_shard(model.lm_head), or reshard_after_forward=False there). A loss after the model's forward "
+                "also needs fully_shard(model, reshard_after_forward=False). Or call unpatch_model(model)"
+            )
+
+
+def version_of(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type != "meta"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import expression
-from .graph import Connect, Node, Read
+from .graph import Connect, Node, Read, check_unchanged, version_of
 from .loss import LOSSES
 from .names import METADATA, writes
 from .origin import Origin, joint
@@ -105,19 +105,7 @@ class DeferredLogits(Tensor):
             return self.grad_fn is not self._node
 
     def _checked_product(self) -> Any:
-        for t, version in zip(self._product.tensors, self._versions, strict=True):
-            if _version(t) != version:
-                raise RuntimeError(
-                    "logits: the head's weights or the hidden states were changed in place since the forward, so its "
-                    "logits cannot be computed any more; read outputs.logits before optimizer.step(), or call "
-                    "unpatch_model(model) to have them always"
-                )
-            if t.numel() and _is_plain(t) and t.untyped_storage().size() == 0:
-                raise RuntimeError(
-                    "logits: the head's weights were freed after its forward and before the loss, as a sharding "
-                    "wrapper of the head alone does; let the head be part of the root's shard group (with FSDP2, "
-                    "no fully_shard(model.lm_head), or reshard_after_forward=False there), or call unpatch_model(model)"
-                )
+        check_unchanged(self._product.tensors, self._versions)
         return self._product
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -126,6 +114,8 @@ class DeferredLogits(Tensor):
         if recipe is None:
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
+            if name == "clone" and not (self._origin.in_forward or (self.requires_grad and torch.is_grad_enabled())):
+                return None  # a copy that nobody differentiates is to last
             if self._is_expression():
                 done = expression.on_rows(recipe, name, args, kwargs)
             elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
@@ -215,9 +205,9 @@ class DeferredLogits(Tensor):
         )
         if self is None:
             return func(*args, **kwargs)
-        value, version = args[0], _version(args[0])
+        value, version = args[0], version_of(args[0])
         out = func(*args, **kwargs)
-        self._written = self._written or _version(value) != version
+        self._written = self._written or version_of(value) != version
         return self if out is value and self._written else out
 
     @classmethod
@@ -271,7 +261,7 @@ def make(
     """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
     made = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
     made._product = product
-    made._versions = [_version(t) for t in product.tensors]
+    made._versions = [version_of(t) for t in product.tensors]
     made._value = None
     made._with_grad = torch.is_grad_enabled()
     made._parent = parent
@@ -308,11 +298,3 @@ def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
 
 def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return func(value, *args, **kwargs)[i]
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
-def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type != "meta"
