@@ -11,7 +11,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
 
 def functions():
@@ -44,8 +44,6 @@ tokenizer.train_from_iterator(itertools.chain(*texts), vocab_size=2048, special_
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = patch_model(LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)))  # the only change
 
-logits = []
-model.register_forward_hook(lambda module, args, outputs: logits.append(outputs.logits.is_materialized))
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-3,
@@ -54,4 +52,4 @@ with tempfile.TemporaryDirectory() as folder:
     data = [encode(tokenizer, prompt, body, 64) for prompt, body in texts]
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
-print(f"logits materialized in {sum(logits)} of {len(logits)} forwards")
+print(fusion_report(model))
