@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from data import texts_and_tokenizer
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
 
 class FusedSFTTrainer(SFTTrainer):
@@ -30,7 +30,6 @@ sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes))
 patch_model(model, z_loss=1e-4)
 
-logits = []
 with tempfile.TemporaryDirectory() as folder:
     arguments = SFTConfig(
         folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=3e-3, max_length=64, bf16=False,
@@ -39,6 +38,5 @@ with tempfile.TemporaryDirectory() as folder:
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": prompt, "completion": body} for prompt, body in texts])
     trainer = FusedSFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
-    model.register_forward_hook(lambda module, args, outputs: logits.append(outputs.logits.is_materialized))
     trainer.train()
-print(f"logits materialized in {sum(logits)} of {len(logits)} forwards")
+print(fusion_report(model))

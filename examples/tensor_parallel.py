@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data import encode, texts_and_tokenizer
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
 VOCABULARY, BATCH = 8191, 4  # 8191 does not divide by two: shards may be uneven
 
@@ -48,19 +48,17 @@ def main() -> None:
     patch_model(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    materialized = 0
     for step, batch in enumerate(itertools.islice(batches(), steps)):
         outputs = model(**{name: t.to(device) for name, t in batch.items()})
         outputs.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        materialized += outputs.logits.is_materialized
         if dist.get_rank() == 0 and step % 5 == 0:
             print(f"step {step:3}  loss {outputs.loss.item():.4f}", flush=True)
     if dist.get_rank() == 0:
         rows = model.lm_head.weight.to_local().shape[0]
         print(f"last loss {outputs.loss.item():.4f}; this rank holds {rows} of {VOCABULARY} rows of the head")
-        print(f"logits were materialized in {materialized} of {steps} steps")
+        print(fusion_report(model))
     dist.destroy_process_group()
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from data import encode, texts_and_tokenizer
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
@@ -18,8 +18,6 @@ texts, tokenizer = texts_and_tokenizer("<pad>")
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = patch_model(LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)))  # the only change
 
-logits = []
-model.register_forward_hook(lambda module, args, outputs: logits.append(outputs.logits.is_materialized))
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-3,
@@ -28,4 +26,4 @@ with tempfile.TemporaryDirectory() as folder:
     data = [encode(tokenizer, prompt, body, 64) for prompt, body in texts]
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
-print(f"logits materialized in {sum(logits)} of {len(logits)} forwards")
+print(fusion_report(model))
