@@ -5,6 +5,7 @@
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from .launch import ACCESS, MERGE_ROWS, backward_launch, chip_of, forward_launch
 # `debug` switches device_assert on; without the second, it would also check every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
 NO_STRIDES = (0, 0, 0)
+LOG2E, LOWEST = 1.4426950408889634, -2147483648.0
 
 
 def interpreted():
@@ -113,18 +115,16 @@ def new_parts(x, parts, with_stats):
     return x.new_empty((5, parts, N), dtype=_acc(x.dtype)), argmax
 
 
-def forward_part(
-    x, target, weight, probs, options, *, parts, part, first_class, classes, with_stats=False, launch=None
-):
+def forward_part(x, target, weight, probs, options, *, parts, part, block, with_stats=False, launch=None):
     """The sums over one block of the vocabulary, into number `part` of `parts`.
 
-    `x`, `weight` and `probs` are the block's, from `first_class` on; `classes` is the size of the whole vocabulary.
+    `x`, `weight` and `probs` are the block's, which begins at `block.first_class` of `block.classes`.
     """
     B, T, V = x.shape
     if B * T == 0:
         return
     launch = launch or part_launch(T, V, x.itemsize, *_layout(x, probs), chip_of(x.device))
-    _forward(x, target, weight, probs, None, parts, part, first_class, classes, launch, options, with_stats)
+    _forward(x, target, weight, probs, None, parts, part, *block, launch, options, with_stats)
 
 
 def merge(target, parts, options, *, with_stats=False):
@@ -146,14 +146,11 @@ def _merge(target, parts, rows, options, with_stats):
         )  # fmt: skip
 
 
-def backward(
-    upstream, x, target, weight, probs, shift, mass, entropy, options, *, dx, dprobs, first_class=0, classes=None,
-    launch=None,
-):  # fmt: skip
+def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, block=None, launch=None):
     """Writes the gradients into `dx` and `dprobs`; either may be None, and `dx` may be `x`.
 
     `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
-    `first_class` and `classes` are those of `forward_part`; without them, `x` has the whole vocabulary.
+    `saved` has shift, mass and entropy of the rows, `block` is as in `forward_part`: without it, `x` has all classes.
     """
     B, T, V = x.shape
     if x.numel() == 0:
@@ -166,9 +163,33 @@ def backward(
     with _on(x.device):
         backward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
             x, probs, dx, dprobs, target, weight,
-            (shift, mass, None if upstream.dentropy is None else entropy), pointers, B * T, T, V,
-            (launch.splits, launch.split_tiles, first_class, V if classes is None else classes),
+            (saved.shift, saved.mass, None if upstream.dentropy is None else saved.entropy), pointers, B * T, T, V,
+            (launch.splits, launch.split_tiles, *(block or (0, V))),
             (x.stride(), _strides(probs), _strides(dx), _strides(dprobs), strides),
             options.ignore_index, *scalars, launch.TILE, present,
             num_warps=launch.num_warps, **chip_of(x.device).options(simple),
         )  # fmt: skip
+
+
+def combine(parts):
+    """The sums over all parts, as one part."""
+    (largest, s, r, mass, d), argmax = parts
+    if len(largest) == 1:
+        return parts
+    most, at = largest.max(0, keepdim=True)
+    shift, shift_of_most = ((t * LOG2E).floor().clamp(min=LOWEST) for t in (largest, most))
+    back = shift - shift_of_most
+    beta = back.exp2()
+    sums = (s * beta, r + mass * back, mass, beta * (d + s * back))
+    partial = torch.stack([most, *(each.sum(0, keepdim=True) for each in sums)])
+    return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
+
+
+def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz, with_stats):
+    rows = forward(x, target, weight, probs, options, with_stats=with_stats)
+    loss, lse, shift, mass, predicted, entropy = rows
+    dlse = None if dz is None else 2.0 * options.z_loss * lse * dz
+    saved = SimpleNamespace(shift=shift, mass=mass, entropy=entropy)
+    upstream = upstream._replace(dlse=dlse)
+    backward(upstream, x, target, weight, probs, saved, options, dx=dx, dprobs=None)
+    return rows
