@@ -54,7 +54,7 @@ def backward_kernel(
     target = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
     if BLOCK_N == 1:
-        if target == ignore_index:
+        if target == ignore_index:  # noqa: SIM102
             if dx_ptr is not None:
                 write_zeros(dx_row, strides_dx[2], v_start, v_end, offs, BLOCK_V)
             if dprobs_ptr is not None:
