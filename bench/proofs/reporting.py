@@ -32,7 +32,7 @@ def figures(proof: Proof) -> dict[str, Any]:
     }
     if chip:
         found["resident threads"] = judging.resident_threads(proof, chip)
-    if proof.job.case.operation in judging.ROW_OPERATIONS:
+    if judging.is_row_kernel(proof):
         cost = roof.cost(code, judging.work(proof))
         found |= {
             "instructions a logit in loops": round(judging.loop_instructions(proof), 2),
@@ -46,6 +46,8 @@ def line(proof: Proof) -> str:
     """A row under `HEADER`."""
     case = proof.job.case
     name = case.name if case.library == "fused_ignore_ce" else f"{case.library} {case.name}"
+    if proof.kernel and not judging.is_row_kernel(proof):
+        name = f"{name}: {proof.kernel}"
     start = f"{name:46} {proof.job.target!s:7} {case.dtype:8} {'x'.join(map(str, proof.tile)):>13} {proof.num_warps:5}"
     if proof.error:
         return f"{start} {proof.error}"
