@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .backward import backward_kernel
+from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel, merge_kernel
 from .launch import (
     ACCESS,
@@ -113,7 +114,8 @@ def _forward(x, target, weight, probs, rows, parts, first_part, first_class, cla
             x, probs, target, weight, out, into, B * T, T, V,
             (launch.splits, launch.split_tiles, first_part, all_parts, first_class, classes),
             x.stride(), _strides(probs), options.ignore_index, *scalars, launch.TILE, present,
-            num_warps=launch.num_warps, **ASSERTS, **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
+            num_warps=launch.num_warps, **ASSERTS,
+            **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
         )  # fmt: skip
 
 
@@ -151,6 +153,24 @@ def forward_part(
         return
     launch = launch or part_launch(T, V, x.itemsize, *_layout(x, probs), chip_of(x.device))
     _forward(x, target, weight, probs, None, parts, part, first_class, classes, launch, options, with_stats)
+
+
+def combine(parts):
+    """The sums over all parts, as one part: ((5, 1, N), (1, N))."""
+    (largest, s, r, mass, d), argmax = parts
+    if len(largest) == 1:
+        return parts
+    most, at = largest.max(0, keepdim=True)
+    down = _shift(largest) - _shift(most)
+    power = down.exp2()
+    sums = s * power, r + mass * down, mass, power * (d + s * down)
+    partial = torch.stack([most, *(each.sum(0, keepdim=True) for each in sums)])
+    return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
+
+
+def _shift(largest):
+    """What `whole_shift` makes of it."""
+    return (largest * LOG2E.value).floor_().clamp_(min=LOWEST.value)
 
 
 def merge(target, parts, options, *, with_stats=False):
