@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed, reference
-from .operators import is_plain, refuse_transforms, wants_grad
+from .operators import is_plain, wants_grad
 from .options import LossOptions, flatten, schema_of, unflatten
 from .rows import Block, Logits, Rows, Saved, Upstream, zero_rows
 
@@ -197,7 +197,7 @@ class CrossEntropyRows(torch.autograd.Function):
             upstream = Upstream(dloss, dlse, dentropy)
             if torch.is_grad_enabled():  # create_graph=True
                 _refuse_create_graph(place)
-                dx, dprobs = _differentiable_backward(upstream, logits, ctx.call.options, need_dx, need_dprobs)
+                dx, dprobs = differentiable_backward(upstream, logits, ctx.call.options, need_dx, need_dprobs)
             else:
                 overwrites = need_dx and ctx.inplace_backward
                 dx, dprobs = _gradients_like(logits, need_dx and not overwrites, need_dprobs)
@@ -216,7 +216,7 @@ def _refuse_create_graph(place: Tensor) -> None:
         )
 
 
-def _differentiable_backward(
+def differentiable_backward(
     upstream: Upstream, logits: Logits, options: LossOptions, need_dx: bool, need_dprobs: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dprobs) with a graph of their own, from the reference; it holds several tensors of x's shape."""
@@ -233,7 +233,6 @@ def _differentiable_backward(
 
 def cross_entropy_rows(logits: Logits, call: RowCall, *, inplace_backward: bool = False) -> RowResults:
     """The results of all rows; loss, lse and entropy are differentiable in x, the loss also in probabilities."""
-    refuse_transforms(logits.x, logits.probs)
     if not is_plain(logits.x):
         return RowResults(*_forward_operator(*logits, *flatten(call)))
     if wants_grad(logits.x, logits.probs):

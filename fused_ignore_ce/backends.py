@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
+from .operators import is_plain
 from .options import LossOptions, check_backend
 from .rows import Block, Rows, Saved, Upstream
 
@@ -95,6 +96,9 @@ class Backend(Protocol):
         `upstream` has the scale of the losses; `dz` (N,) is that of `options.z_loss * lse**2`, None for no z-loss.
         """
 
+    def scale(self, dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
+        """`dx * dloss * factor`, in place or into `out`; in place, a product of 1 moves nothing."""
+
 
 def choose(backend: str, device: torch.device) -> str:
     """The backend, "triton" or "torch", for tensors on this device."""
@@ -136,3 +140,16 @@ def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
             f"target {target[wrong][0].item()} is out of bounds: expected a class in [0, {classes}) or "
             f"ignore_index={ignore_index}"
         )
+
+
+def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """A gradient from forward times what came in backward: over itself, unless backward may run again."""
+    if not is_plain(gradient):
+        return (gradient * factor.reshape(1)).to(gradient.dtype)
+    kernels = implementation(backend, gradient.device)
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        kernels.scale(gradient, None, factor)
+        return gradient
+    out = torch.empty_like(gradient)
+    kernels.scale(gradient, None, factor, out=out)
+    return out

@@ -90,7 +90,9 @@ def fused_causal_lm_loss(
         problem = logits_problem(tensors, ids, options, reducing, backend, group, classes_dim=-1)
         if inplace_backward:
             check_inplace(problem.logits.x)
-    return problem._replace(targets=problem.targets._replace(shape=shape)).loss(inplace_backward)
+    return problem._replace(targets=problem.targets._replace(shape=shape)).loss(
+        inplace_backward, given.get("grad_in_forward", False)
+    )
 
 
 def fused_linear_causal_lm_loss(

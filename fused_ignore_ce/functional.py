@@ -12,6 +12,9 @@ from typing_extensions import Unpack
 from . import backends
 from .arguments import LogitsTensors, check_inplace, check_logits, holds_probabilities, local_logits
 from .autograd import RowCall, cross_entropy_rows
+from .grad_in_forward import can_compute_in_forward, total_with_gradient
+from .kernel_reduction import can_reduce, reduced_by_kernel
+from .operators import refuse_transforms
 from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import (
     LossStats,
@@ -19,6 +22,7 @@ from .reduction import (
     loss_dtype_of,
     prepare_targets,
     reduce_rows,
+    scales,
     statistics,
     weight_of_target,
 )
@@ -66,6 +70,7 @@ def fused_cross_entropy(
     token_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace_backward: bool = False,
+    grad_in_forward: bool = False,
     return_stats: bool | Literal["differentiable"] = False,
     loss_dtype: torch.dtype | None = None,
     process_group: Any = None,
@@ -102,6 +107,12 @@ def fused_cross_entropy(
         normalizer: number or 0-d tensor that divides the sum in place of the count; with reduction="mean" only.
         inplace_backward: let backward write the gradient over input's memory. Autograd's version check catches
             whoever needs the logits afterwards. Without effect under torch.compile, which plans memory itself.
+        grad_in_forward: compute the gradient of a scalar loss along with it, so that the logits are read from device
+            memory once. It is held until backward in place of the logits (in their memory with inplace_backward, which
+            then writes there in forward), and exact for any upstream gradient: backward multiplies it on the device,
+            and moves nothing where upstream is 1. Where it cannot be (reduction="none", a sharded vocabulary, gradients
+            of probabilities, token weights, a normalizer or statistics, tracing), the gradient is computed in backward.
+            `create_graph=True` is then an error.
         return_stats: also return `LossStats`, from the same pass: detached if True; with gradients of `lse` and
             `entropy` if "differentiable".
         loss_dtype: the dtype of the loss. None is PyTorch's rule, which rounds the loss of 16-bit logits to 16 bits: a
@@ -139,7 +150,7 @@ def fused_cross_entropy(
         problem = logits_problem(tensors, ids, options, reducing, backend, group)
         if inplace_backward:
             check_inplace(problem.logits.x)
-    loss: Tensor | tuple[Tensor, LossStats] = problem.loss(inplace_backward)
+    loss: Tensor | tuple[Tensor, LossStats] = problem.loss(inplace_backward, grad_in_forward)
     return loss
 
 
@@ -152,20 +163,34 @@ class LogitsProblem(NamedTuple):
     reduction: ReductionOptions
     loss_dtype: torch.dtype
 
-    def loss(self, inplace_backward: bool = False) -> Any:
+    def loss(self, inplace_backward: bool = False, grad_in_forward: bool = False) -> Any:
         """The loss, or (loss, LossStats)."""
         logits, targets, call, reduction, loss_dtype = self
-        rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
-        target_weight: Tensor | None = rows.target_weight
-        if call.group is None:
-            target_weight = weight_of_target(targets, logits.weight, logits.probs)
-        loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
+        refuse_transforms(logits.x, logits.probs)
+        num_tokens = None
+        if grad_in_forward and can_compute_in_forward(logits, targets, reduction, call):
+            scale = scales(
+                targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, logits.probs)
+            )
+            loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
+            loss = loss if scale.nothing is None else loss + scale.nothing
+        elif can_reduce(logits, targets, reduction, call):
+            loss, num_tokens, lse, predicted, entropy = reduced_by_kernel(
+                logits, targets, reduction, call, loss_dtype, inplace_backward
+            )
+        else:
+            rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
+            target_weight: Tensor | None = rows.target_weight
+            if call.group is None:
+                target_weight = weight_of_target(targets, logits.weight, logits.probs)
+            loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
+            lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
+            if call.group is not None and call.with_stats and logits.probs is not None:
+                targets = targets._replace(target=rows.likeliest)
         loss = loss.to(loss_dtype)
         if not call.with_stats:
             return loss
-        if len(rows.likeliest):
-            targets = targets._replace(target=rows.likeliest)
-        return loss, statistics(targets, reduction, rows.lse, rows.predicted, rows.entropy)
+        return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)
 
 
 def logits_problem(

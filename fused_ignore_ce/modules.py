@@ -55,6 +55,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         logit_scale: float = 1.0,
         z_loss: float = 0.0,
         inplace_backward: bool = False,
+        grad_in_forward: bool = False,
         return_stats: bool | Literal["differentiable"] = False,
         loss_dtype: torch.dtype | None = None,
         process_group: Any = None,
@@ -67,6 +68,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         self.logit_scale = logit_scale
         self.z_loss = z_loss
         self.inplace_backward = inplace_backward
+        self.grad_in_forward = grad_in_forward
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
         self.process_group = process_group
@@ -88,7 +90,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
             self.weight,
             token_weight=token_weight,
             normalizer=normalizer,
-            **_options(self, "inplace_backward"),
+            **_options(self, "inplace_backward", "grad_in_forward"),
         )
 
     def extra_repr(self) -> str:

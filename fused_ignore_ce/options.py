@@ -42,6 +42,7 @@ class CausalLMKeywords(RowKeywords, total=False):
     reduction: str
     token_weight: Tensor | None
     inplace_backward: bool
+    grad_in_forward: bool
     return_stats: bool | Literal["differentiable"]
     process_group: Any
 
@@ -54,6 +55,7 @@ class CrossEntropyKeywords(RowKeywords, total=False):
     token_weight: Tensor | None
     normalizer: float | Tensor | None
     inplace_backward: bool
+    grad_in_forward: bool
     process_group: Any
 
 

@@ -33,15 +33,22 @@ class Targets(NamedTuple):
     """Targets as the backends want them, for N rows, and what each row counts in the reduction."""
 
     target: Tensor  # (N,) int64, contiguous; the class that counts as correct with probability targets
-    kept: Tensor  # (N,) bool
-    token_weight: Tensor | None  # (N,) in the dtype of sums, 0 at ignored rows
+    ignored: int  # the target of ignored rows
+    token_weight: Tensor | None  # (N,), not read at ignored rows
     shape: torch.Size  # of the caller's row losses
     acc: torch.dtype  # of sums
 
     @property
+    def kept(self) -> Tensor:
+        """(N,) bool."""
+        return self.target != self.ignored
+
+    @property
     def share(self) -> Tensor:
-        """(N,): what each row counts where class weights do not matter."""
-        return self.kept if self.token_weight is None else self.token_weight
+        """(N,): what each row counts where class weights do not matter, 0 at ignored rows."""
+        if self.token_weight is None:
+            return self.kept.to(self.acc)
+        return torch.where(self.kept, self.token_weight.to(self.acc), 0.0)
 
 
 def prepare_targets(
@@ -73,11 +80,8 @@ def prepare_targets(
         ignored = unweighted if ignored is None else ignored | unweighted
     if ignored is not None:
         index = index.masked_fill(ignored, ids[0])
-    kept = index != ids[0]
-    if token_weight is not None:
-        token_weight = torch.where(kept, token_weight.reshape(-1).to(acc), 0.0)
     shape = sizes.rows if holds_probabilities(target) else target.shape
-    return Targets(index, kept, token_weight, shape, acc)
+    return Targets(index, ids[0], None if token_weight is None else token_weight.reshape(-1), shape, acc)
 
 
 def weight_of_target(targets: Targets, weight: Tensor | None, probs: Tensor | None) -> Tensor | None:
@@ -92,6 +96,7 @@ class Scales(NamedTuple):
 
     loss: Tensor  # (N,)
     z_loss: Tensor | None  # (N,); None without z-loss
+    divisor: float | Tensor | None  # what the scales of losses were divided by
     nothing: Tensor | None  # what is added to the sum: NaN where nothing is kept and "mean" divides by 0, else 0
 
 
@@ -101,32 +106,25 @@ def scales(targets: Targets, reduction: ReductionOptions, z_loss: float, target_
     "mean" divides the losses by the kept rows, each counted with its token weight and the class weight of its target;
     and the z-losses by the kept rows with their token weights only, as class weights do not scale them either.
     """
-    share = targets.share.to(targets.acc)
+    kept, share = targets.kept, targets.share
     if reduction.reduction == "sum":
-        return Scales(share, share if z_loss else None, None)
-    if reduction.normalizer is not None:
-        scale = _divided(targets, share, reduction.normalizer)
-        return Scales(scale, scale if z_loss else None, _nothing(targets, reduction.normalizer))
+        return Scales(share, share if z_loss else None, None, None)
+    divisor: float | Tensor
     weighted = share
-    if target_weight is not None and len(target_weight):
-        weighted = torch.where(targets.kept, target_weight.to(targets.acc) * share, 0.0)
-    divisor = weighted.sum()
-    scale = _divided(targets, share, divisor)
+    if reduction.normalizer is not None:
+        divisor = reduction.normalizer
+    else:
+        if target_weight is not None and len(target_weight):
+            weighted = torch.where(kept, target_weight.to(targets.acc) * share, 0.0)
+        divisor = weighted.sum()
+    scale = torch.where(kept, share / divisor, 0.0)
     z_scale = None
     if z_loss:
-        z_scale = scale if weighted is share else _divided(targets, share, share.sum())
-    return Scales(scale, z_scale, _nothing(targets, divisor))
-
-
-def _divided(targets: Targets, share: Tensor, divisor: float | Tensor) -> Tensor:
-    return torch.where(targets.kept, share / divisor, 0.0)
-
-
-def _nothing(targets: Targets, divisor: float | Tensor) -> Tensor:
-    """0 / 0 is NaN, as PyTorch's mean of nothing; the scales of ignored rows are 0 all the same."""
-    divisor = divisor.detach() if isinstance(divisor, Tensor) else divisor
-    zero = torch.zeros((), dtype=torch.float32, device=targets.kept.device)
-    return torch.where(targets.kept.any(), zero, zero / divisor)
+        z_scale = scale if weighted is share else torch.where(kept, share / share.sum(), 0.0)
+    # 0 / 0 is NaN, as PyTorch's mean of nothing; the scales of ignored rows are 0 all the same.
+    zero = share.new_zeros(())
+    nothing = torch.where(kept.any(), zero, zero / (divisor.detach() if isinstance(divisor, Tensor) else divisor))
+    return Scales(scale, z_scale, divisor, nothing)
 
 
 def row_losses(loss: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> Tensor:
@@ -134,7 +132,7 @@ def row_losses(loss: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> Te
     if z_loss:
         loss = loss + z_loss * lse.square()
     if targets.token_weight is not None:
-        loss = loss * targets.token_weight
+        loss = loss * targets.share
     return loss.view(targets.shape)
 
 
@@ -175,13 +173,23 @@ def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, we
 
 
 def statistics(
-    targets: Targets, reduction: ReductionOptions, lse: Tensor, predicted: Tensor, entropy: Tensor
+    targets: Targets,
+    reduction: ReductionOptions,
+    lse: Tensor,
+    predicted: Tensor,
+    entropy: Tensor,
+    num_tokens: Tensor | None = None,
 ) -> LossStats:
-    """Statistics in the caller's shape."""
+    """Statistics in the caller's shape. `num_tokens` is the number of kept rows, if it is known already."""
     if reduction.return_stats != "differentiable":
         lse, entropy = lse.detach(), entropy.detach()
-    correct = targets.kept & (predicted == targets.target)
+    kept = targets.kept
+    correct = kept & (predicted == targets.target)
     shape = targets.shape
     return LossStats(
-        targets.kept.sum(), lse.view(shape), correct.view(shape), entropy.view(shape), predicted.view(shape)
+        kept.sum() if num_tokens is None else num_tokens,
+        lse.view(shape),
+        correct.view(shape),
+        entropy.view(shape),
+        predicted.view(shape),
     )

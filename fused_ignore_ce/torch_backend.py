@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .options import LossOptions
 from .rows import Block, Rows, Saved, Upstream, acc_dtype, zero_rows
-from .torch_blocks import RowBlock, aligned, kept_blocks, new_scratch, read, write, zero_ignored
+from .torch_blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
+
+__all__ = ["backward", "combine", "forward", "forward_backward", "forward_part", "merge", "new_parts", "scale"]
 
 
 class _Inputs(NamedTuple):

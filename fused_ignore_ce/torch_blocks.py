@@ -13,6 +13,9 @@ from torch import Tensor
 #: with fewer, larger blocks, threads wait for each other less where cores are shared.
 BLOCK_ELEMENTS = 1 << 21
 
+#: Elements that are scaled at a time where a factor of another dtype would make PyTorch copy the tensor.
+SCALED_ELEMENTS = 1 << 20
+
 #: Tensors of a block's size, in float32, that are alive at a time: at most this many, and two more with probabilities.
 BLOCK_TEMPORARIES = 4
 
@@ -89,3 +92,19 @@ def _flat_if_view(x: Tensor) -> Tensor:
     if B == 1 or T == 0 or x.stride(0) == T * x.stride(1):
         return x.as_strided((1, B * T, V), (0, x.stride(1), x.stride(2)), x.storage_offset())
     return x
+
+
+def scale(dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
+    """`dx * dloss * factor`, in place or into `out`, in the wider dtype; in place, a product of 1 changes nothing."""
+    product = dloss if factor is None else dloss * factor
+    if out is None and product.device.type == "cpu" and product.item() == 1.0:
+        return
+    into = dx if out is None else out
+    product = product.reshape(1)  # with a dimension it takes part in type promotion: it is not rounded to bfloat16
+    if dx.device.type != "cpu" or dx.dtype == product.dtype or not dx.is_contiguous():
+        torch.mul(dx, product, out=into)
+        return
+    for part, part_into in zip(
+        torch.split(dx.view(-1), SCALED_ELEMENTS), torch.split(into.view(-1), SCALED_ELEMENTS), strict=True
+    ):
+        torch.mul(part, product, out=part_into)

@@ -53,7 +53,7 @@ def backward_kernel(
         dprobs_row = row_start(dprobs_ptr, b, t, strides_dprobs, TILE[3])
     target = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
-    if BLOCK_N == 1:
+    if BLOCK_N == 1:  # noqa: SIM102 (known at compile time, and the other is not)
         if target == ignore_index:
             if dx_ptr is not None:
                 write_zeros(dx_row, strides_dx[2], v_start, v_end, offs, BLOCK_V)

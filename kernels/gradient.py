@@ -12,7 +12,7 @@ target's q, `mass 2^(y - c) - q s` is taken first: it is exact there, and a prod
 import triton
 import triton.language as tl
 
-from .device_math import LN2, exponent, fused_multiply_add, used_logits
+from .device_math import LN2, exponent, used_logits
 from .sums import soft_target
 from .tiles import load_tile, store_tile
 

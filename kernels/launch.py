@@ -34,25 +34,36 @@ REUSE = 3
 #: next step of occupancy; told a number, it spills none on any architecture.
 FEW_REGISTERS, MAX_REGISTERS = 40, 255
 
+#: The one pass: threads of a multiprocessor, and registers of each; of a kernel of few features, and of many.
+ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
+
 #: Rows per program of the kernel that merges the splits.
 MERGE_ROWS = 128
 
-#: Rows that one program of the reduction sums up: 16 for each of its threads at a time.
-REDUCE_ROWS, REDUCE_WARPS = 2048, 16
+#: The reduction: rows that a program reads at a time, and its warps; one program does it alone up to as many rows as
+#: take it a few microseconds.
+REDUCE_BLOCK, REDUCE_WARPS, REDUCE_ROWS, REDUCE_PROGRAMS = 8192, 32, 65536, 256
 
 
 @dataclass(frozen=True)
 class Program:
-    """Of one program: its warps, the logits that a thread reads at a time, and at most how many tiles."""
+    """Of one program: its warps, the logits that a thread reads at a time, and at most how many tiles.
+
+    `programs` is the one pass's: how many a multiprocessor has at a time.
+    """
 
     num_warps: int
     thread_logits: int = 16
     tiles: int | None = None
+    programs: int = 1
 
 
 @dataclass(frozen=True)
 class Table:
-    """Per kernel: (largest row in bytes or None, program), the first that fits counts. `reason` says where from."""
+    """Per kernel: (largest row in bytes or None, program), the first that fits counts. `reason` says where from.
+
+    Without entries for the one pass, its programs follow from the size of the L2 cache.
+    """
 
     forward: tuple[tuple[int | None, Program], ...]
     backward: tuple[tuple[int | None, Program], ...]
@@ -63,8 +74,7 @@ class Table:
 ARITHMETIC = Table(
     forward=((16384, Program(4)), (None, Program(8))),
     backward=((16384, Program(4, tiles=4)), (None, Program(8, tiles=4))),
-    # One program a multiprocessor has to keep it busy alone where rows are long.
-    one_pass=((16384, Program(4)), (32768, Program(8)), (65536, Program(16)), (None, Program(32))),
+    one_pass=(),
     reason="arithmetic; see the top of the file",
 )
 
@@ -79,7 +89,7 @@ class Chip:
     arch: int | str
     multiprocessors: int
     l2_bytes: int = 50 << 20
-    threads: int = 2048
+    threads: int = 2048  # of a multiprocessor
     warp_size: int = 32
     name: str = ""
 
@@ -91,9 +101,9 @@ class Chip:
     def table(self) -> Table:
         return TABLES.get(self.name, ARITHMETIC)
 
-    def options(self, simple: bool) -> dict[str, int]:
-        """Launch options that only this kind of chip knows, for a kernel of few features or of many."""
-        return {"maxnreg": FEW_REGISTERS if simple else MAX_REGISTERS} if self.is_nvidia else {}
+    def options(self, registers: int) -> dict[str, int]:
+        """Launch options that only this kind of chip knows."""
+        return {"maxnreg": registers} if self.is_nvidia else {}
 
 
 #: The interpreter runs what this chip would run.
@@ -194,13 +204,17 @@ def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, ali
 
 
 @lru_cache(maxsize=4096)
-def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, chip: Chip) -> Launch:
+def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, simple: bool, chip: Chip) -> Launch:
     """One row a program at a time, of as many programs as leave the second read of their rows in the cache."""
-    program = _fitting(chip.table.one_pass, V * itemsize)
+    threads, _ = ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL
+    if chip.table.one_pass and simple:
+        program = _fitting(chip.table.one_pass, V * itemsize)
+    else:
+        cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)
+        programs = 1 << min(3, max(1, cached).bit_length() - 1)
+        program = Program(threads // programs // chip.warp_size, programs=programs)
     launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
-    most = max(1, chip.threads // (launch.num_warps * chip.warp_size))
-    cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)
-    return replace(launch, programs=max(1, min(N, chip.multiprocessors * max(1, min(most, cached)))))
+    return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 
 
 @lru_cache(maxsize=4096)

@@ -194,7 +194,7 @@ def cross_entropy(s, r, mass):
 
 @triton.jit
 def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entropy):
-    """`rows_out` is pointers to loss (N,), lse (N,), shift (2, N), mass (N,), and predicted and entropy (N,) or None."""
+    """`rows_out` is pointers to loss (N,), lse (N,), shift (2, N), mass (N,), predicted and entropy (N,) or None."""
     loss_ptr, lse_ptr, shift_ptr, mass_ptr, predicted_ptr, entropy_ptr = rows_out
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)

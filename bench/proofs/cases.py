@@ -112,7 +112,7 @@ def _part(kernels: Any, a: Arguments) -> None:
     V = a.x.shape[2]
     parts = kernels.new_parts(a.x, 3, a.stats)
     kernels.forward_part(
-        *a.inputs, a.options, parts=parts, part=1, first_class=V, classes=3 * V, with_stats=a.stats
+        *a.inputs, a.options, parts=parts, part=1, block=(V, 3 * V), with_stats=a.stats
     )  # fmt: skip
 
 
@@ -124,13 +124,18 @@ def _backward(kernels: Any, a: Arguments) -> None:
     shift = a.values.new_empty((2, a.N))
     dprobs = None if a.probs is None else torch.empty_like(a.probs)
     kernels.backward(
-        a.upstream, *a.inputs, shift, a.values, a.values, a.options, dx=torch.empty_like(a.x), dprobs=dprobs
+        a.upstream,
+        *a.inputs,
+        kernels.Saved(shift, a.values, a.values),
+        a.options,
+        dx=torch.empty_like(a.x),
+        dprobs=dprobs,
     )
 
 
 def _one_pass(kernels: Any, a: Arguments) -> None:
     if kernels.can_one_pass(a.x, a.probs):
-        kernels.forward_backward(a.upstream, *a.inputs, a.options, dx=a.x, with_stats=a.stats)
+        kernels.forward_backward(a.upstream, *a.inputs, a.options, dx=a.x, dz=None, with_stats=a.stats)
 
 
 def _reduce(kernels: Any, a: Arguments) -> None:
@@ -155,8 +160,13 @@ OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
     "scale": _scale,
 }
 
-#: Those that read rows of logits.
-ROW_OPERATIONS = ("forward", "part", "backward", "one pass")
+#: Those that read rows of logits, and their kernels.
+ROW_OPERATIONS = {
+    "forward": "forward_kernel",
+    "part": "forward_kernel",
+    "backward": "backward_kernel",
+    "one pass": "one_pass_kernel",
+}
 
 
 def features_of(operation: str) -> tuple[str, ...]:
@@ -169,25 +179,28 @@ def features_of(operation: str) -> tuple[str, ...]:
     )
 
 
-def feature_sets(operation: str, ends: bool) -> list[tuple[str, ...]]:
-    """Nothing, each feature alone, and everything together; with `ends`, only the first and the last."""
+def feature_sets(operation: str) -> list[tuple[str, ...]]:
+    """Nothing, each feature alone, and everything together, with and without probabilities as targets."""
     known = features_of(operation)
-    everything = tuple(f for f in (*EVERYTHING, "gradients") if f in known)
-    with_probs = [(*everything, "probs")] if "probs" in known else []
-    sets = [(), *([] if ends else [(f,) for f in known]), everything, *with_probs]
-    return list(dict.fromkeys(sets))
+    return list(dict.fromkeys([(), *((feature,) for feature in known), *fullest(operation)]))
+
+
+def fullest(operation: str) -> list[tuple[str, ...]]:
+    """All features together, which take the most registers."""
+    known = features_of(operation)
+    everything = tuple(feature for feature in (*EVERYTHING, "gradients") if feature in known)
+    return [everything, *([(*everything, "probs")] if "probs" in known else [])]
 
 
 def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
-    """Models' shapes with every feature, and all other shapes with none and with all; with `quick`, models' alone."""
+    """Models' shapes with every set of features, and all other shapes with the fullest; with `quick`, models' alone."""
     for operation, dtype in itertools.product(OPERATIONS, dtypes):
-        for B, T, V in MODELS:
-            for features in feature_sets(operation, ends=quick):
-                yield Case(operation, B, T, V, dtype, features)
+        sets = [(), *fullest(operation)] if quick else feature_sets(operation)
+        for (B, T, V), features in itertools.product(MODELS, sets):
+            yield Case(operation, B, T, V, dtype, features)
         if operation not in ROW_OPERATIONS:
             continue
-        for features in feature_sets(operation, ends=True):
+        for features in fullest(operation):
             yield Case(operation, 4, 65536, 32, dtype, features, contiguous=False)
-            for (B, T), V in itertools.product(() if quick else ROWS, VOCABULARIES):
-                for contiguous in (True, False):
-                    yield Case(operation, B, T, V, dtype, features, contiguous)
+            for (B, T), V, contiguous in itertools.product(() if quick else ROWS, VOCABULARIES, (True, False)):
+                yield Case(operation, B, T, V, dtype, features, contiguous)

@@ -39,8 +39,9 @@ CALLS = 20
 #: PyTorch's operations that launch nothing on a GPU.
 NO_LAUNCH = {
     "empty", "empty_like", "empty_strided", "new_empty", "view", "reshape", "_reshape_alias", "expand", "as_strided",
-    "detach", "alias", "select", "slice", "unsqueeze", "squeeze", "transpose", "t", "permute", "resolve_conj",
-    "resolve_neg", "lift_fresh", "result_type", "to", "is_same_size", "detach_", "set_", "resize_", "is_nonzero", "unflatten", "flatten", "unbind",
+    "detach", "detach_", "alias", "select", "slice", "unsqueeze", "squeeze", "transpose", "t", "permute", "flatten",
+    "unflatten", "unbind", "resolve_conj", "resolve_neg", "lift_fresh", "result_type", "to", "is_same_size", "set_",
+    "resize_", "is_nonzero",
 }  # fmt: skip
 
 #: Those that wait for the device.

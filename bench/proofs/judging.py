@@ -104,9 +104,16 @@ def resident_threads(proof: Proof, chip: chips.Chip) -> int:
     return chips.resident_programs(chip, usage.registers, proof.threads, usage.shared) * proof.threads
 
 
-def accesses(case: Case) -> set[str]:
+def is_row_kernel(proof: Proof) -> bool:
+    """Whether it is the kernel that reads the logits, and not one that a launcher adds."""
+    case = proof.job.case
+    return case.library != "fused_ignore_ce" or ROW_OPERATIONS.get(case.operation) == proof.kernel
+
+
+def accesses(proof: Proof) -> set[str]:
     """The accesses to tensors of the logits' shape that a kernel has to have."""
-    if case.operation not in ROW_OPERATIONS:
+    case = proof.job.case
+    if not is_row_kernel(proof):
         return set()
     found = {"load x_ptr"} | ({"load probs_ptr"} if "probs" in case.features else set())
     if case.operation in ("backward", "one pass"):
@@ -138,7 +145,7 @@ def budget_of(proof: Proof) -> Budget | None:
     """The budget that a kernel has to keep."""
     case, target = proof.job.case, proof.job.target
     due = case.contiguous and case.aligned and case.V >= BUDGET_CLASSES and target.arch in BUDGET_ARCHS
-    if not due or case.library != "fused_ignore_ce":
+    if not due or case.library != "fused_ignore_ce" or not is_row_kernel(proof):
         return None
     wanted = case.operation, case.features, case.dtype
     return next((b for b in BUDGETS if (b.operation, b.features, b.dtype) == wanted), None)
@@ -154,12 +161,12 @@ def faults(proof: Proof) -> list[str]:
     if proof.code is None:
         return [f"{name} {proof.amd[name]}" for name in ("vgpr_spill_count", "sgpr_spill_count") if proof.amd[name]]
     found = [f"spills {proof.code.spills}"] if proof.code.spills else []
-    for access in sorted(accesses(case)):
+    for access in sorted(accesses(proof)):
         if access not in proof.widths:
             found.append(f"no {access} found")
         elif proof.widths[access] < bytes_due(proof):
             found.append(f"{access} {proof.widths[access]} bytes wide, not {bytes_due(proof)}")
-    if not case.contiguous and proof.tile[0] > 1 and proof.rows_fastest is False:
+    if is_row_kernel(proof) and not case.contiguous and proof.tile[0] > 1 and proof.rows_fastest is False:
         found.append("neighbouring threads do not access neighbouring rows")
     return found + over_budget(proof)
 

@@ -10,8 +10,9 @@ from .compiling import Proof
 from .predicting import Row
 
 HEADER = (
-    f"{'kernel':46} {'arch':7} {'dtype':8} {'tile':>13} {'warps':>5} {'regs':>4} {'shared':>6} {'spilt':>5}"
-    f" {'threads':>7} {'loop':>5} {'all':>6} {'special':>7} {'barriers':>8} {'shuffles':>8} {'in flight':>9}"
+    f"{'kernel':56} {'shape':>14} {'arch':7} {'dtype':8} {'tile':>13} {'warps':>5}"
+    f" {'regs':>4} {'shared':>6} {'spilt':>5} {'threads':>7}"
+    f" {'loop':>5} {'all':>6} {'special':>7} {'barriers':>8} {'shuffles':>8} {'in flight':>9}"
 )
 
 
@@ -32,7 +33,7 @@ def figures(proof: Proof) -> dict[str, Any]:
     }
     if chip:
         found["resident threads"] = judging.resident_threads(proof, chip)
-    if proof.job.case.operation in judging.ROW_OPERATIONS:
+    if judging.is_row_kernel(proof):
         cost = roof.cost(code, judging.work(proof))
         found |= {
             "instructions a logit in loops": round(judging.loop_instructions(proof), 2),
@@ -46,7 +47,11 @@ def line(proof: Proof) -> str:
     """A row under `HEADER`."""
     case = proof.job.case
     name = case.name if case.library == "fused_ignore_ce" else f"{case.library} {case.name}"
-    start = f"{name:46} {proof.job.target!s:7} {case.dtype:8} {'x'.join(map(str, proof.tile)):>13} {proof.num_warps:5}"
+    if proof.kernel and not judging.is_row_kernel(proof):
+        name = f"{name}: {proof.kernel}"
+    shape = f"{case.B * case.T}x{case.V}"
+    tile = "x".join(map(str, proof.tile))
+    start = f"{name:56} {shape:>14} {proof.job.target!s:7} {case.dtype:8} {tile:>13} {proof.num_warps:5}"
     if proof.error:
         return f"{start} {proof.error}"
     f = figures(proof)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import RowResults, fake_results
+from ..backends import scaled
 from ..distributed import Merged
 from ..operators import is_plain, wants_grad
 from ..options import flatten, unflatten
@@ -30,9 +31,6 @@ from .calls import (
 from .gradients import Gradients, Wanted
 from .sweep import Scale, losses, losses_and_gradients
 from .tiles import Operands
-
-#: Elements that are scaled at a time where a scale of another dtype would make PyTorch copy the tensor (CPUs).
-SCALED_ELEMENTS = 1 << 20
 
 
 class ScaledSum(NamedTuple):
@@ -114,7 +112,7 @@ def _backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
     loss, lse, *found = ctx.saved_tensors  # asked for once, see CrossEntropyRows
     for i, gradient in enumerate(found):
         if ctx.needs_input_grad[i]:
-            gradients[i] = _scaled(gradient, dtotal)
+            gradients[i] = scaled(gradient, dtotal, ctx.backend)
     if ctx.needs_input_grad[OPERANDS]:
         gradients[OPERANDS] = loss * dtotal
     if ctx.needs_input_grad[OPERANDS + 1]:
@@ -124,7 +122,8 @@ def _backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
 
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, output)
-    ctx.z_loss = unflatten(LinearCall, inputs[OPERANDS + 5 :]).options.z_loss
+    call = unflatten(LinearCall, inputs[OPERANDS + 5 :])
+    ctx.z_loss, ctx.backend = call.options.z_loss, call.backend
 
 
 _operator.register_autograd(_backward, setup_context=_save_operator)
@@ -139,7 +138,7 @@ class _Function(torch.autograd.Function):
         wanted, call = inputs[OPERANDS + 2 :]
         output = tuple(_forward(operands, scale, wanted, call))
         _save(ctx, inputs, output)
-        ctx.z_loss = call.options.z_loss
+        ctx.z_loss, ctx.backend = call.options.z_loss, call.backend
         return output
 
     @staticmethod
@@ -154,23 +153,3 @@ def scaled_sum(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCal
     if wants_grad(operands.h, operands.w, operands.b, *scale):
         return ScaledSum(*_Function.apply(*operands, *scale, wanted, call))  # type: ignore[no-untyped-call]
     return _forward(operands, scale, wanted, call)
-
-
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor`, computed in the wider dtype; over the gradient itself where nobody will ask for it again."""
-    if not is_plain(gradient):
-        return (gradient * factor.reshape(1)).to(gradient.dtype)
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        out = torch.empty_like(gradient)
-    elif factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient
-    else:
-        out = gradient
-    factor = factor.reshape(1)  # with a dimension it takes part in type promotion: it is not rounded to bfloat16
-    if gradient.device.type != "cpu" or gradient.dtype == factor.dtype:
-        return torch.mul(gradient, factor, out=out)
-    for part, part_out in zip(
-        torch.split(gradient.view(-1), SCALED_ELEMENTS), torch.split(out.view(-1), SCALED_ELEMENTS), strict=True
-    ):
-        torch.mul(part, factor, out=part_out)
-    return out
