@@ -23,7 +23,7 @@ def functions() -> Iterator[tuple[str, str]]:
 
 
 def texts_and_tokenizer(*special: str, count: int = 600) -> tuple[list[tuple[str, str]], ByteLevelBPETokenizer]:
-    """The first functions, and a tokenizer of 2048 tokens trained on them, in which special tokens have the first ids."""
+    """The first functions, and a tokenizer of 2048 tokens trained on them; special tokens have the first ids."""
     texts = list(itertools.islice(functions(), count))
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(

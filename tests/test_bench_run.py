@@ -102,6 +102,7 @@ def test_the_figures_are_those_that_pytest_benchmark_measured(result):
     (own,) = (b for b in result["pytest-benchmark"]["benchmarks"] if "N64" in b["name"])
     names = [BASELINE, "fails", OURS, "roof"]
     assert own["options"]["timer"] == "perf_counter"
+    assert own["group"].startswith("base-logits-N64-V1000-float32-50% ignored-both, ")
     assert list(own["extra_info"]["seconds"]) == names
     for number, name in enumerate(names[:-1]):
         (row,) = (row for row in result["rows"] if (row["provider"], row["N"]) == (name, 64))
