@@ -24,7 +24,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Everything measured side by side on this machine, in nine minutes; writes bench/results.
+# Measures everything side by side on this machine, in nine minutes; writes bench/results.
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.run
 
@@ -38,7 +38,7 @@ traffic: $(VENV)/.ready
 aot: $(VENV)/.ready
 	$(BIN)/python -m bench.proofs.aot
 
-# Every class of transformers' auto-mappings, patched and not; writes docs/transformers-coverage.md.
+# Compares every class of transformers' auto-mappings with its patched self; writes docs/transformers-coverage.md.
 sweep: $(VENV)/.ready
 	$(BIN)/python -m tests.transformers_coverage --out docs/transformers-coverage.md
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from . import machine
 from .speed import memory, plots
 from .speed.providers import PROVIDERS, Provider
-from .speed.scaling import fits, plan_ahead
+from .speed.scaling import fits
 from .speed.workload import DEVICE, Case, cases
 
 QUICK_MINUTES = 2.0
@@ -77,7 +77,6 @@ def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
             result["failed"].append(f"{step.__name__.strip('_')}: interrupted")
             break
     result["fits"] = fits(result["rows"])
-    result["plan ahead"] = plan_ahead(result["rows"], DEVICE.type)
     result["header"]["seconds"] = round(time.time() - start)
     return result
 

@@ -1,7 +1,6 @@
 """The bench's arithmetic on numbers that a reader can redo; nothing here looks at a clock."""
 
 import itertools
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -148,19 +147,6 @@ def test_fits_find_the_exponents_that_were_put_in():
     assert {varied: round(fit["exponent"], 9) for varied, fit in found.items()} == {"N": 1.0, "V": 1.5, "kept": 1.0}
     assert (found["N"]["from"], found["N"]["to"], found["N"]["points"]) == (512, 2048, 3)
     assert scaling.exponent([2, 4, 8], [5, 5, 5]) == pytest.approx(0)
-
-
-def test_plan_ahead_by_hand():
-    """6NVD at the measured roof of 2 TFLOP/s; logits at our 1 GB/s; nothing for shapes that were measured."""
-    rows = [fake("linear", "base"), fake("logits", "base"), fake("linear", "GPT-2", N=8192, V=50257, D=768)]
-    found = {(a["kind"], a["model"], a["ignored"]): a for a in scaling.plan_ahead(rows, "cuda")}
-    llama = found["linear", "Llama 3 8B", 0.75]
-    assert llama["plain seconds"] == pytest.approx(6 * 8192 * 128256 * 4096 / 2e12)
-    assert llama["seconds"] == pytest.approx(llama["plain seconds"] / 4)
-    logits = found["logits", "GPT-2", 0.75]
-    assert logits["seconds"] == pytest.approx(2 * 50257 * (2048 + 2048 + 8192) / 1e9)
-    assert ("linear", "GPT-2", 0.0) not in found
-    assert all(math.isfinite(a["seconds"]) for a in found.values())
 
 
 def test_names_of_files():

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from bench import machine, run
-from bench.speed import plots
+from bench.speed import gate, plots
 from bench.speed.gate import judge
 from bench.speed.providers import LINEAR, LOGITS, Provider
 from bench.speed.workload import DEVICE, cases
@@ -102,6 +103,7 @@ def test_the_figures_are_those_that_pytest_benchmark_measured(result):
     (own,) = (b for b in result["pytest-benchmark"]["benchmarks"] if "N64" in b["name"])
     names = [BASELINE, "fails", OURS, "roof"]
     assert own["options"]["timer"] == "perf_counter"
+    assert own["group"].startswith("base-logits-N64-V1000-float32-50% ignored-both, ")
     assert list(own["extra_info"]["seconds"]) == names
     for number, name in enumerate(names[:-1]):
         (row,) = (row for row in result["rows"] if (row["provider"], row["N"]) == (name, 64))
@@ -195,6 +197,23 @@ def test_the_gate_sees_a_wrong_gradient_of_a_right_loss():
     verdict = judge(Provider("wrong", "logits", lambda: Wrong.apply), torch.device("cpu"), torch.float32)
     assert verdict.status == "red"
     assert verdict.reason.startswith("gradient of logits is off by")
+
+
+def test_a_loss_that_takes_too_long_is_slow_and_the_baseline_never_is(monkeypatch):
+    """Seconds are made up: 9 for the loss, 1 for the baseline."""
+    seconds = iter([9.0, 10.0, 11.0, 1.0, 2.0, 3.0])
+
+    class Timer:
+        def __init__(self, *_, **__):
+            pass
+
+        def timeit(self, number):
+            return SimpleNamespace(median=next(seconds))
+
+    monkeypatch.setattr(gate, "Timer", Timer)
+    slow = judge(LOGITS[-1], torch.device("cpu"), torch.float32)
+    assert (slow.status, slow.probe, slow.reason) == ("slow", 9.0, "9 times the plain path's time at 256x8192")
+    assert judge(LOGITS[0], torch.device("cpu"), torch.float32).status == "green"  # though no seconds are left
 
 
 def test_results_are_no_change_of_the_tree():

@@ -1,4 +1,4 @@
-"""The sweep over transformers' classes: what it says of classes that are known, and that it sees what is broken."""
+"""The comparison of transformers' classes is right about known classes, and it detects what is broken."""
 
 import functools
 
@@ -31,7 +31,7 @@ CLASSES = [
 
 @pytest.fixture(autouse=True)
 def _settings():
-    """Those of the processes that `compare` runs in; `compare` sets others, which are put back."""
+    """Settings like those of a fresh process. What `compare` changes is put back."""
     threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
     torch.use_deterministic_algorithms(False)
     yield

@@ -31,7 +31,7 @@ from bench.speed.providers import version
 
 from .meter import Launch, Traffic
 
-#: The parameters by which the kernels, ours and Liger's, know the logits and their gradient.
+#: The names of logits and gradient among the parameters of this package's kernels and of Liger's.
 LOGITS = ("x_ptr", "dx_ptr", "X_ptr")
 
 

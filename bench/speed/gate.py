@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from .providers import PROVIDERS, Provider
+from .providers import PROVIDERS, Loss, Provider
 from .workload import Case, tensors
 
 #: Largest error, relative to the largest true value: what PyTorch's own loss in that dtype may have, and a margin.
@@ -46,7 +46,7 @@ def judge(provider: Provider, device: torch.device, dtype: torch.dtype) -> Verdi
         wrong = fault(provider, device, dtype)
         if wrong is not None:
             return Verdict(*subject, "red", wrong)
-        ratio = _seconds(provider, device, dtype) / _seconds(PROVIDERS[provider.kind][0], device, dtype)
+        ratio = _probe(provider, device, dtype)
     except Exception as e:
         return Verdict(*subject, "red", one_line(e))
     if ratio > SLOWEST:
@@ -76,12 +76,19 @@ def fault(provider: Provider, device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
-def _seconds(provider: Provider, device: torch.device, dtype: torch.dtype) -> float:
-    """One forward and backward after two that warm up, as `torch.utils.benchmark` measures."""
+def _probe(provider: Provider, device: torch.device, dtype: torch.dtype) -> float:
+    """Time of forward and backward relative to the baseline's: each the best of three, which a busy machine needs."""
+    baseline = PROVIDERS[provider.kind][0]
+    if provider == baseline:
+        return 1.0
     *inputs, target = tensors(_case(provider, PROBE, dtype), device)
-    loss = provider.build()
-    names = {"run": lambda: torch.autograd.grad(loss(*inputs, target), inputs)}
-    return Timer("run()", globals=names, num_threads=torch.get_num_threads()).timeit(1).median
+
+    def seconds(loss: Loss) -> float:
+        names = {"run": lambda: torch.autograd.grad(loss(*inputs, target), inputs)}
+        timer = Timer("run()", globals=names, num_threads=torch.get_num_threads())
+        return min(timer.timeit(1).median for _ in range(3))
+
+    return seconds(provider.build()) / seconds(baseline.build())
 
 
 def _case(provider: Provider, sizes: dict[str, tuple[int, int, int]], dtype: torch.dtype) -> Case:

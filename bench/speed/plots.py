@@ -1,4 +1,4 @@
-"""A run's pictures: bandwidth against vocabulary, time and memory against tokens, time against what is ignored."""
+"""Draws bandwidth against vocabulary, time and memory against tokens, and time against the share of ignored tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOF = {"color": "black", "linestyle": ":"}
 
 
 def draw(result: Row, folder: Path, name: str) -> list[Path]:
-    """Saves the three, of what there is; returns their paths."""
+    """Saves the plots for which a run has figures; returns their paths."""
     from matplotlib.figure import Figure
 
     device = result["header"]["device"]
@@ -47,7 +47,7 @@ def draw(result: Row, folder: Path, name: str) -> list[Path]:
 
 
 def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:
-    """Points by loss, in the losses' order; lines have two points at least."""
+    """The points of every loss that has at least two."""
     lines = {p.name: [(r[x], y(r)) for r in rows if r["provider"] == p.name] for p in PROVIDERS[kind]}
     return {name: points for name, points in lines.items() if len(points) > 1}
 

@@ -1,7 +1,6 @@
 """Measures one case: all losses and the machine's roof take turns, so that their ratios come from the same minutes.
 
-pytest-benchmark times every turn. What it has no notion of, and what is added here, is that rounds of several functions
-alternate.
+pytest-benchmark times every turn. This module adds that rounds of several functions alternate, which it cannot do.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ def test_speed(benchmark, case, verdict, in_time, record):
     verdicts = {provider: verdict(case.kind, provider.name, case.dtype) for provider in providers}
     failed = [f"{provider.name}: {judged.reason}" for provider, judged in verdicts.items() if judged.status == "red"]
     green = [provider for provider, judged in verdicts.items() if judged.status == "green"]
+    benchmark.group = f"{case}, {DEVICE}, {torch.get_num_threads()} threads"
     seconds = measure(case, green, DEVICE, benchmark)
     for provider in green:
         own = seconds[provider.name]
@@ -30,7 +31,6 @@ def test_speed(benchmark, case, verdict, in_time, record):
         else:
             record("row", **row(case, provider, seconds))
     record("case", case=str(case))
-    benchmark.group = f"{case}, {DEVICE}, {torch.get_num_threads()} threads"
     benchmark.extra_info["seconds"] = {name: own for name, own in seconds.items() if isinstance(own, list)}
     if failed:
         pytest.fail("\n".join(failed), pytrace=False)

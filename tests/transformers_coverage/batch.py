@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 def batches(model: Any, mapping: str, overrides: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the model may want, from little to much: the first that its forward accepts will do.
+    """Batches that the model may want, from few arguments to many: the first that its forward accepts will do.
 
     `overrides` are arguments: tensors as (kind, *arguments), the kind one of _KINDS, or None for one to leave out.
     """

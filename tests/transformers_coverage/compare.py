@@ -1,4 +1,4 @@
-"""One class of transformers: the same tiny model with and without `patch_model`, and by which way its loss went."""
+"""Compares one class of transformers with its patched self, and tells which way the patched loss was computed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ _TABLES = (overrides.CONFIG, overrides.INPUTS)
 
 @dataclass
 class Seen:
-    """What became of the losses of one forward and backward: the numbers of classes they were over."""
+    """How the losses of one forward and backward were computed; for each, the number of its classes."""
 
     linear: list[int] = field(default_factory=list)
     logits: list[int] = field(default_factory=list)

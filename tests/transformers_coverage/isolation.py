@@ -1,4 +1,4 @@
-"""One class in a process of its own."""
+"""Runs the comparison of one class in its own process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .compare import FAILED, Outcome, compare
 TIMEOUT = 60.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once, not by every process: torch, transformers, and what most models import.
+# Torch, transformers and what most models import are imported once, and not by every process.
 _CONTEXT.set_forkserver_preload([f"{__package__}.compare", "transformers.models.llama.modeling_llama"])
 
 
 def isolated(mapping: str, name: str, work: Callable[[str, str], Outcome] = compare) -> Outcome:
-    """`work`, whose crash or hang is an outcome too."""
+    """Runs `work`. A crash or a hang becomes an outcome, too."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_send, args=(sender, work, mapping, name))
     process.start()

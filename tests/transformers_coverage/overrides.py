@@ -1,4 +1,4 @@
-"""What a class needs beside its name: data only.
+"""Data that single classes need.
 
 A key is a class of transformers or a model type. CONFIG are arguments of its configuration (of its parts in nested
 mappings), INPUTS arguments of its forward, REASONS why it is not built.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-#: Classes of the output embeddings: no other size of a tiny model is the same. Special tokens keep ids below PLAIN_IDS
-#: (padding, begin, end) and get ids from SPECIAL_IDS on otherwise (images, ...): the batches' tokens are between.
+#: VOCAB is the number of classes, which no other size of a tiny model equals. Special tokens with ids below PLAIN_IDS
+#: (padding, begin, end) keep them; others (images, ...) get ids from SPECIAL_IDS on. The batches' tokens lie between.
 VOCAB, PLAIN_IDS, SPECIAL_IDS = 127, 10, 30
 NUM_LABELS = 5
 
@@ -38,8 +38,8 @@ LADDER = (
     Scale(heads=2, head_dim=64),
 )
 
-#: What the end of a name means, the first that matches: an integer becomes that attribute of Scale, or that number, if
-#: it is not less already.
+#: The meaning of a name by its end; the first match counts. An integer of that name becomes that attribute of Scale, or
+#: that number, unless it is less already.
 _MEANINGS: tuple[tuple[str | int, str], ...] = (
     (VOCAB, "vocab_size|vocab_size_per_layer_input|num_embeddings|ngram_vocab_size_base|hash_byte_group_vocab"),
     (0, "num_kv_shared_layers"),
@@ -66,7 +66,7 @@ _MEANINGS: tuple[tuple[str | int, str], ...] = (
 _KEPT = re.compile(
     r"((num|in|image|audio|input)_)?channels|chunk_size_feed_forward|.*(groups|_ratio|kernel.*|stride.*)"
 )
-#: Needed, though their default is None.
+#: Arguments that models need although their default is None.
 _REQUIRED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 _OFF = ("use_cache", "use_mamba_kernels")
 _TOKENS = re.compile(r".*_(token_id|token_index|id)|.*_token_ids|vocab_offset")
@@ -92,7 +92,7 @@ def tiny(cls: Any, scale: Scale, overrides: Mapping[str, Any]) -> Any:
 
 
 class _Shrinker:
-    """Of one configuration and its parts, in which the same token has the same id."""
+    """Shrinks one configuration and its parts, so that a token has the same id in all of them."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
@@ -152,7 +152,7 @@ class _Shrinker:
         return [self._integer(name, v) for v in values] if integers else values
 
     def _section(self, name: str, values: list[Any]) -> list[Any]:
-        """Of rotary embeddings: what is shared out, or given singly, are the pairs of a head's dimensions."""
+        """A list that shares the pairs of a head's dimensions out to rotary embeddings, or has one entry per pair."""
         pairs = self.scale.head_dim // 2
         if not name.endswith("section"):
             return values[:pairs]
