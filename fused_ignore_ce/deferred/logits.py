@@ -102,6 +102,7 @@ class DeferredLogits(Tensor):
                 )
         return self._product
 
+    @torch.compiler.disable  # Dynamo of PyTorch 2.11 loses the fields of a product that leaves a traced frame
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation gives, deferred; None where it cannot be recorded."""
         product = self._usable_product()
