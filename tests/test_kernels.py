@@ -21,6 +21,7 @@ LAUNCHES = [
 ]
 
 
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_launch_does_not_matter(launch, probs, device):
@@ -41,6 +42,7 @@ def test_launch_does_not_matter(launch, probs, device):
     assert torch.equal(correct, expected.correct.flatten())
 
 
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("best", [0, 130, V - 1])
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_argmax_across_blocks_and_splits(launch, best, device):
