@@ -22,10 +22,11 @@ from fused_ignore_ce.linear.plan import VOCABULARY_BLOCKS, LinearPlan
 GROUPS = {}
 
 
-def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=False, backwards=1, plan=None, **options):
+def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=None, backwards=1, plan=None, **options):
     """A loss and its gradients: {"loss", "stats", the gradient of each of `wanted`, "collectives"}, or {"error"}.
 
-    The collectives are the names of those of forward and of those of backward. `plan` forces one of the linear loss.
+    The collectives are the names of those of forward and of those of backward. `plan` forces one of the linear loss;
+    `compiled` is the backend of torch.compile, if it is to be compiled.
     """
     tensors = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
     group = None if ranks is None else GROUPS[ranks]
@@ -33,7 +34,7 @@ def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=False, backwar
     if compiled:
         torch._dynamo.reset()
         torch.use_deterministic_algorithms(False)
-        function = torch.compile(function, fullgraph=True)
+        function = torch.compile(function, fullgraph=True, backend=compiled)
     counted = {}
     try:
         with counting(counted, "forward"), forced(plan):

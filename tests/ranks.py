@@ -1,4 +1,4 @@
-"""Processes that are the ranks of a gloo group, for all tests of a file."""
+"""Processes that are the ranks of a gloo group, for all tests that need one."""
 
 import os
 import pickle
@@ -13,21 +13,30 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 
 
 class Ranks:
-    """`run` calls a function of `rank_worker.py` on the first ranks, each with its own arguments."""
+    """`run` calls a function of `rank_worker.py` on the first ranks, each with its own arguments.
 
-    def __init__(self, world, folder):
+    They start with the first call, and again with the first one after they did not answer.
+    """
+
+    def __init__(self, world, folders):
+        self.world, self.folders, self.processes = world, folders, []
+
+    def _start(self):
+        folder = self.folders.mktemp("ranks")
         # PyTorch 2.13's cache takes a graph of an uneven DTensor from a rank whose shard has another size.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, WORKER, str(rank), str(world), str(folder)],
+                [sys.executable, WORKER, str(rank), str(self.world), str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
             )
-            for rank in range(world)
+            for rank in range(self.world)
         ]  # fmt: skip
 
     def run(self, name, arguments, timeout=120):
         """What the function returned, on every rank; `arguments` has the keyword arguments of each."""
+        if not self.processes:
+            self._start()
         processes = self.processes[: len(arguments)]
         for process, kwargs in zip(processes, arguments, strict=True):
             pickle.dump((name, kwargs), process.stdin)
@@ -51,3 +60,4 @@ class Ranks:
             process.wait()
             process.stdin.close()
             process.stdout.close()
+        self.processes = []

@@ -43,14 +43,14 @@ def test_no_logits_beside_the_gradients():
 BUDGETS = {
     "one block": [((1024, 40000, 200), "bfloat16", 0.3, 100)],
     "token chunks": [
-        ((2048, 32768, 256), "float32", 0.0, 60),
-        ((2048, 32768, 256), "float32", 0.0, 16),
-        ((2048, 32768, 256), "float32", 0.5, 56),
-        ((3000, 20011, 130), "bfloat16", 0.0, 20),
+        ((2048, 32768, 64), "float32", 0.0, 60),
+        ((2048, 32768, 64), "float32", 0.0, 16),
+        ((4096, 32768, 64), "float32", 0.5, 56),
+        ((3000, 20011, 34), "bfloat16", 0.0, 20),
     ],
     "vocabulary blocks": [
-        ((2048, 32768, 256), "bfloat16", 0.0, 30),
-        ((2048, 65537, 256), "float32", 0.25, 40),
+        ((1024, 32768, 128), "bfloat16", 0.0, 16),
+        ((1024, 65537, 64), "float32", 0.25, 24),
         ((4096, 32768, 64), "bfloat16", 0.75, 20),
     ],
 }
@@ -80,10 +80,9 @@ def test_scratch_does_not_grow_with_the_tokens():
 
 
 def test_a_patched_models_training_step_holds_no_logits():
-    """Fresh processes, forward and backward of a small Llama with 128256 classes and 2048 tokens, float32."""
+    """A fresh process, forward and backward of a small Llama with 128256 classes and 2048 tokens, float32."""
     pytest.importorskip("transformers")
-    plain, patched, own_loop = (of_training_step(way, 0.0) for way in ("plain", "patched", "own-loop"))
+    patched, own_loop = (of_training_step(way, 0.0) for way in ("patched", "own-loop"))
     logits = 2048 * 128256 * 4
-    assert plain > 3 * logits
-    assert patched < 0.5 * logits
+    assert 0.05 * logits < patched < 0.5 * logits
     assert own_loop < patched + 0.02 * logits

@@ -10,7 +10,7 @@ from fused_ignore_ce import fused_cross_entropy, reference
 MAYBE_SOFTCAP = st.one_of(st.none(), st.floats(0.5, 50.0))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_combination(dtype, backend, device, no_worse, data):
@@ -111,7 +111,7 @@ def test_token_weight_of_ignored_rows_is_not_read(backend, device):
 
 
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
-@pytest.mark.parametrize("V", [10, 5000])
+@pytest.mark.parametrize("V", [10, 1100])  # one block of strided classes, and several blocks that splits share
 def test_stats(V, probs, backend, device):
     x = torch.randn(2, V, 3, device=device)
     target = torch.rand(2, V, 3, device=device) if probs else torch.randint(0, V, (2, 3), device=device)

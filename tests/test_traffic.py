@@ -16,6 +16,8 @@ import triton.language as tl
 from bench.proofs.meter import Traffic
 from bench.proofs.traffic import Case, measure
 
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
 CASES = [
     pytest.param(Case(16, 1003, torch.bfloat16), id="one-block-bf16"),
     pytest.param(Case(8, 9001, torch.bfloat16), id="several-blocks-bf16"),  # V is no multiple of the block

@@ -26,7 +26,7 @@ def whole(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def loss_of_dtensors(loss, tensors, placements, wanted=(), mesh=(4,), compiled=False, **options):
+def loss_of_dtensors(loss, tensors, placements, wanted=(), mesh=(4,), compiled=None, **options):
     """`placements` has, of each tensor that is a DTensor, the dimension that each dimension of the mesh shards."""
     for name, dims in placements.items():
         given = [Replicate() if dim is None else Shard(dim) for dim in dims]
@@ -36,7 +36,7 @@ def loss_of_dtensors(loss, tensors, placements, wanted=(), mesh=(4,), compiled=F
     if compiled:
         torch._dynamo.reset()
         torch.use_deterministic_algorithms(False)
-        function = torch.compile(function, fullgraph=True)
+        function = torch.compile(function, fullgraph=True, backend=compiled)
     try:
         found = function(**tensors, **options)
         (2 * found).sum().backward()

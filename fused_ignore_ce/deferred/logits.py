@@ -108,6 +108,7 @@ class DeferredLogits(Tensor):
         check_unchanged(self._product.tensors, self._versions)
         return self._product
 
+    @torch.compiler.disable  # Dynamo of PyTorch 2.11 loses the fields of a product that leaves a traced frame
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation gives, deferred; None where it cannot be recorded."""
         recipe = self._usable_recipe()
