@@ -22,11 +22,11 @@ from .traced import TracedLogits
 
 
 class _ProcessWide:
-    """The settings of models that were not patched themselves; None for none."""
-
-    settings: Settings | None = None
-    #: How many patched forwards torch.compile is in, while it traces.
-    traced: int = 0
+    def __init__(self) -> None:
+        #: The settings of models that were not patched themselves; None for none.
+        self.settings: Settings | None = None
+        #: How many patched forwards torch.compile is in, while it traces.
+        self.traced = 0
 
 
 process_wide = _ProcessWide()
@@ -62,11 +62,13 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             _refuse_options(self, settings)
             return original(self, *args, **kwargs)
         if torch.compiler.is_compiling():
+            origin = Origin(settings)
+            origin.in_forward = True
             process_wide.traced += 1
-            with LossMode(_classes(self), Origin(settings)) as mode:
+            with LossMode(_classes(self), origin):
                 outputs = original(self, *args, **kwargs)
             process_wide.traced -= 1
-            return _as_tensors(outputs, self, settings, mode.used)
+            return _as_tensors(outputs, self, settings, origin.used, origin.stats)
         if any(self is model for model, _ in _running.forwards):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
         origin = Origin(settings, recorder_of(self))
@@ -75,15 +77,13 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             outputs = original(self, *args, **kwargs)
         if labels:
             mode.check_used(type(self).__name__)
-            if not mode.used and not origin.fused:
+            if not origin.used and not origin.fused:
                 _warn_untaken(self, original, outputs)
-        elif not mode.deferred:
+        elif not origin.deferred:
             _refuse_options(self, settings)
         for _, outer in _running.forwards:
-            outer.used = outer.used or mode.used
-        if settings.return_stats and labels:
-            _hand_out(outputs, origin.stats)
-        return _as_tensors(outputs, self, settings, mode.used)
+            outer.origin.used = outer.origin.used or origin.used
+        return _as_tensors(outputs, self, settings, origin.used, origin.stats)
 
     return forward
 
@@ -141,14 +141,6 @@ def _python_function(loss: Any) -> str:
         if len(nodes) < 50:
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
     return ""
-
-
-def _hand_out(outputs: Any, stats: Any) -> None:
-    if not isinstance(outputs, dict):
-        raise ValueError(
-            "return_stats: given to patch_model, but the forward returned a tuple; call it with return_dict=True"
-        )
-    object.__setattr__(outputs, "loss_stats", stats)
 
 
 class _Running(threading.local):
@@ -241,16 +233,15 @@ def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
             handle.remove()
 
 
-def _as_tensors(outputs: Any, model: nn.Module, settings: Settings, used: bool) -> Any:
+def _as_tensors(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
     """What was traced becomes tensors: outside of the graph, which cannot make them."""
     values = outputs.values() if isinstance(outputs, dict) else outputs
-    if isinstance(values, Tensor) or not any(isinstance(v, TracedLogits) for v in values):
-        return outputs
-    return _outside(outputs, model, settings, used)
+    traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
+    return _outside(outputs, model, settings, used, stats) if traced or stats is not None else outputs
 
 
 @torch.compiler.disable
-def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool) -> Any:
+def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
     def as_deferred(value: Any) -> Any:
         if not isinstance(value, TracedLogits):
             return value
@@ -260,7 +251,11 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool) -> 
         return made
 
     if not isinstance(outputs, dict):
+        if stats is not None:
+            raise ValueError("return_stats: the forward returned a tuple, which has no place; pass return_dict=True")
         return type(outputs)(map(as_deferred, outputs))
     for name, value in list(outputs.items()):
         outputs[name] = as_deferred(value)
+    if stats is not None:
+        object.__setattr__(outputs, "loss_stats", stats)
     return outputs

@@ -172,8 +172,7 @@ class DeferredLogits(Tensor):
             args = args[::-1]
         self = args[0] if args and isinstance(args[0], cls) else None
         if func in LOSSES and args and isinstance(args[0], cls):
-            origin = args[0]._origin
-            return LOSSES[func](*args, **kwargs, settings=origin.settings, origin=origin)
+            return LOSSES[func](*args, **kwargs, origin=args[0]._origin)
         if self is not None:
             if name in METADATA and func.__name__ != "__set__" and not self._written:
                 with torch._C.DisableTorchFunctionSubclass():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import fused_cross_entropy
-from .origin import Origin, Settings
+from .origin import Origin
 
 
 def cross_entropy(
@@ -21,10 +21,9 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    settings: Settings | None = None,
-    origin: Origin | None = None,
+    origin: Origin,
 ) -> Any:
-    """`F.cross_entropy(input, target, ...)` with the further options of `settings`; its call is added to `origin`."""
+    """`F.cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     options: dict[str, Any] = {
@@ -33,16 +32,14 @@ def cross_entropy(
         "label_smoothing": label_smoothing,
         "weight": weight,
     }
-    options = options if settings is None else settings.extend(options, target)
+    options = origin.settings.extend(options, target)
     if hasattr(input, "_product"):
         loss = _linear(input, input._usable_product(), target, options, origin, "cross_entropy")
         if loss is not None:
             return loss
         input = input.materialize("cross_entropy")
     options.pop("memory_budget", None)
-    if origin is None:
-        return fused_cross_entropy(input, target, **options)
-    origin.recorder.add("cross_entropy", target.numel(), _ignored(target, options), fused=False)
+    origin.took_of_logits("cross_entropy", target.numel(), _ignored(target, options))
     return origin.without_stats(fused_cross_entropy(input, target, **(options | origin.asked_stats())))
 
 
@@ -55,8 +52,7 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     *,
-    settings: Settings | None = None,
-    origin: Origin | None = None,
+    origin: Origin,
 ) -> Any:
     """`F.nll_loss` of deferred logits: the cross entropy, if they are log-probabilities."""
     if size_average is not None or reduce is not None:
@@ -65,26 +61,21 @@ def nll_loss(
     logits = None if product is None else product.before_log_softmax
     if logits is not None and not target.is_floating_point():
         options = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
-        options = options if settings is None else settings.extend(options, target)
+        options = origin.settings.extend(options, target)
         loss = _linear(input, logits, target, options, origin, "nll_loss(log_softmax)")
         if loss is not None:
             return loss
-    log_probs = input.materialize("nll_loss")
-    if origin is not None:
-        log_probs = origin.guarded(log_probs)
+    log_probs = origin.guarded(input.materialize("nll_loss"))
     return torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
 
 
-def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], origin: Origin | None, kind: str) -> Any:
+def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
     if product is None:
         return None
-    asked = {} if origin is None else origin.asked_stats()
-    loss = product.cross_entropy(target, {**options, **asked})
+    loss = product.cross_entropy(target, options | origin.asked_stats())
     if loss is None:
         return None
-    if origin is None:
-        return loss
     origin.took(kind, product.rows, _ignored(target, options))
     return input._connected(origin.without_stats(loss))
 

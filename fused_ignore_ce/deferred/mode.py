@@ -30,8 +30,6 @@ class LossMode(TorchFunctionMode):
         self.classes = classes
         self.origin = origin
         self.active = False
-        self.used = self.deferred = False
-        self.stats: Any = None
 
     def start(self) -> None:
         if not self.active:
@@ -46,7 +44,7 @@ class LossMode(TorchFunctionMode):
     def check_used(self, name: str) -> None:
         """Options that nothing took are an error, not a loss without them."""
         given = self.origin.settings.changes
-        if not self.used and given:
+        if not self.origin.used and given:
             raise RuntimeError(
                 f"{given}: given to patch_model, but the forward of {name} took no cross entropy over the head's "
                 "classes that could use it; unpatch_model(model) and give it to the loss yourself"
@@ -68,7 +66,7 @@ class LossMode(TorchFunctionMode):
         if self.classes is None or weight.shape[0] != self.classes:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
-            self.deferred = True
+            self.origin.deferred = True
             return defer_sharded(input, weight, bias, self.origin)
         if not _can_defer(input, weight, bias):
             return func(input, weight, bias)
@@ -81,7 +79,7 @@ class LossMode(TorchFunctionMode):
         return self._deferred(input, other.t(), None)
 
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        self.deferred = True
+        self.origin.deferred = True
         if torch.compiler.is_compiling():
             return TracedLogits(product_of(hidden, weight, bias))
         return defer(hidden, weight, bias, self.origin)
@@ -91,9 +89,8 @@ class LossMode(TorchFunctionMode):
         is_head = deferred or self.classes is None or input.shape[input.dim() > 1] == self.classes
         if not is_head:
             return func(input, *args, **kwargs)
-        self.used = True
-        origin = None if torch.compiler.is_compiling() else self.origin
-        return LOSSES[func](input, *args, settings=self.origin.settings, origin=origin, **kwargs)
+        self.origin.used = True
+        return LOSSES[func](input, *args, origin=self.origin, **kwargs)
 
 
 def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:

@@ -70,6 +70,8 @@ class Origin:
         self.settings = settings or Settings()
         self.recorder = recorder or Recorder()
         self.in_forward = False
+        #: Whether the forward deferred a product, and whether its mode saw a loss that the options apply to.
+        self.deferred = self.used = False
         #: `LossStats` of the forward's first cross entropy, if `patch_model` was asked for them.
         self.stats: Any = None
         #: Whether a loss was taken without logits, and whether something computed logits.
@@ -92,9 +94,16 @@ class Origin:
 
     def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
         """A loss was computed without logits."""
+        if torch.compiler.is_compiling():
+            return
         self.fused = True
         self._count(0 if self.read else self.size)
         self.recorder.add(kind, tokens, ignored)
+
+    def took_of_logits(self, kind: str, tokens: int, ignored: Tensor | None) -> None:
+        """A loss of this package was computed of logits that are there."""
+        if not torch.compiler.is_compiling():
+            self.recorder.add(kind, tokens, ignored, fused=False)
 
     def was_read(self, operation: str) -> None:
         self.read = True
