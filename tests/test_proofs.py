@@ -140,6 +140,8 @@ def test_unrolled_loops_take_what_they_can_and_masked_ones_the_rest():
     unrolled, single, masked = block(400, loads=8), block(110, loads=2), block(120, loads=2, guard="@P0")
     runs = roof.trips([masked, single, unrolled], 64 * 3 + 16 + 3, 2)
     assert runs == [(unrolled, 3), (single, 1), (masked, 1)]
+    larger = block(800, loads=16, guard="@P0")
+    assert roof.trips([larger, single], 16 * 2 + 3, 2) == [(single, 2), (larger, 1)]
 
 
 GOOD_CASE = Case("forward", 1, 8192, 32000)
@@ -207,7 +209,7 @@ def test_both_walks_of_one_pass_count():
 
 def test_kernels_of_other_shapes_and_launches_have_no_budget():
     slow = code(block(400, loads=2), registers=40)
-    for proof in (changed(job(V=1000), code=slow), changed(kernel="merge_kernel", code=slow, widths={})):
+    for proof in (changed(job(V=1024), code=slow), changed(kernel="merge_kernel", code=slow, widths={})):
         assert judging.faults(proof) == []
     assert judging.faults(changed(code=slow)) == ["25.0 instructions a logit, not 8"]
 

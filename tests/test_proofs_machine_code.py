@@ -80,8 +80,8 @@ def test_bytes_in_flight_end_where_they_are_used():
 .L_x_1:
         /*0000*/                   LDG.E.128 R8, desc[UR12][R20.64] ;
         /*0010*/                   FADD R30, R12, R13 ;
-        /*0020*/                   LDG.E.128 R12, desc[UR12][R20.64] ;
-        /*0030*/                   FADD R30, R8, R9 ;
+        /*0020*/                   FADD R30, R8, R9 ;
+        /*0030*/                   LDG.E.128 R12, desc[UR12][R20.64] ;
         /*0040*/              @!P1 BRA `(.L_x_1) ;
 """
     assert analyse(ahead, USAGE).loops[0].in_flight == 32

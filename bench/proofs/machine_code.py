@@ -211,7 +211,7 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
         if block.loaded or block.stored:
             (loops if block.loaded else clears).append(block)
             inside |= body
-    outside = {i for i in range(len(code)) if i not in inside and code[i].opcode != "NOP"}
+    outside = set(range(len(code))) - inside
     outside -= {i for body in every for i in body if len(body) == 1}  # what follows the end of the code
     return MachineCode(usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS))
 
