@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .arguments import LogitsTensors, check_inplace, check_token_weight, local_logits
+from .arguments import LogitsTensors, check_inplace, check_token_weight
 from .functional import logits_problem
 from .linear.cross_entropy import fused_linear_cross_entropy
 from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import LossStats
+from .shards import local_logits
 
 #: What models hand on to their loss function and what these losses read of it.
 _KNOWN = (*CausalLMKeywords.__optional_keys__, "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import backends
-from .arguments import LogitsTensors, check_inplace, check_logits, holds_probabilities, local_logits
+from .arguments import LogitsTensors, check_inplace, check_logits, holds_probabilities
 from .autograd import RowCall, cross_entropy_rows
 from .grad_in_forward import can_compute_in_forward, total_with_gradient
 from .kernel_reduction import can_reduce, reduced_by_kernel
@@ -27,6 +27,7 @@ from .reduction import (
     weight_of_target,
 )
 from .rows import Logits, acc_dtype
+from .shards import local_logits
 
 
 @overload

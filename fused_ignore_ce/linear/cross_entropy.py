@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..arguments import LinearTensors, local_linear
+from ..arguments import LinearTensors
 from ..options import LinearKeywords, LossOptions, ReductionOptions, ignored_ids
 from ..reduction import LossStats
+from ..shards import local_linear
 from .problem import linear_problem
 
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import LinearTensors, holds_probabilities, local_linear
+from ..arguments import LinearTensors, holds_probabilities
 from ..options import LossOptions, ReductionOptions, check_temperature, ignored_ids
+from ..shards import local_linear
 from .problem import linear_problem
 
 
