@@ -91,7 +91,7 @@ def main() -> int:
     wanted = QUICK_CHIPS if options.quick else [chip.name for chip in chips.CHIPS]
     archs = {p.job.target.arch for p in proofs}
     predicted_on = [chip for chip in chips.CHIPS if chip.name in wanted and (chip.arch in archs or not options.arch)]
-    predicted = run([job for chip in predicted_on for job in predicting.every(chip)], "predictions")
+    predicted = run([job for chip in predicted_on for job in predicting.every(chip, options.quick)], "predictions")
     rows = predicting.predict(predicted)
 
     print(header())

@@ -31,14 +31,15 @@ class Row:
         return 1e3 * ROWS * self.V * self.prediction.seconds_a_logit
 
 
-def every(chip: chips.Chip) -> list[Job]:
-    """The kernels to predict on a chip, at every vocabulary."""
+def every(chip: chips.Chip, quick: bool) -> list[Job]:
+    """The kernels to predict on a chip, at every vocabulary; with `quick`, of peers Liger alone."""
     ours = [
         Case(operation, 1, ROWS, V)
         for V in VOCABULARIES
         for operation in ("forward", "backward", "one pass")
     ]  # fmt: skip
     theirs = [case for V in VOCABULARIES for case in peers.every(V) if not case.features]
+    theirs = [case for case in theirs if not quick or case.library == "liger_kernel"]
     return [Job(case, Target("cuda", chip.arch, chip.name)) for case in (*ours, *theirs)]
 
 
