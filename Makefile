@@ -13,7 +13,7 @@ test: $(VENV)/.ready
 
 # What touches transformers, on the last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
-	$(VENV)-transformers-4/bin/pytest -n auto --dist loadfile tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_sweep.py
+	$(VENV)-transformers-4/bin/pytest -n auto --dist loadfile tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_transformers_coverage.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -24,7 +24,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Everything measured side by side on this machine, in nine minutes; writes bench/results.
+# Measures everything side by side on this machine, in nine minutes; writes bench/results.
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.run
 
@@ -33,14 +33,14 @@ readme-figures: $(VENV)/.ready
 	$(BIN)/python -m bench.figures
 
 traffic: $(VENV)/.ready
-	$(BIN)/python -m bench.traffic
+	$(BIN)/python -m bench.proofs.traffic
 
 aot: $(VENV)/.ready
-	$(BIN)/python -m bench.aot
+	$(BIN)/python -m bench.proofs.aot
 
-# Every class of transformers' auto-mappings, patched and not; writes docs/transformers-coverage.md.
+# Compares every class of transformers' auto-mappings with its patched self; writes docs/transformers-coverage.md.
 sweep: $(VENV)/.ready
-	$(BIN)/python -m bench.sweep --out docs/transformers-coverage.md
+	$(BIN)/python -m tests.transformers_coverage --out docs/transformers-coverage.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers-4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,11 +1,11 @@
-"""What a vocabulary-sharded loss sends and holds: bytes a token, counted, and peak memory of a rank.
+"""Counts the bytes per token that a vocabulary-sharded loss sends, and measures the peak memory of a rank.
 
     python -m bench.distributed [--ranks 2 4] [--out DIR]
 
-Against PyTorch's `loss_parallel`, and against gathering the logits. One process a rank over gloo on this machine. Bytes
-are what a rank hands to collectives in forward and backward, from PyTorch's profiler, times what the ring algorithms of
-NCCL send of them: 2 (R - 1) / R in an all-reduce, R - 1 in an all-gather of the rank's own part. Nothing is timed:
-processes that share the cores of one machine say nothing of a network.
+The losses are compared with PyTorch's `loss_parallel` and with gathering the logits. Every rank is a process on this
+machine, over gloo. PyTorch's profiler tells the bytes that a rank hands to collectives in forward and backward. They
+are multiplied by what the ring algorithms of NCCL send of them: 2 (R - 1) / R in an all-reduce, R - 1 in an all-gather
+of the rank's own part. Nothing is timed, because processes that share one machine's cores say nothing about a network.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
+from tqdm import tqdm
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
 from fused_ignore_ce.measure import PeakMemory
@@ -35,7 +37,7 @@ from . import machine
 
 #: Tokens, classes of the whole vocabulary, features; three quarters of the tokens are ignored.
 N, V, D, IGNORED = 2048, 32768, 512, 0.75
-#: What a rank sends of what it gives.
+#: How much a rank sends, as a multiple of what it hands to the collective.
 SENT: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
     "all_gather": lambda ranks: ranks - 1,
@@ -68,6 +70,7 @@ def linear_loss_parallel(h: Tensor, w: Tensor, target: Tensor, mesh: DeviceMesh)
 
 def linear_gathered(h: Tensor, w: Tensor, target: Tensor, mesh: DeviceMesh) -> None:
     logits = F.linear(replicated(h, mesh), sharded(w, 0, mesh))
+    assert isinstance(logits, DTensor)
     F.cross_entropy(logits.redistribute(placements=[Replicate()]).to_local(), target).backward()
 
 
@@ -88,7 +91,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
 
 
 def operands(name: str, rank: int, ranks: int, tokens: int = N) -> list[Tensor]:
-    """This rank's own."""
+    """This rank's shards of the loss's arguments."""
     torch.manual_seed(0)
     target = torch.randint(V, (tokens,))
     target[torch.randperm(tokens)[: round(tokens * IGNORED)]] = -100
@@ -101,12 +104,12 @@ def operands(name: str, rank: int, ranks: int, tokens: int = N) -> list[Tensor]:
 
 
 def measure(name: str, rank: int, ranks: int, store: str) -> dict[str, float]:
-    """On one rank: bytes sent a token, and peak bytes beside its operands and their gradients."""
+    """One rank's figures: bytes sent per token, and bytes at the peak above its operands and their gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     loss = {**LOGITS, **LINEAR}[name]
-    loss(*operands(name, rank, ranks, tokens=64), mesh)  # thread pools and lazy imports are not the loss's
+    loss(*operands(name, rank, ranks, tokens=64), mesh)  # allocates thread pools and lazy imports before measuring
     given = operands(name, rank, ranks)
     dist.barrier()
     with PeakMemory(torch.device("cpu")) as memory:
@@ -123,7 +126,7 @@ def measure(name: str, rank: int, ranks: int, store: str) -> dict[str, float]:
 
 
 def bytes_sent(profile: Any, ranks: int) -> float:
-    """Of all collectives in a profile: gloo's events have the shape and type of what a rank gave."""
+    """The bytes of all collectives in a profile, in which gloo's events have the shape and type of what a rank gave."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -139,7 +142,7 @@ def bytes_sent(profile: Any, ranks: int) -> float:
 
 
 def on_ranks(name: str, ranks: int) -> dict[str, float]:
-    """`measure` in fresh processes; the largest of the ranks'."""
+    """The largest figures of all ranks, each of which runs `measure` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.distributed", "--measure", name, f"{folder}/store"]
         processes = [
@@ -156,18 +159,8 @@ def on_ranks(name: str, ranks: int) -> dict[str, float]:
     return {key: max(each[key] for each in found) for key in found[0]}
 
 
-def table(names: Any, worlds: list[int]) -> list[dict[str, Any]]:
-    rows = []
-    for name in names:
-        for ranks in worlds:
-            rows.append({"name": name, "ranks": ranks, **on_ranks(name, ranks)})
-            sent, peak = rows[-1]["bytes_per_token"], rows[-1]["peak_bytes"] / 2**20
-            print(f"{name:44}{ranks:6} ranks {sent:12.1f} B sent a token {peak:9.0f} MiB", flush=True)
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where the file goes")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
@@ -178,7 +171,9 @@ def main() -> None:
         return
     print(f"N={N}, V={V}, D={D}, float32, {IGNORED:.0%} ignored, PyTorch {torch.__version__}, gloo on one machine")
     header = machine.header(sys.argv[1:], module="bench.distributed")
-    rows = table([*LOGITS, *LINEAR], given.ranks)
+    todo = [(name, ranks) for name in [*LOGITS, *LINEAR] for ranks in given.ranks]
+    rows = [{"name": name, "ranks": ranks, **on_ranks(name, ranks)} for name, ranks in tqdm(todo, unit="measurement")]
+    print(tabulate(rows, headers="keys", floatfmt=".1f"))
     result = {"header": header, "N": N, "V": V, "D": D, "ignored": IGNORED, "ranks": given.ranks, "rows": rows}
     (given.out / f"distributed-{header['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
 

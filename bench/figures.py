@@ -1,33 +1,34 @@
-"""The README's figures, taken from committed result files: `python -m bench.figures` writes them between its markers.
+"""Writes the README's figures, which are taken from committed result files: `python -m bench.figures`.
 
-A block is `<!-- figures: NAME -->`, what is generated, `<!-- end -->`. NAME is a function's below.
+In the README, a generated block stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is the name of one of
+the functions below.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from fused_ignore_ce.cost import linear_cost
 
 from .machine import ROOT
-from .providers import PROVIDERS
-from .report import code, memory_of, size, table
-from .scaling import VARIED
-from .workload import MODELS
+from .speed.providers import PROVIDERS
+from .speed.scaling import VARIED
+from .speed.workload import MODELS
 
 Row = dict[str, Any]
 
-MODEL_NAMES = {model.name for model in MODELS}
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Results:
-    """Result files of full runs, the newest first, by their names; those of `bench.distributed` apart."""
+    """The result files of full runs by name, the newest first, and apart from them those of `bench.distributed`."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self.distributed = sorted(folder.glob("distributed-*.json"))
@@ -36,23 +37,24 @@ class Results:
         self.files = dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
 
     def newest(self, section: str) -> tuple[str, Row]:
-        """Of those that have the section, by name."""
+        """Name and content of the newest result in which a section is not empty."""
         for name, result in self.files.items():
             if result[section]:
                 return name, result
         raise SystemExit(f"no result in bench/results has {section}: python -m bench.run")
 
 
-def machine(results: Results) -> str:
-    name, result = results.newest("rows")
-    header = result["header"]
-    cores = f"{header['cores']} cores of an {header['device']}" if header["kind"] == "cpu" else header["device"]
-    versions = header["versions"]
-    return (
-        f"All of it by `{header['command']}` on one machine: {cores} ({header['simd']}), PyTorch {versions['torch']}, "
-        f"commit {header['commit'][:7]}, {header['date']}; every figure with its spread, the machine's own roof and "
-        f"what was left out: [{name}](bench/results/{name}.md)."
-    )
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _code(name: str) -> str:
+    """A loss's name, set as code where it is an expression."""
+    return f"`{name}`" if "(" in name else name
 
 
 def _find(rows: list[Row], **values: Any) -> Row | None:
@@ -63,54 +65,62 @@ def _ratio(row: Row | None) -> str:
     return f"{row['ratio']:.2f}" if row and "ratio" in row else "-"
 
 
-def _base(result: Row, kind: str, columns: list[tuple[str, float]], memory: tuple[str, float]) -> str:
-    """Ratios at the base shape, by (dtype, ignored), and memory in one of them."""
-    rows = [row for row in result["rows"] if row["shape"] == "base" and row["direction"] == "both"]
+def _peak(result: Row, row: Row | None) -> str:
+    """The peak memory that was measured for the loss and the sizes of a row."""
+    keys = ("kind", "N", "V", "D", "ignored", "dtype", "direction", "provider")
+    held = row and _find(result["memory"], **{key: row[key] for key in keys})
+    return size(held["bytes"]) if held else "-"
+
+
+def machine(results: Results) -> str:
+    name, result = results.newest("rows")
+    header = result["header"]
+    cores = f"{header['cores']} cores of an {header['device']}" if header["kind"] == "cpu" else header["device"]
+    return (
+        f"All of it by `{header['command']}` on one machine: {cores} ({header['simd']}), PyTorch "
+        f"{header['versions']['torch']}, commit {header['commit'][:7]}, {header['date']}; every figure with its "
+        f"spread, the machine's own roof and what was left out: [{name}](bench/results/{name}.json)."
+    )
+
+
+def _base(result: Row, kind: str, columns: list[tuple[str, float]]) -> str:
+    """Ratios at the base shape by (dtype, ignored), and peak memory in the first of these columns."""
+    rows = [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
+    sizes = f"N={rows[0]['N']}, V={rows[0]['V']}" + (f", D={rows[0]['D']}" if rows[0]["D"] else "")
     lines = []
     for provider in PROVIDERS[kind]:
-        own = [_find(rows, kind=kind, provider=provider.name, dtype=d, ignored=i) for d, i in columns]
-        if not any(own):
-            continue
-        held = _find(rows, kind=kind, provider=provider.name, dtype=memory[0], ignored=memory[1])
-        peak = held and memory_of(result, held)
-        lines.append((code(provider.name), *map(_ratio, own), peak or "-"))
-    dtypes = {dtype for dtype, _ in columns}
-    names = [f"{dtype} " * (len(dtypes) > 1) + f"{ignored:.0%} ignored" for dtype, ignored in columns]
-    return table(("", *names, f"peak memory, {memory[0]}, {memory[1]:.0%}"), lines)
-
-
-def _sizes(result: Row, kind: str) -> str:
-    row = _find(result["rows"], kind=kind, shape="base")
-    assert row is not None
-    return f"N={row['N']}, V={row['V']}" + f", D={row['D']}" * (row["D"] > 0)
+        own = [_find(rows, provider=provider.name, dtype=dtype, ignored=ignored) for dtype, ignored in columns]
+        if any(own):
+            lines.append((_code(provider.name), *map(_ratio, own), _peak(result, own[0])))
+    dtype, *others = sorted({dtype for dtype, _ in columns})
+    names = [f"{dtype} {ignored:.0%} ignored" if others else f"{ignored:.0%} ignored" for dtype, ignored in columns]
+    text = f"{sizes}, {'' if others else f'{dtype}, '}ratios of medians to the first:"
+    return f"{text}\n\n{table(('', *names, f'peak memory, {columns[0][0]}, {columns[0][1]:.0%}'), lines)}"
 
 
 def logits(results: Results) -> str:
-    _, result = results.newest("rows")
-    columns = [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)]
-    text = f"{_sizes(result, 'logits')}, bfloat16, ratios of medians to the first:"
-    return f"{text}\n\n{_base(result, 'logits', columns, ('bfloat16', 0.0))}"
+    return _base(results.newest("rows")[1], "logits", [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)])
 
 
 def linear(results: Results) -> str:
     _, result = results.newest("rows")
-    columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
-    text = f"{_sizes(result, 'linear')}, ratios of medians to the first:"
     slow = [gate for gate in result["gates"] if gate["status"] == "slow"]
-    notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
-    return f"{text}\n\n{_base(result, 'linear', columns, ('bfloat16', 0.0))}{notes}"
+    notes = "".join(f"\n\n{_code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
+    columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
+    return _base(result, "linear", columns) + notes
 
 
 def models(results: Results) -> str:
-    """Ours at real sizes."""
-    rows = [row for row in results.newest("rows")[1]["rows"] if row["direction"] == "both"]
+    """Ratios of this package's losses at the sizes of models. Models of one vocabulary share their logits' figures."""
+    names = {model.name for model in MODELS}
+    rows = [r for r in results.newest("rows")[1]["rows"] if r["direction"] == "both" and r["shape"] in names]
     lines = []
     for model in MODELS:
-        cells, tokens = [], []
-        for kind, providers in PROVIDERS.items():
-            own = [r for r in rows if (r["kind"], r["V"], r["provider"]) == (kind, model.V, providers[-1].name)]
-            own = [r for r in own if r["D"] in (0, model.D) and r["shape"] in MODEL_NAMES]
-            found = [_find(own, ignored=share) for share in (0.0, 0.75)]
+        cells: list[str] = []
+        tokens: list[str] = []
+        for (kind, providers), D in zip(PROVIDERS.items(), (0, model.D), strict=True):
+            own = {"kind": kind, "V": model.V, "D": D, "provider": providers[-1].name}
+            found = [_find(rows, **own, ignored=share) for share in (0.0, 0.75)]
             cells += map(_ratio, found)
             tokens.append(str(found[0]["N"]) if found[0] else "-")
         lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(tokens), *cells))
@@ -124,7 +134,7 @@ def scaling(results: Results) -> str:
     for kind, (baseline, *_, ours) in PROVIDERS.items():
         for provider in (baseline, ours):
             own = [_find(fits, kind=kind, provider=provider.name, varied=varied) for varied in VARIED]
-            lines.append((code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
+            lines.append((_code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
     return table(("", "tokens", "vocabulary", "features", "kept tokens of a batch"), lines)
 
 
@@ -155,7 +165,7 @@ def traffic(results: Results) -> str:
 
 
 def aot(results: Results) -> str:
-    """Of the newest run that compiled all of them; failing that, of the newest that compiled some."""
+    """The newest run that compiled all kernels; where there is none, the newest that compiled some."""
     whole = ((name, result) for name, result in results.files.items() if result["aot"] and not result["aot"]["quick"])
     name, result = next(whole, None) or results.newest("aot")
     found = result["aot"]
@@ -163,29 +173,27 @@ def aot(results: Results) -> str:
     return (
         f"{found['kernels']} kernels ({which}), for {', '.join(f'sm_{arch}' for arch in found['archs'])} in "
         f"{', '.join(found['dtypes'])}: {found['spilling'] or 'none'} with spills, {len(found['faults']) or 'none'} "
-        f"with accesses to logits narrower than they could be ([{name}](bench/results/{name}.md))."
+        f"with accesses to logits narrower than they could be ([{name}](bench/results/{name}.json))."
     )
 
 
 def distributed(results: Results) -> str:
-    """The newest result of `bench.distributed`."""
     if not results.distributed:
         raise SystemExit(f"no results in {RESULTS}: python -m bench.distributed")
     path = results.distributed[-1]
     found = json.loads(path.read_text())
     lines = []
     for name in dict.fromkeys(row["name"] for row in found["rows"]):
-        own = [_find(found["rows"], name=name, ranks=ranks) for ranks in found["ranks"]]
-        sent = [row["bytes_per_token"] for row in own if row]
+        own = [row for row in found["rows"] if row["name"] == name]
+        sent = [row["bytes_per_token"] for row in own]
         cells = [f"{n / 1024:.0f} KiB" if n >= 10240 else f"{n:.0f} B" for n in sent]
-        lines.append((f"`{name}`", *cells, *(size(row["peak_bytes"]) for row in own if row)))
+        lines.append((f"`{name}`", *cells, *(size(row["peak_bytes"]) for row in own)))
     ranks = [f"{ranks} ranks" for ranks in found["ranks"]]
     text = (
         f"N={found['N']}, V={found['V']}, D={found['D']}, float32, {found['ignored']:.0%} ignored "
         f"([{path.stem}](bench/results/{path.name})):"
     )
-    head = ("", *(f"sent, {each}" for each in ranks), *(f"held, {each}" for each in ranks))
-    return f"{text}\n\n{table(head, lines)}"
+    return f"{text}\n\n{table(('', *(f'sent, {n}' for n in ranks), *(f'held, {n}' for n in ranks)), lines)}"
 
 
 def plots(results: Results) -> str:
@@ -194,31 +202,28 @@ def plots(results: Results) -> str:
 
 
 def memory(results: Results) -> str:
-    """By formula, which tests check against measured peaks; no result enters."""
+    """Memory by formulas, which tests check against measured peaks. No result enters."""
     N, V, D = 8192, 128256, 4096
     whole, half = linear_cost(N, V, D), linear_cost(N, V, D, memory_budget=2**29)
     chunks = 2 * 1024 * V + 4 * V * D
-    return table(
-        ("", "held at the peak", f"N={N}, V={V}, D={D}, bf16"),
-        [
-            (
-                "`F.cross_entropy(F.linear(h, w).float(), y)`",
-                "log-softmax and two gradients in float32, before there are others: `3 x 4NV - s(N + V)D`",
-                f"{whole.plain_bytes / 2**30:.1f} GiB",
-            ),
-            (whole.plan.plan, "`sNV`", f"{whole.plan.bytes / 2**30:.1f} GiB"),
-            (
-                "token chunks of c rows",
-                "`scV + 4VD` (nothing for `4VD` where the head's gradient is float32 or not wanted)",
-                f"{chunks / 2**30:.1f} GiB, c=1024",
-            ),
-            (
-                f"{half.plan.plan} of b classes",
-                "`sNb + 4ND + 48 NV/b`",
-                f"{half.plan.bytes / 2**30:.2f} GiB, b={half.plan.chunk}",
-            ),
-        ],
-    )
+    lines = [
+        (
+            "`F.cross_entropy(F.linear(h, w).float(), y)`",
+            "log-softmax and two gradients in float32, before there are others: `3 x 4NV - s(N + V)D`",
+            f"{whole.plain_bytes / 2**30:.1f} GiB",
+        ),
+        (whole.plan.plan, "`sNV`", f"{whole.plan.bytes / 2**30:.1f} GiB"),
+        (
+            "token chunks of c rows",
+            "`scV + 4VD` (nothing for `4VD` where the head's gradient is float32 or not wanted)",
+            f"{chunks / 2**30:.1f} GiB, c=1024",
+        ),
+        (
+            f"{half.plan.plan} of b classes", "`sNb + 4ND + 48 NV/b`",
+            f"{half.plan.bytes / 2**30:.2f} GiB, b={half.plan.chunk}",
+        ),
+    ]  # fmt: skip
+    return table(("", "held at the peak", f"N={N}, V={V}, D={D}, bf16"), lines)
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {

@@ -1,4 +1,4 @@
-"""What a figure was measured on: the header of every result file."""
+"""Describes the machine and the versions that a figure was measured with, for the header of every result file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from .providers import PROVIDERS, version
-from .workload import DEVICE, limits
+from .speed.providers import PROVIDERS, version
+from .speed.workload import DEVICE, limits
 
 ROOT = Path(__file__).parent.parent
 
 
 def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> dict[str, Any]:
-    """Device, versions, commit, date and command."""
+    """The device, versions, commit, date and command of a run, and whatever `more` adds."""
     packages = {provider.package for providers in PROVIDERS.values() for provider in providers if provider.package}
     versions = {name: version(name) for name in ("triton", "transformers", *sorted(packages))}
     return {
@@ -35,7 +35,7 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__} | {name: found for name, found in versions.items() if found},
         "commit": _git("rev-parse", "HEAD"),
-        # Results of the run before are no change of what is measured.
+        # The results of an earlier run are no change to what is measured.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", module, *arguments]),
@@ -44,7 +44,7 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
 
 
 def device_name() -> str:
-    """As the driver or the kernel calls it."""
+    """The device's name, as the CUDA driver or the operating system gives it."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
     try:
@@ -55,7 +55,7 @@ def device_name() -> str:
 
 
 def slug(text: str) -> str:
-    """Fit for a file's name.
+    """A text made fit for a file's name.
 
     >>> slug("Intel(R) Xeon(R) Processor")
     'intel-xeon-processor'
@@ -64,7 +64,7 @@ def slug(text: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of this checkout; None where there is none."""
+    """The output of a git command in this checkout; None if it fails, as it does outside of a repository."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

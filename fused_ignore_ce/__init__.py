@@ -2,7 +2,8 @@
 
 from .causal_lm import fused_causal_lm_loss
 from .functional import fused_cross_entropy
-from .linear.functional import fused_linear_cross_entropy, fused_linear_log_probs
+from .linear.cross_entropy import fused_linear_cross_entropy
+from .linear.log_probs import fused_linear_log_probs
 from .linear.plan import LinearPlan, plan_linear_loss
 from .modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
 from .reduction import LossStats

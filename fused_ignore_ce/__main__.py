@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, cost, demo
-from .arguments import choose_backend
+from . import __version__, backends, cost, demo
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -123,7 +122,7 @@ def environment() -> str:
     devices = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
     devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     lines += [
-        f"{name:<16} {text}; backend: {choose_backend('auto', torch.device(name))}" for name, text in devices.items()
+        f"{name:<16} {text}; backend: {backends.choose('auto', torch.device(name))}" for name, text in devices.items()
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,4 @@
-"""Row losses with their gradients: the autograd.Function, and the operators that torch.compile sees.
-
-Both call the same two functions, `_forward` and `_backward`. Eager calls on plain tensors go through the
-Function, which spares the operators' dispatch; everything that must be traced goes through the operators.
-"""
+"""The results of rows of logits, with their gradients: an autograd.Function, and operators for where it is traced."""
 
 from __future__ import annotations
 
@@ -10,304 +6,235 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import reference, torch_backend
-
-
-class RowOptions(NamedTuple):
-    """The scalar options of a row's loss, in the operators' order."""
-
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None
-    logit_scale: float
-    z_loss: float
+from . import backends, distributed, reference
+from .operators import is_plain, wants_grad
+from .options import LossOptions, flatten, schema_of, unflatten
+from .rows import Block, Logits, Rows, Saved, Upstream, zero_rows
 
 
-def implementation(backend: str, device: torch.device) -> Any:
-    """The module whose `forward` and `backward` run on this device. Called when they run, never while tracing."""
-    if backend == "torch":
-        return torch_backend
-    try:
-        from .kernels import cross_entropy
-    except ImportError as error:
-        raise RuntimeError(
-            f'backend="triton" for tensors on {device} needs Triton, which cannot be imported ({error}): install it, '
-            f'or pass backend="torch"'
-        ) from error
-    if device.type == "cpu" and not cross_entropy.interpreted():
-        raise RuntimeError(
-            'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
-            'fused_ignore_ce is first used, or pass backend="torch"'
-        )
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f'backend="triton" expects CUDA tensors, got one on {device}; pass backend="torch"')
-    return cross_entropy
+class RowCall(NamedTuple):
+    """What is the same for all rows of a call."""
+
+    options: LossOptions
+    with_stats: bool
+    backend: str
+    group: str | None  # the name of the process group that the vocabulary is sharded over
 
 
-def _forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    options: RowOptions,
-    with_stats: bool,
-    backend: str,
-    group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, mass, correct, entropy, target_weight, place); the last two are empty without a group."""
-    kernels = implementation(backend, x.device)
-    if group is not None:
-        from . import distributed
+class RowResults(NamedTuple):
+    """The results of all rows. The first three are differentiable."""
 
-        return distributed.forward(kernels, group, x, target, weight, probs, options._asdict(), with_stats)
-    if probs is None:
-        torch_backend.check_targets(target, options.ignore_index, x.shape[-1])
-    rows = kernels.forward(x, target, weight, probs, **options._asdict(), with_stats=with_stats)
-    return *rows, rows[0].new_empty(0), torch.empty(0, dtype=torch.int64)
+    loss: Tensor
+    lse: Tensor
+    entropy: Tensor
+    predicted: Tensor
+    shift: Tensor
+    mass: Tensor
+    # What only all ranks of a group know together; empty without a group, or where it does not exist.
+    target_weight: Tensor  # (N,) class weights of index targets
+    likeliest: Tensor  # (N,) int64 class of the largest target probability, with statistics
+    block: Tensor  # the fields of this rank's `Block`, on the CPU
+
+    @classmethod
+    def of(cls, rows: Rows) -> RowResults:
+        """The results of rows whose vocabulary is not sharded."""
+        none, place = rows.loss.new_empty(0), torch.empty(0, dtype=torch.int64)
+        return cls.of_group(rows, none, none.long(), place)
+
+    @classmethod
+    def of_group(cls, rows: Rows, target_weight: Tensor, likeliest: Tensor, place: Tensor) -> RowResults:
+        of_rows = (rows.loss, rows.lse, rows.entropy, rows.predicted, rows.shift, rows.mass)
+        return cls(*of_rows, target_weight, likeliest, place)
+
+    def constants(self, with_stats: bool) -> tuple[Tensor, ...]:
+        """The results that have no gradient; without statistics there is no entropy."""
+        return self[3:] if with_stats else self[2:]
+
+
+RESULTS_SCHEMA = "(" + ", ".join(["Tensor"] * len(RowResults._fields)) + ")"
+
+
+def fake_results(x: Tensor, N: int, call: Any, weight: Tensor | None, probs: Tensor | None) -> RowResults:
+    """Tensors of the right shapes, for tracing; `call` has the fields of `RowCall`."""
+    rows = zero_rows(x, N, call.with_stats)
+    if call.group is None:
+        return RowResults.of(rows)
+    none = rows.loss.new_empty(0)
+    target_weight = torch.empty_like(rows.loss) if weight is not None and probs is None else none
+    likeliest = torch.empty_like(rows.predicted) if probs is not None and call.with_stats else none.long()
+    return RowResults.of_group(rows, target_weight, likeliest, torch.empty(2, dtype=torch.int64))
+
+
+def block_of(place: Tensor) -> Block | None:
+    """The `Block` that `RowResults.block` holds; None without a group."""
+    return Block(*place.tolist()) if len(place) else None
+
+
+def _forward(logits: Logits, call: RowCall) -> RowResults:
+    kernels = backends.implementation(call.backend, logits.x.device)
+    if call.group is not None:
+        merged, shard = distributed.forward(kernels, call.group, logits, call.options, call.with_stats)
+        return RowResults.of_group(*merged, torch.tensor(shard.block))
+    if logits.probs is None:
+        backends.check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])
+    return RowResults.of(Rows(*kernels.forward(*logits, call.options, with_stats=call.with_stats)))
 
 
 def _backward(
-    dloss: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    lse: Tensor,
-    mass: Tensor,
+    upstream: Upstream,
+    logits: Logits,
+    saved: Saved,
     place: Tensor,
-    options: RowOptions,
-    dx: Tensor | None,
-    dprobs: Tensor | None,
-    backend: str,
+    call: RowCall,
+    gradients: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    backward = implementation(backend, x.device).backward
-    first_class, classes = place.tolist() or (0, None)
-    backward(
-        dloss, x, target, weight, probs, lse, mass, **options._asdict(), dx=dx, dprobs=dprobs,
-        first_class=first_class, classes=classes,
-    )  # fmt: skip
+    """Writes the `gradients` (dx, dprobs) that are not None; `place` is `RowResults.block`."""
+    dx, dprobs = gradients
+    kernels = backends.implementation(call.backend, logits.x.device)
+    kernels.backward(upstream, *logits, saved, call.options, dx=dx, dprobs=dprobs, block=block_of(place))
 
 
-def empty_rows(x: Tensor, N: int, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, mass, correct, entropy) of N rows, for fake kernels: nothing is in them."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = N if with_stats else 0
-    return (
-        x.new_empty(N, dtype=dtype),
-        x.new_empty((2, N), dtype=dtype),
-        x.new_empty(N, dtype=dtype),
-        x.new_empty(stats, dtype=torch.bool),
-        x.new_empty(stats, dtype=dtype),
-    )
+_LOGITS_SCHEMA = "Tensor x, Tensor target, Tensor? weight, Tensor? probs"
+_CALL_SCHEMA = schema_of(RowCall)
 
 
-def empty_sharded(
-    loss: Tensor, group: str | None, weight: Tensor | None, probs: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(target_weight, place), for fake kernels."""
-    has_weight = group is not None and weight is not None and probs is None
-    place = torch.empty(0 if group is None else 2, dtype=torch.int64, device="cpu")
-    return torch.empty_like(loss) if has_weight else loss.new_empty(0), place
+@torch.library.custom_op(
+    "fused_ignore_ce::cross_entropy_forward",
+    mutates_args=(),
+    schema=f"({_LOGITS_SCHEMA}, {_CALL_SCHEMA}) -> {RESULTS_SCHEMA}",
+)
+def _forward_operator(
+    x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *call: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_forward(Logits(x, target, weight, probs), unflatten(RowCall, call)))
 
 
-@torch.library.custom_op("fused_ignore_ce::cross_entropy_forward", mutates_args=())
-def cross_entropy_forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    logit_scale: float,
-    z_loss: float,
-    with_stats: bool,
-    backend: str,
-    group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, mass, correct, entropy, target_weight, place) of x (B, T, V); target is (B * T,) int64.
-
-    With a `group`, by name, x is its rank's shard of the vocabulary. `target_weight` are the class weights of the
-    targets, which may be other ranks'; `place` is (first class of the shard, classes of the vocabulary).
-    """
-    options = RowOptions(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
-    return _forward(x, target, weight, probs, options, with_stats, backend, group)
+@_forward_operator.register_fake
+def _(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    return tuple(fake_results(x, x.shape[0] * x.shape[1], unflatten(RowCall, call), weight, probs))
 
 
-@cross_entropy_forward.register_fake
-def _(x, target, weight, probs, ignore_index, label_smoothing, softcap, logit_scale, z_loss, with_stats, backend,
-      group):  # fmt: skip
-    rows = empty_rows(x, x.shape[0] * x.shape[1], with_stats)
-    return *rows, *empty_sharded(rows[0], group, weight, probs)
-
-
-@torch.library.custom_op("fused_ignore_ce::cross_entropy_backward", mutates_args=())
-def cross_entropy_backward(
-    dloss: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    lse: Tensor,
-    mass: Tensor,
-    place: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    logit_scale: float,
-    z_loss: float,
-    need_dx: bool,
-    need_dprobs: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "fused_ignore_ce::cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {_LOGITS_SCHEMA}, Tensor shift, Tensor mass, "
+    f"Tensor entropy, Tensor block, bool need_dx, bool need_dprobs, {_CALL_SCHEMA}) -> (Tensor, Tensor)",
+)
+def _backward_operator(*args: Any) -> tuple[Tensor, Tensor]:
     """(dx, dprobs); one that is not needed is empty."""
-    options = RowOptions(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dprobs = torch.empty_like(probs) if need_dprobs and probs is not None else x.new_empty(0)
-    _backward(
-        dloss, x, target, weight, probs, lse, mass, place, options, dx if need_dx else None,
-        dprobs if need_dprobs else None, backend,
-    )  # fmt: skip
-    return dx, dprobs
+    upstream, logits, saved, place = Upstream(*args[:3]), Logits(*args[3:7]), Saved(*args[7:10]), args[10]
+    need_dx, need_dprobs, *call = args[11:]
+    dx, dprobs = _gradients_like(logits, need_dx, need_dprobs)
+    _backward(upstream, logits, saved, place, unflatten(RowCall, tuple(call)), (dx, dprobs))
+    empty = logits.x.new_empty(0)
+    return empty if dx is None else dx, empty if dprobs is None else dprobs
 
 
-@cross_entropy_backward.register_fake
-def _(dloss, x, target, weight, probs, lse, mass, place, ignore_index, label_smoothing, softcap, logit_scale, z_loss,
-      need_dx, need_dprobs, backend):  # fmt: skip
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    return dx, torch.empty_like(probs) if need_dprobs else x.new_empty(0)
+@_backward_operator.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    logits, (need_dx, need_dprobs, *_) = Logits(*args[3:7]), args[11:]
+    dx, dprobs = _gradients_like(logits, need_dx, need_dprobs)
+    empty = logits.x.new_empty(0)
+    return empty if dx is None else dx, empty if dprobs is None else dprobs
 
 
-def _save_operator_inputs(ctx, inputs, output) -> None:
-    x, target, weight, probs, *options, _with_stats, backend, _group = inputs
-    _, lse, mass, correct, entropy, target_weight, place = output
-    ctx.save_for_backward(x, target, weight, probs, lse, mass, place)
-    ctx.options, ctx.backend = RowOptions(*options), backend
-    ctx.mark_non_differentiable(lse, mass, correct, entropy, target_weight, place)
+def _gradients_like(logits: Logits, need_dx: bool, need_dprobs: bool) -> tuple[Tensor | None, Tensor | None]:
+    dprobs = torch.empty_like(logits.probs) if need_dprobs and logits.probs is not None else None
+    return torch.empty_like(logits.x) if need_dx else None, dprobs
+
+
+def _save(ctx: Any, logits: Logits, results: RowResults, with_stats: bool) -> None:
+    ctx.save_for_backward(*logits, results.shift, results.mass, results.entropy, results.block)
+    ctx.mark_non_differentiable(*results.constants(with_stats))
     ctx.set_materialize_grads(False)
 
 
-def _operator_backward(ctx, dloss, *_):
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.call = inputs[4:]
+    _save(ctx, Logits(*inputs[:4]), RowResults(*output), unflatten(RowCall, ctx.call).with_stats)
+
+
+def _operator_backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
     dx = dprobs = None
-    if dloss is not None:
+    if any(gradient is not None for gradient in (dloss, dlse, dentropy)):
         need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
-        gradients = cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, need_dx, need_dprobs, ctx.backend)
+        gradients = _backward_operator(dloss, dlse, dentropy, *ctx.saved_tensors, need_dx, need_dprobs, *ctx.call)
         dx, dprobs = gradients[0] if need_dx else None, gradients[1] if need_dprobs else None
-    return dx, None, None, dprobs, *[None] * (len(RowOptions._fields) + 3)
+    return dx, None, None, dprobs, *[None] * len(ctx.call)
 
 
-cross_entropy_forward.register_autograd(_operator_backward, setup_context=_save_operator_inputs)
+_forward_operator.register_autograd(_operator_backward, setup_context=_save_operator)
 
 
 class CrossEntropyRows(torch.autograd.Function):
-    """(loss, lse, correct, entropy, target_weight) per row; the loss is differentiable, in x and in probabilities."""
+    """The same for plain tensors in eager mode; with `inplace_backward`, the gradient overwrites x."""
 
     @staticmethod
-    def forward(ctx, x, probs, target, weight, options, with_stats, backend, group, inplace_backward):
-        loss, lse, mass, correct, entropy, target_weight, place = _forward(
-            x, target, weight, probs, options, with_stats, backend, group
-        )
-        ctx.save_for_backward(x, target, weight, probs, lse, mass, place)
-        ctx.options, ctx.backend, ctx.inplace_backward = options, backend, inplace_backward
-        ctx.mark_non_differentiable(lse, correct, entropy, target_weight)
-        ctx.set_materialize_grads(False)
-        return loss, lse, correct, entropy, target_weight
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        probs: Tensor | None,
+        call: RowCall,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, ...]:
+        logits = Logits(x, target, weight, probs)
+        results = _forward(logits, call)
+        _save(ctx, logits, results, call.with_stats)
+        ctx.call, ctx.inplace_backward = call, inplace_backward
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, dloss, *_):
+    def backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
         dx = dprobs = None
-        need_dx, need_dprobs, *_ = ctx.needs_input_grad
-        if dloss is not None:
+        if any(gradient is not None for gradient in (dloss, dlse, dentropy)):
+            need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
             # Asked for once: activation checkpointing recomputes them for the first access only.
-            x, target, weight, probs, lse, mass, place = ctx.saved_tensors
+            tensors = ctx.saved_tensors
+            logits, saved, place = Logits(*tensors[:4]), Saved(*tensors[4:7]), tensors[7]
+            upstream = Upstream(dloss, dlse, dentropy)
             if torch.is_grad_enabled():  # create_graph=True
-                if len(place):
-                    raise NotImplementedError(
-                        "create_graph=True is not supported with a sharded vocabulary: gather the logits first, and "
-                        "pass process_group=None"
-                    )
-                dx, dprobs = _differentiable_backward(
-                    dloss, x, target, weight, probs, ctx.options, need_dx, need_dprobs
-                )
+                _refuse_create_graph(place)
+                dx, dprobs = differentiable_backward(upstream, logits, ctx.call.options, need_dx, need_dprobs)
             else:
-                if need_dx:
-                    dx = x.detach() if ctx.inplace_backward else torch.empty_like(x)
-                if need_dprobs:
-                    dprobs = torch.empty_like(probs)
-                _backward(dloss, x, target, weight, probs, lse, mass, place, ctx.options, dx, dprobs, ctx.backend)
-                if need_dx and ctx.inplace_backward:
-                    torch.autograd.graph.increment_version(x)
-        return dx, dprobs, *[None] * 7
+                overwrites = need_dx and ctx.inplace_backward
+                dx, dprobs = _gradients_like(logits, need_dx and not overwrites, need_dprobs)
+                dx = logits.x.detach() if overwrites else dx
+                _backward(upstream, logits, saved, place, ctx.call, (dx, dprobs))
+                if overwrites:
+                    torch.autograd.graph.increment_version(logits.x)
+        return dx, None, None, dprobs, None, None
 
 
-def _differentiable_backward(
-    dloss: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    options: RowOptions,
-    need_dx: bool,
-    need_dprobs: bool,
+def _refuse_create_graph(place: Tensor) -> None:
+    if len(place):
+        raise NotImplementedError(
+            "create_graph=True is not supported with a sharded vocabulary: gather the logits first, and pass "
+            "process_group=None"
+        )
+
+
+def differentiable_backward(
+    upstream: Upstream, logits: Logits, options: LossOptions, need_dx: bool, need_dprobs: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dprobs) with a graph of their own, from the reference; it holds several tensors of x's shape."""
+    x, target, weight, probs = logits
     acc = x.double() if x.dtype == torch.float64 else x.float()
-    loss = reference.rows(acc, target.view(x.shape[:2]), weight, probs, **options._asdict()).loss
+    rows = reference.rows(acc, target.view(x.shape[:2]), weight, probs, **options._replace(z_loss=0.0)._asdict())
+    pairs = ((rows.loss, upstream.dloss), (rows.lse, upstream.dlse), (rows.entropy, upstream.dentropy))
+    outputs, gradients = zip(*((out.flatten(), grad) for out, grad in pairs if grad is not None), strict=True)
     wanted = [t for t, needed in ((x, need_dx), (probs, need_dprobs)) if needed and t is not None]
-    gradients = list(torch.autograd.grad(loss.flatten(), wanted, dloss, create_graph=True))
-    return gradients.pop(0) if need_dx else None, gradients.pop(0) if need_dprobs else None
+    found = list(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    return found.pop(0) if need_dx else None, found.pop(0) if need_dprobs else None
 
 
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Reverse mode only: other transforms would be slow here or, in a kernel, lose their derivative silently."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "torch.func transforms are not supported by fused_ignore_ce: use torch.autograd, or F.cross_entropy there"
-        )
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise NotImplementedError(
-            "forward-mode differentiation is not supported by fused_ignore_ce: use reverse mode, or F.cross_entropy"
-        )
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether x is eager data: no tracing, no subclass, no dispatch mode."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def cross_entropy_rows(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    options: RowOptions,
-    *,
-    with_stats: bool,
-    inplace_backward: bool,
-    backend: str,
-    group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, correct, entropy, target_weight) of the rows of x (B, T, V), each (B * T,) but lse, (2, B * T).
-
-    `target` is (B * T,) int64 and contiguous. `lse` is the unevaluated sum max + log(sum(exp(x - max))).
-    `correct` and `entropy` are empty unless `with_stats`, `target_weight` unless there is a group.
-    """
-    if not torch.compiler.is_compiling():
-        refuse_transforms(x, probs)
-    call = (options, with_stats, backend, group)
-    if is_plain(x) and torch.is_grad_enabled() and (x.requires_grad or (probs is not None and probs.requires_grad)):
-        return CrossEntropyRows.apply(x, probs, target, weight, *call, inplace_backward)
-    if is_plain(x):
-        rows = _forward(x, target, weight, probs, *call)
-    else:
-        rows = cross_entropy_forward(x, target, weight, probs, *options, *call[1:])
-    loss, lse, _, correct, entropy, target_weight, _ = rows
-    return loss, lse, correct, entropy, target_weight
+def cross_entropy_rows(logits: Logits, call: RowCall, *, inplace_backward: bool = False) -> RowResults:
+    """The results of all rows; loss, lse and entropy are differentiable in x, the loss also in probabilities."""
+    if not is_plain(logits.x):
+        return RowResults(*_forward_operator(*logits, *flatten(call)))
+    if wants_grad(logits.x, logits.probs):
+        return RowResults(*CrossEntropyRows.apply(*logits, call, inplace_backward))  # type: ignore[no-untyped-call]
+    return _forward(logits, call)

@@ -1,23 +1,25 @@
-"""The loss that transformers models call: `model.loss_function = fused_causal_lm_loss`."""
+"""Next-token losses: of logits, as transformers models call them, and of hidden states, for models of one's own."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import arguments
-from .functional import fused_cross_entropy, row_loss
+from .arguments import LogitsTensors, check_inplace, check_token_weight
+from .functional import logits_problem
+from .linear.cross_entropy import fused_linear_cross_entropy
+from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
+from .reduction import LossStats
+from .shards import local_logits
 
-#: Options of `fused_cross_entropy` that this loss sets itself.
-_SET_HERE = {"input", "target", "ignore_index", "normalizer"}
-_OPTIONS = tuple(name for name in inspect.signature(fused_cross_entropy).parameters if name not in _SET_HERE)
-_MINE = (*_OPTIONS, "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
+#: What models hand on to their loss function and what these losses read of it.
+_KNOWN = (*CausalLMKeywords.__optional_keys__, "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
 
 
 def fused_causal_lm_loss(
@@ -51,73 +53,136 @@ def fused_causal_lm_loss(
             one that nearly spells an option is a TypeError.
 
     Returns:
-        The loss in nats, a float32 scalar (float64 for float64 logits); target-shaped for reduction="none".
+        The loss in nats, a float32 scalar (float64 for float64 logits) unless `loss_dtype` says otherwise; shaped as
+        the labels for reduction="none". With return_stats, (loss, LossStats).
 
     Raises:
         TypeError: a misspelled option.
         ValueError: labels whose shape is not that of logits without its last dimension, or another vocab_size.
         IndexError: as `fused_cross_entropy`.
     """
-    options = _known_options(loss_options)
-    ids = arguments.ignored_ids(ignore_index)
+    given = _known_options(loss_options)
     targets = shift_labels if shift_labels is not None else labels
     if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
         raise TypeError(
             f"logits and labels (or shift_labels): expected Tensors, got {type(logits).__name__} and "
             f"{type(targets).__name__}"
         )
-    process_group = options.pop("process_group", None)
-    tensors = (logits, targets, options.pop("weight", None), options.pop("token_weight", None))
-    options |= {"num_items_in_batch": num_items_in_batch, "ids": ids, "shifted": shift_labels is not None}
-    if arguments.is_distributed(process_group, *tensors):
-        from .dtensor import local_logits
+    inplace_backward, backend = given.get("inplace_backward", False), given.get("backend", "auto")
+    tensors = LogitsTensors(logits, targets, given.get("weight"), given.get("token_weight"))
+    with local_logits(given.get("process_group"), tensors, classes_dim=-1) as (group, tensors):
+        ids = ignored_ids(ignore_index)
+        options = LossOptions(
+            ids[0],
+            given.get("label_smoothing", 0.0),
+            given.get("softcap"),
+            given.get("logit_scale", 1.0),
+            given.get("z_loss", 0.0),
+        ).checked()
+        reducing = ReductionOptions(
+            given.get("reduction", "mean"),
+            _as_normalizer(num_items_in_batch, tensors.input.device),
+            given.get("return_stats", False),
+            given.get("loss_dtype") or torch.promote_types(logits.dtype, torch.float32),
+        ).checked()
+        if group is None and vocab_size is not None and vocab_size != logits.shape[-1]:
+            raise ValueError(f"vocab_size: expected the last dimension of logits, {logits.shape[-1]}, got {vocab_size}")
+        tensors, shape = _aligned_with_logits(tensors, ids[0], shifted=shift_labels is not None)
+        problem = logits_problem(tensors, ids, options, reducing, backend, group, classes_dim=-1)
+        if inplace_backward:
+            check_inplace(problem.logits.x)
+    return problem._replace(targets=problem.targets._replace(shape=shape)).loss(
+        inplace_backward, given.get("grad_in_forward", False)
+    )
 
-        return local_logits(_loss, process_group, *tensors, classes_dim=-1, vocab_size=None, **options)
-    return _loss(*tensors, vocab_size=vocab_size, **options)
 
-
-def _loss(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+def fused_linear_causal_lm_loss(
+    hidden_states: Tensor,
+    linear_weight: Tensor,
+    labels: Tensor | None,
+    num_items_in_batch: float | Tensor | None = None,
+    shift_labels: Tensor | None = None,
     *,
-    vocab_size: int | None,
-    num_items_in_batch: float | Tensor | None,
-    ids: tuple[int, ...],
-    shifted: bool,
-    **options: Any,
-) -> Any:
-    *lead, T, V = logits.shape if logits.dim() > 1 else (1, *logits.shape)
-    if vocab_size is not None and vocab_size != V:
-        raise ValueError(f"vocab_size: expected the last dimension of logits, {V}, got {vocab_size}")
-    targets = targets.to(logits.device)
-    if not shifted:
+    ignore_index: int | Collection[int] = -100,
+    token_weight: Tensor | None = None,
+    return_stats: bool | Literal["differentiable"] = False,
+    **options: Unpack[LinearCausalLMKeywords],
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Next-token loss from hidden states and the head's weight, without logits.
+
+    Equivalent to::
+
+        fused_causal_lm_loss(F.linear(hidden_states, linear_weight), labels, None, num_items_in_batch, ...)
+
+    Labels are shifted, hidden states are not copied.
+
+    Args:
+        hidden_states: (..., T, D), floating.
+        linear_weight: (V, D), the head's weight, which may be tied to the embeddings.
+        labels: (..., T) int64, not shifted. Not read when shift_labels is given.
+        num_items_in_batch: number or one-element tensor to divide the sum by; None divides by the kept labels.
+        shift_labels: (..., T) int64, already shifted.
+        ignore_index: an id or a collection of ids; position t is ignored if label t + 1 is one of them.
+        token_weight: (..., T) floating, shifted as the labels are.
+        return_stats: as in `fused_linear_cross_entropy`.
+        options: other options of `fused_linear_cross_entropy`.
+
+    Returns:
+        The loss in nats, a float32 scalar (float64 for float64 hidden states) unless `loss_dtype` says otherwise;
+        shaped as the labels for reduction="none". With return_stats, (loss, LossStats).
+
+    Raises:
+        TypeError: labels that are no tensor.
+        ValueError, IndexError: as `fused_linear_cross_entropy`.
+
+    >>> hidden, head = torch.zeros(1, 3, 2), torch.zeros(5, 2)
+    >>> fused_linear_causal_lm_loss(hidden, head, torch.tensor([[4, 2, -100]])).item()
+    1.6094379425048828
+    """
+    targets = shift_labels if shift_labels is not None else labels
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"labels or shift_labels: expected a Tensor, got {type(targets).__name__}")
+    ids = ignored_ids(ignore_index)
+    targets = targets.to(hidden_states.device)
+    if shift_labels is None:
         targets = _next(targets, ids[0])
         token_weight = None if token_weight is None else _next(token_weight, 0.0)
-    positions = math.prod(lead) * T
-    if targets.numel() != positions:
-        raise ValueError(
-            f"labels: expected shape {tuple(logits.shape[:-1])}, as logits without its last dimension, got "
-            f"{tuple(targets.shape)}"
-        )
-    # As in transformers, only the number of positions has to agree.
-    x = logits.reshape(math.prod(lead), T, V)
-    index = targets.reshape(x.shape[:2])
-    arguments.check_cross_entropy(x.movedim(-1, 1), index, weight, weight_dtype=torch.float32)
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.reshape(()).to(logits.device)
-    return row_loss(
-        x,
-        index,
-        weight,
-        shape=targets.shape,
-        out_dtype=torch.promote_types(logits.dtype, torch.float32),
+    if options.get("loss_dtype") is None:
+        options["loss_dtype"] = torch.promote_types(hidden_states.dtype, torch.float32)
+    return fused_linear_cross_entropy(
+        hidden_states,
+        linear_weight,
+        targets,
         ignore_index=ids,
         token_weight=token_weight,
-        normalizer=num_items_in_batch,
+        normalizer=_as_normalizer(num_items_in_batch, hidden_states.device),
+        return_stats=return_stats,
         **options,
     )
+
+
+def _as_normalizer(num_items_in_batch: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+    if isinstance(num_items_in_batch, Tensor):
+        return num_items_in_batch.reshape(()).to(device)
+    return num_items_in_batch
+
+
+def _aligned_with_logits(tensors: LogitsTensors, ignored: int, *, shifted: bool) -> tuple[LogitsTensors, torch.Size]:
+    """Labels shifted and shaped as the logits' rows, and the shape that they came in."""
+    logits, targets, weight, token_weight = tensors
+    targets = targets.to(logits.device)
+    if not shifted:
+        targets = _next(targets, ignored)
+        token_weight = None if token_weight is None else _next(token_weight, 0.0)
+    rows = logits.shape[:-1]
+    if targets.numel() != math.prod(rows):
+        raise ValueError(
+            f"labels: expected shape {tuple(rows)}, as logits without its last dimension, got {tuple(targets.shape)}"
+        )
+    check_token_weight(token_weight, targets.shape, logits.device)
+    # As in transformers, only the number of positions has to agree.
+    token_weight = None if token_weight is None else token_weight.reshape(rows)
+    return LogitsTensors(logits, targets.reshape(rows), weight, token_weight), targets.shape
 
 
 def _next(t: Tensor, last: float) -> Tensor:
@@ -125,15 +190,16 @@ def _next(t: Tensor, last: float) -> Tensor:
     return torch.nn.functional.pad(t, (0, 1), value=last)[..., 1:]
 
 
-def _known_options(given: dict[str, Any]) -> dict[str, Any]:
+def _known_options(given: dict[str, Any]) -> CausalLMKeywords:
     for name in given:
-        if name not in _OPTIONS and (meant := _nearly_spelled(name)):
+        if name not in _KNOWN and (meant := _nearly_spelled(name)):
             raise TypeError(f"fused_causal_lm_loss() got an unexpected option {name!r}; did you mean {meant!r}?")
-    return {name: value for name, value in given.items() if name in _OPTIONS}
+    known: Any = {name: value for name, value in given.items() if name in CausalLMKeywords.__optional_keys__}
+    return known  # type: ignore[no-any-return]
 
 
 def _nearly_spelled(name: str) -> str:
-    return next(iter(difflib.get_close_matches(name, _MINE, n=1, cutoff=0.8)), "")
+    return next(iter(difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8)), "")
 
 
 # difflib cannot be traced. This is all that torch.compiler.assume_constant_result does, but that would import the

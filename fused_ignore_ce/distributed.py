@@ -9,19 +9,20 @@ so that all return the same bits.
 from __future__ import annotations
 
 import builtins
-import contextlib
-import threading
 import zlib
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .arguments import ignored_ids
-from .torch_backend import combine
+from .options import LossOptions, ignored_ids
+from .rows import Block, Logits, Rows
+
+if TYPE_CHECKING:
+    from .backends import Backend, Parts
 
 # Renamed in torch 2.13.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -29,38 +30,26 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 def group_named(name: str) -> dist.ProcessGroup:
     """Operators take groups by name."""
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
 
 class Shard(NamedTuple):
-    """The part of the vocabulary that this rank has: the classes from `first_class` on, of `classes` in all."""
+    """The part of the vocabulary that this rank has."""
 
     group: dist.ProcessGroup
-    first_class: int
-    classes: int
-
-    def place(self) -> Tensor:
-        """As a tensor, for operators to save."""
-        return torch.tensor([self.first_class, self.classes])
+    block: Block
 
 
 class _Header(NamedTuple):
-    """What a rank tells the others before it computes."""
+    """What every rank sends to the others before it computes."""
 
-    failed: int
-    size: int  # of its shard
+    failed: int  # 1 if the rank met an error
+    size: int  # classes of its shard
     rows: int
-    lowest: int  # of its targets that are not ignored
-    highest: int
-    targets: int  # a checksum of them
-    call: int  # a checksum of what must be the same on all ranks
-
-
-class _Agreements(threading.local):
-    count = 0
-
-
-_agreements = _Agreements()
+    lowest: int  # the lowest target that is not ignored
+    highest: int  # the highest of them
+    targets: int  # checksum of the targets
+    call: int  # checksum of the arguments that must be the same on all ranks
 
 
 def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows: int, call: Any) -> Shard:
@@ -70,8 +59,8 @@ def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows:
     """
     ranks = group_named(group)
     device = _device(ranks) if target is None else target.device
-    told = _Header(0, size, rows, lowest=0, highest=-1, targets=0, call=zlib.crc32(repr(call).encode()))
-    packed = torch.tensor(told, device=device)
+    header = _Header(0, size, rows, lowest=0, highest=-1, targets=0, call=zlib.crc32(repr(call).encode()))
+    packed = torch.tensor(header, device=device)
     if target is not None and rows:
         kept = target != ignore_index
         packed[3] = torch.where(kept, target, torch.iinfo(torch.int64).max).min()
@@ -91,7 +80,7 @@ def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows:
     _check_same(headers, "rows", "numbers of rows")
     _check_same(headers, "call", "arguments or dtypes", show=False)
     _check_same(headers, "targets", "targets", show=False)
-    return Shard(ranks, sum(sizes[: dist.get_rank(ranks)]), classes)
+    return Shard(ranks, Block(sum(sizes[: dist.get_rank(ranks)]), classes))
 
 
 def _check_same(headers: list[_Header], field: str, name: str, show: bool = True) -> None:
@@ -105,30 +94,31 @@ def _check_same(headers: list[_Header], field: str, name: str, show: bool = True
         )
 
 
-@contextlib.contextmanager
-def failing_together(group: dist.ProcessGroup) -> Iterator[None]:
-    """An error that one rank meets before the ranks have agreed becomes the error of all, instead of a hang."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    before = _agreements.count
-    try:
-        yield
-    except Exception as error:
-        if _agreements.count == before:
-            header = torch.zeros(len(_Header._fields), dtype=torch.int64, device=_device(group))
+class FailingTogether:
+    """A context for what a rank does before the ranks agree: its error becomes the error of all, instead of a hang.
+
+    Without a group, and while it is traced, it does nothing.
+    """
+
+    def __init__(self, group: str | None) -> None:
+        self.group = None if group is None or torch.compiler.is_compiling() else group_named(group)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.group is not None and isinstance(error, Exception):
+            header = torch.zeros(len(_Header._fields), dtype=torch.int64, device=_device(self.group))
             header[0] = 1
-            _exchange_headers(group, header, error)
-        raise
+            _exchange_headers(self.group, header, error)
 
 
 def _exchange_headers(group: dist.ProcessGroup, header: Tensor, error: Exception | None = None) -> list[_Header]:
     headers = [_Header(*values) for values in _gather(group, header).tolist()]
-    _agreements.count += 1
     if any(header.failed for header in headers):
-        told: list[Any] = [None] * len(headers)
-        dist.all_gather_object(told, error and (type(error).__name__, str(error)), group)
-        rank, (name, message) = next((rank, each) for rank, each in enumerate(told) if each is not None)
+        messages: list[Any] = [None] * len(headers)
+        dist.all_gather_object(messages, error and (type(error).__name__, str(error)), group)
+        rank, (name, message) = next((rank, each) for rank, each in enumerate(messages) if each is not None)
         kind = getattr(builtins, name, RuntimeError)
         raise kind(f"{message} (on rank {rank} of the process group)") from error
     return headers
@@ -148,99 +138,79 @@ def _gather(group: dist.ProcessGroup, t: Tensor) -> Tensor:
 
 
 class Merged(NamedTuple):
-    """Of every row, from all shards: what the forward kernels give, and the class weight of its target."""
+    """What all shards together give; the latter two are empty where they do not exist."""
 
-    loss: Tensor
-    lse: Tensor
-    mass: Tensor
-    correct: Tensor
-    entropy: Tensor
-    target_weight: Tensor  # (N,), empty unless targets are indices and there are class weights
+    rows: Rows
+    target_weight: Tensor  # (N,) class weights of index targets
+    likeliest: Tensor  # (N,) int64 class of the largest target probability, with statistics
 
 
 def merge(
+    kernels: Backend,
     shard: Shard,
-    parts: tuple[Tensor, Tensor],
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    *,
-    kernels: Any,
-    ignore_index: int,
-    z_loss: float,
+    parts: Parts,
+    targets: tuple[Tensor, Tensor | None, Tensor | None],
+    options: LossOptions,
     with_stats: bool,
 ) -> Merged:
     """The second collective, and the rows' results from what it brings.
 
-    `parts` are this rank's (5, blocks, N) and (blocks, N), `probs` are (N, V).
+    `parts` are this rank's, `targets` are (target (N,), class weights, probabilities (N, V)) of its shard.
     """
-    partial, argmax = combine(parts)
+    target, weight, probs = targets
+    partial, argmax = kernels.combine(parts)
     fields = list(partial[: 5 if with_stats else 4, 0])
     if with_stats:
         fields.append(_as_float(argmax[0], partial.dtype))
     if weight is not None and probs is None:
-        fields.append(_weight_of_target(weight, target - shard.first_class).to(partial.dtype))
+        fields.append(_weight_of_target(weight, target - shard.block.first_class).to(partial.dtype))
     if probs is not None and with_stats:
         largest, at = probs.detach().max(-1) if probs.shape[-1] else (probs.new_full(target.shape, -1.0), target)
-        fields += [largest.to(partial.dtype), _as_float(at + shard.first_class, partial.dtype)]
+        fields += [largest.to(partial.dtype), _as_float(at + shard.block.first_class, partial.dtype)]
 
     gathered = _gather(shard.group, torch.stack(fields)).transpose(0, 1).contiguous()  # (fields, ranks, N)
-    rest = iter(gathered[4 + with_stats :])
+    rest = iter(gathered[5 if with_stats else 4 :])
     partial = gathered[:5] if with_stats else torch.cat([gathered[:4], torch.zeros_like(gathered[:1])])
-    argmax = _as_int(next(rest)).int() if with_stats else argmax[:0].new_empty((len(gathered[0]), 0))
-    target_weight = next(rest).sum(0) if weight is not None and probs is None else partial.new_empty(0)
+    argmax = _as_integer(next(rest)) if with_stats else argmax.new_empty((partial.shape[1], 0))
+    target_weight, likeliest = partial.new_empty(0), target.new_empty(0)
+    if weight is not None and probs is None:
+        target_weight = next(rest).sum(0)
     if probs is not None and with_stats:
-        of = next(rest).argmax(0, keepdim=True)
-        at = _as_int(next(rest)).gather(0, of).squeeze(0).long()
-        target = torch.where(target == ignore_index, target, at)
-    loss, lse, mass, correct, entropy = kernels.merge(
-        target, (partial, argmax), ignore_index=ignore_index, z_loss=z_loss, with_stats=with_stats
-    )
-    return Merged(loss, lse, mass, correct, entropy, target_weight)
+        best = next(rest).argmax(0, keepdim=True)
+        likeliest = _as_integer(next(rest)).gather(0, best).squeeze(0)
+    rows = Rows(*kernels.merge(target, (partial, argmax), options, with_stats=with_stats))
+    return Merged(rows, target_weight, likeliest)
 
 
 def forward(
-    kernels: Any,
-    group: str,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
-    options: dict[str, Any],
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of a shard x (B, T, V): (loss, lse, mass, correct, entropy, target_weight, place)."""
+    kernels: Backend, group: str, logits: Logits, options: LossOptions, with_stats: bool
+) -> tuple[Merged, Shard]:
+    """The results of this rank's shard x (B, T, V) of the logits."""
+    x, target, weight, probs = logits
     B, T, V = x.shape
-    call = (x.dtype, tuple(options.values()), with_stats, weight is None, probs is None)
-    ignore_index = options["ignore_index"]
-    shard = agree(group, V, target if probs is None else None, ignore_index, B * T, call)
+    call = (x.dtype, tuple(options), with_stats, weight is None, probs is None)
+    shard = agree(group, V, target if probs is None else None, options.ignore_index, B * T, call)
     parts = kernels.new_parts(x, 1, with_stats)
-    kernels.forward_part(
-        x, target, weight, probs, **options, parts=parts, part=0, first_class=shard.first_class,
-        classes=shard.classes, with_stats=with_stats,
-    )  # fmt: skip
-    rows = merge(
-        shard, parts, target, weight, None if probs is None else probs.reshape(B * T, V), kernels=kernels,
-        ignore_index=ignore_index, z_loss=options["z_loss"], with_stats=with_stats,
-    )  # fmt: skip
-    return *rows, shard.place()
+    kernels.forward_part(*logits, options, parts=parts, part=0, block=shard.block, with_stats=with_stats)
+    targets = (target, weight, None if probs is None else probs.reshape(B * T, V))
+    return merge(kernels, shard, parts, targets, options, with_stats), shard
 
 
 def _weight_of_target(weight: Tensor, local: Tensor) -> Tensor:
-    """Of this shard's classes; 0 for a target of another shard."""
+    """The class weights of targets among this shard's classes; 0 for a target of another shard."""
     here = (local >= 0) & (local < len(weight))
     if not len(weight):
         return torch.zeros_like(local, dtype=weight.dtype)
     return torch.where(here, weight[torch.where(here, local, 0)], 0.0)
 
 
-def _as_float(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Their bits, to travel with numbers of this dtype."""
-    return integers.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
+def _as_float(classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of class ids, to travel with numbers of this dtype."""
+    return classes.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
 
 
-def _as_int(floats: Tensor) -> Tensor:
-    return floats.view(torch.int64 if floats.dtype == torch.float64 else torch.int32)
+def _as_integer(bits: Tensor) -> Tensor:
+    return bits.view(torch.int64 if bits.dtype == torch.float64 else torch.int32).long()
 
 
 @torch.library.custom_op("fused_ignore_ce::sum_over_ranks", mutates_args=())
@@ -252,12 +222,12 @@ def sum_over_ranks(t: Tensor, group: str) -> Tensor:
 
 
 @sum_over_ranks.register_fake
-def _(t, group):
+def _(t: Tensor, group: str) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 class Replicated(torch.autograd.Function):
-    """A tensor that all ranks hold and every rank uses for its shard: its gradient is the sum of theirs."""
+    """Identity in forward; all-reduces the gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, group: str) -> Tensor:

@@ -5,92 +5,83 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .distributed import failing_together
+from .arguments import LinearTensors, LogitsTensors, class_dimension, holds_probabilities
+from .distributed import FailingTogether
 
 
-def local_logits(
-    loss: Callable[..., Any],
-    process_group: dist.ProcessGroup | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    *,
-    classes_dim: int | None = None,
-    **options: Any,
-) -> Any:
-    """`loss(input, target, weight, token_weight, group=..., **options)` of this rank's shards."""
-    dim = min(1, input.dim() - 1) if classes_dim is None else classes_dim % input.dim()
+class LocalTensors:
+    """A context that gives (group, tensors of this rank); an error inside it becomes the error of all ranks.
+
+    The group's name is None where the vocabulary is not sharded.
+    """
+
+    def __init__(self, layout: _Layout, localize: Callable[[], Any]) -> None:
+        sharded = layout.group is not None and layout.group.size() > 1
+        self.group = layout.group.group_name if sharded and layout.group is not None else None
+        self.localize = localize
+        self.together = FailingTogether(self.group)
+
+    def __enter__(self) -> tuple[str | None, Any]:
+        self.together.__enter__()
+        try:
+            return self.group, self.localize()
+        except Exception as error:
+            self.together.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.together.__exit__(kind, error, trace)
+
+
+def local_logits(process_group: dist.ProcessGroup | None, tensors: LogitsTensors, classes_dim: int) -> LocalTensors:
+    """The rank's shards of logits, whose dimension `classes_dim` is the vocabulary, and of what belongs to them."""
+    input, target, weight, token_weight = tensors
+    dim = class_dimension(input, classes_dim)
     layout = _Layout("input", input, dim, process_group)
-    is_probs = target.shape == input.shape
-    return _together(
-        layout.group,
-        lambda: (
-            layout.local(input),
+    is_probs = holds_probabilities(target)
+    return LocalTensors(
+        layout,
+        lambda: LogitsTensors(
+            _local(input),
             layout.shard(target, dim) if is_probs else _whole(target),
             layout.shard(weight, 0),
             _whole(token_weight),
         ),
-        loss,
-        **options,
     )
 
 
-def local_linear(
-    loss: Callable[..., Any],
-    process_group: dist.ProcessGroup | None,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    **options: Any,
-) -> Any:
-    """`loss(input, linear_weight, target, linear_bias, weight, token_weight, group=..., **options)` of the shards."""
+def local_linear(process_group: dist.ProcessGroup | None, tensors: LinearTensors) -> LocalTensors:
+    """The rank's shards of a head and of what belongs to it, and all of the hidden states."""
+    input, linear_weight, target, linear_bias, weight, token_weight, _ = tensors
     layout = _Layout("linear_weight", linear_weight, 0, process_group)
     tokens_sharded = isinstance(input, DTensor) and any(not isinstance(p, Replicate) for p in input.placements)
-    is_probs = target.dim() == input.dim() + linear_weight.dim() - 2
-    return _together(
-        layout.group,
-        lambda: (
-            layout.gathered(input) if tokens_sharded else layout.local(input),
-            layout.local(linear_weight),
+    is_probs = holds_probabilities(target)
+    return LocalTensors(
+        layout,
+        lambda: LinearTensors(
+            layout.gathered(input) if tokens_sharded else _local(input),
+            _local(linear_weight),
             layout.shard(target, input.dim() - 1) if is_probs else _whole(target),
             layout.shard(linear_bias, 0),
             layout.shard(weight, 0),
             _whole(token_weight),
+            sum_dinput=not tokens_sharded,
         ),
-        loss,
-        sum_dinput=not tokens_sharded,
-        **options,
     )
 
 
-def _together(
-    group: dist.ProcessGroup | None, tensors: Callable[[], tuple[Any, ...]], loss: Callable[..., Any], **options: Any
-) -> Any:
-    if group is None or group.size() == 1:
-        return loss(*tensors(), **options)
-    if torch.compiler.is_compiling():
-        return loss(*tensors(), group=group.group_name, **options)
-    with failing_together(group):
-        return loss(*tensors(), group=group.group_name, **options)
-
-
 class _Layout:
-    """How a tensor, called `name` in errors, has dimension `dim`, the vocabulary, over the ranks.
+    """How dimension `dim`, the vocabulary, of a tensor called `name` in errors lies over the ranks.
 
     `group` is None if it is not sharded.
     """
 
     def __init__(self, name: str, t: Tensor, dim: int, group: dist.ProcessGroup | None) -> None:
-        self.name, self.size, self.group = name, t.shape[dim], group
+        self.name, self.size, self.group = name, t.shape[dim] if t.dim() else 0, group
         self.mesh: Any = None
         self.mesh_dim: int | None = None
         if not isinstance(t, DTensor):
@@ -109,14 +100,10 @@ class _Layout:
             if group not in (None, self.group):
                 raise ValueError(f"process_group: expected None or the group {name} is sharded over, got another")
 
-    def local(self, t: Tensor) -> Tensor:
-        """The rank's part of the tensor whose layout it is, or of one that all ranks hold."""
-        return t.to_local() if isinstance(t, DTensor) else t
-
-    def shard(self, t: Tensor | None, dim: int) -> Tensor | None:
-        """The rank's part of another tensor with a dimension of the vocabulary: as it is, or cut."""
+    def shard(self, t: Tensor | None, dim: int) -> Any:
+        """The rank's part of another tensor, whose dimension `dim` is the vocabulary: as it is, or cut."""
         if t is None or self.mesh is None or self.mesh_dim is None:
-            return t.to_local() if isinstance(t, DTensor) else t
+            return _local(t)
         if not isinstance(t, DTensor):
             if t.shape[dim] != self.size:
                 return t
@@ -124,7 +111,7 @@ class _Layout:
         placements = [Shard(dim) if i == self.mesh_dim else Replicate() for i in range(self.mesh.ndim)]
         return t.redistribute(placements=placements).to_local()
 
-    def gathered(self, t: Any) -> Tensor:
+    def gathered(self, t: Any) -> Any:
         """All of a tensor that is sharded on its tokens, for shards of the vocabulary.
 
         It is gathered once, and its gradient, of which every rank has a share, goes back by one reduce-scatter.
@@ -144,5 +131,11 @@ def _is_shard(placement: Any, dim: int, ndim: int) -> bool:
     return type(placement) is Shard and placement.dim % ndim == dim
 
 
-def _whole(t: Tensor | None) -> Tensor | None:
+def _local(t: Tensor | None) -> Any:
+    """The rank's part of a tensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def _whole(t: Tensor | None) -> Any:
+    """All of a tensor."""
     return t.full_tensor() if isinstance(t, DTensor) else t

@@ -1,18 +1,62 @@
-"""The public functions: check the arguments, choose a backend, reduce."""
+"""The loss of logits: check the arguments, compute the rows, reduce."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import arguments
-from .autograd import cross_entropy_rows
-from .reduction import LossStats, divisor, loss_dtype, row_targets
+from . import backends
+from .arguments import LogitsTensors, check_inplace, check_logits, holds_probabilities
+from .autograd import RowCall, cross_entropy_rows
+from .grad_in_forward import can_compute_in_forward, total_with_gradient
+from .kernel_reduction import can_reduce, reduced_by_kernel
+from .operators import refuse_transforms
+from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
+from .reduction import (
+    LossStats,
+    Targets,
+    loss_dtype_of,
+    prepare_targets,
+    reduce_rows,
+    scales,
+    statistics,
+    weight_of_target,
+)
+from .rows import Logits, acc_dtype
+from .shards import local_logits
 
 
+@overload
+def fused_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor: ...
+@overload
+def fused_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: Literal[True, "differentiable"],
+    **options: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def fused_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: bool | Literal["differentiable"] = ...,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def fused_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -27,10 +71,12 @@ def fused_cross_entropy(
     token_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace_backward: bool = False,
-    return_stats: bool = False,
+    grad_in_forward: bool = False,
+    return_stats: bool | Literal["differentiable"] = False,
+    loss_dtype: torch.dtype | None = None,
     process_group: Any = None,
     backend: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, LossStats]:
     """Cross entropy between logits and targets, at no cost for ignored rows.
 
     Equivalent to::
@@ -39,12 +85,15 @@ def fused_cross_entropy(
         loss = F.cross_entropy(x, target, weight, reduction="none", label_smoothing=label_smoothing)
         loss = (loss + z_loss * x.logsumexp(1) ** 2) * token_weight        # then reduced
 
+    but for a mean with class weights: they do not scale the z-loss, which is divided by the number of kept rows.
+
     Args:
         input: logits, (C), (N, C) or (N, C, d1, ..., dK); float16, bfloat16, float32 or float64; any strides.
             Never upcast it: arithmetic is float32 inside (float64 for float64).
         target: class indices, () or (N) or (N, d1, ..., dK), int64 or uint8; or class probabilities of input's
             shape, any floating dtype. Probabilities get a gradient if they require one.
-        weight: (C), the dtype of input; scales each class's loss, and `"mean"` divides by the kept targets' weights.
+        weight: (C), the dtype of input, or float32 with 16-bit logits; scales each class's loss, and "mean" divides by
+            the kept targets' weights.
         ignore_index: a class id, or a collection of them (with -100 among them, if it occurs), in or out of [0, C).
             Rows with such a target are not read; they add exactly 0 to the loss and get exactly-zero gradients, even
             where they hold NaN.
@@ -59,7 +108,16 @@ def fused_cross_entropy(
         normalizer: number or 0-d tensor that divides the sum in place of the count; with reduction="mean" only.
         inplace_backward: let backward write the gradient over input's memory. Autograd's version check catches
             whoever needs the logits afterwards. Without effect under torch.compile, which plans memory itself.
-        return_stats: also return `LossStats`, from the same pass.
+        grad_in_forward: compute the gradient of a scalar loss along with it, so that the logits are read from device
+            memory once. It is held until backward in place of the logits (in their memory with inplace_backward, which
+            then writes there in forward), and exact for any upstream gradient: backward multiplies it on the device,
+            and moves nothing where upstream is 1. Where it cannot be (reduction="none", a sharded vocabulary, gradients
+            of probabilities, token weights, a normalizer or statistics, tracing), the gradient is computed in backward.
+            `create_graph=True` is then an error.
+        return_stats: also return `LossStats`, from the same pass: detached if True; with gradients of `lse` and
+            `entropy` if "differentiable".
+        loss_dtype: the dtype of the loss. None is PyTorch's rule, which rounds the loss of 16-bit logits to 16 bits: a
+            sum over many tokens may overflow in float16. Sums are float32 inside, whatever it is.
         process_group: the vocabulary is sharded over this group, in rank order; shards may be uneven or empty. `input`,
             `weight` and probability targets are then the rank's own shard, while index targets and `ignore_index` are
             ids of the whole vocabulary; all ranks pass the same of them and of everything else, and get the same bits.
@@ -67,8 +125,8 @@ def fused_cross_entropy(
         backend: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "torch".
 
     Returns:
-        The loss in nats: a scalar, or target-shaped for "none"; of input's dtype, promoted with probability
-        targets, float32 under autocast. With return_stats, (loss, LossStats).
+        The loss in nats: a scalar, or target-shaped for "none"; of dtype loss_dtype or else of input's, promoted with
+        probability targets, float32 under autocast. With return_stats, (loss, LossStats).
 
     Raises:
         IndexError: a target that is neither ignored nor in [0, C), on CPU. On CUDA, an asynchronous device
@@ -86,121 +144,89 @@ def fused_cross_entropy(
     >>> fused_cross_entropy(logits, torch.tensor([1, -100, 2])).item()
     1.3862943649291992
     """
-    tensors = (input, target, weight, token_weight)
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "z_loss": z_loss,
-        "normalizer": normalizer,
-        "inplace_backward": inplace_backward,
-        "return_stats": return_stats,
-        "backend": backend,
-    }
-    if arguments.is_distributed(process_group, *tensors):
-        from .dtensor import local_logits
-
-        return local_logits(_cross_entropy, process_group, *tensors, **options)
-    return _cross_entropy(*tensors, **options)
+    with local_logits(process_group, LogitsTensors(input, target, weight, token_weight)) as (group, tensors):
+        ids = ignored_ids(ignore_index)
+        options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
+        reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype).checked()
+        problem = logits_problem(tensors, ids, options, reducing, backend, group)
+        if inplace_backward:
+            check_inplace(problem.logits.x)
+    loss: Tensor | tuple[Tensor, LossStats] = problem.loss(inplace_backward, grad_in_forward)
+    return loss
 
 
-def _cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+class LogitsProblem(NamedTuple):
+    """All that the loss of logits depends on, checked."""
+
+    logits: Logits
+    targets: Targets
+    call: RowCall
+    reduction: ReductionOptions
+    loss_dtype: torch.dtype
+
+    def loss(self, inplace_backward: bool = False, grad_in_forward: bool = False) -> Any:
+        """The loss, or (loss, LossStats)."""
+        logits, targets, call, reduction, loss_dtype = self
+        refuse_transforms(logits.x, logits.probs)
+        num_tokens = None
+        if grad_in_forward and can_compute_in_forward(logits, targets, reduction, call):
+            scale = scales(
+                targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, logits.probs)
+            )
+            loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
+            loss = loss if scale.nothing is None else loss + scale.nothing
+        elif can_reduce(logits, targets, reduction, call):
+            loss, num_tokens, lse, predicted, entropy = reduced_by_kernel(
+                logits, targets, reduction, call, loss_dtype, inplace_backward
+            )
+        else:
+            rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
+            target_weight: Tensor | None = rows.target_weight
+            if call.group is None:
+                target_weight = weight_of_target(targets, logits.weight, logits.probs)
+            loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
+            lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
+            if call.group is not None and call.with_stats and logits.probs is not None:
+                targets = targets._replace(target=rows.likeliest)
+        loss = loss.to(loss_dtype)
+        if not call.with_stats:
+            return loss
+        return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)
+
+
+def logits_problem(
+    tensors: LogitsTensors,
+    ids: tuple[int, ...],
+    options: LossOptions,
+    reduction: ReductionOptions,
+    backend: str,
+    group: str | None,
     *,
-    ignore_index: int | Collection[int],
-    **options: Any,
-) -> Any:
-    is_probs = arguments.check_cross_entropy(input, target, weight)
-    if is_probs and any(i >= 0 for i in arguments.ignored_ids(ignore_index)):
-        raise RuntimeError(
-            f"ignore_index is not supported for floating point target: expected it below 0, got {ignore_index}"
-        )
-    x = _classes_last(input)
-    return row_loss(
-        x,
-        _classes_last(target) if is_probs else target.reshape(x.shape[:2]),
-        weight,
-        shape=torch.Size([*input.shape[:1], *input.shape[2:]][: input.dim() - 1]) if is_probs else target.shape,
-        out_dtype=loss_dtype(input, *((target, weight) if is_probs else ())),
-        ignore_index=ignore_index,
-        token_weight=token_weight,
-        **options,
+    classes_dim: int = 1,
+) -> LogitsProblem:
+    """Checks the tensors, and brings them into the form of the backends."""
+    input, target, weight, token_weight = tensors
+    sizes = check_logits(input, target, weight, classes_dim=classes_dim)
+    is_probs, with_stats = holds_probabilities(target), bool(reduction.return_stats)
+    # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
+    targets = prepare_targets(
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
     )
-
-
-def row_loss(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    shape: torch.Size,
-    out_dtype: torch.dtype,
-    ignore_index: int | Collection[int] = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    z_loss: float = 0.0,
-    token_weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    inplace_backward: bool = False,
-    return_stats: bool = False,
-    backend: str = "auto",
-    group: str | None = None,
-) -> Any:
-    """The loss of logits x (B, T, V) with indices (B, T) or probabilities (B, T, V), both already checked.
-
-    `shape` is that of the caller's row losses. With a process group, by name, x is its rank's shard.
-    """
-    ids = arguments.ignored_ids(ignore_index)
-    options = arguments.row_options(ids[0], label_smoothing, softcap, logit_scale, z_loss)
-    arguments.check_reduction(reduction, normalizer)
-    arguments.check_token_weight(token_weight, shape, x.device)
-    if inplace_backward:
-        arguments.check_inplace(x)
-    weight = None if weight is None else weight.contiguous()
-    probs = target if target.dim() == 3 else None
-    index = row_targets(target if probs is None else None, probs, ids, token_weight, return_stats and group is None)
-
-    loss, lse, correct, entropy, target_weight = cross_entropy_rows(
-        x,
-        index,
-        weight,
-        probs,
-        options,
-        with_stats=return_stats,
-        inplace_backward=inplace_backward,
-        backend=arguments.choose_backend(backend, x.device),
-        group=group,
+    logits = Logits(
+        _classes_last(input, len(sizes.batch)),
+        targets.target,
+        None if weight is None else weight.contiguous(),
+        _classes_last(target, len(sizes.batch)) if is_probs else None,
     )
-    kept = index != options.ignore_index
-    if token_weight is not None:
-        token_weight = torch.where(kept, token_weight.reshape(-1).to(loss.dtype), 0.0)
-        loss = loss * token_weight
-    if reduction == "none":
-        loss = loss.view(shape)
-    else:
-        loss = loss.sum()
-        if reduction == "mean":
-            share = None
-            if weight is not None and probs is None:
-                share = target_weight if group is not None else weight[torch.where(kept, index, 0)]
-            loss = loss / (divisor(kept, share, token_weight) if normalizer is None else normalizer)
-    loss = loss.to(out_dtype)
-    if not return_stats:
-        return loss
-    return loss, LossStats(kept.sum(), (lse[0] + lse[1]).view(shape), correct.view(shape), entropy.view(shape))
+    backend = backends.choose(backend, input.device)
+    call = RowCall(options, with_stats, backend, group)
+    return LogitsProblem(logits, targets, call, reduction, loss_dtype_of(reduction, input, target, weight))
 
 
-def _classes_last(t: Tensor) -> Tensor:
-    """(C), (N, C) or (N, C, d1..dK) as (B, T, C): a view unless K > 1 and the d's cannot be merged."""
+def _classes_last(t: Tensor, dim: int) -> Tensor:
+    """(*batch, C, *positions), with C at `dim`, as (B, T, C): a view unless several dimensions cannot be merged."""
     if t.dim() == 1:
         return t.view(1, 1, -1)
-    if t.dim() == 2:
-        return t.unsqueeze(0)
+    if dim == t.dim() - 1:
+        return t.unsqueeze(0) if t.dim() == 2 else t.flatten(0, -3)
     return t.movedim(1, -1).flatten(1, -2)

@@ -1,7 +1,7 @@
 """One call for any transformers model: its loss is computed by this package, without logits where that can be.
 
 While the forward of a patched model runs with labels, the product of hidden states and head is deferred, and a cross
-entropy is this package's, whoever asks for it. No model is named here, no forward is copied.
+entropy is this package's, whoever asks for it, in the forward or after it. No model is named, no forward is copied.
 """
 
 from __future__ import annotations
@@ -15,8 +15,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import arguments
-from .deferred.forward import Settings, is_label, patched_forward, process_wide
+from .collator import IgnoreTokens
+from .deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
+from .deferred.origin import Settings
+from .deferred.report import FusionReport
+from .options import LossOptions, budget_bytes, check_backend, ignored_ids
+
+__all__ = [
+    "FusionReport",
+    "IgnoreTokens",
+    "fusion_report",
+    "patch_model",
+    "patch_transformers",
+    "unpatch_model",
+    "unpatch_transformers",
+]
 
 _OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "backend")
 
@@ -26,6 +39,8 @@ def patch_model(
     *,
     ignore_index: int | Collection[int] | None = None,
     memory_budget: int | None = None,
+    without_labels: bool = False,
+    return_stats: bool = False,
     **loss_options: Any,
 ) -> nn.Module:
     """Lets a transformers model take its loss from hidden states and head, whenever it is called with labels.
@@ -37,23 +52,38 @@ def patch_model(
         model: a `PreTrainedModel`, or a module that holds one (PEFT, DDP, torch.compile's). Changed in place.
         ignore_index: an id or a collection of ids to ignore, beside those that the model ignores (-100).
         memory_budget: bytes of scratch, as in `fused_linear_cross_entropy`.
+        without_labels: also defer the logits of training forwards (training mode, gradients enabled) that get no
+            labels, so that a loss which is taken of `outputs.logits` afterwards is fused.
+        return_stats: `outputs.loss_stats` is then the `LossStats` of the loss that the forward took.
         loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, backend, as in
-            `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes.
+            `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the forward
+            and after it.
 
     Returns:
         model. `outputs.logits` is a `DeferredLogits`: computed when somebody reads it.
 
     Raises:
         TypeError: no transformers model; a misspelled option.
-        ValueError, RuntimeError: an option out of its range. In a forward: RuntimeError where the model takes no cross
-            entropy that the given options could apply to.
+        ValueError, RuntimeError: a model without a head; an option out of its range. In a forward: RuntimeError where
+            the model takes no cross entropy that the given options could apply to, and where it is trained without
+            labels, with options, and not by `without_labels=True`. ValueError where `ignore_index` ignores a token of
+            a loss that is asked for as a sum, whose divisor somebody else counts (`num_items_in_batch`):
+            `IgnoreTokens` is what to do. In a backward: RuntimeError where a loss was taken of the logits by other
+            means than a cross entropy, which the options did not reach.
 
     Note:
-        Without labels the model runs its own code. `num_items_in_batch` is the caller's count and divides as before;
-        it should not count what `ignore_index` adds. Patching again replaces the options.
+        Generation and forwards without gradients run the model's own code. Patching again replaces the options. A
+        model that was saved and loaded again is not patched.
     """
-    settings = _settings(ignore_index, memory_budget, loss_options)
-    for inner in _transformers_models(model):
+    settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
+    models = _transformers_models(model)
+    if not any(map(has_head, models)) and not any(map(_takes_labels, models)):
+        raise ValueError(
+            f"model: expected a model with a head, whose loss can be taken, got {type(models[0]).__name__}, which has "
+            "no output embeddings and whose forward takes no labels; patch the model around it (...ForCausalLM, say)"
+        )
+    for inner in models:
+        recorder_of(inner, fresh=True)
         cls: Any = type(inner)
         if not hasattr(cls, "_fused_ignore_ce_of"):
             inner.__class__ = _patched_class(cls)
@@ -76,6 +106,28 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def fusion_report(model: nn.Module) -> FusionReport:
+    """What became of the model's logits since it was patched: what was fused, and what read them.
+
+    Args:
+        model: a patched model, or a module that holds one.
+
+    Returns:
+        A `FusionReport`, which prints as a table.
+
+    Raises:
+        TypeError: no transformers model.
+
+    Note:
+        Counting does not wait for the device; this does.
+    """
+    reports = [recorder_of(inner).report() for inner in _transformers_models(model)]
+    total = reports[0]
+    for other in reports[1:]:
+        total.add(other)
+    return total
+
+
 class patch_transformers:  # a function that is also a context manager
     """`patch_model` for every transformers model of the process, created before or afterwards.
 
@@ -90,9 +142,11 @@ class patch_transformers:  # a function that is also a context manager
         *,
         ignore_index: int | Collection[int] | None = None,
         memory_budget: int | None = None,
+        without_labels: bool = False,
+        return_stats: bool = False,
         **loss_options: Any,
     ) -> None:
-        settings = _settings(ignore_index, memory_budget, loss_options)
+        settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
         self._before = process_wide.settings
         process_wide.settings = settings
         _patch_classes()
@@ -118,25 +172,28 @@ def unpatch_transformers() -> None:
             setattr(cls, name, original)
 
 
-def _settings(ignore_index: Any, memory_budget: Any, loss_options: dict[str, Any]) -> Settings:
+def _settings(
+    ignore_index: Any, memory_budget: Any, without_labels: Any, return_stats: Any, loss_options: dict[str, Any]
+) -> Settings:
+    for name, value in (("without_labels", without_labels), ("return_stats", return_stats)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
     for name in loss_options:
         if name not in _OPTIONS:
-            known = ("ignore_index", "memory_budget", *_OPTIONS)
+            known = ("ignore_index", "memory_budget", "without_labels", "return_stats", *_OPTIONS)
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
             meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise TypeError(f"patching got an unexpected option {name!r}; {meant}")
     given = {name: value for name, value in loss_options.items() if value is not None}
-    arguments.row_options(
-        -100, given.get("label_smoothing", 0.0), given.get("softcap"), given.get("logit_scale", 1.0),
-        given.get("z_loss", 0.0),
-    )  # fmt: skip
-    arguments.check_backend(given.get("backend", "auto"))
-    arguments.check_memory_budget(memory_budget)
+    LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
+    check_backend(given.get("backend", "auto"))
+    budget_bytes(memory_budget)
     if "weight" in given and not isinstance(given["weight"], Tensor):
         raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
     if memory_budget is not None:
         given["memory_budget"] = memory_budget
-    return Settings(() if ignore_index is None else arguments.ignored_ids(ignore_index), given)
+    ids = () if ignore_index is None else ignored_ids(ignore_index)
+    return Settings(ids, given, without_labels, return_stats)
 
 
 def _transformers_models(model: Any) -> list[Any]:
@@ -149,7 +206,11 @@ def _transformers_models(model: Any) -> list[Any]:
         raise TypeError(
             f"model: expected a transformers PreTrainedModel or a module that holds one, got {type(model).__name__}"
         )
-    return models[:1] + [m for m in models[1:] if any(map(is_label, inspect.signature(m.forward).parameters))]
+    return models[:1] + [m for m in models[1:] if _takes_labels(m)]
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    return any(map(is_label, inspect.signature(model.forward).parameters))
 
 
 @functools.cache
@@ -176,7 +237,9 @@ def _patched_method(model: Any, forward: Any) -> Any:
     if getattr(forward, "__self__", None) is model:
         patched: Any = patched_forward(forward.__func__)
     else:
-        patched = patched_forward(functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs)))
+        called: Any = functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs))
+        called._fused_ignore_ce_set = forward
+        patched = patched_forward(called)
     patched._fused_ignore_ce_of = forward
     return MethodType(patched, model)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import arguments
+from .arguments import check_process_group
 from .functional import fused_cross_entropy
-from .linear.functional import fused_linear_cross_entropy
+from .linear.cross_entropy import fused_linear_cross_entropy
+from .options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
 
 #: The options that both losses take and both modules keep as attributes.
 _OPTIONS = (
-    "ignore_index", "reduction", "label_smoothing", "softcap", "logit_scale", "z_loss", "return_stats",
+    "ignore_index", "reduction", "label_smoothing", "softcap", "logit_scale", "z_loss", "return_stats", "loss_dtype",
     "process_group", "backend",
 )  # fmt: skip
 
@@ -26,11 +27,11 @@ def _options(module: nn.Module, *more: str) -> dict[str, Any]:
 
 def _check(module: Any) -> None:
     """A wrong option is an error in the constructor, where it is written, not at the first step of training."""
-    ids = arguments.ignored_ids(-100 if module.ignore_index is None else module.ignore_index)
-    arguments.row_options(ids[0], module.label_smoothing, module.softcap, module.logit_scale, module.z_loss)
-    arguments.check_reduction(module.reduction, None)
-    arguments.check_backend(module.backend)
-    arguments.check_process_group(module.process_group)
+    ids = ignored_ids(module.ignore_index)
+    LossOptions(ids[0], module.label_smoothing, module.softcap, module.logit_scale, module.z_loss).checked()
+    ReductionOptions(module.reduction, None, module.return_stats, module.loss_dtype).checked()
+    check_backend(module.backend)
+    check_process_group(module.process_group)
 
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -45,7 +46,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         self,
         weight: Tensor | None = None,
         size_average: bool | None = None,
-        ignore_index: int | Collection[int] = -100,
+        ignore_index: int | Collection[int] | None = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
@@ -54,17 +55,22 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         logit_scale: float = 1.0,
         z_loss: float = 0.0,
         inplace_backward: bool = False,
-        return_stats: bool = False,
+        grad_in_forward: bool = False,
+        return_stats: bool | Literal["differentiable"] = False,
+        loss_dtype: torch.dtype | None = None,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(weight, size_average, -100, reduce, reduction, label_smoothing)
-        self.ignore_index = ignore_index  # type: ignore[assignment]  # a collection is an extension
+        # A collection is an extension; None means -100, as in `nn.LinearCrossEntropyLoss`.
+        self.ignore_index = -100 if ignore_index is None else ignore_index  # type: ignore[assignment]
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.z_loss = z_loss
         self.inplace_backward = inplace_backward
+        self.grad_in_forward = grad_in_forward
         self.return_stats = return_stats
+        self.loss_dtype = loss_dtype
         self.process_group = process_group
         self.backend = backend
         _check(self)
@@ -84,7 +90,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
             self.weight,
             token_weight=token_weight,
             normalizer=normalizer,
-            **_options(self, "inplace_backward"),
+            **_options(self, "inplace_backward", "grad_in_forward"),
         )
 
     def extra_repr(self) -> str:
@@ -122,8 +128,9 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         z_loss: float = 0.0,
-        memory_budget: int | None = None,
-        return_stats: bool = False,
+        memory_budget: int | str | None = None,
+        return_stats: bool | Literal["differentiable"] = False,
+        loss_dtype: torch.dtype | None = None,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -142,10 +149,11 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.z_loss = z_loss
         self.memory_budget = memory_budget
         self.return_stats = return_stats
+        self.loss_dtype = loss_dtype
         self.process_group = process_group
         self.backend = backend
         _check(self)
-        arguments.check_memory_budget(memory_budget)
+        budget_bytes(memory_budget)
         self.register_buffer("weight", weight)
         self.linear = nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype

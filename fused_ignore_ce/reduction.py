@@ -1,4 +1,4 @@
-"""From rows to what the caller gets: which rows count, what "mean" divides by, the loss's dtype, statistics."""
+"""From the results of rows to what the caller gets: one reduction for all losses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import Sizes, check_ignored, check_token_weight, holds_probabilities
+from .options import ReductionOptions
+
 
 class LossStats(NamedTuple):
-    """What a pass over the logits also knows. Detached; 0 (False) at ignored rows."""
+    """What a pass over the logits also knows: 0 (False) at ignored rows.
+
+    Detached, unless `return_stats="differentiable"`: then `lse` and `entropy` have gradients.
+    """
 
     #: Rows that were not ignored; 0-d int64.
     num_tokens: Tensor
@@ -19,45 +25,171 @@ class LossStats(NamedTuple):
     correct: Tensor
     #: Entropy of the softmax in nats; target-shaped, float32 (float64 for float64 input).
     entropy: Tensor
+    #: The class of the largest logit (the first of them on ties); target-shaped int64.
+    predicted: Tensor
 
 
-def row_targets(
-    target: Tensor | None, probs: Tensor | None, ids: tuple[int, ...], token_weight: Tensor | None, with_stats: bool
-) -> Tensor:
-    """Targets as the backends want them: one int64 a row, contiguous, `ids[0]` for every ignored row.
+class Targets(NamedTuple):
+    """Targets as the backends want them, for N rows, and what each row counts in the reduction."""
 
-    There is one of target, with a number a row, and `probs` (..., V). With probabilities, what counts as correct is
-    the class of the largest.
+    target: Tensor  # (N,) int64, contiguous; the class that counts as correct with probability targets
+    ignored: int  # the target of ignored rows
+    token_weight: Tensor | None  # (N,), not read at ignored rows
+    shape: torch.Size  # of the caller's row losses
+    acc: torch.dtype  # of sums
+
+    @property
+    def kept(self) -> Tensor:
+        """(N,) bool."""
+        return self.target != self.ignored
+
+    @property
+    def share(self) -> Tensor:
+        """(N,): what each row counts where class weights do not matter, 0 at ignored rows."""
+        if self.token_weight is None:
+            return self.kept.to(self.acc)
+        return torch.where(self.kept, self.token_weight.to(self.acc), 0.0)
+
+
+def prepare_targets(
+    target: Tensor,
+    token_weight: Tensor | None,
+    ids: tuple[int, ...],
+    sizes: Sizes,
+    *,
+    acc: torch.dtype,
+    with_stats: bool,
+) -> Targets:
+    """Marks every ignored row by `ids[0]`; a row of token weight 0 is ignored too.
+
+    `target` are indices or probabilities of `sizes`. With probabilities, the class of the largest counts as correct.
     """
-    if probs is None:
-        assert target is not None
+    check_ignored(ids, target)
+    check_token_weight(token_weight, sizes.rows, target.device)
+    if not holds_probabilities(target):
         index = target.reshape(-1).long().contiguous()
-    elif with_stats and probs.shape[-1]:
-        index = probs.detach().argmax(-1).reshape(-1)
+    elif with_stats and sizes.classes:
+        index = target.detach().argmax(len(sizes.batch)).reshape(-1)
     else:
-        index = torch.zeros(probs.shape[:-1].numel(), dtype=torch.int64, device=probs.device)
+        index = torch.zeros(sizes.rows.numel(), dtype=torch.int64, device=target.device)
     ignored = None
     for extra in ids[1:]:
         ignored = index == extra if ignored is None else ignored | (index == extra)
     if token_weight is not None:
         unweighted = token_weight.detach().reshape(-1) == 0
         ignored = unweighted if ignored is None else ignored | unweighted
-    return index if ignored is None else index.masked_fill(ignored, ids[0])
+    if ignored is not None:
+        index = index.masked_fill(ignored, ids[0])
+    shape = sizes.rows if holds_probabilities(target) else target.shape
+    return Targets(index, ids[0], None if token_weight is None else token_weight.reshape(-1), shape, acc)
 
 
-def divisor(kept: Tensor, target_weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    """What "mean" divides by: the kept rows, each counted with its target's class weight and its token weight."""
-    if target_weight is not None:
-        share = torch.where(kept, target_weight.to(torch.promote_types(target_weight.dtype, torch.float32)), 0.0)
-        return (share if token_weight is None else share * token_weight).sum()
-    return kept.sum() if token_weight is None else token_weight.sum()
+def weight_of_target(targets: Targets, weight: Tensor | None, probs: Tensor | None) -> Tensor | None:
+    """(N,): the class weights of index targets, which enter the divisor of "mean"; None where there are none."""
+    if weight is None or probs is not None:
+        return None
+    return weight[torch.where(targets.kept, targets.target, 0)]
 
 
-def loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+class Scales(NamedTuple):
+    """What the rows' losses and their z-losses are multiplied by before they are summed; 0 at ignored rows."""
+
+    loss: Tensor  # (N,)
+    z_loss: Tensor | None  # (N,); None without z-loss
+    divisor: float | Tensor | None  # what the scales of losses were divided by
+    nothing: Tensor | None  # what is added to the sum: NaN where nothing is kept and "mean" divides by 0, else 0
+
+
+def scales(targets: Targets, reduction: ReductionOptions, z_loss: float, target_weight: Tensor | None) -> Scales:
+    """The scales of "sum" or "mean". `target_weight` (N,) are the class weights of index targets; None or empty: all 1.
+
+    "mean" divides the losses by the kept rows, each counted with its token weight and the class weight of its target;
+    and the z-losses by the kept rows with their token weights only, as class weights do not scale them either.
+    """
+    kept, share = targets.kept, targets.share
+    if reduction.reduction == "sum":
+        return Scales(share, share if z_loss else None, None, None)
+    divisor: float | Tensor
+    weighted = share
+    if reduction.normalizer is not None:
+        divisor = reduction.normalizer
+    else:
+        if target_weight is not None and len(target_weight):
+            weighted = torch.where(kept, target_weight.to(targets.acc) * share, 0.0)
+        divisor = weighted.sum()
+    scale = torch.where(kept, share / divisor, 0.0)
+    z_scale = None
+    if z_loss:
+        z_scale = scale if weighted is share else torch.where(kept, share / share.sum(), 0.0)
+    # 0 / 0 is NaN, as PyTorch's mean of nothing; the scales of ignored rows are 0 all the same.
+    zero = share.new_zeros(())
+    nothing = torch.where(kept.any(), zero, zero / (divisor.detach() if isinstance(divisor, Tensor) else divisor))
+    return Scales(scale, z_scale, divisor, nothing)
+
+
+def row_losses(loss: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> Tensor:
+    """The losses of reduction="none", in the caller's shape."""
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    if targets.token_weight is not None:
+        loss = loss * targets.share
+    return loss.view(targets.shape)
+
+
+def scaled_total(loss: Tensor, lse: Tensor, scale: Tensor, z_scale: Tensor | None, z_loss: float) -> Tensor:
+    """`sum(loss * scale)`, and with a `z_scale` also `z_loss * sum(lse**2 * z_scale)`."""
+    total = (loss * scale).sum()
+    return total if z_scale is None else total + z_loss * (lse.square() * z_scale).sum()
+
+
+def reduce_rows(
+    loss: Tensor,
+    lse: Tensor,
+    targets: Targets,
+    reduction: ReductionOptions,
+    z_loss: float,
+    target_weight: Tensor | None,
+) -> Tensor:
+    """The loss from the rows' losses: by "none", "sum" or "mean"."""
+    if reduction.reduction == "none":
+        return row_losses(loss, lse, targets, z_loss)
+    scale = scales(targets, reduction, z_loss, target_weight)
+    total = scaled_total(loss, lse, scale.loss, scale.z_loss, z_loss)
+    return total if scale.nothing is None else total + scale.nothing
+
+
+def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The caller's, or PyTorch's rule: input's, promoted with probability targets; float32 for 16 bits in autocast."""
+    if reduction.loss_dtype is not None:
+        return reduction.loss_dtype
     dtype = input.dtype
-    for other in others:
-        if other is not None:
-            dtype = torch.promote_types(dtype, other.dtype)
+    if holds_probabilities(target):
+        dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
     if torch.is_autocast_enabled(input.device.type) and dtype in (torch.float16, torch.bfloat16):
         return torch.float32
     return dtype
+
+
+def statistics(
+    targets: Targets,
+    reduction: ReductionOptions,
+    lse: Tensor,
+    predicted: Tensor,
+    entropy: Tensor,
+    num_tokens: Tensor | None = None,
+) -> LossStats:
+    """Statistics in the caller's shape. `num_tokens` is the number of kept rows, if it is known already."""
+    if reduction.return_stats != "differentiable":
+        lse, entropy = lse.detach(), entropy.detach()
+    kept = targets.kept
+    correct = kept & (predicted == targets.target)
+    shape = targets.shape
+    return LossStats(
+        kept.sum() if num_tokens is None else num_tokens,
+        lse.view(shape),
+        correct.view(shape),
+        entropy.view(shape),
+        predicted.view(shape),
+    )

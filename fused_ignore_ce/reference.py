@@ -91,7 +91,7 @@ def cross_entropy(
         keep = torch.stack([index != i for i in ids]).all(0)
     if token_weight is not None:
         keep = keep & (token_weight != 0)
-    loss = rows(
+    found = rows(
         x,
         torch.where(keep, index, -1),
         weight,
@@ -100,18 +100,19 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         softcap=softcap,
         logit_scale=logit_scale,
-        z_loss=z_loss,
-    ).loss
+    )
+    loss, z = found.loss, z_loss * found.lse**2
     share = keep.to(loss.dtype)
     if token_weight is not None:
         share = torch.where(keep, token_weight.to(loss.dtype), 0.0)
-        loss = loss * share
+        loss, z = loss * share, z * share
     if reduction == "none":
-        return loss
+        return loss + z
     if reduction == "sum":
-        return loss.sum()
+        return loss.sum() + z.sum()
     if normalizer is not None:
-        return loss.sum() / normalizer
+        return (loss.sum() + z.sum()) / normalizer
+    z_share = share
     if weight is not None and probs is None:
         share = share * weight.to(loss.dtype)[torch.where(keep, index, 0)]
-    return loss.sum() / share.sum()
+    return loss.sum() / share.sum() + z.sum() / z_share.sum()  # class weights do not scale the z-loss

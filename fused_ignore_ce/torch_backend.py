@@ -1,93 +1,38 @@
-"""The memory-lean PyTorch backend: what CPU tensors get by default.
+"""The memory-lean PyTorch backend: what CPU tensors get by default. Its functions are those of `backends.Backend`.
 
-Kept rows only, a cache-sized block at a time, in one float32 scratch buffer that every block reuses. The
-mathematics and the saved tensors are those of the Triton kernels (see `kernels/forward.py`).
+Kept rows only, a cache-sized block at a time, in one float32 scratch buffer that every block reuses. A row's sums are
+relative to its largest used logit c (see `kernels/forward.py` for the formulas); the pair (c, log s) is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Elements of a block of rows: 8 MiB of float32, which stay in the last-level cache between the passes over a block.
-#: On a 2-core EPYC (32 MiB of cache; N=2048, V=32768, bf16), 2^20 to 2^22 took the same time and 2^23 a third more;
-#: with fewer, larger blocks, threads wait for each other less where cores are shared.
-BLOCK_ELEMENTS = 1 << 21
+from .options import LossOptions
+from .rows import Block, Rows, Saved, Upstream, acc_dtype, zero_rows
+from .torch_blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
 
-#: Tensors of a block's size, in float32, that are alive at a time: at most this many, and two more with probabilities.
-BLOCK_TEMPORARIES = 4
+__all__ = ["backward", "combine", "forward", "forward_backward", "forward_part", "merge", "new_parts", "scale"]
 
 
-def _flat_if_view(x: Tensor) -> Tensor:
-    """(B, T, V) as (1, B * T, V) where strides allow it, so that blocks can span the first dimension."""
-    B, T, V = x.shape
-    if B == 1 or T == 0 or x.stride(0) == T * x.stride(1):
-        return x.as_strided((1, B * T, V), (0, x.stride(1), x.stride(2)), x.storage_offset())
-    return x
+class _Inputs(NamedTuple):
+    """Logits, their targets and the options, as one backend call has them."""
 
+    x: Tensor
+    target: Tensor
+    weight: Tensor | None
+    probs: Tensor | None
+    options: LossOptions
+    block: Block
 
-def _kept_blocks(x: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[int, slice | Tensor, int]]:
-    """(b, rows, count): the kept rows of `x[b]`, a block at a time; a slice (no copy) where no row is ignored."""
-    B, T, V = x.shape
-    block = max(1, BLOCK_ELEMENTS // max(V, 1))
-    for b, target_b in enumerate(target.view(B, T)):
-        kept = (target_b != ignore_index).nonzero().squeeze(1)
-        for start in range(0, len(kept), block):
-            rows = kept[start : start + block]
-            whole = len(kept) == T
-            yield b, slice(start, start + len(rows)) if whole else rows, len(rows)
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def check_targets(target: Tensor, ignore_index: int, V: int) -> None:
-    if target.device.type != "cpu":
-        return  # gather asserts on the device; looking here would wait for it
-    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
-    if wrong.any():
-        raise IndexError(
-            f"target {target[wrong][0].item()} is out of bounds: expected a class in [0, {V}) or "
-            f"ignore_index={ignore_index}"
-        )
-
-
-def _read(x: Tensor, rows: slice | Tensor, scratch: Tensor) -> Tensor:
-    """The rows of x (T, V), in the scratch buffer and its dtype."""
-    if isinstance(rows, Tensor) and x.dtype == scratch.dtype:
-        return torch.index_select(x, 0, rows, out=scratch)
-    return scratch.copy_(x[rows])
-
-
-def _use(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """Turns raw logits into the logits that are used, in place."""
-    if softcap is not None:
-        return z.mul_(logit_scale / softcap).tanh_().mul_(softcap)
-    return z.mul_(logit_scale) if logit_scale != 1.0 else z
-
-
-def _soft_target(
-    probs: Tensor | None, weight: Tensor | None, rows: slice | Tensor, b: int, uniform: float, smoothing: float, dtype
-) -> Tensor | float:
-    """The part of the target distribution that is no index: (count, V), (1, V) or, without either tensor, a number.
-
-    `uniform` is the smoothing's share of one class.
-    """
-    if probs is None:
-        return uniform if weight is None else weight.to(dtype).mul(uniform).unsqueeze(0)
-    q = probs[b, rows].to(dtype, copy=True)
-    if smoothing:
-        q.mul_(1.0 - smoothing).add_(uniform)
-    return q if weight is None else q.mul_(weight.to(dtype))
-
-
-def _expectation(q: Tensor, z: Tensor) -> Tensor:
-    """`sum(q * z)` of every row with 0 * inf = 0."""
-    return (q * z).masked_fill_(q == 0, 0.0).sum(1)
+    @property
+    def uniform(self) -> float:
+        """The smoothing's share of one class."""
+        return self.options.label_smoothing / self.block.classes
 
 
 class _Sums(NamedTuple):
@@ -101,36 +46,65 @@ class _Sums(NamedTuple):
     argmax: Tensor
 
 
-def _sums(
-    z: Tensor,
-    local: Tensor,
+def _inputs(
+    x: Tensor,
+    target: Tensor,
     weight: Tensor | None,
     probs: Tensor | None,
-    rows: slice | Tensor,
-    b: int,
-    uniform: float,
-    smoothing: float,
-    with_stats: bool,
-) -> _Sums:
-    """Of used logits z (count, V), which are overwritten; `local` is the target's place among them, if it is there."""
+    options: LossOptions,
+    block: Block | None = None,
+) -> _Inputs:
+    return _Inputs(x, target, weight, probs, options, Block(0, x.shape[2]) if block is None else block)
+
+
+def _finite_or_zero(m: Tensor) -> Tensor:
+    """A maximum as a shift: 0 where every logit was -inf, so that -inf - shift stays -inf."""
+    return m.masked_fill(m == -torch.inf, 0.0)
+
+
+def _use(z: Tensor, options: LossOptions) -> Tensor:
+    """Turns raw logits into the logits that are used, in place."""
+    if options.softcap is not None:
+        return z.mul_(options.logit_scale / options.softcap).tanh_().mul_(options.softcap)
+    return z.mul_(options.logit_scale) if options.logit_scale != 1.0 else z
+
+
+def _soft_target(inputs: _Inputs, at: RowBlock, dtype: torch.dtype) -> Tensor | float:
+    """The part of the target distribution that is no index: (count, V), (1, V) or, without either tensor, a number."""
+    weight, uniform, smoothing = inputs.weight, inputs.uniform, inputs.options.label_smoothing
+    if inputs.probs is None:
+        return uniform if weight is None else weight.to(dtype).mul(uniform).unsqueeze(0)
+    q = inputs.probs[at.b, at.rows].to(dtype, copy=True)
+    if smoothing:
+        q.mul_(1.0 - smoothing).add_(uniform)
+    return q if weight is None else q.mul_(weight.to(dtype))
+
+
+def _target_class(inputs: _Inputs, at: RowBlock, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """(index, w): the place of the target among the classes at hand, and its weight: 0 if it is not among them."""
+    local = inputs.target[at.out] - inputs.block.first_class
+    here = (local >= 0) & (local < inputs.x.shape[2])
+    index = torch.where(here, local, 0)
+    w = torch.where(here, 1.0 - inputs.options.label_smoothing, zero)
+    return index, w if inputs.weight is None else w * inputs.weight[index]
+
+
+def _sums(inputs: _Inputs, at: RowBlock, z: Tensor, with_stats: bool) -> _Sums:
+    """The sums of used logits z (count, V), which are overwritten."""
     count, V = z.shape
     m = z.amax(1)
     zero = z.new_zeros(count)
-    argmax = z.argmax(1) if with_stats else local
-    z.sub_(m.masked_fill(m == -torch.inf, 0.0).unsqueeze(1))
+    argmax = z.argmax(1) if with_stats else m
+    z.sub_(_finite_or_zero(m).unsqueeze(1))
     r, mass, d = zero, zero, zero
-    if probs is not None or smoothing:
-        q = _soft_target(probs, weight, rows, b, uniform, smoothing, z.dtype)
+    if inputs.probs is not None or inputs.options.label_smoothing:
+        q = _soft_target(inputs, at, z.dtype)
         if isinstance(q, Tensor):
-            r, mass = _expectation(q, z), q.sum(1).expand(count)
+            r, mass = (q * z).masked_fill_(q == 0, 0.0).sum(1), q.sum(1).expand(count)  # 0 * inf = 0
         else:
             r, mass = z.sum(1).mul_(q), zero + q * V
-    if probs is None:
-        here = (local >= 0) & (local < V)
-        index = torch.where(here, local, 0)
-        w = torch.where(here, 1.0 - smoothing, zero)
-        if weight is not None:
-            w = w * weight[index]
+    if inputs.probs is None:
+        index, w = _target_class(inputs, at, zero)
         z_target = z.gather(1, index.unsqueeze(1)).squeeze(1)
         r = r + torch.where(w == 0, 0.0, w * z_target)
         mass = mass + w
@@ -143,75 +117,44 @@ def _sums(
     return _Sums(m, s, r, mass, d, argmax)
 
 
-def _finish(sums: _Sums, target: Tensor, z_loss: float, with_stats: bool) -> tuple[Tensor, ...]:
-    """The rows' (loss, lse, mass) and, with statistics, (correct, entropy)."""
-    m, s, r, mass, d, argmax = sums
-    c = m.masked_fill(m == -torch.inf, 0.0)
-    log_s = s.log()
-    loss = mass * log_s - r + z_loss * (c + log_s) ** 2
-    found = (loss, torch.stack((c, log_s)), mass)
-    return (*found, argmax == target, log_s - d / s) if with_stats else found
+def _row_sums(inputs: _Inputs, with_stats: bool) -> Iterator[tuple[slice | Tensor, _Sums]]:
+    """Block by block: which rows, among all of them, and their sums."""
+    x, (probs,) = aligned(inputs.x, inputs.probs)
+    inputs = inputs._replace(x=x, probs=probs)
+    scratch = new_scratch(x, acc_dtype(x.dtype))
+    for at in kept_blocks(x, inputs.target, inputs.options.ignore_index):
+        z = _use(read(x, at, scratch), inputs.options)
+        yield at.out, _sums(inputs, at, z, with_stats)
 
 
-def _outputs(x: Tensor, N: int, dtype: torch.dtype, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, mass, correct, entropy), zeros."""
-    stats = N if with_stats else 0
-    return (
-        x.new_zeros(N, dtype=dtype),
-        x.new_zeros((2, N), dtype=dtype),
-        x.new_zeros(N, dtype=dtype),
-        x.new_zeros(stats, dtype=torch.bool),
-        x.new_zeros(stats, dtype=dtype),
-    )
+def _finish(sums: _Sums, with_stats: bool) -> tuple[Tensor, ...]:
+    """The fields of `Rows`; without statistics, those that there are."""
+    c, log_s = _finite_or_zero(sums.m), sums.s.log()
+    found = (sums.mass * log_s - sums.r, c + log_s, torch.stack((c, log_s)), sums.mass)
+    return (*found, sums.argmax.long(), log_s - sums.d / sums.s) if with_stats else found
 
 
-def _row_sums(
+def forward(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
     probs: Tensor | None,
+    options: LossOptions,
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    logit_scale: float,
     with_stats: bool,
-    first_class: int,
-    classes: int,
-) -> Iterator[tuple[slice | Tensor, _Sums]]:
-    """A block of kept rows at a time: which, and their sums."""
-    x, (probs,) = _aligned(x, probs)
-    _, T, V = x.shape
-    dtype = _acc(x)
-    scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
-    for b, rows, count in _kept_blocks(x, target, ignore_index):
-        out = slice(rows.start + b * T, rows.stop + b * T) if isinstance(rows, slice) else rows + b * T
-        z = _use(_read(x[b], rows, scratch[:count]), softcap, logit_scale)
-        local = target[out] - first_class
-        yield out, _sums(z, local, weight, probs, rows, b, label_smoothing / classes, label_smoothing, with_stats)
-
-
-def forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *, with_stats: bool, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row losses and what backward needs: (loss, lse, mass, correct, entropy)."""
-    V = x.shape[2]
-    outputs = _outputs(x, x.shape[0] * x.shape[1], _acc(x), with_stats)
-    if V == 0:
-        return outputs
-    z_loss = options.pop("z_loss")
-    blocks = _row_sums(x, target, weight, probs, with_stats=with_stats, first_class=0, classes=V, **options)
-    for rows, sums in blocks:
-        for output, found in zip(outputs, _finish(sums, target[rows], z_loss, with_stats), strict=False):
-            output[..., rows] = found
-    return outputs
+) -> Rows:
+    found = zero_rows(x, len(target), with_stats)
+    if x.shape[2]:
+        for at, sums in _row_sums(_inputs(x, target, weight, probs, options), with_stats):
+            for field, values in zip(found, _finish(sums, with_stats), strict=False):
+                field[..., at] = values
+    return found
 
 
 def new_parts(x: Tensor, parts: int, with_stats: bool) -> tuple[Tensor, Tensor]:
-    """Room for what `forward_part` leaves of `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
     N = x.shape[0] * x.shape[1]
-    argmax = x.new_zeros((parts, N if with_stats else 0), dtype=torch.int32)
-    return x.new_zeros((5, parts, N), dtype=_acc(x)), argmax
+    argmax = x.new_zeros((parts, N if with_stats else 0), dtype=torch.int64)
+    return x.new_zeros((5, parts, N), dtype=acc_dtype(x.dtype)), argmax
 
 
 def forward_part(
@@ -219,152 +162,152 @@ def forward_part(
     target: Tensor,
     weight: Tensor | None,
     probs: Tensor | None,
+    options: LossOptions,
     *,
     parts: tuple[Tensor, Tensor],
     part: int,
-    first_class: int,
-    classes: int,
+    block: Block,
     with_stats: bool,
-    **options: Any,
 ) -> None:
-    """The sums over one block of the vocabulary, into number `part` of `parts`.
-
-    `x`, `weight` and `probs` are the block's, from `first_class` on; `classes` is the size of the whole vocabulary.
-    """
-    del options["z_loss"]
     partial, argmax = parts
     if x.shape[2] == 0:
         partial[0, part] = -torch.inf
         return
-    blocks = _row_sums(
-        x, target, weight, probs, with_stats=with_stats, first_class=first_class, classes=classes, **options
-    )
-    for rows, sums in blocks:
-        partial[:, part, rows] = torch.stack(sums[:5])
+    for at, sums in _row_sums(_inputs(x, target, weight, probs, options, block), with_stats):
+        partial[:, part, at] = torch.stack(sums[:5])
         if with_stats:
-            argmax[part, rows] = (sums.argmax + first_class).int()
+            argmax[part, at] = sums.argmax + block.first_class
 
 
 def combine(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The sums over all parts, as one part: ((5, 1, N), (1, N))."""
     (m, s, r, mass, d), argmax = parts
     if len(m) == 1:
         return parts
     largest, at = m.max(0, keepdim=True)
-    shift = m.masked_fill(m == -torch.inf, 0.0) - largest.masked_fill(largest == -torch.inf, 0.0)
+    shift = _finite_or_zero(m) - _finite_or_zero(largest)
     beta = shift.exp().masked_fill_(m == -torch.inf, 0.0)
     sums = (s * beta, r + mass * shift, mass, beta * (d + s * shift))
     partial = torch.stack([largest, *(each.sum(0, keepdim=True) for each in sums)])
     return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
 
 
-def merge(
-    target: Tensor, parts: tuple[Tensor, Tensor], *, ignore_index: int, z_loss: float, with_stats: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `forward` returns, from all parts."""
+def merge(target: Tensor, parts: tuple[Tensor, Tensor], options: LossOptions, *, with_stats: bool) -> Rows:
     partial, argmax = combine(parts)
-    outputs = _outputs(partial, len(target), partial.dtype, with_stats)
     m, s, r, mass, d = partial[:, 0]
-    sums = _Sums(m, s, r, mass, d, argmax[0] if with_stats else target)
-    kept = target != ignore_index
-    for output, found in zip(outputs, _finish(sums, target, z_loss, with_stats), strict=False):
-        output.copy_(torch.where(kept, found, 0))
-    return outputs
+    found = zero_rows(partial, len(target), with_stats)
+    kept = target != options.ignore_index
+    merged = _finish(_Sums(m, s, r, mass, d, argmax[0]), with_stats)
+    for field, values in zip(found, merged, strict=False):
+        field.copy_(torch.where(kept, values, 0))
+    return found
 
 
 def backward(
-    dloss: Tensor,
+    upstream: Upstream,
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
     probs: Tensor | None,
-    lse: Tensor,
-    mass: Tensor,
+    saved: Saved,
+    options: LossOptions,
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    logit_scale: float,
-    z_loss: float,
     dx: Tensor | None,
     dprobs: Tensor | None,
-    first_class: int = 0,
-    classes: int | None = None,
+    block: Block | None = None,
 ) -> None:
-    """Writes the gradients of kept rows into `dx` (which may be `x`) and `dprobs`, zeros elsewhere.
-
-    `first_class` and `classes` are those of `forward_part`; without them, `x` has the whole vocabulary.
-    """
     if x.numel() == 0:
         return
-    x, (probs, dx, dprobs) = _aligned(x, probs, dx, dprobs)
-    T, V = x.shape[1:]
-    uniform = label_smoothing / (V if classes is None else classes)
-    dtype = lse.dtype
-    scratch = x.new_empty((min(max(1, BLOCK_ELEMENTS // V), T), V), dtype=dtype)
-    for b, rows, count in _kept_blocks(x, target, ignore_index):
-        out = slice(rows.start + b * T, rows.stop + b * T) if isinstance(rows, slice) else rows + b * T
-        g = dloss[out].to(dtype).unsqueeze(1)
-        c, log_s = lse[:, out].unsqueeze(2)
-        z = _read(x[b], rows, scratch[:count])
+    x, (probs, dx, dprobs) = aligned(x, probs, dx, dprobs)
+    inputs = _inputs(x, target, weight, probs, options, block)
+    scratch = new_scratch(x, saved.mass.dtype)
+    g_rows = _upstream_of_rows(upstream, saved.mass)
+    for at in kept_blocks(x, target, options.ignore_index):
+        g = g_rows[at.out].unsqueeze(1)
+        c, log_s = saved.shift[:, at.out].unsqueeze(2)
+        z = read(x, at, scratch)
         slope = None
-        if softcap is not None and dx is not None:
-            slope = torch.mul(z, logit_scale / softcap).tanh_().square_().neg_().add_(1.0)
-        z = _use(z, softcap, logit_scale).sub_(c)
+        if options.softcap is not None and dx is not None:
+            slope = torch.mul(z, options.logit_scale / options.softcap).tanh_().square_().neg_().add_(1.0)
+        z = _use(z, options).sub_(c)
         if dprobs is not None:
-            dq = (log_s - z).mul_(g * (1.0 - label_smoothing))
-            dprobs[b, rows] = (dq if weight is None else dq.mul_(weight.to(dtype))).to(dprobs.dtype)
-        if dx is None:
-            continue
-        masked = None
-        if probs is not None or label_smoothing:
-            masked = z == -torch.inf
-        if probs is None:
-            local = (target[out] - first_class).unsqueeze(1)
-            here = (local >= 0) & (local < V)
-            index = torch.where(here, local, 0)
-            w = g * (1.0 - label_smoothing)
-            if weight is not None:
-                w = w * weight[index]
-            w = torch.where(here & (z.gather(1, index) != -torch.inf), w, 0.0)
-        # p * mass * g with the normalisation folded into the row's factor: one pass less.
-        inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
-        z.exp_()
-        z_term = z * (2.0 * z_loss * g * (c + log_s) * inverse_s) if z_loss else None
-        z.mul_(mass[out].unsqueeze(1) * g * inverse_s)
-        if masked is not None:
-            q = _soft_target(probs, weight, rows, b, uniform, label_smoothing, dtype)
-            z.sub_(q.mul_(g) if isinstance(q, Tensor) and probs is not None else q * g)
-        if probs is None:
-            z.scatter_add_(1, index, -w)
-        if z_term is not None:
-            z.add_(z_term)
-        if slope is not None:
-            z.mul_(slope)
-        if softcap is not None or logit_scale != 1.0:
-            z.mul_(logit_scale)
-        if masked is not None:
-            z.masked_fill_(masked, 0.0)
-        if isinstance(rows, slice):
-            dx[b, rows].copy_(z)
-        else:
-            dx[b].index_copy_(0, rows, z.to(dx.dtype))
+            dq = (log_s - z).mul_(g * (1.0 - options.label_smoothing))
+            dprobs[at.b, at.rows] = (dq if weight is None else dq.mul_(weight.to(dq.dtype))).to(dprobs.dtype)
+        if dx is not None:
+            write(dx, at, _gradient(inputs, at, z, g, upstream, saved, slope))
     for gradient in (dx, dprobs):
         if gradient is not None:
-            _zero_ignored(gradient, target, ignore_index)
+            zero_ignored(gradient, target, options.ignore_index)
 
 
-def _zero_ignored(gradient: Tensor, target: Tensor, ignore_index: int) -> None:
-    B, T, _ = gradient.shape
-    for gradient_b, target_b in zip(gradient, target.view(B, T), strict=True):
-        ignored = (target_b == ignore_index).nonzero().squeeze(1)
-        if len(ignored):
-            gradient_b.index_fill_(0, ignored, 0.0)
+def forward_backward(
+    upstream: Upstream,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probs: Tensor | None,
+    options: LossOptions,
+    *,
+    dx: Tensor,
+    dz: Tensor | None,
+    with_stats: bool,
+) -> Rows:
+    rows = forward(x, target, weight, probs, options, with_stats=with_stats)
+    if dz is not None:
+        upstream = upstream._replace(dlse=2.0 * options.z_loss * rows.lse * dz)
+    backward(upstream, x, target, weight, probs, rows.saved, options, dx=dx, dprobs=None)
+    return rows
 
 
-def _aligned(x: Tensor, *others: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """All of them with the first dimension merged into the second, if all of them can be viewed so."""
-    flat = tuple(None if t is None else _flat_if_view(t) for t in others)
-    if all(t is None or t.shape[0] == 1 for t in (_flat_if_view(x), *flat)):
-        return _flat_if_view(x), flat
-    return x, others
+def _upstream_of_rows(upstream: Upstream, mass: Tensor) -> Tensor:
+    """(N,): the gradient of every row's loss."""
+    g = torch.zeros_like(mass) if upstream.dloss is None else upstream.dloss.to(mass.dtype)
+    if upstream.factor is not None:
+        g = g * upstream.factor
+    if upstream.token_weight is not None:
+        g = g * upstream.token_weight
+    return g.expand(mass.shape)
+
+
+def _gradient(
+    inputs: _Inputs,
+    at: RowBlock,
+    z: Tensor,
+    g: Tensor,
+    upstream: Upstream,
+    saved: Saved,
+    slope: Tensor | None,
+) -> Tensor:
+    """The gradient of logits, over the shifted used logits z (count, V); g (count, 1) is that of the rows' losses."""
+    options, soft = inputs.options, inputs.probs is not None or inputs.options.label_smoothing != 0.0
+    log_s = saved.shift[1, at.out].unsqueeze(1)
+    masked = z == -torch.inf if soft or upstream.dlse is not None or upstream.dentropy is not None else None
+    if inputs.probs is None:
+        index, w = _target_class(inputs, at, g.new_zeros(at.size))
+        index = index.unsqueeze(1)
+        w = torch.where(z.gather(1, index) != -torch.inf, g * w.unsqueeze(1), 0.0)
+    # What multiplies p beside mass * g. It is added last: where p is near 1, p * mass - q is exact, and must not be
+    # rounded at the size of p.
+    factor_p = None if upstream.dlse is None else upstream.dlse[at.out].unsqueeze(1).to(z.dtype)
+    if upstream.dentropy is not None:  # -p (log p + H)
+        log_p_and_entropy = z + (saved.entropy[at.out].unsqueeze(1) - log_s)
+        of_entropy = log_p_and_entropy.mul_(-upstream.dentropy[at.out].unsqueeze(1).to(z.dtype))
+        factor_p = of_entropy if factor_p is None else of_entropy.add_(factor_p)
+    # p * mass * g with the normalisation folded into the row's factor: one pass less.
+    inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
+    z.exp_()
+    added_last = None if factor_p is None else z * (factor_p * inverse_s)
+    z.mul_(saved.mass[at.out].unsqueeze(1) * g * inverse_s)
+    if soft:
+        q = _soft_target(inputs, at, z.dtype)
+        z.sub_(q.mul_(g) if isinstance(q, Tensor) and inputs.probs is not None else q * g)
+    if inputs.probs is None:
+        z.scatter_add_(1, index, -w)
+    if added_last is not None:
+        z.add_(added_last)
+    if slope is not None:
+        z.mul_(slope)
+    if options.softcap is not None or options.logit_scale != 1.0:
+        z.mul_(options.logit_scale)
+    if masked is not None:
+        z.masked_fill_(masked, 0.0)
+    return z

@@ -1,22 +1,47 @@
 """Launchers: tensors in, tensors out. Shapes, dtypes and option values were checked by the caller.
 
 `x` and `probs` are (B, T, V) with any strides, `target` is (B * T,) int64 and contiguous; an ignored row has
-`target == ignore_index`.
+`target == options.ignore_index`. `options` has ignore_index, label_smoothing, softcap and logit_scale.
 """
 
 import contextlib
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .backward import backward_kernel
+from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel, merge_kernel
-from .launch import MAX_REGISTERS, MERGE_ROWS, chip_of, forward_launch, tile, unsplit
+from .launch import (
+    ACCESS,
+    FEW_REGISTERS,
+    MAX_REGISTERS,
+    MERGE_ROWS,
+    ONE_PASS_GENERAL,
+    ONE_PASS_SIMPLE,
+    REDUCE_BLOCK,
+    REDUCE_PROGRAMS,
+    REDUCE_ROWS,
+    REDUCE_WARPS,
+    backward_launch,
+    chip_of,
+    forward_launch,
+    one_pass_launch,
+    part_launch,
+    scale_launch,
+)
+from .one_pass import one_pass_kernel
+from .reduce import reduce_kernel, total_kernel
+from .scale import scale_kernel
 
 # `debug` switches device_assert on; without the second, it would also check every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
-REGISTERS = {"maxnreg": MAX_REGISTERS}
+NO_STRIDES = (0, 0, 0)
+
+#: What `backward` needs of the rows, as callers have it in an object of their own.
+Saved = namedtuple("Saved", "shift mass entropy")
 
 
 def interpreted():
@@ -26,138 +51,263 @@ def interpreted():
 
 def _on(device):
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def _strides(x):
-    return (0, 0, 0) if x is None else x.stride()
+    return NO_STRIDES if x is None else x.stride()
 
 
-def _acc(x):
-    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+def _strides_of_rows(tensors):
+    """Of tensors (N,), scalars, or None."""
+    return tuple(0 if x is None or x.dim() == 0 else x.stride(0) for x in tensors)
 
 
-def _scalars(softcap, logit_scale):
-    """(pre_scale, softcap) as the kernels take them, and whether each is needed."""
+def _acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _layout(*tensors):
+    """(contiguous, aligned): whether all tensors' rows are contiguous, and start where a thread's access may."""
+    aligned = True
+    for x in tensors:
+        if x is None:
+            continue
+        stride_b, stride_t, stride_v = x.stride()
+        if stride_v != 1:
+            return False, False
+        per_access = ACCESS // x.itemsize
+        aligned &= not (stride_b % per_access or stride_t % per_access or x.data_ptr() % ACCESS)
+    return True, aligned
+
+
+def _scalars(options):
+    """(smoothing, scale, cap) as the kernels take them, and which of them are there."""
+    smoothing, softcap, scale = options.label_smoothing, options.softcap, options.logit_scale
     if softcap is None:
-        return logit_scale, 1.0, {"HAS_SCALE": logit_scale != 1.0, "HAS_SOFTCAP": False}
-    return logit_scale / softcap, softcap, {"HAS_SCALE": False, "HAS_SOFTCAP": True}
+        return (smoothing, scale, 1.0), (smoothing != 0.0, scale != 1.0, False)
+    return (smoothing, scale / softcap, softcap), (smoothing != 0.0, False, True)
 
 
-def _flags(weight, probs, label_smoothing):
-    return {
-        "HAS_WEIGHT": weight is not None,
-        "HAS_PROBS": probs is not None,
-        "HAS_SMOOTHING": label_smoothing != 0.0,
-    }
-
-
-def _outputs(x, N, dtype, with_stats):
-    """(loss, lse, mass, correct, entropy)"""
+def _rows(x, N, dtype, with_stats):
+    """(loss, lse, shift, mass, predicted, entropy)"""
     stats = N if with_stats else 0
-    return (
-        x.new_empty(N, dtype=dtype),
-        x.new_empty((2, N), dtype=dtype),
-        x.new_empty(N, dtype=dtype),
-        x.new_empty(stats, dtype=torch.bool),
-        x.new_empty(stats, dtype=dtype),
-    )
+    loss, lse, mass, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, N, stats))
+    return loss, lse, x.new_empty((2, N), dtype=dtype), mass, x.new_empty(stats, dtype=torch.int64), entropy
 
 
-def _forward(x, target, weight, probs, outputs, parts, first_part, first_class, classes, launch, options, with_stats):
-    """Launches the forward kernel, into `outputs` or, if there are `parts`, into those from `first_part` on."""
+def _pointers(rows, with_stats):
+    return rows if with_stats else (*rows[:4], None, None)
+
+
+def _forward(x, target, weight, probs, rows, parts, first_part, first_class, classes, launch, options, with_stats):
+    """Launches the forward kernel, into `rows` or, if there are `parts`, into those from `first_part` on."""
     B, T, V = x.shape
-    pre_scale, cap, scale_flags = _scalars(options["softcap"], options["logit_scale"])
-    partial, argmax = parts or (None, None)
-    grid = (B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)
+    scalars, present = _scalars(options)
+    simple = (
+        launch.BLOCK_N == 1 and probs is None and not (present[2] or with_stats or (present[0] and weight is not None))
+    )
+    if parts is None:
+        out, into, all_parts = _pointers(rows, with_stats), None, 1
+    else:
+        out, into, all_parts = None, (parts[0], parts[1] if with_stats else None), parts[0].shape[1]
     with _on(x.device):
-        forward_kernel[grid](
-            x, target, weight, probs, *outputs, partial, argmax,
-            B, T, V, launch.splits, launch.split_v, first_part, partial.shape[1] if parts else 1, first_class, classes,
-            *x.stride(), *_strides(probs),
-            options["ignore_index"], options["label_smoothing"], pre_scale, cap, options["z_loss"],
-            ACC=_acc(x)[1], BLOCK_N=launch.BLOCK_N, BLOCK_V=launch.BLOCK_V, IS_PART=parts is not None,
-            HAS_STATS=with_stats, num_warps=launch.num_warps,
-            **_flags(weight, probs, options["label_smoothing"]), **scale_flags, **ASSERTS, **REGISTERS,
+        forward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
+            x, probs, target, weight, out, into, B * T, T, V,
+            (launch.splits, launch.split_tiles, first_part, all_parts, first_class, classes),
+            x.stride(), _strides(probs), options.ignore_index, *scalars, launch.TILE, present,
+            num_warps=launch.num_warps, **ASSERTS,
+            **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
         )  # fmt: skip
 
 
-def forward(x, target, weight, probs, *, with_stats, launch=None, **options):
-    """Row losses and what backward needs: (loss, lse, mass, correct, entropy)."""
+def forward(x, target, weight, probs, options, *, with_stats=False, launch=None):
+    """Row losses and what backward needs: (loss, lse, shift, mass, predicted, entropy)."""
     B, T, V = x.shape
     N = B * T
-    outputs = _outputs(x, N, _acc(x)[0], with_stats)
+    rows = _rows(x, N, _acc(x.dtype), with_stats)
     if N == 0:
-        return outputs
-    launch = launch or forward_launch(B, T, V, x.itemsize, x.stride(2) == 1, chip_of(x.device))
+        return rows
+    launch = launch or forward_launch(B, T, V, x.itemsize, *_layout(x, probs), chip_of(x.device))
     parts = new_parts(x, launch.splits, with_stats) if launch.splits > 1 else None
-    _forward(x, target, weight, probs, outputs, parts, 0, 0, V, launch, options, with_stats)
+    _forward(x, target, weight, probs, rows, parts, 0, 0, V, launch, options, with_stats)
     if parts:
-        _merge(target, parts, outputs, options["ignore_index"], options["z_loss"], with_stats)
-    return outputs
+        _merge(target, parts, rows, options, with_stats)
+    return rows
 
 
 def new_parts(x, parts, with_stats):
     """Room for what `forward_part` leaves of `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
     N = x.shape[0] * x.shape[1]
-    argmax = x.new_empty((parts, N if with_stats else 0), dtype=torch.int32)
-    return x.new_empty((5, parts, N), dtype=_acc(x)[0]), argmax
+    argmax = x.new_empty((parts, N if with_stats else 0), dtype=torch.int64)
+    return x.new_empty((5, parts, N), dtype=_acc(x.dtype)), argmax
 
 
-def forward_part(x, target, weight, probs, *, parts, part, first_class, classes, with_stats, **options):
+def forward_part(x, target, weight, probs, options, *, parts, part, block, with_stats=False, launch=None):
     """The sums over one block of the vocabulary, into number `part` of `parts`.
 
-    `x`, `weight` and `probs` are the block's, from `first_class` on; `classes` is the size of the whole vocabulary.
+    `x`, `weight` and `probs` are the block's, which begins at `block.first_class` of `block.classes`.
     """
     B, T, V = x.shape
     if B * T == 0:
         return
-    outputs = (None,) * 5
-    launch = unsplit(tile(T, V, x.itemsize, x.stride(2) == 1), V)
-    _forward(x, target, weight, probs, outputs, parts, part, first_class, classes, launch, options, with_stats)
+    launch = launch or part_launch(T, V, x.itemsize, *_layout(x, probs), chip_of(x.device))
+    _forward(x, target, weight, probs, None, parts, part, *block, launch, options, with_stats)
 
 
-def merge(target, parts, *, ignore_index, z_loss, with_stats):
+def combine(parts):
+    """The sums over all parts, as one part: ((5, 1, N), (1, N))."""
+    (largest, s, r, mass, d), argmax = parts
+    if len(largest) == 1:
+        return parts
+    most, at = largest.max(0, keepdim=True)
+    down = _shift(largest) - _shift(most)
+    power = down.exp2()
+    sums = s * power, r + mass * down, mass, power * (d + s * down)
+    partial = torch.stack([most, *(each.sum(0, keepdim=True) for each in sums)])
+    return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
+
+
+def _shift(largest):
+    """What `whole_shift` makes of it."""
+    return (largest * LOG2E.value).floor_().clamp_(min=LOWEST.value)
+
+
+def merge(target, parts, options, *, with_stats=False):
     """What `forward` returns, from all parts."""
     partial, _ = parts
-    N = partial.shape[2]
-    outputs = _outputs(partial, N, partial.dtype, with_stats)
-    if N:
-        _merge(target, parts, outputs, ignore_index, z_loss, with_stats)
-    return outputs
+    rows = _rows(partial, partial.shape[2], partial.dtype, with_stats)
+    if partial.shape[2]:
+        _merge(target, parts, rows, options, with_stats)
+    return rows
 
 
-def _merge(target, parts, outputs, ignore_index, z_loss, with_stats):
+def _merge(target, parts, rows, options, with_stats):
     partial, argmax = parts
-    N = partial.shape[2]
+    _, count, N = partial.shape
     with _on(partial.device):
         merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
-            target, *outputs, partial, argmax, N, partial.shape[1], ignore_index, z_loss,
-            ACC=_acc(partial)[1], BLOCK_N=MERGE_ROWS, HAS_STATS=with_stats, num_warps=4,
+            target, _pointers(rows, with_stats), partial, argmax if with_stats else None, N, count,
+            options.ignore_index, BLOCK_N=MERGE_ROWS, num_warps=4,
         )  # fmt: skip
 
 
-def backward(
-    dloss, x, target, weight, probs, lse, mass, *,
-    ignore_index, label_smoothing, softcap, logit_scale, z_loss, dx, dprobs, first_class=0, classes=None,
-):  # fmt: skip
+def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, block=None, launch=None):
     """Writes the gradients into `dx` and `dprobs`; either may be None, and `dx` may be `x`.
 
-    `first_class` and `classes` are those of `forward_part`; without them, `x` has the whole vocabulary.
+    `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
+    `saved` has shift, mass and entropy of the rows, `block` is as in `forward_part`: without it, `x` has all classes.
     """
     B, T, V = x.shape
     if x.numel() == 0:
         return
-    launch = tile(T, V, x.itemsize, x.stride(2) == 1)
-    pre_scale, cap, scale_flags = _scalars(softcap, logit_scale)
-    grid = (B * triton.cdiv(T, launch.BLOCK_N) * triton.cdiv(V, launch.BLOCK_V),)
+    launch = launch or backward_launch(B, T, V, x.itemsize, *_layout(x, probs, dx, dprobs), chip_of(x.device))
+    scalars, present = _scalars(options)
+    simple = launch.BLOCK_N == 1 and dprobs is None and upstream.dentropy is None and not present[2]
+    pointers = upstream.dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
     with _on(x.device):
-        backward_kernel[grid](
-            dloss, x, target, weight, probs, lse, mass, dx, dprobs,
-            B, T, V, first_class, V if classes is None else classes,
-            dloss.stride(0), *x.stride(), *_strides(probs), *_strides(dx), *_strides(dprobs),
-            ignore_index, label_smoothing, pre_scale, cap, z_loss,
-            ACC=_acc(x)[1], BLOCK_N=launch.BLOCK_N, BLOCK_V=launch.BLOCK_V,
-            HAS_DX=dx is not None, HAS_DPROBS=dprobs is not None, num_warps=launch.num_warps,
-            **_flags(weight, probs, label_smoothing), **scale_flags, **REGISTERS,
+        backward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
+            x, probs, dx, dprobs, target, weight,
+            (saved.shift, saved.mass, None if upstream.dentropy is None else saved.entropy), pointers, B * T, T, V,
+            (launch.splits, launch.split_tiles, *(block or (0, V))),
+            (x.stride(), _strides(probs), _strides(dx), _strides(dprobs), _strides_of_rows(pointers)),
+            options.ignore_index, *scalars, launch.TILE, present,
+            num_warps=launch.num_warps, **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
+        )  # fmt: skip
+
+
+def can_one_pass(x, probs=None):
+    """Whether `forward_backward` takes these: rows of contiguous classes with index targets."""
+    return probs is None and x.stride(2) == 1
+
+
+def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz, with_stats, launch=None):
+    """The rows of `forward`; writes into `dx` (which may be `x`) the gradient of sum(g * loss + z_loss * dz * lse^2).
+
+    g is `upstream.dloss`, times `factor` and `token_weight` where they are there. Each row is read from device memory
+    once, and the gradient takes it from the cache; but twice where classes are strided or targets are probabilities.
+    """
+    if not can_one_pass(x, probs) or dx.stride(2) != 1:
+        rows = forward(x, target, weight, probs, options, with_stats=with_stats)
+        upstream = upstream._replace(dlse=None if dz is None else 2.0 * options.z_loss * rows[1] * dz)
+        backward(upstream, x, target, weight, probs, Saved(rows[2], rows[3], None), options, dx=dx, dprobs=None)
+        return rows
+    B, T, V = x.shape
+    N = B * T
+    rows = _rows(x, N, _acc(x.dtype), with_stats)
+    if N == 0:
+        return rows
+    chip = chip_of(x.device)
+    scalars, present = _scalars(options)
+    simple = not (with_stats or (present[0] and weight is not None) or x.dtype == torch.float64)
+    launch = launch or one_pass_launch(N, V, x.itemsize, _layout(x, dx)[1], simple, chip)
+    pointers = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
+    with _on(x.device):
+        one_pass_kernel[(launch.programs,)](
+            x, dx, target, weight, _pointers(rows, with_stats), pointers, N, T, V,
+            (x.stride(), dx.stride(), _strides_of_rows(pointers)),
+            options.ignore_index, *scalars, options.z_loss, launch.TILE, present,
+            num_warps=launch.num_warps, **ASSERTS, **chip.options((ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL)[1]),
+        )  # fmt: skip
+    return rows
+
+
+def reduce(
+    loss, lse, target, weight, token_weight, normalizer, options, *,
+    mean, z_loss=0.0, out_dtype=None, target_weight=None, first_class=0,
+):  # fmt: skip
+    """(total, number of kept rows (int64), what every row's gradient of the total is multiplied by), all 0-d.
+
+    The total is the sum of the kept rows' losses, times their token weights; divided, for "mean", by `normalizer` (a
+    number or 0-d tensor) or by the sum of the kept rows' shares: token weight times the target's class weight, of
+    which there is either `weight`, of all classes from `first_class` on, or `target_weight`, of each row. A `z_loss`
+    is added, times the squares of `lse`; "mean" divides it by the token weights alone.
+    """
+    N = len(target)
+    total = loss.new_empty((), dtype=out_dtype or loss.dtype)
+    out = total, target.new_empty(()), loss.new_empty(())
+    tensor = normalizer if mean and isinstance(normalizer, torch.Tensor) else None
+    number = normalizer if mean and tensor is None else None
+    divisor = tensor, 1.0 if number is None else float(number)
+    present = bool(mean), number is not None, z_loss != 0.0
+    weights = (weight, target_weight) if mean else (None, None)
+    programs = 1 if N <= REDUCE_ROWS else min(REDUCE_PROGRAMS, triton.cdiv(N, REDUCE_BLOCK))
+    partial = None if programs == 1 else (loss.new_empty((4, programs)), target.new_empty(programs))
+    with _on(loss.device):
+        reduce_kernel[(programs,)](
+            loss, lse, target, *weights, token_weight, tensor, *(partial or (None, None)), out,
+            N, triton.cdiv(N, programs), first_class, 0 if weight is None else len(weight),
+            0 if token_weight is None else token_weight.stride(0), options.ignore_index, divisor[1], z_loss,
+            BLOCK_N=min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N))), OPTIONS=present,
+            num_warps=REDUCE_WARPS if N > 1024 else 4,
+        )  # fmt: skip
+        if partial:
+            total_kernel[(1,)](
+                *partial, tensor, out, programs, divisor[1], z_loss,
+                BLOCK=REDUCE_PROGRAMS, OPTIONS=present, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def scale(dx, factor, dloss, *, out=None):
+    """`dx * dloss * factor`, in place or into `out`; a factor of None is 1. In place, a product of 1 moves nothing.
+
+    `dx` may have any number of dimensions if it is contiguous.
+    """
+    if dx.numel() == 0:
+        return
+    into = dx if out is None else out
+    if dx.dim() != 3:
+        dx, into = (t.view(1, -1, t.shape[-1] if t.dim() else 1) for t in (dx, into))
+    B, T, V = dx.shape
+    chip = chip_of(dx.device)
+    launch = scale_launch(T, V, dx.itemsize, *_layout(dx, into), chip)
+    blocks = B * triton.cdiv(T, launch.BLOCK_N)
+    with _on(dx.device):
+        scale_kernel[(min(blocks, launch.programs),)](
+            dx, into, dloss, factor, blocks, T, V, (dx.stride(), into.stride()), launch.TILE,
+            INPLACE=out is None, ACC=tl.float64 if dx.dtype == torch.float64 else tl.float32,
+            num_warps=launch.num_warps,
         )  # fmt: skip

@@ -1,18 +1,95 @@
-"""Element-wise mathematics that several kernels share."""
+"""Arithmetic that the kernels share: powers of two in place of e, tiles, and what options make of a logit.
+
+**Base two.** The hardware raises two to a power in one instruction and e in six. With L = log2(e) and a whole number
+`c`, the exponent `x * L - c` is one fused multiply-add, whose only rounding is that of its small result. Whole shifts
+differ by whole numbers, so that a sum that was taken relative to one is rescaled to another without rounding.
+
+**Tiles.** A program reads tiles of shape (BLOCK_N rows, CHUNKS, LANES, WIDTH). A thread holds the WIDTH neighbouring
+logits of a lane, which are one access of 16 bytes, in all of the CHUNKS. Sums over chunks and width therefore stay
+inside a thread; lanes are merged once, after the loop. What belongs to a row has the shape (BLOCK_N, 1, 1, 1), or
+is a scalar where a program has one row; what belongs to a lane has the shape (BLOCK_N, 1, LANES, 1).
+"""
 
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+#: The shift of a lane that saw no logit above it. A row's largest logit has to lie within 2^31 / L of zero.
+LOWEST = tl.constexpr(-2147483648.0)
+
+#: A class that does not exist, behind all that do.
+NO_CLASS = tl.constexpr(2147483647)
+
+#: Triton's interpreter rounds the product of a fused multiply-add.
+EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def fused_multiply_add(x, y, z):
+    """`x * y + z`, rounded once."""
+    if EMULATED and x.dtype == tl.float32:
+        result = (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        result = tl.fma(x, y, z)
+    return result
+
+
+@triton.jit
+def tile_max(x):
+    """Over what each lane holds."""
+    return tl.max(tl.max(x, 3, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
+def tile_min(x):
+    """Over what each lane holds."""
+    return tl.min(tl.min(x, 3, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
+def tile_sum(x):
+    """Over what each lane holds."""
+    return tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
+def lanes_max(x):
+    """Over the lanes of each row: a scalar where there is one row."""
+    if x.shape[0] == 1:
+        return tl.max(x)
+    else:
+        return tl.max(x, 2, keep_dims=True)
+
+
+@triton.jit
+def lanes_min(x):
+    """Over the lanes of each row: a scalar where there is one row."""
+    if x.shape[0] == 1:
+        return tl.min(x)
+    else:
+        return tl.min(x, 2, keep_dims=True)
+
+
+@triton.jit
+def lanes_sum(x):
+    """Over the lanes of each row: a scalar where there is one row."""
+    if x.shape[0] == 1:
+        return tl.sum(x)
+    else:
+        return tl.sum(x, 2, keep_dims=True)
+
 
 @triton.jit
 def tanh(z):
-    """Tanh to about one float32 ulp and its slope, from `exp` alone, so that the interpreter runs it too.
+    """Tanh to about one float32 ulp and its slope, from powers of two alone.
 
     With e = exp(-2|z|): tanh |z| = (1 - e) / (1 + e), and the slope 4 e / (1 + e)^2 does not cancel where tanh
     saturates, as 1 - tanh^2 does. Near 0, where 1 - e cancels, float32 takes an odd polynomial (least-squares fit of
     (tanh(z)/z - 1) / z^2 in z^2 on |z| < 0.55); float64, which is used to check, has digits enough.
     """
-    e = tl.exp(-2.0 * tl.abs(z))
+    e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E))
     t = (1.0 - e) / (1.0 + e)
     slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     t = tl.where(z < 0, -t, t)
@@ -27,53 +104,70 @@ def tanh(z):
 
 
 @triton.jit
-def used_logits(x, pre_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """The logits that the loss sees, `softcap * tanh(pre_scale * x)` or `pre_scale * x`, and their slope in x."""
-    slope = pre_scale
-    if HAS_SOFTCAP:
-        x, slope = tanh(x * pre_scale)
-        x *= softcap
-        slope *= softcap * pre_scale
-    elif HAS_SCALE:
-        x = x * pre_scale
-    return x, slope
+def tanh_of_half(z):
+    """Tanh and its slope to 2e-7 absolute, which is far below the resolution of a 16-bit `z`, in five instructions."""
+    t = 1.0 - 2.0 / (1.0 + tl.exp2(z * (2.0 * LOG2E)))
+    return t, 1.0 - t * t
 
 
 @triton.jit
-def finite_or_zero(m):
-    """A running maximum as a shift: 0 while every logit seen was -inf, so that -inf - shift stays -inf."""
-    return tl.where(m == float("-inf"), 0.0, m)
+def used_logits(x, curve, ACC: tl.constexpr, OPTIONS: tl.constexpr):
+    """What options make of logits, but for a cap's height: `tanh(scale * x)` or `scale * x`; and the slope in that.
 
-
-@triton.jit
-def weighted(w, z):
-    """`w * z` with 0 * inf = 0: a class of no weight contributes nothing, whatever its logit."""
-    return tl.where(w == 0, 0.0, w * z)
-
-
-@triton.jit
-def soft_target(
-    probs_ptrs,
-    weight_ptrs,
-    mask,
-    mask_v,
-    smoothing,
-    uniform,
-    ACC: tl.constexpr,
-    HAS_PROBS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-):
-    """Per class, the weight of its log-probability that does not come from an index target.
-
-    `uniform` is the smoothing's share of one class.
+    `curve` is (scale, height). The height is log2(e) times the cap's: `exponent` multiplies by it, which spares the
+    product a rounding of its own.
     """
-    if HAS_PROBS:
-        # Also without smoothing: Triton 3.7 fails (TritonGPUOptimizeThreadLocality) to sum a float32 tensor that
-        # comes straight from memory, in a loop.
-        q = tl.load(probs_ptrs, mask=mask, other=0.0).to(ACC)
-        q = tl.where(mask, q * (1.0 - smoothing) + uniform, 0.0)
+    u = x.to(ACC)
+    if OPTIONS[1] or OPTIONS[2]:
+        u = u * curve[0]
+    if OPTIONS[2] and x.dtype.primitive_bitwidth == 16:
+        return tanh_of_half(u)
+    elif OPTIONS[2]:
+        return tanh(u)
     else:
-        q = tl.where(mask, uniform, 0.0)
-    if HAS_WEIGHT:
-        q = q * tl.load(weight_ptrs, mask=mask_v, other=0.0).to(ACC)[None, :]
-    return q
+        return u, 1.0
+
+
+@triton.jit
+def exponent(u, height, c):
+    """`log2(exp(used logit)) - c`; `height` is log2(e) times the cap's height."""
+    return fused_multiply_add(u, height, -c)
+
+
+@triton.jit
+def whole_shift(largest):
+    """The shift that goes with a row's largest used logit."""
+    return tl.maximum(tl.floor(largest * LOG2E), LOWEST)
+
+
+@triton.jit
+def weighted(q, z):
+    """`q * z` with 0 * inf = 0: a class of no weight contributes nothing, whatever its logit."""
+    return tl.where(q == 0, 0.0, q * z)
+
+
+@triton.jit
+def loss_options(classes, smoothing, scale, cap, probs_ptr, ACC: tl.constexpr, OPTIONS: tl.constexpr):
+    """(weight of an index target, soft, curve, d used logit / d u); see `soft_target` and `used_logits`.
+
+    `OPTIONS` says which are there: (smoothing, scale, softcap).
+    """
+    HAS_SMOOTHING: tl.constexpr = OPTIONS[0]
+    HAS_SOFTCAP: tl.constexpr = OPTIONS[2]
+    hard = tl.full((), 1.0, ACC)
+    if HAS_SMOOTHING:
+        hard -= tl.full((), smoothing, ACC)
+    if HAS_SMOOTHING:
+        soft = (hard, tl.full((), smoothing, ACC) / classes)
+    elif probs_ptr is not None:
+        soft = (1.0, 0.0)
+    else:
+        soft: tl.constexpr = None
+    steep = tl.full((), scale, ACC)
+    height = tl.full((), LOG2E, ACC)
+    if HAS_SOFTCAP:
+        height *= tl.full((), cap, ACC)
+    curve = (steep, height)
+    if HAS_SOFTCAP:
+        steep *= tl.full((), cap, ACC)
+    return hard, soft, curve, steep

@@ -1,8 +1,8 @@
-"""How the kernels are launched: tile shapes, warps and splits, as data.
+"""How the kernels are launched: tiles, warps, splits and programs, as data.
 
-No entry was tuned on hardware yet. They follow from arithmetic: with 32 bytes of logits a thread, two 16-byte loads
-are in flight, and a multiprocessor's 2048 threads have 64 KB in flight where about 40 KB hide the latency of HBM3.
-More would spill with all features on (`python -m bench.aot`).
+No entry was tuned on hardware yet. The arithmetic table follows from what a chip has: with 16 logits of 16 bits a
+thread, two 16-byte loads are in flight, and the 1536 threads of a multiprocessor have 48 KB in flight where about
+40 KB hide the latency of HBM3. A table of measured entries goes into `TABLES`, under the name of its chip.
 """
 
 from dataclasses import dataclass, replace
@@ -11,40 +11,99 @@ from functools import lru_cache
 import torch
 import triton
 
-#: Bytes of a row that one program handles at a time, at most: (largest V, bytes, num_warps).
-BLOCKS = (
-    (1024, 2048, 4),
-    (4096, 4096, 4),
-    (None, 8192, 8),
-)
+#: Bytes of one access of a thread.
+ACCESS = 16
 
-#: A tile of several rows: elements, and rows, at most. Each row costs registers of its own.
-SEVERAL_ROWS, MOST_ROWS = 512, 16
-
-#: The least BLOCK_V: smaller tiles would be further kernels to compile, for nothing.
-LEAST_BLOCK = 16
+#: Rows whose logits fit into this many bytes share programs, with a warp for each at most.
+SHORT_ROW = 4096
+SHORT_WARPS = 4
 
 #: Tile for logits whose classes are strided (images): rows are the contiguous dimension there, and 16 of them fill
 #: the 32-byte sectors that DRAM is read in.
 STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 
-#: A grid of fewer programs than this many per multiprocessor leaves the chip idle: split the rows.
+#: A forward grid of fewer programs than this many per multiprocessor leaves the chip idle: split the rows.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
-#: Registers a thread, at most: as many as there are. Left to itself, ptxas spills a word or two of some variants to
-#: reach the next step of occupancy; told this, it spills none on any architecture.
-MAX_REGISTERS = 255
+#: The second read of the one pass hits the cache if what is read and written between the two fits into it: at most
+#: these many times the bytes of the rows in flight.
+REUSE = 3
+
+#: Registers a thread, at most. 40 leave room for 1536 threads a multiprocessor, and no kernel of few features spills
+#: with them. For others, as many as there are: left to itself, ptxas spills a word or two of some variants to reach the
+#: next step of occupancy; told a number, it spills none on any architecture.
+FEW_REGISTERS, MAX_REGISTERS = 40, 255
+
+#: The one pass: threads of a multiprocessor, and registers of each; of a kernel of few features, and of many.
+ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
 
 #: Rows per program of the kernel that merges the splits.
 MERGE_ROWS = 128
+
+#: The reduction: rows that a program reads at a time, and its warps; one program does it alone up to as many rows as
+#: take it a few microseconds.
+REDUCE_BLOCK, REDUCE_WARPS, REDUCE_ROWS, REDUCE_PROGRAMS = 8192, 32, 65536, 256
+
+
+@dataclass(frozen=True)
+class Program:
+    """Of one program: its warps, the logits that a thread reads at a time, and at most how many tiles.
+
+    `programs` is the one pass's: how many a multiprocessor has at a time.
+    """
+
+    num_warps: int
+    thread_logits: int = 16
+    tiles: int | None = None
+    programs: int = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Per kernel: (largest row in bytes or None, program), the first that fits counts. `reason` says where from.
+
+    Without entries for the one pass, its programs follow from the size of the L2 cache.
+    """
+
+    forward: tuple[tuple[int | None, Program], ...]
+    backward: tuple[tuple[int | None, Program], ...]
+    one_pass: tuple[tuple[int | None, Program], ...]
+    reason: str
+
+
+ARITHMETIC = Table(
+    forward=((16384, Program(4)), (None, Program(8))),
+    backward=((16384, Program(4, tiles=4)), (None, Program(8, tiles=4))),
+    one_pass=(),
+    reason="arithmetic; see the top of the file",
+)
+
+#: By the name that the device gives itself.
+TABLES: dict[str, Table] = {}
 
 
 @dataclass(frozen=True)
 class Chip:
     """What a launch depends on."""
 
-    arch: int
+    arch: int | str
     multiprocessors: int
+    l2_bytes: int = 50 << 20
+    threads: int = 2048  # of a multiprocessor
+    warp_size: int = 32
+    name: str = ""
+
+    @property
+    def is_nvidia(self) -> bool:
+        return isinstance(self.arch, int)
+
+    @property
+    def table(self) -> Table:
+        return TABLES.get(self.name, ARITHMETIC)
+
+    def options(self, registers: int) -> dict[str, int]:
+        """Launch options that only this kind of chip knows."""
+        return {"maxnreg": registers} if self.is_nvidia else {}
 
 
 #: The interpreter runs what this chip would run.
@@ -53,46 +112,112 @@ INTERPRETED = Chip(arch=90, multiprocessors=132)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel configuration. `split_v` classes go to each of `splits` programs per row."""
+    """One kernel configuration: a tile, and `split_tiles` tiles for each of `splits` programs of a row."""
 
     BLOCK_N: int
-    BLOCK_V: int
+    CHUNKS: int
+    LANES: int
+    WIDTH: int
     num_warps: int
     splits: int = 1
-    split_v: int = 0
+    split_tiles: int = 0
+    programs: int = 0  # of the one pass, which is launched once for the whole chip
+
+    @property
+    def TILE(self) -> tuple[int, int, int, int]:
+        return self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH
+
+    @property
+    def BLOCK_V(self) -> int:
+        return self.CHUNKS * self.LANES * self.WIDTH
 
 
 @lru_cache
 def chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":
         return INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    of = torch.cuda.get_device_properties(device)
+    arch = of.gcnArchName.split(":")[0] if torch.version.hip else of.major * 10 + of.minor
+    return Chip(
+        arch,
+        of.multi_processor_count,
+        of.L2_cache_size,
+        of.max_threads_per_multi_processor,
+        of.warp_size,
+        of.name,
+    )
 
 
-def tile(T: int, V: int, itemsize: int, contiguous: bool) -> Launch:
+def _fitting(ladder, row_bytes: int) -> Program:
+    return next(program for limit, program in ladder if limit is None or row_bytes <= limit)
+
+
+def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, program: Program, chip: Chip) -> Launch:
     """The tile for rows of `V` classes, `T` of which are evenly spaced: as many rows as fit, or one."""
-    classes = max(LEAST_BLOCK, triton.next_power_of_2(max(V, 1)))
-    if contiguous:
-        most, num_warps = next((size // itemsize, w) for limit, size, w in BLOCKS if limit is None or V <= limit)
-        BLOCK_V = min(classes, most)
-        BLOCK_N = min(MOST_ROWS, max(1, SEVERAL_ROWS // BLOCK_V))
-    else:
-        BLOCK_V, BLOCK_N, num_warps = min(classes, STRIDED_CLASSES), STRIDED_ROWS, 4
-    return Launch(BLOCK_N if T >= BLOCK_N else 1, BLOCK_V, num_warps)
+    if not contiguous:
+        classes = min(STRIDED_CLASSES, triton.next_power_of_2(max(V, 1)))
+        return Launch(STRIDED_ROWS if T >= STRIDED_ROWS else 1, 1, classes, 1, SHORT_WARPS)
+    WIDTH = ACCESS // itemsize if aligned else 1
+    if V * itemsize <= SHORT_ROW:
+        threads = SHORT_WARPS * chip.warp_size
+        LANES = min(chip.warp_size, triton.next_power_of_2(triton.cdiv(max(V, 1), WIDTH)))
+        BLOCK_N = threads // LANES
+        if T >= BLOCK_N:
+            return Launch(BLOCK_N, 1, LANES, WIDTH, SHORT_WARPS)
+    LANES = program.num_warps * chip.warp_size
+    CHUNKS = program.thread_logits // WIDTH
+    while CHUNKS > 1 and CHUNKS * LANES * WIDTH >= 2 * V:
+        CHUNKS //= 2
+    return Launch(1, CHUNKS, LANES, WIDTH, program.num_warps)
 
 
-def unsplit(launch: Launch, V: int) -> Launch:
-    """The tile, with whole rows to a program."""
-    return replace(launch, splits=1, split_v=triton.cdiv(max(V, 1), launch.BLOCK_V) * launch.BLOCK_V)
+def _split(launch: Launch, V: int, splits: int) -> Launch:
+    """The launch with its rows in (at most) so many parts of whole tiles."""
+    tiles = triton.cdiv(max(V, 1), launch.BLOCK_V)
+    split_tiles = triton.cdiv(tiles, max(1, min(splits, tiles)))
+    return replace(launch, splits=triton.cdiv(tiles, split_tiles), split_tiles=split_tiles)
 
 
-def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, chip: Chip) -> Launch:
-    """A tile, and as many splits of the vocabulary as fill the chip when rows are few."""
-    launch = tile(T, V, itemsize, contiguous)
+@lru_cache(maxsize=4096)
+def part_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
+    """Forward of a block of the vocabulary: not split again."""
+    return _split(_tile(T, V, itemsize, contiguous, aligned, _fitting(chip.table.forward, V * itemsize), chip), V, 1)
+
+
+@lru_cache(maxsize=4096)
+def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
+    """As many splits of the vocabulary as fill the chip when rows are few."""
+    launch = part_launch(T, V, itemsize, contiguous, aligned, chip)
     programs = B * triton.cdiv(T, launch.BLOCK_N)
-    wanted = chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
-    blocks = triton.cdiv(max(V, 1), launch.BLOCK_V)
-    splits = min(blocks, max(1, wanted // max(programs, 1)))
-    split_blocks = triton.cdiv(blocks, splits)
-    return replace(launch, splits=triton.cdiv(blocks, split_blocks), split_v=split_blocks * launch.BLOCK_V)
+    return _split(launch, V, chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(programs, 1))
+
+
+@lru_cache(maxsize=4096)
+def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
+    """Programs of several tiles, and of fewer where rows are few."""
+    program = _fitting(chip.table.backward, V * itemsize)
+    launch = _tile(T, V, itemsize, contiguous, aligned, program, chip)
+    programs = B * triton.cdiv(T, launch.BLOCK_N)
+    few = chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(programs, 1)
+    tiles = triton.cdiv(max(V, 1), launch.BLOCK_V)
+    return _split(launch, V, max(few, triton.cdiv(tiles, program.tiles or tiles)))
+
+
+@lru_cache(maxsize=4096)
+def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, simple: bool, chip: Chip) -> Launch:
+    """One row a program at a time, of as many programs as leave the second read of their rows in the cache."""
+    threads, _ = ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL
+    if chip.table.one_pass and simple:
+        program = _fitting(chip.table.one_pass, V * itemsize)
+    else:
+        cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)
+        programs = 1 << min(3, max(1, cached).bit_length() - 1)
+        program = Program(threads // programs // chip.warp_size, programs=programs)
+    launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
+    return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
+
+
+@lru_cache(maxsize=4096)
+def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
+    launch = _tile(T, V, itemsize, contiguous, aligned, Program(8), chip)
+    return replace(launch, programs=chip.multiprocessors * chip.threads // (launch.num_warps * chip.warp_size))

@@ -52,16 +52,18 @@ def batches(steps, rows=3, **options):
     return list(rows_of)
 
 
-def trajectory(model, batches, *, lr=0.3, backward=torch.Tensor.backward, optimizer=None, context=None):
-    """The loss of every step, and the outputs of the last."""
+def trajectory(model, batches, *, lr=0.3, backward=torch.Tensor.backward, optimizer=None, context=None, outside=False):
+    """The loss of every step, and the outputs of the last; `outside`: taken after a forward without labels."""
     optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     losses = []
     for batch in batches:
-        if context is None:
-            outputs = model(**batch)
-        else:
-            with context():
+        with context() if context is not None else contextlib.nullcontext():
+            if outside:
+                labels = batch["labels"][:, 1:].reshape(-1)
+                outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                outputs.loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels)
+            else:
                 outputs = model(**batch)
         backward(outputs.loss)
         optimizer.step()
@@ -131,20 +133,20 @@ DISTRIBUTED = {
 
 
 def train_distributed(name, patched, rank):
-    """The losses of this rank, whose batches are its own."""
+    """The losses of this rank, whose batches are its own; `patched` is False, True or "outside"."""
     wrap, patch_wrapped = DISTRIBUTED[name] if isinstance(DISTRIBUTED[name], tuple) else (DISTRIBUTED[name], None)
     model = llama()
     if patched and patch_wrapped is None:
-        patch_model(model)
+        patch_model(model, without_labels=patched == "outside")
     model = wrap(model)
     if patched and patch_wrapped is not None:
-        patch_wrapped(model)
+        patch_wrapped(model, without_labels=patched == "outside")
     spy = product.fused_linear_cross_entropy = Spy()
     try:
-        losses, outputs = trajectory(model, batches(4, seed=10 + rank), lr=0.2)
+        losses, outputs = trajectory(model, batches(4, seed=10 + rank), lr=0.2, outside=patched == "outside")
     finally:
         product.fused_linear_cross_entropy = spy.original
-    if patched:
+    if patched is True:
         assert_deferred(outputs)
     return {"losses": losses, "linear": spy.calls}
 
@@ -154,7 +156,7 @@ def main(rank, folder):
     torch.use_deterministic_algorithms(True)
     with open(f"{folder}/{rank}", "w") as results:
         for name in DISTRIBUTED:
-            for patched in (False, True):
+            for patched in (False, True, "outside"):
                 try:
                     done = train_distributed(name, patched, rank)
                 except Exception:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import fused_ignore_ce
 from fused_ignore_ce import distributed
-from fused_ignore_ce.linear import autograd, functional
+from fused_ignore_ce.linear import calls
 from fused_ignore_ce.linear.plan import VOCABULARY_BLOCKS, LinearPlan
 
 #: Of the first 1, 2, ... ranks.
@@ -71,7 +71,7 @@ def forced(plan):
     def choose(sizes, memory_budget):
         return LinearPlan(plan, max(1, sizes.V * 2 // 5) if plan == VOCABULARY_BLOCKS else 4, 0)
 
-    with mock.patch.object(autograd, "choose", choose), mock.patch.object(functional, "choose", choose):
+    with mock.patch.object(calls, "choose", choose):
         yield
 
 

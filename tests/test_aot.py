@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import aot
-from bench.cubin import Cubin, access_widths
+from bench.proofs import aot
+from bench.proofs.cubin import Cubin, access_widths
 
 ROOT = Path(__file__).parents[1]
 WIDE = {"load x_ptr": 16, "store dx_ptr": 16}
@@ -23,7 +23,7 @@ GOOD = aot.Report(JOB, Cubin(BLOCK_N=1, BLOCK_V=4096, num_warps=8, registers=40,
 
 def test_quick_run_is_green(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.aot", "--quick", "--json", tmp_path / "reports.json"]
+    command = [sys.executable, "-m", "bench.proofs.aot", "--quick", "--json", tmp_path / "reports.json"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     reports = json.loads((tmp_path / "reports.json").read_text())

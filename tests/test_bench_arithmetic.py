@@ -1,15 +1,17 @@
 """The bench's arithmetic on numbers that a reader can redo; nothing here looks at a clock."""
 
 import itertools
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import scaling, side_by_side
+pytest.importorskip("pytest_benchmark")
+
 from bench.machine import slug
-from bench.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
-from bench.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
+from bench.speed import scaling, side_by_side
+from bench.speed.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
+from bench.speed.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
 
 CPU = torch.device("cpu")
 LOGITS = Case("base", "logits", 8, 100, 0, 0.75, "bfloat16", "both")
@@ -42,26 +44,40 @@ def test_a_row_by_hand(case, unit):
     assert "ratio" not in row(case, ours, seconds | {baseline.name: "out of memory"})
 
 
+class Benchmark:
+    """In place of pytest-benchmark's fixture: it calls what it is given, and the n-th round takes n seconds."""
+
+    def pedantic(self, target, setup, rounds):
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+        for number in range(rounds):
+            setup()
+            target()
+            self.stats.stats.data.append(float(number))
+
+
 def test_turns_alternate_and_errors_stay_with_their_loss():
     order = []
-
-    def clock(turn):
-        order.append(turn.run(turn.prepare()))
-        return 0.0
 
     def fail(_):
         raise RuntimeError("no\nmemory")
 
-    turns = {name: Turn(lambda: None, lambda _, name=name: name) for name in "ab"} | {"c": Turn(lambda: None, fail)}
-    found = in_turns(turns, clock)
+    turns = {name: Turn(lambda name=name: name, order.append) for name in "ab"} | {"c": Turn(lambda: None, fail)}
+    found = in_turns(turns, CPU, Benchmark(), compiles=False)
     assert found["c"] == "RuntimeError: no memory"
-    assert len(found["a"]) == len(found["b"]) == side_by_side.ROUNDS[1]
-    assert "".join(order) == "ab" * (side_by_side.ROUNDS[1] + 1)  # and one that is not kept
+    rounds = side_by_side.ROUNDS[1]
+    assert found["a"] == [2.0 * i for i in range(rounds)]
+    assert found["b"] == [2.0 * i + 1 for i in range(rounds)]
+    assert "".join(order) == "ab" * (rounds + 1)  # the first round warms up and is not timed
 
 
-def test_slow_turns_end_after_the_least_rounds(monkeypatch):
-    monkeypatch.setattr(side_by_side, "SECONDS", -1.0)
-    assert len(in_turns({"a": Turn(lambda: None, lambda _: None)}, lambda _: 1.0)["a"]) == side_by_side.ROUNDS[0]
+@pytest.mark.parametrize("compiles", [False, True])
+def test_slow_turns_get_the_least_rounds(monkeypatch, compiles):
+    """The clock says that a round takes an hour. Where that may be due to compilation, a second one is tried."""
+    monkeypatch.setattr(side_by_side, "synchronized_clock", itertools.count(0, 3600).__next__)
+    runs = []
+    found = in_turns({"a": Turn(lambda: None, runs.append)}, CPU, Benchmark(), compiles)
+    assert len(found["a"]) == side_by_side.ROUNDS[0]
+    assert len(runs) == 1 + compiles + side_by_side.ROUNDS[0]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -131,19 +147,6 @@ def test_fits_find_the_exponents_that_were_put_in():
     assert {varied: round(fit["exponent"], 9) for varied, fit in found.items()} == {"N": 1.0, "V": 1.5, "kept": 1.0}
     assert (found["N"]["from"], found["N"]["to"], found["N"]["points"]) == (512, 2048, 3)
     assert scaling.exponent([2, 4, 8], [5, 5, 5]) == pytest.approx(0)
-
-
-def test_plan_ahead_by_hand():
-    """6NVD at the measured roof of 2 TFLOP/s; logits at our 1 GB/s; nothing for shapes that were measured."""
-    rows = [fake("linear", "base"), fake("logits", "base"), fake("linear", "GPT-2", N=8192, V=50257, D=768)]
-    found = {(a["kind"], a["model"], a["ignored"]): a for a in scaling.plan_ahead(rows, "cuda")}
-    llama = found["linear", "Llama 3 8B", 0.75]
-    assert llama["plain seconds"] == pytest.approx(6 * 8192 * 128256 * 4096 / 2e12)
-    assert llama["seconds"] == pytest.approx(llama["plain seconds"] / 4)
-    logits = found["logits", "GPT-2", 0.75]
-    assert logits["seconds"] == pytest.approx(2 * 50257 * (2048 + 2048 + 8192) / 1e9)
-    assert ("linear", "GPT-2", 0.0) not in found
-    assert all(math.isfinite(a["seconds"]) for a in found.values())
 
 
 def test_names_of_files():

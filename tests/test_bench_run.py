@@ -5,8 +5,11 @@ in place of the real ones.
 """
 
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,16 +18,17 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from bench import machine, plots, report, run
-from bench.gate import judge
-from bench.providers import LINEAR, LOGITS, Provider
-from bench.workload import DEVICE, cases
+from bench import machine, run
+from bench.speed import gate, plots
+from bench.speed.gate import judge
+from bench.speed.providers import LINEAR, LOGITS, Provider
+from bench.speed.workload import DEVICE, cases
 
 SMALL = """
 import torch.nn.functional as F
-from bench import providers, workload
-from bench.providers import Provider
-from bench.workload import Case
+from bench.speed import providers, workload
+from bench.speed.providers import Provider
+from bench.speed.workload import Case
 
 workload.cases = lambda device: [
     Case("base", "logits", 64, 1000, 0, 0.5, "float32", "both"),
@@ -57,15 +61,15 @@ def empty():
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """Of the small cases."""
+    """What the suite says of the small cases."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "small_bench.py").write_text(SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTEST_ADDOPTS", "-p small_bench")
+        patch.setenv("PYTEST_ADDOPTS", f"-p small_bench --benchmark-json {folder / 'own.json'}")
         patch.setenv("PYTHONPATH", str(folder))
         found = empty()
-        run._speed(found, run.Deadline(100), False)
-    return found | {"fits": [], "plan ahead": []}
+        run._speed(found, time.time() + 100)
+    return found | {"pytest-benchmark": json.loads((folder / "own.json").read_text())}
 
 
 def gates(result):
@@ -77,16 +81,12 @@ def test_what_is_wrong_gets_no_speed(result):
     assert gates(result)["wrong"]["reason"].startswith("loss is off by")
     assert "AttributeError" in gates(result)["raises"]["reason"]
     assert {row["provider"] for row in result["rows"]} == {BASELINE, OURS, "fails"}
-    text = report.markdown(result)
-    assert [line for line in text.splitlines() if "wrong" in line and " ms" in line] == []
-    assert "| Loss of logits | wrong | float32 | red | loss is off by" in text
-    assert "RED wrong" in report.summary(result)
+    assert "RED wrong, float32: loss is off by" in run.summary(result)
 
 
 def test_what_is_missing_is_skipped_with_its_reason(result):
     assert gates(result)["absent"]["status"] == "skipped"
     assert gates(result)["absent"]["reason"] == "no-such-package is not installed"
-    assert "no-such-package is not installed" in report.markdown(result)
 
 
 def test_what_fails_at_one_size_is_said_and_measured_at_others(result):
@@ -95,7 +95,21 @@ def test_what_fails_at_one_size_is_said_and_measured_at_others(result):
     assert "fails" in failed
     assert "N65-V1000" in failed
     assert "MemoryError: of this size" in failed
-    assert failed in report.markdown(result)
+    assert failed in run.summary(result)
+
+
+def test_the_figures_are_those_that_pytest_benchmark_measured(result):
+    """The rounds of a case alternate between its losses and the roof, and each loss gets the median of its own."""
+    (own,) = (b for b in result["pytest-benchmark"]["benchmarks"] if "N64" in b["name"])
+    names = [BASELINE, "fails", OURS, "roof"]
+    assert own["options"]["timer"] == "perf_counter"
+    assert own["group"].startswith("base-logits-N64-V1000-float32-50% ignored-both, ")
+    assert list(own["extra_info"]["seconds"]) == names
+    for number, name in enumerate(names[:-1]):
+        (row,) = (row for row in result["rows"] if (row["provider"], row["N"]) == (name, 64))
+        seconds = own["stats"]["data"][number :: len(names)]
+        assert row["rounds"] == len(seconds)
+        assert row["ms"]["p50"] == pytest.approx(1e3 * statistics.median(seconds))
 
 
 def test_rows_say_what_they_are(result):
@@ -124,12 +138,10 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
     assert [found[name] for name in ("gates", "rows", "memory", "traffic", "failed", "plots")] == [[]] * 6
     left_out = found["left out"]
     assert {f"speed: {case}" for case in cases(DEVICE)} <= set(left_out)
-    assert "traffic: python -m bench.traffic" in left_out
+    assert "traffic: python -m bench.proofs.traffic" in left_out
     assert any(line.startswith("aot:") for line in left_out)
     assert any(line.startswith(f"memory: {OURS}, base-logits") for line in left_out)
     assert sum(line.startswith("training step:") for line in left_out) == 4
-    text = path.with_suffix(".md").read_text()
-    assert all(f"- {line}\n" in text for line in left_out)
     assert {"device", "threads", "versions", "commit", "dirty", "date", "command"} <= found["header"].keys()
     assert found["header"]["command"].startswith("python -m bench.run --minutes 0 --out")
     assert f"0 figures, {len(left_out)} left out, 0 failed" in capsys.readouterr().out
@@ -138,7 +150,7 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
 def test_a_crash_is_a_failure(monkeypatch):
     monkeypatch.setattr(run, "_python", lambda *_, **k: run.subprocess.Popen([sys.executable, "-c", "exit(3)"], **k))
     found = empty()
-    run._speed(found, run.Deadline(10), False)
+    run._speed(found, time.time() + 10)
     assert found["failed"][0].startswith("speed: exit status 3")
 
 
@@ -185,6 +197,23 @@ def test_the_gate_sees_a_wrong_gradient_of_a_right_loss():
     verdict = judge(Provider("wrong", "logits", lambda: Wrong.apply), torch.device("cpu"), torch.float32)
     assert verdict.status == "red"
     assert verdict.reason.startswith("gradient of logits is off by")
+
+
+def test_a_loss_that_takes_too_long_is_slow_and_the_baseline_never_is(monkeypatch):
+    """Seconds are made up: 9 for the loss, 1 for the baseline."""
+    seconds = iter([9.0, 10.0, 11.0, 1.0, 2.0, 3.0])
+
+    class Timer:
+        def __init__(self, *_, **__):
+            pass
+
+        def timeit(self, number):
+            return SimpleNamespace(median=next(seconds))
+
+    monkeypatch.setattr(gate, "Timer", Timer)
+    slow = judge(LOGITS[-1], torch.device("cpu"), torch.float32)
+    assert (slow.status, slow.probe, slow.reason) == ("slow", 9.0, "9 times the plain path's time at 256x8192")
+    assert judge(LOGITS[0], torch.device("cpu"), torch.float32).status == "green"  # though no seconds are left
 
 
 def test_results_are_no_change_of_the_tree():

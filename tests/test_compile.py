@@ -35,10 +35,14 @@ def test_opcheck_forward(probs, weighted, with_stats, backend, device):
 @pytest.mark.parametrize(("need_dx", "need_dprobs"), [(True, False), (False, True), (True, True)])
 def test_opcheck_backward(need_dx, need_dprobs, backend, device):
     torch.use_deterministic_algorithms(False)
-    x, target, weight, q, *options, _, _, _ = forward_args(device, backend, probs=True, requires_grad=False)
-    loss, lse, mass, _, _, _, place = OPS.cross_entropy_forward(x, target, weight, q, *options, False, backend, None)
-    args = (torch.rand_like(loss), x, target, weight, q, lse, mass, place, *options, need_dx, need_dprobs, backend)
-    torch.library.opcheck(OPS.cross_entropy_backward, args)
+    arguments = forward_args(device, backend, probs=True, with_stats=True, requires_grad=False)
+    logits = arguments[:4]
+    loss, lse, entropy, _, shift, mass, _, _, block = OPS.cross_entropy_forward(*arguments)
+    upstream = [torch.rand_like(t) for t in (loss, lse, entropy)]
+    saved = (shift, mass, entropy, block)
+    torch.library.opcheck(
+        OPS.cross_entropy_backward, (*upstream, *logits, *saved, need_dx, need_dprobs, *arguments[4:])
+    )
 
 
 CALLS = {

@@ -78,17 +78,17 @@ BUFFERS = 40 * MIB
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_formulas_hold_in_a_process(dtype):
     """The plain path within 3% and the buffers of a GEMM: one tensor more or less of its three would be a third."""
-    from bench.memory import peak
-    from bench.providers import LINEAR, LOGITS
-    from bench.workload import Case
+    from bench.speed.memory import of_loss
+    from bench.speed.providers import LINEAR, LOGITS
+    from bench.speed.workload import Case
 
     of = getattr(torch, dtype)
     logits, linear = (
         Case("cost", kind, 2048, 32768, d, 0.0, dtype, "both") for kind, d in (("logits", 0), ("linear", 256))
     )
     predicted = cost.plain_logits_bytes(2048, 32768, of)
-    assert 0.99 * predicted <= peak(LOGITS[0].name, logits) <= 1.03 * predicted
+    assert 0.99 * predicted <= of_loss(LOGITS[0].name, logits) <= 1.03 * predicted
     predicted = cost.plain_linear_bytes(2048, 32768, 256, of)
-    assert 0.99 * predicted <= peak(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
+    assert 0.99 * predicted <= of_loss(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
     predicted = cost.linear_cost(2048, 32768, 256, dtype=of, device="cpu").plan.bytes
-    assert 0.6 * predicted <= peak(LINEAR[-1].name, linear) <= predicted
+    assert 0.6 * predicted <= of_loss(LINEAR[-1].name, linear) <= predicted

@@ -64,6 +64,25 @@ def test_same_losses(name, rank, results):
     assert expected["linear"] == 0
 
 
+#: Logits that went through an autograd.Function of DDP's are read: in every step, and in the first.
+READ = {"DDP, unused parameters": 4, "DDP, static graph": 1}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name not in (REFUSED, "FSDP2, root resharded")])
+def test_a_loss_after_the_forward(name, rank, results):
+    expected, ours = result(results, rank, name, False), result(results, rank, name, "outside")
+    assert "error" not in ours, ours["error"]
+    assert_same(ours["losses"], expected["losses"], 2e-2 if "bf16" in name else 1e-5)
+    assert ours["linear"] == len(ours["losses"]) - READ.get(name, 0)
+
+
+@pytest.mark.parametrize("name", [REFUSED, "FSDP2, root resharded"])
+def test_a_head_that_is_freed_after_the_forward_is_an_error(name, results):
+    error = result(results, 0, name, "outside")["error"]
+    assert "needs fully_shard(model, reshard_after_forward=False)" in error
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_head_sharded_alone(rank, results):
     """Its weights are gone when the loss is taken: the losses are right, or an error says what to do."""

@@ -6,7 +6,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from transformers import Trainer, TrainingArguments
 
 from fused_ignore_ce.deferred import DeferredLogits
-from fused_ignore_ce.hf import patch_model, unpatch_model
+from fused_ignore_ce.hf import fusion_report, patch_model, unpatch_model
 
 from .hf_worker import assert_deferred, assert_same, batches, examples, llama, trajectory
 
@@ -16,6 +16,7 @@ STEPS = 3
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 class Backend:
@@ -46,6 +47,22 @@ def test_compiled_and_then_patched():
     assert (backend.graphs, backend.linear, backend.plain) == (1, 1, 0)
     with pytest.raises(RuntimeError, match="changed in place"):
         outputs.logits.sum()  # the weights have changed since
+
+
+def test_statistics_and_the_report():
+    """They are what they are in eager mode; the forward is one graph, and what follows it is none."""
+    batch, model = batches(1)[0], patch_model(small(), return_stats=True)
+    expected, backend = model(**batch), Backend()
+    patch_model(model, return_stats=True)
+    outputs = torch.compile(model, backend=backend)(**batch)
+    for ours, true in zip(outputs.loss_stats, expected.loss_stats, strict=True):
+        torch.testing.assert_close(ours, true)
+    assert (backend.graphs, backend.linear) == (1, 1)
+    report = fusion_report(model)
+    assert [*report.fused] == ["cross_entropy (compiled)"]
+    assert report.bytes_not_allocated == outputs.logits.numel() * 4
+    assert report.reads == {}
+    assert [str(break_) for break_ in torch._dynamo.utils.counters["graph_break"] if "disable" not in str(break_)] == []
 
 
 def test_patched_and_then_compiled_with_options():

@@ -1,6 +1,5 @@
 """transformers' Trainer and accelerate train a patched model as a plain one: the same losses, step by step."""
 
-import warnings
 from functools import partial
 
 import pytest
@@ -97,17 +96,6 @@ def test_label_smoothing_of_the_trainer(recipe, tmp_path, monkeypatch):
     trainer, _ = train(patch_model(llama()), tmp_path, recipe=recipe)
     assert_same(trainer.losses, plain.losses, BF16 if "bf16" in recipe else FP32)
     assert spy.calls == 0
-
-
-def test_options_without_labels_are_a_warning(tmp_path):
-    model = patch_model(llama(), z_loss=0.1)
-    with pytest.warns(UserWarning, match="z_loss: given to patch_model, but .* is trained without labels"):
-        train(model, tmp_path, recipe={"label_smoothing_factor": 0.2})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        with torch.no_grad():
-            model(**{"input_ids": torch.tensor([[1, 2]])})
-        model.eval()(**{"input_ids": torch.tensor([[1, 2]])})
 
 
 def test_loss_function_of_the_caller(tmp_path):

@@ -8,7 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fused_ignore_ce import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy, fused_linear_log_probs
 
 OPS = torch.ops.fused_ignore_ce
-OPTIONS = (-100, 0.1, 5.0, 1.0, 0.01, torch.float32, None, True)  # of a row, and of the call
+OPTIONS = (-100, 0.1, 5.0, 1.0, 0.01)
+
+
+def scalars(with_stats, backend):
+    return (*OPTIONS, with_stats, backend, None, torch.float32, None, True)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +34,7 @@ def operands(device, probs, full, requires_grad=True):
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
 def test_opcheck_forward(probs, full, backend, device):
     torch.use_deterministic_algorithms(False)  # opcheck compares what fake kernels leave unwritten
-    arguments = (*operands(device, probs, full), *OPTIONS, full, backend, None)
+    arguments = (*operands(device, probs, full), *scalars(full, backend))
     torch.library.opcheck(OPS.linear_cross_entropy_forward, arguments)
 
 
@@ -38,7 +42,8 @@ def test_opcheck_forward(probs, full, backend, device):
 def test_opcheck_sum(full, backend, device):
     torch.use_deterministic_algorithms(False)
     scale = torch.rand(5, device=device, requires_grad=True)
-    arguments = (*operands(device, False, full), scale, *OPTIONS, full, True, True, full, backend, None)
+    scale_z = torch.rand(5, device=device, requires_grad=True) if full else None
+    arguments = (*operands(device, False, full), scale, scale_z, True, True, full, *scalars(full, backend))
     torch.library.opcheck(OPS.linear_cross_entropy_sum, arguments)
 
 
@@ -46,8 +51,10 @@ def test_opcheck_sum(full, backend, device):
 def test_opcheck_backward(probs, backend, device):
     torch.use_deterministic_algorithms(False)
     given = operands(device, probs, True, requires_grad=False)
-    loss, lse, mass, _, _, _, place = OPS.linear_cross_entropy_forward(*given, *OPTIONS, False, backend, None)
-    arguments = (torch.rand_like(loss), *given, lse, mass, place, *OPTIONS, True, True, True, probs, backend, None)
+    loss, lse, entropy, _, shift, mass, _, _, block = OPS.linear_cross_entropy_forward(*given, *scalars(True, backend))
+    upstream = [torch.rand_like(t) for t in (loss, lse, entropy)]
+    saved = (shift, mass, entropy, block)
+    arguments = (*upstream, *given, *saved, True, True, True, probs, *scalars(True, backend))
     torch.library.opcheck(OPS.linear_cross_entropy_backward, arguments)
 
 

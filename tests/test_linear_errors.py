@@ -111,7 +111,7 @@ def test_dtypes_are_the_callers_to_match_without_autocast():
     [
         ({"num_tokens": -5}, ValueError),
         ({"num_ignored": 9}, ValueError),
-        ({"memory_budget": "1"}, TypeError),
+        ({"memory_budget": "1 apple"}, TypeError),
         ({"memory_budget": 1.5}, TypeError),
         ({"reduction": "avg"}, ValueError),
         ({"dtype": torch.int32}, TypeError),

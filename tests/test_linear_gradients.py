@@ -93,7 +93,7 @@ WANTED = {"both": (True, True), "frozen head": (True, False), "frozen hidden": (
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
 def test_only_the_products_that_are_needed(wanted, reduction, plan, device, monkeypatch):
     """Counted, of the kept rows alone; and every gradient that is wanted is there and right."""
-    from fused_ignore_ce.linear import sweep
+    from fused_ignore_ce.linear import tiles
 
     flops = []
     for name in ("mm", "addmm"):
@@ -104,7 +104,7 @@ def test_only_the_products_that_are_needed(wanted, reduction, plan, device, monk
             flops.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(sweep.torch, name, counting)
+        monkeypatch.setattr(tiles.torch, name, counting)
     original_method = torch.Tensor.addmm_
 
     def counting_method(out, a, b, **kwargs):

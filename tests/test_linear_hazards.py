@@ -15,12 +15,11 @@ from fused_ignore_ce import fused_linear_cross_entropy, plan_linear_loss
 @pytest.mark.parametrize("fused", [True, False], ids=["ours", "summed in bfloat16"])
 def test_dw_is_not_summed_in_bfloat16(fused, device, monkeypatch, no_worse):
     """600 chunks whose terms have one sign: a bfloat16 accumulator stops growing at 256 terms."""
-    from fused_ignore_ce.linear import autograd, functional
+    from fused_ignore_ce.linear import calls
     from fused_ignore_ce.linear.plan import LinearPlan
 
     forced = LinearPlan("token chunks", 1, 0)
-    monkeypatch.setattr(autograd, "choose", lambda *_: forced)
-    monkeypatch.setattr(functional, "choose", lambda *_: forced)
+    monkeypatch.setattr(calls, "choose", lambda *_: forced)
     h = torch.full((600, 4), 1.0, dtype=torch.bfloat16, device=device)
     w = torch.zeros(3, 4, dtype=torch.bfloat16, device=device, requires_grad=True)
     y = torch.zeros(600, dtype=torch.int64, device=device)
@@ -109,11 +108,11 @@ def test_nothing_of_the_callers_is_written(grad, reduction, backend, plan, devic
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 30.0}, {"return_stats": True}], ids=str)
 def test_no_option_falls_back_to_all_logits(options, device, monkeypatch):
     """Smoothing makes a peer compute them all. Here no tile is larger than planned, whatever the option."""
-    from fused_ignore_ce.linear import sweep
+    from fused_ignore_ce.linear.tiles import Tiles
 
     tiles = []
-    original = sweep._Tiles.tile
-    monkeypatch.setattr(sweep._Tiles, "tile", lambda *a: tiles.append(original(*a)) or tiles[-1])
+    original = Tiles.tile
+    monkeypatch.setattr(Tiles, "tile", lambda *a: tiles.append(original(*a)) or tiles[-1])
     h, w = torch.randn(64, 8, device=device, requires_grad=True), torch.randn(5000, 8, device=device)
     y = torch.randint(0, 5000, (64,), device=device)
     budget = 10**6

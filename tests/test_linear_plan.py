@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_ignore_ce import fused_linear_cross_entropy, plan_linear_loss
-from fused_ignore_ce.linear import autograd, functional, plan
+from fused_ignore_ce.linear import calls, plan
 from fused_ignore_ce.linear.plan import LinearPlan, Sizes
 
 LLAMA = (8192, 128256, 4096)  # N, V, D
@@ -86,8 +86,7 @@ def test_what_is_planned_is_what_runs(device, monkeypatch):
         asked.append(original(of, memory_budget))
         return asked[-1]
 
-    monkeypatch.setattr(autograd, "choose", recording)
-    monkeypatch.setattr(functional, "choose", recording)
+    monkeypatch.setattr(calls, "choose", recording)
     h, w = torch.randn(100, 64, device=device, requires_grad=True), torch.randn(3000, 64, device=device)
     y = torch.randint(0, 3000, (100,), device=device)
     y[:40] = -100
@@ -114,8 +113,7 @@ def test_all_plans_agree(backend, device, monkeypatch):
         ("vocabulary blocks", 16), ("vocabulary blocks", 36),
     ):  # fmt: skip
         forced = LinearPlan(name, chunk, 0)
-        monkeypatch.setattr(autograd, "choose", lambda *_, forced=forced: forced)
-        monkeypatch.setattr(functional, "choose", lambda *_, forced=forced: forced)
+        monkeypatch.setattr(calls, "choose", lambda *_, forced=forced: forced)
         loss, stats = fused_linear_cross_entropy(
             h, w, y, memory_budget=1, label_smoothing=0.1, return_stats=True, backend=backend
         )

@@ -1,28 +1,24 @@
 """Memory is a promise like any other: measured in fresh processes."""
 
-import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.speed.memory import of_loss, of_training_step
+from bench.speed.workload import Case
 from fused_ignore_ce import plan_linear_loss
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
 
-ROOT = Path(__file__).parent.parent
 FUSED, PLAIN = "fused_cross_entropy(x, y)", "F.cross_entropy(x.float(), y)"
 FUSED_LINEAR, PLAIN_LINEAR = "fused_linear_cross_entropy(h, w, y)", "F.cross_entropy(F.linear(h, w).float(), y)"
 
 
 def peak(name, shape, share, dtype, budget=None):
     """Bytes beside inputs and gradients, forward and backward."""
-    sizes = "x".join(map(str, shape))
-    command = [sys.executable, "-m", "bench.memory", name, sizes, str(share), dtype, json.dumps(budget)]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout)
+    N, V, D = (*shape, 0)[:3]
+    return of_loss(name, Case("memory", "linear" if D else "logits", N, V, D, share, dtype, "both"), budget)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.75])
@@ -86,7 +82,7 @@ def test_scratch_does_not_grow_with_the_tokens():
 def test_a_patched_models_training_step_holds_no_logits():
     """A fresh process, forward and backward of a small Llama with 128256 classes and 2048 tokens, float32."""
     pytest.importorskip("transformers")
-    command = [sys.executable, "-m", "bench.training_step", "patched", "0.0"]
-    patched = int(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    patched, own_loop = (of_training_step(way, 0.0) for way in ("patched", "own-loop"))
     logits = 2048 * 128256 * 4
     assert 0.05 * logits < patched < 0.5 * logits
+    assert own_loop < patched + 0.02 * logits

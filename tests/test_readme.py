@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_ignore_ce.functional
-import fused_ignore_ce.linear.functional
+import fused_ignore_ce.linear.cross_entropy
 import fused_ignore_ce.linear.plan
 import fused_ignore_ce.modules
 
@@ -38,7 +38,7 @@ def test_snippet(code):
 MODULES = [
     fused_ignore_ce.functional,
     fused_ignore_ce.modules,
-    fused_ignore_ce.linear.functional,
+    fused_ignore_ce.linear.cross_entropy,
     fused_ignore_ce.linear.plan,
 ]
 

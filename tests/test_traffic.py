@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bench.meter import Traffic
-from bench.traffic import Case, measure
+from bench.proofs.meter import Traffic
+from bench.proofs.traffic import Case, measure
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

@@ -7,31 +7,43 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .logits import as_tensor
-from .mode import LossMode, names_of
+from .mode import LossMode
+from .origin import Origin, Settings
+from .report import Recorder
 from .traced import TracedLogits
 
 
-class Settings(NamedTuple):
-    """What `patch_model` was given."""
-
-    ignore_index: tuple[int, ...]
-    options: dict[str, Any]
-
-
 class _ProcessWide:
-    """The settings of models that were not patched themselves; None for none."""
-
-    settings: Settings | None = None
+    def __init__(self) -> None:
+        #: The settings of models that were not patched themselves; None for none.
+        self.settings: Settings | None = None
+        #: How many patched forwards torch.compile is in, while it traces.
+        self.traced = 0
 
 
 process_wide = _ProcessWide()
+
+#: What became of each model's logits since it was patched. Neither pickled nor copied with the model.
+_recorders: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
+
+#: Models of which it was said that something else takes their loss.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def recorder_of(model: nn.Module, fresh: bool = False) -> Recorder:
+    """The recorder of a model; a new one on the first call, or if it is to be `fresh`."""
+    if fresh or model not in _recorders:
+        _recorders[model] = Recorder()
+        _warned.discard(model)
+    return _recorders[model]
 
 
 def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,37 +55,92 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         settings = self.__dict__.get("_fused_ignore_ce") or process_wide.settings
         if settings is None:
             return original(self, *args, **kwargs)
-        if not _has_labels((*zip(names, args, strict=False), *kwargs.items())):
-            _warn_without_labels(self, settings)
+        labels = _has_labels((*zip(names, args, strict=False), *kwargs.items()))
+        if not labels and not (self.training and torch.is_grad_enabled() and _is_outermost()):
+            return original(self, *args, **kwargs)
+        if not labels and not settings.without_labels:
+            _refuse_options(self, settings)
             return original(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            with LossMode(_classes(self), settings.ignore_index, settings.options):
+            origin = Origin(settings)
+            origin.in_forward = True
+            process_wide.traced += 1
+            with LossMode(_classes(self), origin):
                 outputs = original(self, *args, **kwargs)
-            return _as_tensors(outputs)
+            process_wide.traced -= 1
+            return _as_tensors(outputs, self, settings, origin.used, origin.stats)
         if any(self is model for model, _ in _running.forwards):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
-        mode = LossMode(_classes(self), settings.ignore_index, settings.options)
+        origin = Origin(settings, recorder_of(self))
+        mode = LossMode(_classes(self), origin)
         with _while_heads_run(self, mode):
             outputs = original(self, *args, **kwargs)
-        mode.check_used(type(self).__name__)
+        if labels:
+            mode.check_used(type(self).__name__)
+            if not origin.used and not origin.fused:
+                _warn_untaken(self, original, outputs)
+        elif not origin.deferred:
+            _refuse_options(self, settings)
         for _, outer in _running.forwards:
-            outer.used = outer.used or mode.used
-        return _as_tensors(outputs)
+            outer.origin.used = outer.origin.used or origin.used
+        return _as_tensors(outputs, self, settings, origin.used, origin.stats)
 
     return forward
 
 
-def _warn_without_labels(model: nn.Module, settings: Settings) -> None:
-    """Whoever takes the loss outside of the model's forward does it without the options."""
-    if torch.compiler.is_compiling() or _running.forwards or not (model.training and torch.is_grad_enabled()):
+def _is_outermost() -> bool:
+    return not (process_wide.traced if torch.compiler.is_compiling() else _running.forwards)
+
+
+def _refuse_options(model: nn.Module, settings: Settings) -> None:
+    """Whoever takes the loss of plain logits, after the forward, would take it without the options."""
+    if not settings.changes:
         return
-    given = names_of(*settings)
-    if given:
-        warnings.warn(
-            f"{given}: given to patch_model, but {type(model).__name__} is trained without labels, so its "
-            "loss is taken elsewhere, without them (as by Trainer's label_smoothing_factor and compute_loss_func)",
-            stacklevel=3,
-        )
+    what = (
+        "its head is no matrix product" if settings.without_labels else "patch_model(..., without_labels=True) has it"
+    )
+    raise RuntimeError(
+        f"{settings.changes}: given to patch_model, but {type(model).__name__} is trained without labels: its loss is "
+        "taken after the forward (as by Trainer's label_smoothing_factor and compute_loss_func) of logits that do not "
+        f"know of these options; {what}, or patch without them and give them to the loss yourself"
+    )
+
+
+def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
+    """Names what took the loss of a patched model that was given labels, once."""
+    if model in _warned or _running.forwards:
+        return
+    _warned.add(model)
+    name = _name_of(forward)
+    node = _python_function(outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else None)
+    warnings.warn(
+        f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but its loss was taken by "
+        f"{name}{node}, not by a cross entropy over logits that this package could compute: nothing was fused. "
+        "Undo what replaced the model's forward, if something did, or call unpatch_model(model)",
+        stacklevel=3,
+    )
+
+
+def _name_of(forward: Any) -> str:
+    """Module and name of the code that runs as a model's forward, without transformers' own decorators."""
+    forward = getattr(forward, "_fused_ignore_ce_set", forward)  # a forward that was set on the instance
+    while getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers.utils"):
+        forward = forward.__wrapped__
+    forward = getattr(forward, "__func__", forward)
+    code = getattr(forward, "__code__", None)
+    return type(forward).__name__ if code is None else f"{forward.__globals__['__name__']}.{code.co_name}"
+
+
+def _python_function(loss: Any) -> str:
+    """The first autograd.Function written in Python that a loss comes from."""
+    nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
+    for node in nodes:
+        cls = getattr(node, "_forward_cls", None)
+        if cls is not None:
+            return f" ({cls.__module__}.{cls.__name__})"
+        if len(nodes) < 50:
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return ""
 
 
 class _Running(threading.local):
@@ -123,6 +190,10 @@ def _output_embeddings(model: Any) -> nn.Module | None:
     return next((found for found in inner if found is not None), None)
 
 
+def has_head(model: nn.Module) -> bool:
+    return _output_embeddings(model) is not None
+
+
 @contextlib.contextmanager
 def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
     """The mode, but not while the models inside this one run, unless they hold the head.
@@ -151,28 +222,40 @@ def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
     if not handles:
         mode.start()
     _running.forwards.append((model, mode))
+    mode.origin.in_forward = True
     try:
         yield
     finally:
+        mode.origin.in_forward = False
         _running.forwards.pop()
         mode.stop()
         for handle in handles:
             handle.remove()
 
 
-def _as_tensors(outputs: Any) -> Any:
+def _as_tensors(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
     """What was traced becomes tensors: outside of the graph, which cannot make them."""
     values = outputs.values() if isinstance(outputs, dict) else outputs
-    if isinstance(values, Tensor) or not any(isinstance(v, TracedLogits) for v in values):
-        return outputs
-    return _outside(outputs)
+    traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
+    return _outside(outputs, model, settings, used, stats) if traced or stats is not None else outputs
 
 
 @torch.compiler.disable
-def _outside(outputs: Any) -> Any:
+def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
+    def as_deferred(value: Any) -> Any:
+        if not isinstance(value, TracedLogits):
+            return value
+        made = as_tensor(value, Origin(settings, recorder_of(model)))
+        if used:
+            made._origin.took("cross_entropy (compiled)", value._product.rows)
+        return made
+
     if not isinstance(outputs, dict):
-        return type(outputs)(as_tensor(v) if isinstance(v, TracedLogits) else v for v in outputs)
+        if stats is not None:
+            raise ValueError("return_stats: the forward returned a tuple, which has no place; pass return_dict=True")
+        return type(outputs)(map(as_deferred, outputs))
     for name, value in list(outputs.items()):
-        if isinstance(value, TracedLogits):
-            outputs[name] = as_tensor(value)
+        outputs[name] = as_deferred(value)
+    if stats is not None:
+        object.__setattr__(outputs, "loss_stats", stats)
     return outputs

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import expression
+from .graph import Connect, Node, Read, check_unchanged, version_of
 from .loss import LOSSES
-from .product import Product
+from .names import METADATA, writes
+from .origin import Origin, joint
+from .product import Product, product_of
 from .recording import COMMUTATIVE, record
-
-#: What the tensor answers itself, by the names of methods and attributes.
-_METADATA = frozenset({
-    "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "dtype", "device", "layout",
-    "requires_grad", "is_leaf", "grad_fn", "get_device", "is_floating_point", "is_complex", "element_size", "itemsize",
-    "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps",
-    "is_inference", "is_neg", "is_conj", "output_nr", "name", "names", "_version", "_backward_hooks", "_base",
-    "_is_view", "is_sparse_csr", "nbytes",
-})  # fmt: skip
+from .reductions import reduce
 
 
 class DeferredLogits(Tensor):
@@ -32,7 +28,7 @@ class DeferredLogits(Tensor):
     (by an optimizer's step) reading raises RuntimeError: the logits of the forward cannot be had any more.
     """
 
-    _product: Product
+    _product: Any  # a Product or an Expression
     _versions: list[int]
     _value: Tensor | None
     _with_grad: bool
@@ -40,26 +36,33 @@ class DeferredLogits(Tensor):
     _operation: tuple[Any, tuple[Any, ...], dict[str, Any]]
     _children: list[weakref.ref[DeferredLogits]]
     _hooks: list[Any]
+    _made_of: tuple[DeferredLogits, ...]
     _node: Any
     _is_contiguous: bool  # as somebody was told
     _written: bool
-    _loss_taken: bool
+    _origin: Origin
 
     @property
     def is_materialized(self) -> bool:
-        """Whether the logits were computed."""
-        return self._value is not None
+        """Whether these logits, or others that were made from them or that they were made from, were computed."""
+        return self._origin.read
 
-    def materialize(self) -> Tensor:
-        """The logits as a plain tensor, computed on the first call."""
+    def materialize(self, reader: str = "materialize") -> Tensor:
+        """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
             parent = self._parent
+            self._origin.was_read(reader)
             if self._is_foreign():
-                self._value = _Read.apply(self)
-            elif parent is not None and parent._value is not None:
+                self._value = Read.apply(self)
+            elif parent is not None and (parent._value is not None or self._is_expression()):
                 func, args, kwargs = self._operation
                 with torch.set_grad_enabled(self._with_grad):
-                    self._value = func(parent._value, *args, **kwargs)
+                    self._value = func(parent.materialize(reader), *args, **kwargs)
+            elif self._is_expression():
+                func, args, kwargs = self._operation
+                values = [a.materialize(reader) if isinstance(a, DeferredLogits) else a for a in args]
+                with torch.set_grad_enabled(self._with_grad), expression.autocast(self._product):
+                    self._value = func(*values, **kwargs)
             else:
                 product = self._checked_product()
                 with torch.set_grad_enabled(self._with_grad):
@@ -70,53 +73,79 @@ class DeferredLogits(Tensor):
                 self._value.register_hook(hook)
         return self._value
 
-    def _usable_product(self) -> Product | None:
-        """The product, unless the logits have become something else since."""
+    def _usable_recipe(self) -> Any:
+        """The product or expression, unless the logits have become something else since."""
         return None if self._written or self._is_foreign() else self._checked_product()
 
-    def _take_loss(self) -> None:
-        """From now on no gradient flows through the logits of this family."""
+    def _is_expression(self) -> bool:
+        return isinstance(self._product, expression.Expression)
+
+    def _usable_product(self) -> Product | None:
+        recipe = self._usable_recipe()
+        return recipe if isinstance(recipe, Product) else None
+
+    def _connected(self, value: Tensor) -> Tensor:
+        """What was computed without logits, in whose backward hooks of the logits are called first: FSDP has some."""
+        hooked, members = [], [self]
+        for member in members:
+            members += [m for m in member._made_of if all(m is not known for known in members)]
+            hooked += [member] if member._hooks else []
+        return Connect.apply(value, *hooked) if hooked and value.requires_grad else value
+
+    def _is_there(self) -> bool:
+        """Whether it is a tensor, or a part of one."""
         member: DeferredLogits | None = self
-        while member is not None:
-            member._loss_taken = True
+        while member is not None and member._value is None:
             member = member._parent
+        return member is not None
 
     def _is_foreign(self) -> bool:
         """Whether an autograd.Function returned this tensor: its gradient is that function's to compute."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.grad_fn is not self._node
 
-    def _checked_product(self) -> Product:
-        for t, version in zip(self._product.tensors, self._versions, strict=True):
-            if _version(t) != version:
-                raise RuntimeError(
-                    "logits: the head's weights or the hidden states were changed in place since the forward, so its "
-                    "logits cannot be computed any more; read outputs.logits before optimizer.step(), or call "
-                    "unpatch_model(model) to have them always"
-                )
-            if t.numel() and _is_plain(t) and t.untyped_storage().size() == 0:
-                raise RuntimeError(
-                    "logits: the head's weights were freed after its forward and before the loss, as a sharding "
-                    "wrapper of the head alone does; let the head be part of the root's shard group (with FSDP2, "
-                    "no fully_shard(model.lm_head), or reshard_after_forward=False there), or call unpatch_model(model)"
-                )
+    def _checked_product(self) -> Any:
+        check_unchanged(self._product.tensors, self._versions)
         return self._product
 
     @torch.compiler.disable  # Dynamo of PyTorch 2.11 loses the fields of a product that leaves a traced frame
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation gives, deferred; None where it cannot be recorded."""
-        product = self._usable_product()
-        if product is None:
+        recipe = self._usable_recipe()
+        if recipe is None:
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
-            if name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
+            if name == "clone" and not (self._origin.in_forward or (self.requires_grad and torch.is_grad_enabled())):
+                return None  # a copy that nobody differentiates is to last
+            if self._is_expression():
+                done = expression.on_rows(recipe, name, args, kwargs)
+            elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
                 other = args[0]._usable_product()
-                done = None if other is None or kwargs else product.plus(other)
+                done = None if other is None or kwargs else recipe.plus(other)
             else:
-                done = record(product, name, args, kwargs)
+                done = record(recipe, name, args, kwargs)
             if isinstance(done, list):
                 return tuple(make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
             return None if done is None else make(done, self, (func, args, kwargs))
+
+    def _evaluate(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation row by row gives: an expression, deferred, or what reduces one; None for others."""
+        deferred = [a for a in args if isinstance(a, DeferredLogits)]
+        if any(d._is_there() for d in deferred):
+            return None  # it is used
+        recipes = {id(d): d._usable_recipe() for d in deferred}
+        if None in recipes.values():
+            return None
+        operands = tuple(recipes.get(id(a), a) for a in args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(d._with_grad for d in deferred)):
+            done = expression.record(func, name, operands, kwargs)
+            if done is not None:
+                origin = joint([d._origin for d in deferred])
+                return make(done, None, (func, args, kwargs), DeferredLogits, origin, tuple(deferred))
+            if deferred[0] is not self or len(deferred) > 1 or args[0] is not self:
+                return None
+            found = reduce(func, name, operands[0], args[1:], kwargs, self._origin)
+        return torch.utils._pytree.tree_map_only(Tensor, self._connected, found)
 
     def _settle(self) -> None:
         """Computes the whole family, that the memory they share is shared, before one of them is written."""
@@ -135,14 +164,17 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
         name = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
         if name in COMMUTATIVE and len(args) == 2 and isinstance(args[1], cls) and not isinstance(args[0], cls):
             args = args[::-1]
         self = args[0] if args and isinstance(args[0], cls) else None
         if func in LOSSES and args and isinstance(args[0], cls):
-            return LOSSES[func](*args, **kwargs)
+            return LOSSES[func](*args, **kwargs, origin=args[0]._origin)
         if self is not None:
-            if name in _METADATA and func.__name__ != "__set__" and not self._written:
+            if name in METADATA and func.__name__ != "__set__" and not self._written:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if name == "is_contiguous" and self._value is None and not (kwargs or args[1:]):
@@ -152,28 +184,42 @@ class DeferredLogits(Tensor):
                 return self._register_hook(*args[1:], **kwargs)
             if name in ("retain_grad", "grad", "retains_grad") and self._value is None:
                 return self._before_loss(name)
-            if not _writes(name):
+            if not writes(name):
                 done = self._record(func, name, args[1:], kwargs)
+                if done is None:
+                    done = self._evaluate(func, name, args, kwargs)
                 if done is not None:
                     return done
             else:
                 self._settle()
+        elif (other := next((a for a in args if isinstance(a, cls)), None)) is not None:
+            done = other._evaluate(func, name, args, kwargs)
+            if done is not None:
+                return done
         elif "out" in kwargs and isinstance(kwargs["out"], cls):
             kwargs["out"]._settle()
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda t: t.materialize(), (args, kwargs))
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            cls,
+            lambda t: t.materialize(name) if writes(name) else t._origin.guarded(t.materialize(name)),
+            (args, kwargs),
+        )
         if self is None:
             return func(*args, **kwargs)
-        value, version = args[0], _version(args[0])
+        value, version = args[0], version_of(args[0])
         out = func(*args, **kwargs)
-        self._written = self._written or _version(value) != version
+        self._written = self._written or version_of(value) != version
         return self if out is value and self._written else out
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Code that goes past __torch_function__ (C++, autograd.Function.apply) reads the logits here."""
         if func is torch.ops.aten.detach.default:
-            return args[0]._record(torch.Tensor.detach, "detach", (), {})
-        values = torch.utils._pytree.tree_map_only(cls, lambda t: t.materialize().detach(), (args, kwargs or {}))
+            done = args[0]._record(torch.Tensor.detach, "detach", (), {})
+            if done is not None:
+                return done
+        values = torch.utils._pytree.tree_map_only(
+            cls, lambda t: t.materialize(func.__name__).detach(), (args, kwargs or {})
+        )
         if func._schema.is_mutable:
             raise RuntimeError(f"logits: {func} would write to deferred logits; pass logits.clone()")
         return func(*values[0], **values[1])
@@ -185,15 +231,18 @@ class DeferredLogits(Tensor):
             return super().register_hook(hook)
 
     def _before_loss(self, name: str) -> Any:
-        if self._loss_taken:
+        if self._origin.fused:
             if name == "grad":
                 return None
             raise RuntimeError(
                 f"logits.{name}: the loss was taken without computing logits, so they get no gradient; call "
                 "unpatch_model(model) to have it"
             )
-        value = self.materialize()
-        return getattr(value, name)() if name == "retain_grad" else getattr(value, name)
+        value = self.materialize(name)
+        if name != "retain_grad":
+            return getattr(value, name)
+        self._written = True  # from now on losses are taken of the tensor, which gets the gradient
+        return value.retain_grad()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._value is not None:
@@ -201,54 +250,22 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
 
-class _Node(torch.autograd.Function):
-    """Makes deferred logits a part of the autograd graph, whoever uses them; its backward computes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Product, cls: type[DeferredLogits], *tensors: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.product = product.with_tensors([t.detach() for t in tensors])
-        return torch.Tensor._make_wrapper_subclass(
-            cls, product.shape, dtype=product.dtype, device=product.hidden.device
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Any) -> Any:
-        if dlogits is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needed = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.product.tensors, needed, strict=True)]
-        with torch.enable_grad():
-            logits = ctx.product.with_tensors(tensors).logits()
-        grads = iter(torch.autograd.grad(logits, [t for t in tensors if t.requires_grad], dlogits, allow_unused=True))
-        return None, None, *(next(grads) if n else None for n in needed)
-
-
-class _Read(torch.autograd.Function):
-    """The logits of a tensor that another autograd.Function returned; their gradient goes to that function."""
-
-    @staticmethod
-    def forward(ctx: Any, deferred: DeferredLogits) -> Tensor:
-        return deferred._checked_product().logits()
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
-        return dlogits
-
-
 def make(
-    product: Product,
+    product: Product | expression.Expression,
     parent: DeferredLogits | None = None,
     operation: Any = None,
     cls: type[DeferredLogits] | None = None,
+    origin: Origin | None = None,
+    made_of: tuple[DeferredLogits, ...] = (),
 ) -> DeferredLogits:
     """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
-    made = _Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
+    made = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
     made._product = product
-    made._versions = [_version(t) for t in product.tensors]
+    made._versions = [version_of(t) for t in product.tensors]
     made._value = None
     made._with_grad = torch.is_grad_enabled()
     made._parent = parent
+    made._made_of = made_of or (() if parent is None else (parent,))
     made._operation = operation
     made._children = []
     made._hooks = []
@@ -256,54 +273,28 @@ def make(
         made._node = made.grad_fn
     made._is_contiguous = False
     made._written = False
-    made._loss_taken = False
-    if parent is not None:
+    made._origin = origin or (Origin() if parent is None else parent._origin)
+    if parent is None:
+        made._origin.size += product.bytes if isinstance(product, Product) else 0
+    else:
         parent._children.append(weakref.ref(made))
     return made
 
 
-def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> DeferredLogits:
+def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None) -> DeferredLogits:
     """`F.linear(hidden, weight, bias)`, deferred.
 
     >>> logits = defer(torch.ones(2, 3), torch.ones(5, 3))
     >>> (logits / 2)[0].is_materialized, logits[0].sum().item(), logits.is_materialized
-    (False, 15.0, False)
+    (False, 15.0, True)
     """
-    return make(product_of(hidden, weight, bias))
+    return make(product_of(hidden, weight, bias), origin=origin)
 
 
-def as_tensor(traced: Any) -> DeferredLogits:
+def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
     """What was traced, once tracing is over."""
-    made = make(traced._product)
-    made._loss_taken = True
-    return made
-
-
-def product_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
-    dtype, device = hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return Product(hidden, weight, bias, dtype, dtype)
+    return make(traced._product, origin=origin)
 
 
 def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return func(value, *args, **kwargs)[i]
-
-
-def _writes(name: str) -> bool:
-    """PyTorch's names of what changes its first argument."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "data") or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-)
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
-def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type != "meta"

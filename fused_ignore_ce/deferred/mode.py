@@ -8,34 +8,28 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .logits import defer, product_of
+from .logits import defer
 from .loss import LOSSES
+from .origin import Origin
+from .product import product_of
 from .sharded import defer_sharded, is_sharded
 from .traced import TracedLogits
 
 _MATMULS = ("matmul", "__matmul__")
 
 
-def names_of(ignore_index: tuple[int, ...], options: dict[str, Any]) -> str:
-    """What of it makes the loss another one."""
-    names = [name for name in options if name not in ("memory_budget", "backend")]
-    return ", ".join(["ignore_index"] * bool(ignore_index) + names)
-
-
 class LossMode(TorchFunctionMode):
     """`classes` is the number of the head's rows, None without a head: then nothing is deferred.
 
-    `ignore_index` and `options` are added to the cross entropies over that many classes, or over any number without
-    a head.
+    The options of the origin's settings are added to the cross entropies over that many classes, or over any number
+    without a head.
     """
 
-    def __init__(self, classes: int | None, ignore_index: tuple[int, ...], options: dict[str, Any]) -> None:
+    def __init__(self, classes: int | None, origin: Origin) -> None:
         super().__init__()
         self.classes = classes
-        self.ignore_index = ignore_index
-        self.options = options
+        self.origin = origin
         self.active = False
-        self.used = False
 
     def start(self) -> None:
         if not self.active:
@@ -49,8 +43,8 @@ class LossMode(TorchFunctionMode):
 
     def check_used(self, name: str) -> None:
         """Options that nothing took are an error, not a loss without them."""
-        given = names_of(self.ignore_index, self.options)
-        if not self.used and given:
+        given = self.origin.settings.changes
+        if not self.origin.used and given:
             raise RuntimeError(
                 f"{given}: given to patch_model, but the forward of {name} took no cross entropy over the head's "
                 "classes that could use it; unpatch_model(model) and give it to the loss yourself"
@@ -72,32 +66,31 @@ class LossMode(TorchFunctionMode):
         if self.classes is None or weight.shape[0] != self.classes:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
-            return defer_sharded(input, weight, bias)
+            self.origin.deferred = True
+            return defer_sharded(input, weight, bias, self.origin)
         if not _can_defer(input, weight, bias):
             return func(input, weight, bias)
-        return _deferred(input, weight, bias)
+        return self._deferred(input, weight, bias)
 
     def _matmul(self, func: Any, input: Any, other: Any) -> Any:
         """An embedding used as a projection: h @ embedding.weight.T."""
         if other.dim() != 2 or other.shape[1] != self.classes or not _can_defer(input, other, None):
             return func(input, other)
-        return _deferred(input, other.t(), None)
+        return self._deferred(input, other.t(), None)
 
-    def _loss(self, func: Any, input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        self.origin.deferred = True
+        if torch.compiler.is_compiling():
+            return TracedLogits(product_of(hidden, weight, bias))
+        return defer(hidden, weight, bias, self.origin)
+
+    def _loss(self, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         deferred = hasattr(input, "_product")
         is_head = deferred or self.classes is None or input.shape[input.dim() > 1] == self.classes
         if not is_head:
-            return func(input, target, weight, *args, **kwargs)
-        self.used = True
-        extra = dict(self.options)
-        if "weight" in extra:
-            if weight is not None:
-                raise ValueError("weight: given to patch_model, but the model's own cross entropy has class weights")
-            extra["weight"] = extra["weight"].to(input.device)
-        if self.ignore_index:
-            own = kwargs.get("ignore_index", args[1] if len(args) > 1 else -100)
-            extra["ignore_index"] = tuple(dict.fromkeys((own, *self.ignore_index)))
-        return LOSSES[func](input, target, weight, *args, extra=extra, **kwargs)
+            return func(input, *args, **kwargs)
+        self.origin.used = True
+        return LOSSES[func](input, *args, origin=self.origin, **kwargs)
 
 
 def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -114,9 +107,3 @@ def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
 def _are_log_probs(input: Any) -> bool:
     product = input._usable_product() if hasattr(input, "_product") else None
     return product is not None and product.before_log_softmax is not None
-
-
-def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    if torch.compiler.is_compiling():
-        return TracedLogits(product_of(hidden, weight, bias))
-    return defer(hidden, weight, bias)

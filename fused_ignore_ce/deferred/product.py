@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear.functional import fused_linear_cross_entropy
+from ..linear.cross_entropy import fused_linear_cross_entropy
+from ..linear.log_probs import fused_linear_log_probs
 
 #: ("cast", dtype), ("mul", number or 0-d tensor), ("div", the same), ("tanh", None), ("add", (V,) tensor) or
 #: ("log_softmax", None).
@@ -52,6 +53,26 @@ class Product(NamedTuple):
         return self.hidden.dim()
 
     @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for products of the same tensors by the same operations."""
+        operands = tuple(id(t) for t in (self.hidden, self.weight, self.bias))
+        steps = tuple((kind, id(value) if isinstance(value, Tensor) else value) for kind, value in self.steps)
+        return (*operands, self.linear_dtype, steps, self.layout)
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[:-1].numel()
+
+    @property
+    def bytes(self) -> int:
+        """What the logits would take."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All tensors that the logits depend on."""
         values = [value for _, value in self.steps if isinstance(value, Tensor)]
@@ -80,6 +101,11 @@ class Product(NamedTuple):
         operands = (self.hidden, self.weight, self.bias)
         with self._autocast(any(t is not None and t.dtype != self.linear_dtype for t in operands)):
             x = self._linear()
+        x = self._stepped(x)
+        return x.movedim(-1, 1) if self.classes_second else x
+
+    def _stepped(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """All steps applied to a matrix product (..., V), or to its elements (..., 1) at an index."""
         for kind, value in self.steps:
             if kind == "cast":
                 x = x.to(value)
@@ -92,8 +118,16 @@ class Product(NamedTuple):
             elif kind == "log_softmax":
                 x = x.log_softmax(-1)
             else:
-                x = x + value
-        return x.movedim(-1, 1) if self.classes_second else x
+                x = x + (value if index is None else value[index])
+        return x
+
+    def at(self, index: Tensor) -> Tensor:
+        """`logits().gather(-1, index)` of an index (..., 1), from one row of the head a position."""
+        rows = torch.nn.functional.embedding(index.squeeze(-1), self.weight)
+        wide = torch.promote_types(self.linear_dtype, torch.float32)
+        x = (self.hidden.to(wide) * rows.to(wide)).sum(-1, keepdim=True)
+        x = x if self.bias is None else x + self.bias[index].to(wide)
+        return self._stepped(x.to(self.linear_dtype), index)
 
     def _linear(self) -> Tensor:
         if self.layout == "plain":
@@ -173,24 +207,43 @@ class Product(NamedTuple):
 
         The result has the dtype that `F.cross_entropy` of the logits would have.
         """
+        if self.ndim > 2 and not self.classes_second:
+            return None
+        is_probs = target.is_floating_point() and target.shape == self.shape
+        dtype = torch.promote_types(self.dtype, target.dtype) if is_probs else self.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.float32
+        if is_probs and self.classes_second:
+            target = target.movedim(1, -1)
+        found = self._linear_loss(fused_linear_cross_entropy, target, options)
+        if isinstance(found, tuple):
+            return found[0].to(dtype), found[1]
+        return None if found is None else found.to(dtype)
+
+    def log_probs(self, target: Tensor, options: dict[str, Any]) -> Any:
+        """`fused_linear_log_probs` of these logits, as `cross_entropy`; (..., 1) as the target is."""
+        found = self._linear_loss(fused_linear_log_probs, target.squeeze(-1), options)
+        return None if found is None else found.unsqueeze(-1)
+
+    def _linear_loss(self, function: Any, target: Tensor, options: dict[str, Any]) -> Any:
         affine = self.affine()
-        if affine is None or (self.ndim > 2 and not self.classes_second):
+        if affine is None:
             return None
         hidden, weight, bias, scale, cap = affine
         if cap is not None and ("softcap" in options or "logit_scale" in options):
             return None
         options = {**options, "softcap": options.get("softcap", cap)}
         options["logit_scale"] = scale * options.get("logit_scale", 1.0)
-        is_probs = target.is_floating_point() and target.shape == self.shape
-        dtype = torch.promote_types(self.dtype, target.dtype) if is_probs else self.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.float32
-        if is_probs and self.classes_second:
-            target = target.movedim(1, -1)
-        # Under autocast to the product's dtype, the loss is float32 until it is cast here.
+        # Under autocast to the product's dtype, the loss is float32 until its caller casts it.
         half = self.linear_dtype in (torch.float16, torch.bfloat16)
         if bias is not None and not half:
             bias = bias.to(weight.dtype)
         with self._autocast(half):
-            loss = fused_linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options)
-        return loss.to(dtype)
+            return function(hidden, weight, target, linear_bias=bias, **options)
+
+
+def product_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+    dtype, device = hidden.dtype, hidden.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return Product(hidden, weight, bias, dtype, dtype)

@@ -102,8 +102,8 @@ def _log_softmax(
         return None
     if _stacklevel is not None and isinstance(_stacklevel, torch.dtype):  # Tensor.log_softmax(dim, dtype)
         dtype = _stacklevel
-    if dtype is None and torch.is_autocast_enabled(p.hidden.device.type):
-        dtype = torch.float32
+    if dtype is None and torch.is_autocast_enabled(p.hidden.device.type) and p.hidden.device.type != "cpu":
+        dtype = torch.float32  # as autocast has it on other devices
     upcast = p if dtype is None else p.cast(dtype)
     return None if upcast is None else upcast.step("log_softmax", None)
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logits import DeferredLogits, make, product_of
+from .logits import DeferredLogits, make
+from .origin import Origin
+from .product import product_of
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -36,10 +38,10 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def defer_sharded(hidden: Any, weight: Any, bias: Any) -> DeferredLogits:
+def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None) -> DeferredLogits:
     """`F.linear` of DTensors, deferred."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
-    return make(product, cls=DeferredDTensor)
+    return make(product, cls=DeferredDTensor, origin=origin)
 
 
 class DeferredDTensor(DeferredLogits):
@@ -53,7 +55,7 @@ class DeferredDTensor(DeferredLogits):
 
     @property
     def device_mesh(self) -> Any:
-        return self._product.weight.device_mesh  # type: ignore[attr-defined]
+        return self._product.weight.device_mesh
 
     @property
     def placements(self) -> tuple[Any, ...]:
@@ -98,4 +100,4 @@ class DeferredDTensor(DeferredLogits):
         return replicated.to_local(**kwargs)
 
     def _computed(self) -> Any:
-        return self.materialize()
+        return self.materialize("redistribute")

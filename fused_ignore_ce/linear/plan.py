@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import arguments
-from ..torch_backend import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
+from ..options import ReductionOptions, budget_bytes
+from ..torch_blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
 
@@ -205,7 +205,7 @@ def plan_linear_loss(
     dtype: torch.dtype = torch.bfloat16,
     weight_dtype: torch.dtype | None = None,
     device: torch.device | str = "cuda",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     input_grad: bool = True,
     weight_grad: bool = True,
     reduction: str = "mean",
@@ -220,7 +220,8 @@ def plan_linear_loss(
         dtype: of the matrix products: input's or, under autocast, autocast's.
         weight_dtype: of linear_weight, where it is another: float32 parameters under autocast.
         device: where it runs; nothing is allocated there.
-        memory_budget: bytes of scratch beside the caller's tensors and the gradients; None for no limit.
+        memory_budget: bytes of scratch beside the caller's tensors and the gradients, an int or a string such as
+            "512MiB"; None for no limit.
         input_grad: whether input wants a gradient.
         weight_grad: whether linear_weight does.
         reduction: "none" computes gradients in backward, from logits computed again.
@@ -234,7 +235,7 @@ def plan_linear_loss(
     Raises:
         ValueError: no plan fits the budget (the message names the smallest that works); a negative size, more ignored
             tokens than tokens, or an unknown reduction.
-        TypeError: a memory_budget that is no int, a dtype that is not floating.
+        TypeError: a memory_budget that is no number of bytes, a dtype that is not floating.
 
     >>> plan_linear_loss(8192, 128256, 4096).plan
     'one block'
@@ -248,8 +249,7 @@ def plan_linear_loss(
         raise ValueError(f"num_ignored: expected 0 to num_tokens={num_tokens}, got {num_ignored}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
-    arguments.check_reduction(reduction, None)
-    arguments.check_memory_budget(memory_budget)
+    ReductionOptions(reduction).checked()
     device = torch.device(device)
     operand = operand_dtype(dtype, device)
     weight_dtype = dtype if weight_dtype is None else weight_dtype
@@ -268,5 +268,5 @@ def plan_linear_loss(
             recompute=reduction == "none" or dtype == torch.float16,
             probs=False,
         ),
-        memory_budget,
+        budget_bytes(memory_budget),
     )

@@ -1,0 +1,117 @@
+"""Every kernel in every configuration that a launcher can choose, compiled and counted without a GPU.
+
+    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--keep DIR] [--picture FILE]
+
+Exit status 1 when a kernel does not compile, spills, accesses logits narrowly where it could be wide, or is over its
+budget of instructions. What is predicted of a GPU follows from machine code and data sheets; nothing was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from . import cases, chips, compiling, judging, peers, picture, predicting, reporting
+from .compiling import CUDA_TARGETS, HIP_TARGETS, Job, Proof, Target
+from .null_driver import header
+
+#: Of a quick run.
+QUICK_DTYPES = ("bfloat16",)
+QUICK_CHIPS = ("H200",)
+QUICK_CLASSES = 32000  # of AMD's kernels
+
+
+def targets(archs: list[str], quick: bool) -> list[Target]:
+    """Those that are asked for; without, all of them, and in a quick run one of each vendor."""
+    known = {str(target.arch): target for target in (*CUDA_TARGETS, *HIP_TARGETS)}
+    wanted = archs or (["90", "gfx942"] if quick else list(known))
+    unknown = [arch for arch in wanted if arch not in known]
+    if unknown:
+        raise SystemExit(f"--arch {unknown[0]}: expected one of {', '.join(known)}.")
+    return [known[arch] for arch in wanted]
+
+
+def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) -> list[Job]:
+    """The kernels of a target; of an AMD one, of which only spills are known, those of models' shapes alone."""
+    if target.backend == "hip":
+        every = cases.every(QUICK_DTYPES if quick else dtypes, quick=True)
+        return compiling.jobs([case for case in every if not quick or case.V == QUICK_CLASSES], target)
+    if quick:
+        budgeted = [
+            replace(case, operation=budget.operation, features=budget.features, dtype=budget.dtype)
+            for case in [cases.Case("", *cases.MODELS[0])]
+            for budget in judging.BUDGETS
+        ]  # fmt: skip
+        return compiling.jobs([*budgeted, *cases.every(QUICK_DTYPES, quick=True)], target)
+    return compiling.jobs([*cases.every(dtypes, quick=False), *peers.every(128256)], target)
+
+
+def run(todo: list[Job], what: str) -> list[Proof]:
+    """Compiles, with a line of progress where somebody looks on."""
+    found = []
+    for proof in compiling.compile_all(todo):
+        found.append(proof)
+        if sys.stderr.isatty():
+            print(f"\r{what}: {len(found)} of {len(todo)}", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return found
+
+
+def interesting(proofs: Iterable[Proof]) -> list[Proof]:
+    """Peers' kernels, and ours at a vocabulary of a model."""
+    models = {(T, V) for _, T, V in cases.MODELS}
+    return [p for p in proofs if p.job.case.library != "fused_ignore_ce" or (p.job.case.T, p.job.case.V) in models]
+
+
+def main() -> int:
+    if "TRITON_INTERPRET" in os.environ:  # it would replace the very functions that are to be compiled
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, "-m", "bench.proofs", *sys.argv[1:]], environment)
+    parser = argparse.ArgumentParser(prog="python -m bench.proofs", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two architectures, bfloat16, shapes of models")
+    parser.add_argument("--arch", action="append", default=[], help="80, 90, 100, gfx942 or gfx950; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=cases.DTYPES, help="not in a quick run; may be repeated")
+    parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the compiled kernels into this folder")
+    parser.add_argument("--picture", type=Path, help="draw the predicted shares of the memory roof into this file")
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    proofs: list[Proof] = []
+    for target in targets(options.arch, options.quick):
+        proofs += run(jobs(target, options.quick, tuple(options.dtype or cases.DTYPES)), str(target))
+    wanted = QUICK_CHIPS if options.quick else [chip.name for chip in chips.CHIPS]
+    archs = {p.job.target.arch for p in proofs}
+    predicted_on = [chip for chip in chips.CHIPS if chip.name in wanted and (chip.arch in archs or not options.arch)]
+    predicted = run([job for chip in predicted_on for job in predicting.every(chip)], "predictions")
+    rows = predicting.predict(predicted)
+
+    print(header())
+    print("\n".join([reporting.HEADER, *map(reporting.line, proofs if options.verbose else interesting(proofs))]))
+    print(f"\n{reporting.summary(proofs)}")
+    print(f"\n{predicting.NOTE}\n{predicting.table(rows)}\n\n{predicting.comparison(rows)}")
+    failed = [proof for proof in (*proofs, *predicted) if judging.faults(proof)]
+    for proof in failed:
+        print(f"FAULT {proof.job.case} {proof.job.target}: {'; '.join(judging.faults(proof))}")
+    print(f"{len(proofs)} kernels in {time.perf_counter() - start:.0f} s, {len(failed)} with faults")
+
+    if options.json:
+        about = {"versions": header(), "quick": options.quick, "note": predicting.NOTE}
+        options.json.write_text(json.dumps(reporting.data(proofs, rows, about), indent=1) + "\n")
+    if options.keep:
+        compiling.keep(proofs, options.keep)
+    if options.picture:
+        picture.draw(rows, options.picture)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""How wide a kernel's accesses to each of its tensors are, and in which order its threads go over a tile."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import cache
+
+
+def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
+    """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
+
+    Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value is
+    a gather, such as the target's logit, and left out. What comes from shared memory may be such a value, or a row
+    that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest is taken,
+    and only where a tensor has no others.
+    """
+    sources: dict[str, set[str]] = defaultdict(set)
+    accesses: list[tuple[str, int, str]] = []
+    latest: dict[str, str] = {}  # within a basic block, the one definition that reaches; else any may
+    for number, line in enumerate(ptx.splitlines()):
+        if line.startswith("$L__BB"):
+            latest.clear()
+        opcode, _, operands = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line).partition(" ")
+        found = re.findall(r"%r[ds]?\d+|\w+_param_\d+", operands)
+        if re.match(r"(ld|st)\.global", opcode):
+            [(lanes, bits)] = re.findall(r"(?:\.v(\d))?\.[bfsu](\d+)$", opcode)
+            [address] = re.findall(r"\[\s*(%\w+)", operands)
+            kind = "load" if opcode.startswith("ld") else "store"
+            accesses.append((kind, int(lanes or 1) * int(bits) // 8, latest.get(address, address)))
+        if not found or not opcode[:1].isalpha() or opcode.startswith(("st.", "setp")):
+            continue
+        written = operands.split("}")[0].count("%") if operands.strip().startswith("{") else 1
+        used = {latest.get(name, name) for name in found[written:]}
+        for register in found[:written]:
+            latest[register] = f"{register}@{number}"
+            sources[register].add(latest[register])
+            memory = re.match(r"ld\.(global|shared)", opcode)
+            sources[latest[register]] = {memory[1]} if memory else used
+
+    @cache
+    def origins(register: str) -> set[str]:
+        seen: set[str] = set()
+        pending = [register]
+        while pending:
+            new = sources[pending.pop()] - seen
+            seen |= new
+            pending += new
+        numbers = {int(name.rsplit("_", 1)[1]) for name in seen if "_param_" in name}
+        return {parameters[i] for i in numbers if i < len(parameters)} | (seen & {"global", "shared"})
+
+    sure: dict[str, int] = {}
+    unsure: dict[str, int] = {}
+    for kind, width, address in accesses:
+        origin = origins(address)
+        for name in origin if "global" not in origin else ():
+            access = f"{kind} {name}"
+            if "shared" in origin:
+                unsure[access] = max(width, unsure.get(access, 0))
+            else:
+                sure[access] = min(width, sure.get(access, width))
+    return {access: width for access, width in (unsure | sure).items() if access.endswith("_ptr")}
+
+
+def rows_fastest(ttgir: str) -> bool | None:
+    """Whether neighbouring threads access neighbouring rows, the first dimension of a tile; None without a tile."""
+    loads = re.findall(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<\w+>, (#\w+)>", ttgir)
+    tiles = [(shape, layout) for shape, layout in loads if sum(n != "1" for n in shape.split("x")[:-1]) > 1]
+    if not tiles:
+        return None
+    layout = re.escape(tiles[0][1])
+    order = re.search(rf"^{layout} = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE)
+    return order[1] == "0" if order else None

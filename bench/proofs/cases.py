@@ -1,0 +1,206 @@
+"""What is compiled: calls of the launchers, as data.
+
+A case is one call, of this project's launchers or of a peer's. Tensors have shapes and no memory, so a case of 2^31
+logits costs as little as any. Cases that come to the same kernel are compiled once; see `bench.proofs.compiling`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+#: Shapes (B, T, V) of language models: many rows, and so few that each is split over several programs.
+MODELS = ((1, 8192, 32000), (1, 8192, 128256), (1, 16, 128256))
+
+#: Tokens and vocabularies from which follows every tile that a launcher can choose. Vocabularies that no multiple of
+#: 16 divides have unaligned rows, which Triton compiles a kernel of its own for.
+ROWS = ((1, 1), (1, 40), (4096, 1), (1, 65536))
+VOCABULARIES = tuple(v for power in range(1, 19) for v in (2**power, 2**power - 1))
+
+#: Options that a kernel is compiled for. Softcap takes the scale in; it is not combined with it.
+FEATURES = ("weight", "smoothing", "scale", "softcap", "stats", "probs")
+EVERYTHING = ("weight", "smoothing", "softcap", "stats")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Without `contiguous`, logits are laid out as (B, V, T)."""
+
+    operation: str
+    B: int
+    T: int
+    V: int
+    dtype: str = "bfloat16"
+    features: tuple[str, ...] = ()
+    contiguous: bool = True
+    library: str = "fused_ignore_ce"
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every line of the contiguous dimension starts at a multiple of 16, which Triton specialises on."""
+        return (self.V if self.contiguous else self.T) % 16 == 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} {'+'.join(self.features) or 'plain'}"
+
+    def __str__(self) -> str:
+        layout = "" if self.contiguous else " strided"
+        return f"{self.library} {self.name} {self.dtype} {self.B}x{self.T}x{self.V}{layout}"
+
+
+def empty(case: Case) -> torch.Tensor:
+    """Logits (B, T, V)."""
+    dtype = getattr(torch, case.dtype)
+    if case.contiguous:
+        return torch.empty(case.B, case.T, case.V, dtype=dtype, device="meta")
+    # At least two rows wide: with one, classes would be contiguous.
+    return torch.empty(case.B, case.V, max(case.T, 2), dtype=dtype, device="meta")[..., : case.T].movedim(1, 2)
+
+
+class Arguments:
+    """Tensors and options of a call, as launchers take them."""
+
+    def __init__(self, case: Case) -> None:
+        has = set(case.features)
+        self.N = case.B * case.T
+        self.x = empty(case)
+        self.target = torch.empty(self.N, dtype=torch.int64, device="meta")
+        self.weight = self.x.new_empty(case.V) if "weight" in has else None
+        self.probs = torch.empty_like(self.x) if "probs" in has else None
+        self.stats = "stats" in has
+        self.options = SimpleNamespace(
+            ignore_index=-100,
+            label_smoothing=0.1 if "smoothing" in has else 0.0,
+            softcap=30.0 if "softcap" in has else None,
+            logit_scale=0.5 if "scale" in has else 1.0,
+            z_loss=0.0,
+        )
+        self.values = self.x.new_empty(self.N, dtype=torch.float32)  # one a row
+        self.scalar = self.values.new_empty(())
+        # "gradients": of everything that forward returns.
+        every = self.values if "gradients" in has else None
+        self.upstream = SimpleNamespace(
+            dloss=self.values if every is not None or "probs" in has else self.scalar,
+            dlse=every,
+            dentropy=every,
+            factor=self.scalar,
+            token_weight=every,
+        )
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        return self.x, self.target, self.weight, self.probs
+
+
+def _forward(kernels: Any, a: Arguments) -> None:
+    kernels.forward(*a.inputs, a.options, with_stats=a.stats)
+
+
+def _part(kernels: Any, a: Arguments) -> None:
+    V = a.x.shape[2]
+    parts = kernels.new_parts(a.x, 3, a.stats)
+    kernels.forward_part(
+        *a.inputs, a.options, parts=parts, part=1, block=(V, 3 * V), with_stats=a.stats
+    )  # fmt: skip
+
+
+def _merge(kernels: Any, a: Arguments) -> None:
+    kernels.merge(a.target, kernels.new_parts(a.x, 3, a.stats), a.options, with_stats=a.stats)
+
+
+def _backward(kernels: Any, a: Arguments) -> None:
+    shift = a.values.new_empty((2, a.N))
+    dprobs = None if a.probs is None else torch.empty_like(a.probs)
+    kernels.backward(
+        a.upstream,
+        *a.inputs,
+        kernels.Saved(shift, a.values, a.values),
+        a.options,
+        dx=torch.empty_like(a.x),
+        dprobs=dprobs,
+    )
+
+
+def _one_pass(kernels: Any, a: Arguments) -> None:
+    if kernels.can_one_pass(a.x, a.probs):
+        kernels.forward_backward(a.upstream, *a.inputs, a.options, dx=a.x, dz=None, with_stats=a.stats)
+
+
+def _reduce(kernels: Any, a: Arguments) -> None:
+    kernels.reduce(
+        a.values, a.values, a.target, a.weight, a.upstream.token_weight, None, a.options,
+        mean=True, z_loss=0.0, out_dtype=a.x.dtype,
+    )  # fmt: skip
+
+
+def _scale(kernels: Any, a: Arguments) -> None:
+    kernels.scale(a.x, a.scalar, a.scalar)
+
+
+#: Every launcher, by the name of its operation.
+OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
+    "forward": _forward,
+    "part": _part,
+    "merge": _merge,
+    "backward": _backward,
+    "one pass": _one_pass,
+    "reduce": _reduce,
+    "scale": _scale,
+}
+
+#: Those that read rows of logits, and their kernels.
+ROW_OPERATIONS = {
+    "forward": "forward_kernel",
+    "part": "forward_kernel",
+    "backward": "backward_kernel",
+    "one pass": "one_pass_kernel",
+}
+
+
+def features_of(operation: str) -> tuple[str, ...]:
+    """The options that make a difference to a launcher."""
+    if operation in ("merge", "scale", "reduce"):
+        return {"merge": ("stats",), "scale": (), "reduce": ("weight", "gradients")}[operation]
+    without = {"backward": {"stats"}, "one pass": {"probs"}}.get(operation, set())
+    return tuple(
+        f for f in (*FEATURES, "gradients") if f not in without and (f != "gradients" or operation == "backward")
+    )
+
+
+def feature_sets(operation: str) -> list[tuple[str, ...]]:
+    """Nothing, each feature alone, and everything together, with and without probabilities as targets."""
+    known = features_of(operation)
+    return list(dict.fromkeys([(), *((feature,) for feature in known), *fullest(operation)]))
+
+
+def fullest(operation: str) -> list[tuple[str, ...]]:
+    """All features together, which take the most registers."""
+    known = features_of(operation)
+    everything = tuple(feature for feature in (*EVERYTHING, "gradients") if feature in known)
+    return [everything, *([(*everything, "probs")] if "probs" in known else [])]
+
+
+def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
+    """Models' shapes with every set of features, and all other shapes with the fullest; with `quick`, models' alone."""
+    for operation, dtype in itertools.product(OPERATIONS, dtypes):
+        sets = [(), *fullest(operation)] if quick else feature_sets(operation)
+        for (B, T, V), features in itertools.product(MODELS, sets):
+            yield Case(operation, B, T, V, dtype, features)
+        if operation not in ROW_OPERATIONS:
+            continue
+        for features in fullest(operation):
+            yield Case(operation, 4, 65536, 32, dtype, features, contiguous=False)
+            for (B, T), V, contiguous in itertools.product(() if quick else ROWS, VOCABULARIES, (True, False)):
+                yield Case(operation, B, T, V, dtype, features, contiguous)

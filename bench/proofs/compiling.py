@@ -1,0 +1,180 @@
+"""Compiles the kernels of cases, once each, in several processes, and keeps what their proofs need."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from . import cases, chips, machine_code
+from .accesses import access_widths, rows_fastest
+from .cases import Case
+from .null_driver import Kernel, NullDriver
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled for: ("cuda", 90) or ("hip", "gfx942")."""
+
+    backend: str
+    arch: int | str
+    chip: str = "H100"  # the launchers' choices depend on it; one of `chips.CHIPS`
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile. `request` is its key among those that a case asks Triton for.
+
+    Without, it is the kernel of the operation: the first that is launched, and of a peer's backward pass the last.
+    """
+
+    case: Case
+    target: Target
+    request: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A compiled kernel, or the error in place of it."""
+
+    job: Job
+    kernel: str = ""
+    grid: tuple[int, int, int] = (0, 0, 0)
+    num_warps: int = 0
+    tile: tuple[int, ...] = ()  # rows first
+    code: machine_code.MachineCode | None = None
+    widths: dict[str, int] = field(default_factory=dict)
+    rows_fastest: bool | None = None
+    amd: dict[str, int] = field(default_factory=dict)  # registers and spills, of the metadata of AMD's assembly
+    error: str = ""
+    binary: bytes = b""
+
+    @property
+    def threads(self) -> int:
+        return self.num_warps * (64 if self.job.target.backend == "hip" else 32)
+
+
+#: Compute units, bytes of L2 cache and resident threads of a unit: MI300X and MI355X, by AMD's data sheets.
+AMD_CHIPS = {"gfx942": (304, 4 * 2**20, 2048), "gfx950": (256, 4 * 2**20, 2048)}
+
+#: For each architecture, a chip that has it.
+CUDA_TARGETS = tuple(Target("cuda", chip.arch, chip.name) for chip in map(chips.chip, ("A100", "H100", "B200")))
+HIP_TARGETS = tuple(Target("hip", arch, "") for arch in AMD_CHIPS)
+
+
+def call(case: Case, target: Target) -> None:
+    """Calls the launcher of a case, on the target that is active."""
+    if case.library != "fused_ignore_ce":
+        from . import peers
+
+        peers.LIBRARIES[case.library](case, target.arch)
+        return
+    from fused_ignore_ce.kernels import cross_entropy
+
+    with mock.patch.object(cross_entropy, "chip_of", return_value=launched_on(target)):
+        cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
+
+
+def launched_on(target: Target) -> Any:
+    """The chip as the launchers know it."""
+    from fused_ignore_ce.kernels import launch
+
+    if target.backend == "hip":
+        return launch.Chip(target.arch, *AMD_CHIPS[str(target.arch)], warp_size=64)
+    chip = chips.chip(target.chip)
+    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads, name=chip.name)
+
+
+def jobs(every: Iterable[Case], target: Target) -> list[Job]:
+    """Every kernel that the cases ask for, with the first case that does. Nothing is compiled."""
+    found: dict[str, Job] = {}
+    with NullDriver(target.backend, target.arch, select=lambda request: False) as driver:
+        for case in every:
+            call(case, target)
+            for request in driver.requests:
+                found.setdefault(request, Job(case, target, request))
+            driver.requests.clear()
+    return list(found.values())
+
+
+def compiled(job: Job) -> Proof:
+    wanted = job.request.__eq__ if job.request else None
+    driver = NullDriver(job.target.backend, job.target.arch, select=wanted)
+    try:
+        with driver:
+            call(job.case, job.target)
+        kernel, grid = driver.launches[0 if job.request or job.case.operation != "backward" else -1]
+        return _proof(job, kernel, grid)
+    except Exception as error:
+        return Proof(job, error=reason(error))
+
+
+def reason(error: BaseException, length: int = 400) -> str:
+    """What an error and its causes say, in one line; the end of it, if it is long."""
+    said = []
+    cause: BaseException | None = error
+    while cause is not None:
+        said.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    line = " ".join(" <- ".join(said).split())
+    return line if len(line) <= length else f"...{line[-length:]}"
+
+
+def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
+    facts: dict[str, Any] = {"kernel": kernel.name, "grid": grid, "binary": kernel.binary}
+    facts |= {"num_warps": kernel.metadata.num_warps, "tile": tile(kernel.constants)}
+    if job.target.backend == "hip":
+        return Proof(job, amd=amd_usage(kernel.stage("amdgcn")), **facts)
+    widths = access_widths(kernel.stage("ptx"), kernel.parameters)
+    facts |= {"widths": widths, "rows_fastest": rows_fastest(kernel.stage("ttgir"))}
+    return Proof(job, code=machine_code.read(kernel.binary), **facts)
+
+
+def tile(constants: dict[str, Any]) -> tuple[int, ...]:
+    """The tile of logits that a program handles at a time, its rows first."""
+    if "TILE" in constants:
+        return tuple(constants["TILE"])
+    if "BLOCK_SIZE" in constants:
+        return 1, constants["BLOCK_SIZE"]
+    return constants.get("BLOCK_N", 1), constants.get("BLOCK_V", 1)
+
+
+def amd_usage(assembly: str) -> dict[str, int]:
+    """What the metadata at the end of AMD's assembly says of registers and spills."""
+    names = ("vgpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    found = {name: re.search(rf"^\s*(?:- )?\.{name}:\s*(\d+)", assembly, re.MULTILINE) for name in names}
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        raise ValueError(f"The assembly's metadata lacks {', '.join(missing)}.")
+    return {name: int(value[1]) for name, value in found.items() if value}
+
+
+def compile_all(todo: list[Job], processes: int | None = None) -> Iterator[Proof]:
+    """In the order of the jobs."""
+    # Thousands of kernels, each looked at once, do not belong in the user's cache.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
+        ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool,
+    ):
+        yield from pool.map(compiled, todo, chunksize=2)
+
+
+def keep(proofs: Iterable[Proof], folder: Path) -> None:
+    """Writes the binaries into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, proof in enumerate(proofs):
+        if proof.binary:
+            name = re.sub(r"\W+", "-", f"{proof.kernel}-{proof.job.target}-{proof.job.case}")
+            suffix = "cubin" if proof.job.target.backend == "cuda" else "hsaco"
+            (folder / f"{number:04}-{name}.{suffix}").write_bytes(proof.binary)

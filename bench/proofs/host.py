@@ -1,0 +1,186 @@
+"""The host's time of a call, and what it launches, of this project's loss and of Liger's, side by side.
+
+    python -m bench.proofs.host [--rounds 30] [--json FILE]
+
+Kernels are compiled and not launched (`bench.proofs.null_driver`), on tensors of the CPU. What is compared is the work
+of the host around them: Python, autograd, allocations, and PyTorch's operations, which run on the CPU, on tensors of
+one element a row. Not in it are the device's time, the few microseconds that a CUDA launch takes (the same for every
+launch, so each library has as many as it has launches), switching the current device, and what waiting for the device
+costs where a library reads a value on the host. Libraries take turns, so that a busy machine slows down both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from . import peers
+from .null_driver import NullDriver, header
+
+#: Rows and classes: too many rows to be split over programs, and small enough for an allocation to be cheap.
+ROWS, CLASSES = 1024, 8192
+
+#: Calls of a library before it is the other's turn.
+CALLS = 20
+
+#: PyTorch's operations that launch nothing on a GPU.
+NO_LAUNCH = {
+    "empty", "empty_like", "empty_strided", "new_empty", "view", "reshape", "_reshape_alias", "expand", "as_strided",
+    "detach", "detach_", "alias", "select", "slice", "unsqueeze", "squeeze", "transpose", "t", "permute", "flatten",
+    "unflatten", "unbind", "resolve_conj", "resolve_neg", "lift_fresh", "result_type", "to", "is_same_size", "set_",
+    "resize_", "is_nonzero",
+}  # fmt: skip
+
+#: Those that wait for the device.
+WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select"}
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Of one direction of a call: Triton's kernels, PyTorch's operations that launch, and those that wait."""
+
+    kernels: int
+    operations: int
+    waits: int
+
+    def __str__(self) -> str:
+        return f"{self.kernels} + {self.operations}" + (f", {self.waits} waits" if self.waits else "")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Medians in microseconds."""
+
+    library: str
+    forward: float
+    backward: float
+    launches_forward: Launches
+    launches_backward: Launches
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def ours(**options: object) -> Loss:
+    from fused_ignore_ce import fused_cross_entropy
+
+    return lambda x, target: fused_cross_entropy(x, target, backend="triton", **options)  # type: ignore[arg-type]
+
+
+def liger() -> Loss:
+    from liger_kernel.ops import LigerCrossEntropyFunction  # type: ignore[import-untyped]
+
+    return lambda x, target: LigerCrossEntropyFunction.apply(x, target, None, -100, 0.0, 0.0, "mean", None, False)[0]
+
+
+def libraries() -> dict[str, Loss]:
+    found = {"fused_ignore_ce": ours(), "fused_ignore_ce, one pass": ours(grad_in_forward=True)}
+    if peers.installed("liger_kernel"):
+        found["liger_kernel"] = liger()
+    return found
+
+
+def launches(function: Callable[[], object], driver: NullDriver) -> Launches:
+    before = len(driver.launches)
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    names = Counter(
+        event.name.removeprefix("aten::")
+        for event in profile.function_events
+        if event.name.startswith("aten::") and not any(child.name.startswith("aten::") for child in event.cpu_children)
+    )
+    operations = sum(count for name, count in names.items() if name not in NO_LAUNCH | WAITS)
+    waits = sum(names[name] for name in WAITS)
+    return Launches(len(driver.launches) - before, operations, waits)
+
+
+def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
+    x = torch.zeros(ROWS, CLASSES, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.arange(ROWS)
+    times: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in losses}
+    counted = {}
+    with ExitStack() as stack:
+        driver = stack.enter_context(NullDriver("cuda", 90))
+        _pretend(stack)
+        for name, loss in losses.items():
+            for _ in range(3):  # compiles
+                torch.autograd.grad(loss(x, target), x)
+            value: list[torch.Tensor] = []
+            forward = launches(lambda loss=loss, value=value: value.append(loss(x, target)), driver)  # type: ignore[misc]
+            backward = launches(lambda value=value: torch.autograd.grad(value[0], x), driver)  # type: ignore[misc]
+            counted[name] = forward, backward
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        for _ in range(rounds):
+            for name, loss in losses.items():
+                for _ in range(CALLS):
+                    start = time.perf_counter_ns()
+                    result = loss(x, target)
+                    middle = time.perf_counter_ns()
+                    torch.autograd.grad(result, x)
+                    end = time.perf_counter_ns()
+                    times[name][0].append(middle - start)
+                    times[name][1].append(end - middle)
+    medians = {name: [round(statistics.median(t) / 1e3, 1) for t in both] for name, both in times.items()}
+    return [Host(name, medians[name][0], medians[name][1], *counted[name]) for name in losses]
+
+
+def _pretend(stack: ExitStack) -> None:
+    """Without it, the package treats tensors of the CPU as such: it interprets kernels, and looks at every target."""
+    from fused_ignore_ce import backends
+    from fused_ignore_ce.kernels import cross_entropy
+
+    stack.enter_context(mock.patch.object(cross_entropy, "interpreted", return_value=True))
+    stack.enter_context(mock.patch.object(backends, "check_targets"))
+
+
+def table(measured: list[Host]) -> str:
+    lines = [
+        f"{'library':26} {'forward':>8} {'backward':>8} {'both':>8}  {'launches forward':20} {'launches backward':20}"
+    ]
+    lines += [
+        f"{h.library:26} {h.forward:8.1f} {h.backward:8.1f} {h.both:8.1f}"
+        f"  {h.launches_forward!s:20} {h.launches_backward!s:20}"
+        for h in measured
+    ]
+    *mine, last = measured
+    lines += [f"{h.library}: {h.both / last.both:.2f} times the time of {last.library}" for h in mine]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if "TRITON_INTERPRET" in os.environ:  # nothing would be compiled
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, "-m", "bench.proofs.host", *sys.argv[1:]], environment)
+    parser = argparse.ArgumentParser(prog="python -m bench.proofs.host", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    measured = measure(libraries(), options.rounds)
+    print(f"{header()}; microseconds of the host, medians of {options.rounds * CALLS} calls")
+    print("launches: Triton's kernels + PyTorch's operations that launch one, beside allocations")
+    print(table(measured))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(h) for h in measured], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

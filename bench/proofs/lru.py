@@ -1,0 +1,74 @@
+"""How often the second read of a row misses the L2 cache: a least-recently-used cache, simulated.
+
+One pass over the logits reads a row twice: for its sums, and for its gradient, which it also writes. Between the two
+reads of a logit lies what all rows in flight moved meanwhile; it is the least for the row's last classes, so that a
+second walk that starts there finds more than one that starts at the first class. Rows are in every phase at once, as
+in the middle of a long launch; a row moves one block at a time, and all rows in turn.
+
+The model is on the safe side in that it knows no hints (`evict_first`, `evict_last`), and on the other in that a real
+cache is not fully associative, and is in two halves on an A100 and later.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from functools import lru_cache
+
+
+class Cache:
+    """Keeps the `capacity` blocks that were accessed last."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._blocks: OrderedDict[Hashable, None] = OrderedDict()
+
+    def access(self, block: Hashable) -> bool:
+        """Whether the block was there; now it is."""
+        hit = block in self._blocks
+        self._blocks[block] = None
+        self._blocks.move_to_end(block)
+        if len(self._blocks) > self.capacity:
+            self._blocks.popitem(last=False)
+        return hit
+
+
+def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator[tuple[Hashable, bool]]:
+    """(block, whether it is read) of one row of one pass, in their order."""
+    for block in range(blocks):
+        yield (row, block), True
+    for block in reversed(range(blocks)) if backwards else range(blocks):
+        yield (row, block), True
+        yield ((row, block) if in_place else (row, block, "gradient")), False
+
+
+@lru_cache
+def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards: bool, blocks: int = 32) -> float:
+    """Reads of every logit from device memory, between 1 and 2, with `rows` rows in flight.
+
+    `in_place`: the gradient overwrites the logits. `backwards`: the second walk starts at the last class.
+    """
+    cache = Cache(int(cache_bytes * blocks / row_bytes))
+    numbers = iter(range(4 * rows))
+    length = len(list(accesses(0, blocks, in_place, backwards)))
+    walks = []
+    for slot in range(rows):
+        walk = accesses(next(numbers), blocks, in_place, backwards)
+        for _ in range(length * slot // rows):
+            next(walk)  # rows in every phase
+        walks.append(walk)
+
+    # The first rows of every slot began in their midst, and the second found a cache that was still filling.
+    counted = range(2 * rows, 3 * rows)
+    missed = finished = 0
+    while finished < 3 * rows:
+        for slot, walk in enumerate(walks):
+            step = next(walk, None)
+            if step is None:
+                finished += 1
+                walks[slot] = accesses(next(numbers, -1), blocks, in_place, backwards)
+                continue
+            block, read = step
+            hit = cache.access(block)
+            missed += read and not hit and block[0] in counted  # type: ignore[index]
+    return missed / (len(counted) * blocks)

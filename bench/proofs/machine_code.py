@@ -1,0 +1,257 @@
+"""Reads machine code of NVIDIA GPUs: what a thread executes in the loops of a kernel, and what outside of them.
+
+    python -m bench.proofs.machine_code FILE.cubin [--bytes 2] [--listing]
+
+`--bytes` says how many bytes a loop loads for one logit, from which follows how many logits an iteration handles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .dataflow import peak_bytes, rounds
+
+#: Opcodes that the special-function units execute: a quarter or an eighth of the rate of others.
+SPECIAL = {"MUFU", "FRND", "F2I", "I2F", "F2F"}
+
+#: Opcodes at which the threads of a program, or of a warp, wait for each other.
+BARRIERS = {"BAR", "WARPSYNC"}
+SHUFFLES = {"SHFL", "REDUX"}
+
+GLOBAL_LOADS = {"LDG", "LDGSTS"}
+GLOBAL_STORES = {"STG"}
+SPILLS = {"LDL", "STL"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`@!P2 STG.E.128 desc[UR12][R2.64], R4`: a guard, an opcode with its modifiers, and operands."""
+
+    guard: str
+    opcode: str
+    operands: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        """The width of a memory access."""
+        found = re.search(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
+        return int(found[1]) // 8 if found else 4
+
+    def __str__(self) -> str:
+        return f"{self.guard:5} {self.opcode} {', '.join(self.operands)}".rstrip()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Counts of a stretch of code that a thread executes."""
+
+    code: tuple[Instruction, ...]
+
+    @cached_property
+    def names(self) -> Counter[str]:
+        return Counter(instruction.name for instruction in self.code)
+
+    def count(self, names: set[str]) -> int:
+        return sum(self.names[name] for name in names)
+
+    def bytes(self, names: set[str]) -> int:
+        return sum(instruction.bytes for instruction in self.code if instruction.name in names)
+
+    @property
+    def instructions(self) -> int:
+        return len(self.code) - self.names["NOP"]
+
+    @property
+    def special(self) -> int:
+        return self.count(SPECIAL)
+
+    @property
+    def barriers(self) -> int:
+        return self.count(BARRIERS)
+
+    @property
+    def shuffles(self) -> int:
+        return self.count(SHUFFLES)
+
+    @property
+    def spills(self) -> int:
+        return self.count(SPILLS)
+
+    @property
+    def loaded(self) -> int:
+        """Bytes that a thread loads from global memory."""
+        return self.bytes(GLOBAL_LOADS)
+
+    @property
+    def stored(self) -> int:
+        return self.bytes(GLOBAL_STORES)
+
+    @property
+    def narrowest(self) -> int:
+        """The narrowest access to global memory, in bytes; 0 where there is none."""
+        names = GLOBAL_LOADS | GLOBAL_STORES
+        return min((instruction.bytes for instruction in self.code if instruction.name in names), default=0)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some load may be skipped."""
+        return any(i.guard and not i.guard.startswith("@UP") for i in self.code if i.name in GLOBAL_LOADS)
+
+    @cached_property
+    def in_flight(self) -> int:
+        """The most bytes that one thread has asked for and not yet used, when the block is executed in a loop."""
+        return peak_bytes(self.code * 2, GLOBAL_LOADS)
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    stack: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """`loops` has the innermost loops that load from global memory; `outside` all else, executed once a program."""
+
+    usage: Usage
+    outside: Block
+    loops: tuple[Block, ...]
+    clears: tuple[Block, ...]  # loops that only store: they fill with zeros what the others do not visit
+    rounds: int  # of loads that wait for each other, with one iteration of every loop
+
+    @property
+    def spills(self) -> int:
+        """Bytes of stack a thread, or instructions that spill, whichever shows."""
+        return max(self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.clears)))
+
+
+def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions of what `nvdisasm -c` prints, and where its labels are."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        label = re.match(r"(\.L_\w+):", line.strip())
+        if label:
+            labels[label[1]] = len(code)
+        found = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*)\s*(.*?)\s*;", line)
+        if found:
+            operands = tuple(part.strip() for part in found[3].split(",")) if found[3] else ()
+            code.append(Instruction(found[1] or "", found[2], operands))
+    return code, labels
+
+
+def successors(code: Sequence[Instruction], labels: dict[str, int]) -> list[list[int]]:
+    """Where execution may go on after each instruction."""
+    following = []
+    for index, instruction in enumerate(code):
+        target = re.search(r"`\((\.L_\w+)\)", instruction.operands[-1]) if instruction.operands else None
+        jumps = instruction.name in ("BRA", "EXIT", "RET", "BRX")
+        always = jumps and not instruction.guard and all(not re.match(r"!?U?P\d", o) for o in instruction.operands[:-1])
+        then = [] if always or index + 1 == len(code) else [index + 1]
+        if instruction.name == "BRA" and target and target[1] in labels and labels[target[1]] < len(code):
+            then.append(labels[target[1]])
+        following.append(then)
+    return following
+
+
+def natural_loops(following: list[list[int]]) -> list[set[int]]:
+    """For every jump back, the instructions from which it is reached without leaving through its target."""
+    preceding: list[list[int]] = [[] for _ in following]
+    for index, then in enumerate(following):
+        for other in then:
+            preceding[other].append(index)
+    found: dict[int, set[int]] = {}
+    for index, then in enumerate(following):
+        for head in (other for other in then if other <= index):
+            body, pending = {head}, [index]
+            while pending:
+                node = pending.pop()
+                if node not in body:
+                    body.add(node)
+                    pending += preceding[node]
+            found.setdefault(head, set()).update(body)
+    return list(found.values())
+
+
+def read(cubin: bytes, nvdisasm: str | None = None, cuobjdump: str | None = None) -> MachineCode:
+    """The machine code of a kernel, by the disassembler that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        listing = _run(nvdisasm or knobs.nvidia.nvdisasm.path, "-c", file)
+        usage = _run(cuobjdump or knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file)
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return analyse(listing, Usage(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]))
+
+
+def analyse(listing: str, usage: Usage) -> MachineCode:
+    code, labels = parse(listing)
+    every = natural_loops(successors(code, labels))
+    innermost = [body for body in every if not any(other < body for other in every)]
+    loops: list[Block] = []
+    clears: list[Block] = []
+    inside: set[int] = set()
+    for body in sorted(innermost, key=min):
+        block = _block(code, body)
+        if block.loaded or block.stored:
+            (loops if block.loaded else clears).append(block)
+            inside |= body
+    outside = set(range(len(code))) - inside
+    outside -= {i for body in every for i in body if len(body) == 1}  # what follows the end of the code
+    return MachineCode(usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS))
+
+
+def _block(code: Sequence[Instruction], indices: Iterable[int]) -> Block:
+    return Block(tuple(code[i] for i in sorted(indices)))
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def describe(code: MachineCode, bytes_a_logit: float) -> str:
+    """A line for every loop, and one for what is outside of them."""
+    lines = [f"{code.usage.registers} registers, {code.usage.shared} bytes shared, {code.spills} spilt"]
+    for kind, blocks in (("loop", code.loops), ("clearing loop", code.clears), ("outside", (code.outside,))):
+        for block in blocks:
+            line = f"{kind}: {block.instructions} instructions"
+            if kind == "loop":
+                logits = block.loaded / bytes_a_logit
+                line += f", {logits:g} logits, {block.instructions / logits:.2f} instructions a logit"
+                line += f", {block.special / logits:.2f} special{', masked' if block.masked else ''}"
+            line += f", {block.barriers} barriers, {block.shuffles} shuffles, {block.loaded} bytes loaded"
+            line += f", {block.stored} stored, at least {block.narrowest} wide, {block.in_flight} in flight"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.proofs.machine_code")
+    parser.add_argument("cubin", type=Path, nargs="+")
+    parser.add_argument("--bytes", type=float, default=2.0, help="bytes loaded for one logit")
+    parser.add_argument("--listing", action="store_true", help="print the instructions of every loop")
+    options = parser.parse_args()
+    for file in options.cubin:
+        code = read(file.read_bytes())
+        print(f"{file}: {describe(code, options.bytes)}")
+        for loop in code.loops if options.listing else ():
+            print("\n".join(map(str, loop.code)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

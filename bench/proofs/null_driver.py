@@ -1,0 +1,173 @@
+"""A Triton driver that compiles kernels and launches nothing, so that real launchers run where no GPU is.
+
+    with NullDriver("cuda", 90) as driver:
+        launcher(torch.empty(8192, 32000, dtype=torch.bfloat16, device="meta"))
+    for kernel, grid in driver.launches:
+        print(kernel.name, grid, kernel.metadata.num_warps, len(kernel.binary))
+
+Triton asks a tensor for its address and dtype only, so tensors without memory (device "meta") and tensors of the CPU
+will do. What is compiled (signature, specialisation, options) is Triton's own decision, not a copy of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver as active_driver
+
+#: Triton keeps compiled kernels by the number of the device; every driver is a device of its own, which has none yet.
+_NUMBERS = itertools.count(1)
+
+#: What Triton asks of a device before it loads a kernel: as much as any GPU has.
+PROPERTIES = {"max_shared_mem": 227 * 1024}
+
+
+@dataclass
+class Kernel:
+    """A compiled kernel."""
+
+    name: str
+    signature: dict[str, Any]  # type by parameter; "constexpr" for those that were compiled in
+    constants: dict[str, Any]  # by parameter, also arguments that Triton specialised on, such as a stride of 1
+    metadata: Any  # Triton's: num_warps, shared, target, ...
+    binary: bytes = b""  # cubin or hsaco
+    files: dict[str, Path] = field(default_factory=dict)  # every stage of the compilation, by file name
+
+    @property
+    def parameters(self) -> list[str]:
+        """The arguments of the compiled function, in order; of a tuple's elements, "rows_out.0"."""
+        return [name for name, kind in _flat(self.signature.items()) if kind != "constexpr"]
+
+    def stage(self, suffix: str) -> str:
+        """A stage of the compilation as text: "ttgir", "ptx", "amdgcn"."""
+        return next(path for name, path in self.files.items() if name.endswith(f".{suffix}")).read_text()
+
+
+def _flat(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+    for name, kind in items:
+        if isinstance(kind, tuple):
+            yield from _flat((f"{name}.{index}", inner) for index, inner in enumerate(kind))
+        else:
+            yield name, kind
+
+
+class NullLauncher:
+    """What Triton calls in place of the function that launches a kernel on a GPU."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        names = source.fn.arg_names
+        constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+        self.kernel = Kernel(source.fn.__name__, dict(source.signature), constants, metadata)
+        self.launches = active_driver.active.launches
+
+    def __call__(self, x: int, y: int, z: int, stream: int, loaded: Loaded, *arguments: Any) -> None:
+        if not self.kernel.binary:
+            self.kernel.binary, self.kernel.files = loaded.binary, loaded.files
+        self.launches.append((self.kernel, (x, y, z)))
+
+
+@dataclass
+class Loaded:
+    """Stands for the handle of a function on a device."""
+
+    binary: bytes
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+class NullUtils:
+    """The part of a driver that talks to the device."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return PROPERTIES
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, Loaded, int, int, int]:
+        """(module, function, registers, spills, most threads); nothing reads the registers and spills from here."""
+        return None, Loaded(binary), 0, 0, 1024
+
+
+class NullDriver(DriverBase):
+    """Within it, Triton compiles for one architecture, and `launches` has (kernel, grid) of every launch.
+
+    Args:
+        backend: "cuda" or "hip".
+        arch: 90 of sm_90, or "gfx942".
+        select: which requests to compile, by their key; the others are only listed in `requests`, and not launched.
+    """
+
+    launcher_cls = NullLauncher
+
+    def __init__(self, backend: str, arch: int | str, select: Callable[[str], bool] | None = None) -> None:
+        self.target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+        self.select = select
+        self.utils = NullUtils()
+        self.launches: list[tuple[Kernel, tuple[int, int, int]]] = []
+        self.requests: list[str] = []
+        self._number = next(_NUMBERS)
+        self._outer: tuple[Any, Any] | None = None
+
+    def __enter__(self) -> NullDriver:
+        if knobs.runtime.interpret:
+            raise RuntimeError("TRITON_INTERPRET is set: Triton would interpret kernels and compile none. Unset it.")
+        # The active driver is not asked for: Triton would look for a GPU and raise where there is none.
+        self._outer = active_driver._active, knobs.runtime.jit_cache_hook
+        active_driver.set_active(self)
+        knobs.runtime.jit_cache_hook = self._requested
+        knobs.runtime.kernel_load_end_hook.add(self._loaded)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._outer is not None
+        active_driver._active, knobs.runtime.jit_cache_hook = self._outer
+        knobs.runtime.kernel_load_end_hook.remove(self._loaded)
+
+    def _requested(self, *, key: str, fn: Any, **_: Any) -> bool:
+        """Triton calls it before it compiles; True is the answer that it need not."""
+        request = f"{fn.name}:{key}"
+        self.requests.append(request)
+        return self.select is not None and not self.select(request)
+
+    @staticmethod
+    def _loaded(module: None, function: Loaded, name: str, files: dict[str, str], hash: str) -> None:
+        function.files = {file: Path(path) for file, path in files.items()}
+
+    @staticmethod
+    def is_active() -> bool:
+        """Triton never chooses this driver by itself."""
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("Nothing is launched, so no type is passed.")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("Nothing is launched, so nothing can be timed.")
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self._number
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+def header() -> str:
+    return f"torch {torch.__version__}, triton {triton.__version__}"

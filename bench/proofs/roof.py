@@ -1,0 +1,145 @@
+"""Predicts, from machine code and the data of a chip, which share of the memory roof a kernel can reach.
+
+The prediction is the least of five bounds: the bytes that have to be moved, issue slots, special-function units, bytes
+in flight (Little's law), and the reads that miss the L2 cache. It is a prediction and not a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, floor
+
+from . import lru
+from .chips import Chip, resident_programs
+from .machine_code import Block, MachineCode
+
+#: The share of issue slots that real kernels use.
+ISSUE_SHARE = 0.75
+
+#: Seconds from a load to its data, in a busy memory.
+LATENCY = 800e-9
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch works on: `rows` rows of `classes` logits, by `programs` programs of `threads` threads."""
+
+    rows: int
+    classes: int
+    itemsize: int
+    programs: int
+    threads: int
+    rows_a_program: int = 1  # at a time
+    loaded_a_logit: float = 0  # bytes that loops load for a logit; the logit itself where this is 0
+    writes: bool = False  # whether the kernel writes a gradient
+    in_place: bool = False  # whether it does so over the logits
+    backwards: bool = True  # whether a second walk over a row starts at its end
+
+    @property
+    def logits_a_program(self) -> float:
+        """Those between two executions of what is outside of the loops."""
+        return min(self.rows * self.classes / self.programs, self.classes * self.rows_a_program)
+
+    @property
+    def bytes_a_logit(self) -> int:
+        """The least that a launch has to move."""
+        return self.itemsize * (2 if self.writes else 1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a thread executes, spread over its logits."""
+
+    instructions: float
+    special: float
+    loaded: float  # bytes
+    rounds: float  # times that a thread waits for memory, a logit
+
+    @property
+    def in_flight(self) -> float:
+        """Bytes that a thread has on their way, on average over its waits."""
+        return self.loaded / self.rounds if self.rounds else 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    chip: str
+    resident_threads: int
+    resident_rows: int
+    hbm_reads: float  # of every logit
+    bounds: dict[str, float]  # shares of the roof
+    seconds_a_logit: float
+
+    @property
+    def limit(self) -> str:
+        return min(self.bounds, key=self.bounds.__getitem__)
+
+    @property
+    def share(self) -> float:
+        return self.bounds[self.limit]
+
+
+def trips(loops: Iterable[Block], logits: float, loaded_a_logit: float) -> list[tuple[Block, int]]:
+    """How often each loop over the same logits runs: an unrolled loop first, then what takes the rest.
+
+    A loop whose loads have no mask handles whole tiles only; the rest is handled under a mask, in a loop or outside.
+    """
+    runs = []
+    order = sorted(loops, key=lambda loop: (loop.masked, -loop.loaded))
+    for loop in order:
+        tile = loop.loaded / loaded_a_logit
+        # Division of integers, but that a tile may be fractional where a row's classes are shared by many threads.
+        n = (ceil if loop.masked else floor)(max(logits, 0.0) / tile + (-1e-9 if loop.masked else 1e-9))
+        runs.append((loop, n))
+        logits -= n * tile
+    return runs
+
+
+def cost(code: MachineCode, work: Work) -> Cost:
+    """The instructions of a logit: of every loop, and of what is executed once."""
+    logits = work.logits_a_program / work.threads
+    loaded_a_logit = work.loaded_a_logit or work.itemsize
+    instructions: float = code.outside.instructions
+    special: float = code.outside.special
+    loaded: float = code.outside.loaded
+    rounds: float = code.rounds
+    # Loops that store belong to another walk over the row than those that only load.
+    for stores in (False, True):
+        for loop, n in trips((b for b in code.loops if bool(b.stored) == stores), logits, loaded_a_logit):
+            instructions += n * loop.instructions
+            special += n * loop.special
+            loaded += n * loop.loaded
+            rounds += max(0.0, n * loop.loaded / loop.in_flight - 1)
+    return Cost(instructions / logits, special / logits, loaded / logits, rounds / logits)
+
+
+def is_one_pass(code: MachineCode) -> bool:
+    """Whether rows are walked twice: for their sums, and for their gradient."""
+    return {bool(loop.stored) for loop in code.loops} == {False, True}
+
+
+def predict(code: MachineCode, work: Work, chip: Chip) -> Prediction:
+    a_logit = cost(code, work)
+    programs = resident_programs(chip, code.usage.registers, work.threads, code.usage.shared)
+    programs = min(programs, ceil(work.programs / chip.multiprocessors))
+    if not programs:
+        raise ValueError(f"A program of {work.threads} threads does not fit a multiprocessor of the {chip.name}.")
+    resident_rows = min(work.rows, programs * chip.multiprocessors * work.rows_a_program)
+    reads = 1.0
+    if is_one_pass(code):
+        reads = lru.reads(resident_rows, work.classes * work.itemsize, chip.l2, work.in_place, work.backwards)
+
+    roof = chip.bandwidth / work.bytes_a_logit  # logits a second
+    cycles = chip.multiprocessors * chip.clock
+    threads = programs * work.threads
+    moved = work.itemsize * (reads + work.writes)
+    rates = {
+        "bytes": roof,
+        "issue slots": cycles * chip.issue_slots * chip.warp_size * ISSUE_SHARE / a_logit.instructions,
+        "special functions": cycles * chip.special_units / a_logit.special if a_logit.special else float("inf"),
+        "bytes in flight": chip.multiprocessors * threads * a_logit.in_flight / LATENCY / a_logit.loaded,
+        "L2 misses": chip.bandwidth / moved,
+    }
+    bounds = {name: min(1.0, rate / roof) for name, rate in rates.items()}
+    return Prediction(chip.name, threads, resident_rows, reads, bounds, 1 / (roof * min(bounds.values())))

@@ -1,0 +1,96 @@
+"""The gate: which losses may be timed, because they are right and at a cost that the run can afford."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+
+from .providers import PROVIDERS, Loss, Provider
+from .workload import Case, tensors
+
+#: Largest error, relative to the largest true value: what PyTorch's own loss in that dtype may have, and a margin.
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-4, torch.float64: 1e-10}
+
+#: The upstream gradient. It is not 1, so that a loss which ignores it is found out.
+UPSTREAM = 0.5
+
+#: A loss whose time in the probe is more than this multiple of the baseline's is not measured at full size.
+SLOWEST = 8.0
+
+#: (N, V, D) of the comparison, which every peer accepts, and of the probe of cost.
+SMALL = {"logits": (64, 1000, 0), "linear": (64, 1000, 64)}
+PROBE = {"logits": (256, 8192, 0), "linear": (256, 8192, 256)}
+
+
+class Verdict(NamedTuple):
+    """The gate's word on a provider in a dtype. Only what is "green" is timed."""
+
+    provider: str
+    kind: str
+    dtype: str
+    status: str  # "green", "red", "slow" or "skipped"
+    reason: str = ""
+    probe: float | None = None  # time relative to the baseline's
+
+
+def judge(provider: Provider, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """Skips a loss with a reason, or compares it with the plain path in float64 and then probes its cost."""
+    subject = (provider.name, provider.kind, str(dtype).removeprefix("torch."))
+    reason = provider.missing(device, dtype)
+    if reason is not None:
+        return Verdict(*subject, "skipped", reason)
+    try:
+        wrong = fault(provider, device, dtype)
+        if wrong is not None:
+            return Verdict(*subject, "red", wrong)
+        ratio = _probe(provider, device, dtype)
+    except Exception as e:
+        return Verdict(*subject, "red", one_line(e))
+    if ratio > SLOWEST:
+        sizes = "x".join(str(size) for size in PROBE[provider.kind] if size)
+        return Verdict(*subject, "slow", f"{ratio:.0f} times the plain path's time at {sizes}", ratio)
+    return Verdict(*subject, "green", probe=ratio)
+
+
+def one_line(error: Exception) -> str:
+    """An error as a reason in a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": ")
+
+
+def fault(provider: Provider, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says how the loss or a gradient differs from float64; None if neither does."""
+    *inputs, target = tensors(_case(provider, SMALL, dtype), device)
+    wide = [x.detach().double().requires_grad_() for x in inputs]  # copied before a loss can overwrite them
+    true_loss = F.cross_entropy(wide[0] if len(wide) == 1 else F.linear(*wide), target)
+    true = (true_loss, *torch.autograd.grad(true_loss * UPSTREAM, wide))
+    loss = provider.build()(*inputs, target)
+    found = (loss, *torch.autograd.grad(loss, inputs, torch.full_like(loss, UPSTREAM)))
+    names = ("loss", "gradient of logits") if len(inputs) == 1 else ("loss", "gradient of hidden", "gradient of weight")
+    for name, ours, gt in zip(names, found, true, strict=True):
+        error, scale = (ours.double() - gt).abs().max().item(), gt.abs().max().item()
+        if not error <= TOLERANCE[dtype] * scale:  # the comparison is false for NaN
+            return f"{name} is off by {error:.2e}, the largest true value is {scale:.2e}"
+    return None
+
+
+def _probe(provider: Provider, device: torch.device, dtype: torch.dtype) -> float:
+    """Time of forward and backward relative to the baseline's: each the best of three, which a busy machine needs."""
+    baseline = PROVIDERS[provider.kind][0]
+    if provider == baseline:
+        return 1.0
+    *inputs, target = tensors(_case(provider, PROBE, dtype), device)
+
+    def seconds(loss: Loss) -> float:
+        names = {"run": lambda: torch.autograd.grad(loss(*inputs, target), inputs)}
+        timer = Timer("run()", globals=names, num_threads=torch.get_num_threads())
+        return min(timer.timeit(1).median for _ in range(3))
+
+    return seconds(provider.build()) / seconds(baseline.build())
+
+
+def _case(provider: Provider, sizes: dict[str, tuple[int, int, int]], dtype: torch.dtype) -> Case:
+    name = str(dtype).removeprefix("torch.")
+    return Case("gate", provider.kind, *sizes[provider.kind], 0.5, name, "both")

@@ -1,0 +1,155 @@
+"""The backends that compute the results of rows: what each of them offers, and which one runs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .operators import is_plain
+from .options import LossOptions, check_backend
+from .rows import Block, Rows, Saved, Upstream
+
+#: The sums over blocks of the vocabulary, (5, parts, N), and their argmax (parts, N), empty without statistics.
+Parts = tuple[Tensor, Tensor]
+
+
+class Backend(Protocol):
+    """The functions that a backend offers.
+
+    `x`, `probs`, `dx` and `dprobs` are (B, T, V) with any strides, `weight` is (V,) and contiguous, `target` is
+    (B * T,) int64 and contiguous; an ignored row has `target == options.ignore_index`.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        probs: Tensor | None,
+        options: LossOptions,
+        *,
+        with_stats: bool,
+    ) -> Rows:
+        """The results of all rows."""
+
+    def new_parts(self, x: Tensor, parts: int, with_stats: bool) -> Parts:
+        """Room for what `forward_part` leaves of `parts` blocks."""
+
+    def forward_part(
+        self,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        probs: Tensor | None,
+        options: LossOptions,
+        *,
+        parts: Parts,
+        part: int,
+        block: Block,
+        with_stats: bool,
+    ) -> None:
+        """Writes the sums over one block of the vocabulary into number `part` of `parts`."""
+
+    def combine(self, parts: Parts) -> Parts:
+        """The sums over all parts, as one part."""
+
+    def merge(self, target: Tensor, parts: Parts, options: LossOptions, *, with_stats: bool) -> Rows:
+        """The results of all rows, from all parts."""
+
+    def backward(
+        self,
+        upstream: Upstream,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        probs: Tensor | None,
+        saved: Saved,
+        options: LossOptions,
+        *,
+        dx: Tensor | None,
+        dprobs: Tensor | None,
+        block: Block | None,
+    ) -> None:
+        """Writes the gradients of kept rows, and zeros for ignored ones, into `dx` (which may be `x`) and `dprobs`.
+
+        Without a block, `x` has the whole vocabulary.
+        """
+
+    def forward_backward(
+        self,
+        upstream: Upstream,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        probs: Tensor | None,
+        options: LossOptions,
+        *,
+        dx: Tensor,
+        dz: Tensor | None,
+        with_stats: bool,
+    ) -> Rows:
+        """The results of all rows; writes the gradient of their scaled sum into `dx`, which may be `x`.
+
+        `upstream` has the scale of the losses; `dz` (N,) is that of `options.z_loss * lse**2`, None for no z-loss.
+        """
+
+    def scale(self, dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
+        """`dx * dloss * factor`, in place or into `out`; in place, a product of 1 moves nothing."""
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The backend, "triton" or "torch", for tensors on this device."""
+    check_backend(backend)
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
+
+
+def implementation(backend: str, device: torch.device) -> Backend:
+    """The module that runs on this device. It is asked for when it runs, never while tracing."""
+    if backend == "torch":
+        return torch_backend
+    try:
+        from .kernels import cross_entropy as module
+    except ImportError as error:
+        raise RuntimeError(
+            f'backend="triton" for tensors on {device} needs Triton, which cannot be imported ({error}): install it, '
+            f'or pass backend="torch"'
+        ) from error
+    kernels: Any = module
+    if device.type == "cpu" and not kernels.interpreted():
+        raise RuntimeError(
+            'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
+            'fused_ignore_ce is first used, or pass backend="torch"'
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f'backend="triton" expects CUDA tensors, got one on {device}; pass backend="torch"')
+    return kernels  # type: ignore[no-any-return]
+
+
+def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
+    """An out-of-range index is an IndexError on CPU; elsewhere the kernels assert on the device, without waiting."""
+    if target.device.type != "cpu":
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        raise IndexError(
+            f"target {target[wrong][0].item()} is out of bounds: expected a class in [0, {classes}) or "
+            f"ignore_index={ignore_index}"
+        )
+
+
+def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """A gradient from forward times what came in backward: over itself, unless backward may run again."""
+    if not is_plain(gradient):
+        return (gradient * factor.reshape(1)).to(gradient.dtype)
+    kernels = implementation(backend, gradient.device)
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        kernels.scale(gradient, None, factor)
+        return gradient
+    out = torch.empty_like(gradient)
+    kernels.scale(gradient, None, factor, out=out)
+    return out

@@ -1,0 +1,104 @@
+"""What became of a patched model's logits: which losses were fused, and what read them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+#: Packages whose frames are never the caller that a report names.
+_INTERNAL = ("torch", "fused_ignore_ce", "contextlib", "functools")
+
+
+@dataclass
+class FusedCalls:
+    """The calls of one kind of loss that were computed without logits."""
+
+    calls: int = 0
+    #: Positions of all calls together, ignored ones included.
+    tokens: int = 0
+    #: How many of those positions were ignored.
+    ignored: int = 0
+
+
+@dataclass
+class FusionReport:
+    """What a patched model's logits were used for since it was patched; `print` shows it as a table."""
+
+    #: By kind of loss, such as "cross_entropy" or "gather(log_softmax(logits))": calls that needed no logits.
+    fused: dict[str, FusedCalls] = field(default_factory=dict)
+    #: By kind of loss: calls of a loss of this package on logits that were there (no head that could be deferred).
+    on_logits: dict[str, FusedCalls] = field(default_factory=dict)
+    #: By "operation (file:line)": how often it made deferred logits be computed.
+    reads: dict[str, int] = field(default_factory=dict)
+    #: Bytes of the logits, in their dtype, that losses were taken of and that nobody read. Each is counted once.
+    bytes_not_allocated: int = 0
+
+    def add(self, other: FusionReport) -> None:
+        """Adds what another model's report counted."""
+        for mine, theirs in ((self.fused, other.fused), (self.on_logits, other.on_logits)):
+            for kind, count in theirs.items():
+                total = mine.setdefault(kind, FusedCalls())
+                total.calls += count.calls
+                total.tokens += count.tokens
+                total.ignored += count.ignored
+        for reader, times in other.reads.items():
+            self.reads[reader] = self.reads.get(reader, 0) + times
+        self.bytes_not_allocated += other.bytes_not_allocated
+
+    def __str__(self) -> str:
+        lines = []
+        for title, kinds in (("fused", self.fused), ("on logits", self.on_logits)):
+            for kind, count in kinds.items():
+                lines.append(
+                    f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {count.ignored} of them ignored"
+                )
+        lines += [f"logits read by {reader}: {times} times" for reader, times in self.reads.items()]
+        if not lines:
+            return "no loss was taken of this model's logits, and nothing read them"
+        if not self.reads:
+            lines.append("logits read: never")
+        return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])
+
+
+class Recorder:
+    """Counts while a model runs; counts of ignored tokens stay on their device until the report is asked for."""
+
+    def __init__(self) -> None:
+        self._fused: dict[str, list[Any]] = {}
+        self._on_logits: dict[str, list[Any]] = {}
+        self._reads: dict[str, int] = {}
+        self.bytes = 0
+
+    def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
+        """One call; `ignored` is a 0-d tensor, None for none."""
+        counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
+        counts[0] += 1
+        counts[1] += tokens
+        if ignored is not None:
+            before = counts[2].get(ignored.device)
+            counts[2][ignored.device] = ignored if before is None else before + ignored
+
+    def add_read(self, operation: str) -> None:
+        reader = f"{operation} ({caller()})"
+        self._reads[reader] = self._reads.get(reader, 0) + 1
+
+    def report(self) -> FusionReport:
+        def counted(kinds: dict[str, list[Any]]) -> dict[str, FusedCalls]:
+            return {
+                kind: FusedCalls(calls, tokens, sum(int(t) for t in ignored.values()))
+                for kind, (calls, tokens, ignored) in kinds.items()
+            }
+
+        return FusionReport(counted(self._fused), counted(self._on_logits), dict(self._reads), self.bytes)
+
+
+def caller() -> str:
+    """File and line of the code outside of PyTorch and this package that is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL:
+        frame = frame.f_back
+    return "backward" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

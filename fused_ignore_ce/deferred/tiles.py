@@ -1,0 +1,101 @@
+"""Values of logits' rows, computed a tile of rows at a time; backward computes the tiles again."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .expression import Expression, evaluate, leaves, substitute
+from .graph import refuse_create_graph
+
+#: Bytes of one tensor of a tile in float32, unless `memory_budget` is given; there are a few of them at a time.
+TILE_BYTES, TENSORS = 2**26, 8
+
+
+class _Work(NamedTuple):
+    reduction: Expression  # of detached tensors, which the tiles' are put in place of
+    places: list[int]  # their ids
+    by_rows: list[bool]
+    rows: int
+    tile: int
+
+    def tile_of(self, tensors: list[Tensor], start: int) -> list[Tensor]:
+        stop = min(start + self.tile, self.rows)
+        return [t[start:stop] if sliced else t for t, sliced in zip(tensors, self.by_rows, strict=True)]
+
+    def value(self, tile: list[Tensor]) -> list[Tensor]:
+        found = evaluate(substitute(self.reduction, dict(zip(self.places, tile, strict=True))), {})
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    @property
+    def starts(self) -> range:
+        return range(0, max(1, self.rows), self.tile)
+
+
+def by_tiles(reduction: Expression, memory_budget: int | None) -> Tensor | tuple[Tensor, ...]:
+    """The value of an expression whose last operation reduces the vocabulary, with the rows' dimensions in front."""
+    lead, V = reduction.shape[:-1], reduction.shape[-1]
+    rows = lead.numel()
+    found = {id(t): (t, sliced) for t, sliced in leaves(reduction)}
+    tensors = [t.reshape(rows, t.shape[-1]) if sliced else t for t, sliced in found.values()]
+    detached = [t.detach() for t in tensors]
+    size = TILE_BYTES if memory_budget is None else memory_budget // TENSORS
+    work = _Work(
+        substitute(reduction, dict(zip(found, detached, strict=True))),
+        [id(t) for t in detached],
+        [sliced for _, sliced in found.values()],
+        rows,
+        max(1, size // (4 * V)),
+    )
+    values = _Tiles.apply(work, *tensors)
+    values = tuple(value.view(*lead, *value.shape[1:]) for value in values)
+    return values[0] if len(values) == 1 else values
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Any:
+        ctx.work = work
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        tiles = [work.value(work.tile_of(list(tensors), start)) for start in work.starts]
+        values = tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
+        ctx.mark_non_differentiable(*(v for v in values if not v.is_floating_point()))
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        refuse_create_graph()
+        work, tensors = ctx.work, list(ctx.saved_tensors)
+        needed = ctx.needs_input_grad[1:]
+        given = [(i, g) for i, g in enumerate(upstream) if g is not None]
+        sums: list[Any] = [[] if sliced else None for sliced in work.by_rows]
+        for start in work.starts if given else ():
+            tile = [t.detach().requires_grad_(n) for t, n in zip(work.tile_of(tensors, start), needed, strict=True)]
+            with torch.enable_grad():
+                values = work.value(tile)
+            pairs = [(values[i], g[start : start + work.tile]) for i, g in given if values[i].requires_grad]
+            wanted = [t for t, n in zip(tile, needed, strict=True) if n]
+            values, gradients = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(values, wanted, gradients, materialize_grads=True))
+            for i, n in enumerate(needed):
+                if n:
+                    _add(sums, i, next(found))
+        grads = []
+        for t, n, total in zip(tensors, needed, sums, strict=True):
+            if isinstance(total, list):
+                total = torch.cat(total) if total else None
+            grads.append(total.to(t.dtype) if n and total is not None else None)
+        return None, *grads
+
+
+def _add(sums: list[Any], i: int, gradient: Tensor) -> None:
+    """Of tiles: gradients of rows side by side; others summed, in float32 at least."""
+    if isinstance(sums[i], list):
+        sums[i].append(gradient)
+    elif sums[i] is None:
+        sums[i] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    else:
+        sums[i] += gradient

@@ -1,0 +1,81 @@
+"""A scalar loss of logits whose gradient is computed along with it, so that the logits are read once.
+
+The gradient is held until backward, which multiplies it by whatever upstream gradient comes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .autograd import RowCall
+from .operators import is_plain, wants_grad
+from .options import ReductionOptions
+from .reduction import Scales, Targets, scaled_total
+from .rows import Logits, Rows, Upstream
+
+
+class _GradInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, logits: Logits, scales: Scales, call: RowCall, inplace: bool
+    ) -> tuple[Tensor, ...]:
+        kernels = backends.implementation(call.backend, x.device)
+        if logits.probs is None:
+            backends.check_targets(logits.target, call.options.ignore_index, x.shape[-1])
+        scale, z_scale, divisor = scales.loss, scales.z_loss, None
+        if x.dtype == torch.float16 and scales.divisor is not None:
+            # Divided afterwards: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
+            divisor = torch.as_tensor(scales.divisor, dtype=scale.dtype, device=x.device)
+            scale, z_scale = scale * divisor, None if z_scale is None else z_scale * divisor
+        dx = x.detach() if inplace else torch.empty_like(x)
+        rows = Rows(
+            *kernels.forward_backward(
+                Upstream(scale), *logits, call.options, dx=dx, dz=z_scale, with_stats=call.with_stats
+            )
+        )
+        if inplace:
+            torch.autograd.graph.increment_version(x)
+        ctx.save_for_backward(x if inplace else dx, divisor)
+        ctx.backend = call.backend
+        total = scaled_total(rows.loss, rows.lse, scales.loss, scales.z_loss, call.options.z_loss)
+        statistics = (rows.lse, rows.predicted, rows.entropy)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return total, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        if dtotal is None:
+            return (None,) * 5
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True is not supported with grad_in_forward=True: pass grad_in_forward=False"
+            )
+        dx, divisor = ctx.saved_tensors
+        factor = dtotal if divisor is None else dtotal / divisor
+        return backends.scaled(dx.detach(), factor, ctx.backend), None, None, None, None
+
+
+def total_with_gradient(
+    logits: Logits, scales: Scales, call: RowCall, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scaled total, lse, predicted, entropy); only the total is differentiable, in the logits."""
+    found = _GradInForward.apply(logits.x, logits, scales, call, inplace)  # type: ignore[no-untyped-call]
+    return found  # type: ignore[no-any-return]
+
+
+def can_compute_in_forward(logits: Logits, targets: Targets, reduction: ReductionOptions, call: RowCall) -> bool:
+    """Whether the scale of every row is known in forward, and logits are all that the loss is differentiated in."""
+    constants = (logits.probs, targets.token_weight, reduction.normalizer)
+    return (
+        call.group is None
+        and reduction.reduction != "none"
+        and reduction.return_stats != "differentiable"
+        and is_plain(logits.x)
+        and wants_grad(logits.x)
+        and not any(isinstance(t, Tensor) and t.requires_grad for t in constants)
+    )

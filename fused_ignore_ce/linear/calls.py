@@ -1,0 +1,91 @@
+"""A call of the linear loss below its public functions: its operands and options, its plan, the agreement of ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import distributed
+from ..backends import check_targets
+from ..distributed import Shard
+from ..options import LossOptions, schema_of
+from .gradients import Wanted
+from .plan import LinearPlan, Sizes, choose
+from .tiles import Operands, Tiles
+
+
+class LinearCall(NamedTuple):
+    """What is the same for all rows of a call."""
+
+    options: LossOptions
+    with_stats: bool
+    backend: str
+    group: str | None  # the name of the process group that the vocabulary is sharded over
+    dtype: torch.dtype  # of the matrix products
+    memory_budget: int | None
+    gathered: bool  # whether some rows are ignored, so that the kept ones are a copy
+
+
+OPERANDS_SCHEMA = "Tensor h, Tensor w, Tensor? b, Tensor target, Tensor? weight, Tensor? probs"
+CALL_SCHEMA = schema_of(LinearCall)
+OPERANDS = len(Operands._fields)
+
+
+def plan_of(operands: Operands, call: LinearCall, wanted: Wanted, *, recompute: bool) -> LinearPlan:
+    """The plan for these sizes: the same whenever it is asked for."""
+    h, w, probs = operands.h, operands.w, operands.probs
+    sizes = Sizes(
+        N=h.shape[0],
+        V=w.shape[0],
+        D=h.shape[1],
+        dtype=call.dtype,
+        input_dtype=h.dtype,
+        weight_dtype=w.dtype,
+        device=h.device.type,
+        dinput=wanted.h,
+        dweight=wanted.w,
+        gathered=call.gathered,
+        recompute=recompute,
+        probs=probs is not None,
+        ranks=1 if call.group is None else distributed.group_named(call.group).size(),
+    )
+    return choose(sizes, call.memory_budget)
+
+
+def agreed_shard(operands: Operands, call: LinearCall) -> Shard | None:
+    """What the ranks agree on; without a group, the targets are checked instead."""
+    h, w, _, target, weight, probs = operands
+    options = call.options
+    if call.group is None:
+        if probs is None:
+            check_targets(target, options.ignore_index, w.shape[0])
+        return None
+    same = (h.dtype, h.shape[1], probs is None, tuple(options), call.with_stats, weight is None)
+    index = target if probs is None else None
+    return distributed.agree(call.group, w.shape[0], index, options.ignore_index, len(target), same)
+
+
+def tiles_of(operands: Operands, call: LinearCall, plan: LinearPlan, shard: Shard | None) -> Tiles:
+    return Tiles(
+        operands,
+        call.options,
+        plan,
+        dtype=call.dtype,
+        backend=call.backend,
+        with_stats=call.with_stats,
+        shard=shard,
+    )
+
+
+def no_autocast(operands: Operands) -> torch.autocast:
+    """Operands have their dtypes already; autocast would cast what is summed in float32."""
+    return torch.autocast(operands.h.device.type, enabled=False)
+
+
+def refuse_create_graph() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph=True is not supported by fused_linear_cross_entropy; it is by "
+            "fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target)"
+        )

@@ -1,0 +1,240 @@
+"""The linear loss, checked: which rows are computed, by which operator, and how they are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..arguments import LinearTensors, check_linear, holds_probabilities
+from ..autograd import RowResults
+from ..distributed import Replicated
+from ..operators import is_plain, may_wait, refuse_transforms
+from ..options import LossOptions, ReductionOptions, budget_bytes
+from ..reduction import (
+    Scales,
+    Targets,
+    loss_dtype_of,
+    prepare_targets,
+    reduce_rows,
+    scaled_total,
+    scales,
+    statistics,
+    weight_of_target,
+)
+from ..rows import acc_dtype
+from .calls import LinearCall, plan_of
+from .gradients import Wanted
+from .plan import ONE_BLOCK, TOKEN_CHUNKS, operand_dtype
+from .row_results import row_results
+from .scaled_sum import ScaledSum, scaled_sum
+from .sweep import Scale
+from .tiles import Operands
+
+
+class Position(NamedTuple):
+    """One of the d1 * ... * dK sets of logits that rows of hidden states have: its kept rows."""
+
+    operands: Operands
+    scale: Scale | None  # None for reduction="none"
+    rows: Tensor | None  # which of all rows are kept; None where `operands` has all of them
+    call: LinearCall
+
+    @property
+    def wanted(self) -> Wanted:
+        wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in self.operands]
+        h, w, b, _, _, probs = wants
+        return Wanted(h, w, b, probs)
+
+
+class LinearProblem(NamedTuple):
+    """All that the loss of hidden states depends on, checked."""
+
+    positions: list[Position]
+    targets: Targets  # of all rows and positions; the positions of a row follow one another
+    scales: Scales | None  # None for reduction="none"
+    divides_by_weights_of_ranks: bool  # by the class weights of targets, which come with the rows of all ranks
+    reduction: ReductionOptions
+    loss_dtype: torch.dtype
+    at_once: bool  # whether gradients are computed in forward
+
+    def loss(self) -> Any:
+        """The loss, or (loss, LossStats)."""
+        targets, reduction, call = self.targets, self.reduction, self.positions[0].call
+        found: Sequence[ScaledSum | RowResults]
+        if self.at_once:
+            found = sums = [_scaled_sum(position) for position in self.positions]
+            loss = self._total([each.total for each in sums])
+        else:
+            found = rows = [row_results(position.operands, position.call) for position in self.positions]
+            if self.scales is None or self.divides_by_weights_of_ranks:
+                of_ranks = self._joined(rows, "target_weight") if self.divides_by_weights_of_ranks else None
+                of_all = (self._joined(rows, "loss"), self._joined(rows, "lse"))
+                loss = reduce_rows(*of_all, targets, reduction, call.options.z_loss, of_ranks)
+            else:
+                # Over kept rows, as in `scaled_sum`: ranks that choose different plans return the same bits.
+                loss = self._total(
+                    [_total(position, each) for position, each in zip(self.positions, rows, strict=True)]
+                )
+        loss = loss.to(self.loss_dtype)
+        if not call.with_stats:
+            return loss
+        if call.group is not None and self.positions[0].operands.probs is not None:
+            targets = targets._replace(target=self._joined(found, "likeliest"))
+        lse, predicted, entropy = (self._joined(found, name) for name in ("lse", "predicted", "entropy"))
+        return loss, statistics(targets, reduction, lse, predicted, entropy)
+
+    def _total(self, totals: list[Tensor]) -> Tensor:
+        loss = torch.stack(totals).sum()
+        nothing = None if self.scales is None else self.scales.nothing
+        return loss if nothing is None else loss + nothing
+
+    def _joined(self, found: Sequence[ScaledSum | RowResults], name: str) -> Tensor:
+        """A field of the results for all rows and positions: what the kept rows have, among zeros for the others."""
+        N = len(self.targets.target) // len(self.positions)
+        spread = [
+            _spread(getattr(each, name), position.rows, N) for each, position in zip(found, self.positions, strict=True)
+        ]
+        return torch.stack(spread, -1).flatten()
+
+
+def _spread(values: Tensor, rows: Tensor | None, N: int) -> Tensor:
+    return values if rows is None else values.new_zeros(N).index_copy(0, rows, values)
+
+
+def _total(position: Position, rows: RowResults) -> Tensor:
+    assert position.scale is not None
+    return scaled_total(rows.loss, rows.lse, *position.scale, position.call.options.z_loss)
+
+
+def _scaled_sum(position: Position) -> ScaledSum:
+    assert position.scale is not None
+    return scaled_sum(position.operands, position.scale, position.wanted, position.call)
+
+
+def linear_problem(
+    tensors: LinearTensors,
+    ids: tuple[int, ...],
+    options: LossOptions,
+    reduction: ReductionOptions,
+    memory_budget: int | str | None,
+    backend: str,
+    group: str | None,
+) -> LinearProblem:
+    """Checks the tensors, and selects the rows that are computed."""
+    input, linear_weight, target, linear_bias, weight, token_weight, _ = tensors
+    sizes = check_linear(input, linear_weight, target, linear_bias, weight)
+    refuse_transforms(input, linear_weight, linear_bias, target if holds_probabilities(target) else None)
+    with_stats = bool(reduction.return_stats)
+    # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
+    targets = prepare_targets(
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
+    )
+    weight = None if weight is None else weight.contiguous()
+    shares = (
+        weight_of_target(targets, weight, target if holds_probabilities(target) else None) if group is None else None
+    )
+    row_scales = None
+    if reduction.reduction != "none":
+        row_scales = scales(targets, reduction, options.z_loss, shares)
+    dtype = input.dtype
+    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
+    call = LinearCall(
+        options,
+        with_stats,
+        backends.choose(backend, input.device),
+        group,
+        operand_dtype(dtype, input.device),
+        budget_bytes(memory_budget),
+        gathered=False,
+    )
+    positions = _positions(tensors._replace(weight=weight), targets, row_scales, call)
+    divides_by_weights_of_ranks = (
+        group is not None
+        and weight is not None
+        and not holds_probabilities(target)
+        and reduction.reduction == "mean"
+        and reduction.normalizer is None
+    )
+    # Not where a gradient of float16 would be scaled only after it was rounded, nor where statistics have gradients.
+    early = (
+        row_scales is not None
+        and not divides_by_weights_of_ranks
+        and dtype != torch.float16
+        and reduction.return_stats != "differentiable"
+    )
+    in_forward = [_in_forward(position, early) for position in positions]
+    return LinearProblem(
+        positions,
+        targets,
+        row_scales,
+        divides_by_weights_of_ranks,
+        reduction,
+        loss_dtype_of(reduction, input, target, weight),
+        all(in_forward),
+    )
+
+
+def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, call: LinearCall) -> list[Position]:
+    input, linear_weight, target, linear_bias, weight, token_weight, sum_dinput = tensors
+    C, *inner, D = linear_weight.shape
+    N, P = input.shape[:-1].numel(), torch.Size(inner).numel()
+    probs = target.reshape(N, C, P).movedim(1, 2) if holds_probabilities(target) else None
+    may_be_ignored = probs is None or token_weight is not None
+    h = input.reshape(N, D)
+    if call.group is not None and sum_dinput:
+        h = Replicated.apply(h, call.group)  # type: ignore[no-untyped-call]
+    heads = linear_weight.reshape(C, P, D).unbind(1) if inner else [linear_weight]
+    positions = []
+    for p, w in enumerate(heads):
+        operands = Operands(
+            h,
+            w,
+            None if linear_bias is None else linear_bias.reshape(C, P)[:, p],
+            targets.target.view(N, P)[:, p].contiguous(),
+            weight,
+            None if probs is None else probs[:, p],
+        )
+        scale = None
+        if scales is not None:
+            rows_z = None if scales.z_loss is None else scales.z_loss.view(N, P)[:, p]
+            scale = Scale(scales.loss.view(N, P)[:, p], rows_z)
+        positions.append(_kept(Position(operands, scale, None, call), may_be_ignored))
+    return positions
+
+
+def _kept(position: Position, may_be_ignored: bool) -> Position:
+    """The kept rows only, or where their number cannot be asked for, all rows with zeros for the ignored ones."""
+    operands, scale, _, call = position
+    if not may_be_ignored:
+        return position
+    kept = operands.target != call.options.ignore_index
+    if operands.probs is None and may_wait(operands.h):
+        rows = kept.nonzero().squeeze(1)
+        if len(rows) == len(kept):
+            return position
+        h, target = operands.h.index_select(0, rows), operands.target.index_select(0, rows)
+        if scale is not None:
+            rows_z = None if scale.rows_z is None else scale.rows_z.index_select(0, rows)
+            scale = Scale(scale.rows.index_select(0, rows), rows_z)
+        return Position(operands._replace(h=h, target=target), scale, rows, call._replace(gathered=True))
+    # Selected, not multiplied by 0: nothing of an ignored row reaches a matrix product.
+    h = torch.where(kept.unsqueeze(1), operands.h, 0.0)
+    return Position(operands._replace(h=h), scale, None, call._replace(gathered=True))
+
+
+def _in_forward(position: Position, early: bool) -> bool:
+    """Whether the plan computes gradients in forward, if it may. A memory budget that is too small is an error here."""
+    operands, _, _, call = position
+    wanted = position.wanted
+    early = early and not wanted.probs
+    if not any(wanted):
+        return early
+    if not is_plain(operands.h):  # sizes may be symbolic, and are not looked at
+        return early and call.memory_budget is None
+    plan = plan_of(operands, call, wanted, recompute=not early).plan
+    return early and (plan == ONE_BLOCK or (plan == TOKEN_CHUNKS and call.group is None))

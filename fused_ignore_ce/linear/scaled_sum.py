@@ -1,0 +1,155 @@
+"""A scaled sum of row losses from hidden states. Its gradients come from forward: three matrix products.
+
+An autograd.Function, and an operator for where it is traced; both of them only scale the gradients in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autograd import RowResults, fake_results
+from ..backends import scaled
+from ..distributed import Merged
+from ..operators import is_plain, wants_grad
+from ..options import flatten, unflatten
+from ..reduction import scaled_total
+from ..rows import Rows
+from .calls import (
+    CALL_SCHEMA,
+    OPERANDS,
+    OPERANDS_SCHEMA,
+    LinearCall,
+    agreed_shard,
+    no_autocast,
+    plan_of,
+    refuse_create_graph,
+    tiles_of,
+)
+from .gradients import Gradients, Wanted
+from .sweep import Scale, losses, losses_and_gradients
+from .tiles import Operands
+
+
+class ScaledSum(NamedTuple):
+    """The sum of `scale.rows * loss + scale.rows_z * z_loss * lse**2`, the only differentiable field, and its rows."""
+
+    total: Tensor  # 0-d
+    loss: Tensor
+    lse: Tensor
+    entropy: Tensor
+    predicted: Tensor
+    target_weight: Tensor
+    likeliest: Tensor
+    # The gradients for an upstream gradient of 1; empty where not needed.
+    dh: Tensor
+    dw: Tensor
+    db: Tensor
+
+
+def _forward(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCall) -> ScaledSum:
+    shard = agreed_shard(operands, call)
+    plan = plan_of(operands, call, wanted, recompute=False)
+    with no_autocast(operands):
+        tiles = tiles_of(operands, call, plan, shard)
+        found: Rows | Merged
+        gradients = Gradients(None, None, None, None)
+        if any(wanted):
+            found, gradients = losses_and_gradients(tiles, scale, wanted)
+        else:
+            found = losses(tiles)
+    results = RowResults.of(found) if isinstance(found, Rows) else RowResults.of_group(*found, found.rows.lse)
+    given = [operands.h.new_empty(0) if each is None else each for each in gradients[:3]]
+    return _summed(results, scale, call, *given)
+
+
+def _summed(results: RowResults, scale: Scale, call: LinearCall, *gradients: Tensor) -> ScaledSum:
+    total = scaled_total(results.loss, results.lse, *scale, call.options.z_loss)
+    of_rows = (results.loss, results.lse, results.entropy, results.predicted)
+    return ScaledSum(total, *of_rows, results.target_weight, results.likeliest, *gradients)
+
+
+@torch.library.custom_op(
+    "fused_ignore_ce::linear_cross_entropy_sum",
+    mutates_args=(),
+    schema=f"({OPERANDS_SCHEMA}, Tensor scale, Tensor? scale_z, bool need_dh, bool need_dw, bool need_db, "
+    f"{CALL_SCHEMA}) -> (" + ", ".join(["Tensor"] * len(ScaledSum._fields)) + ")",
+)
+def _operator(*args: Any) -> tuple[Tensor, ...]:
+    operands, scale = Operands(*args[:OPERANDS]), Scale(*args[OPERANDS : OPERANDS + 2])
+    need_dh, need_dw, need_db, *call = args[OPERANDS + 2 :]
+    return tuple(_forward(operands, scale, Wanted(need_dh, need_dw, need_db), unflatten(LinearCall, tuple(call))))
+
+
+@_operator.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    operands, scale = Operands(*args[:OPERANDS]), Scale(*args[OPERANDS : OPERANDS + 2])
+    *needed, call = *args[OPERANDS + 2 : OPERANDS + 5], unflatten(LinearCall, args[OPERANDS + 5 :])
+    results = fake_results(operands.h, operands.h.shape[0], call, operands.weight, operands.probs)
+    gradients = [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if need and t is not None
+        else results.loss.new_empty(0)
+        for t, need in zip(operands[:3], needed, strict=True)
+    ]
+    return tuple(_summed(results, scale, call, *gradients))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    results = ScaledSum(*output)
+    ctx.save_for_backward(results.loss, results.lse, results.dh, results.dw, results.db)
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if dtotal is None:
+        return tuple(gradients)
+    refuse_create_graph()
+    loss, lse, *found = ctx.saved_tensors  # asked for once, see CrossEntropyRows
+    for i, gradient in enumerate(found):
+        if ctx.needs_input_grad[i]:
+            gradients[i] = scaled(gradient, dtotal, ctx.backend)
+    if ctx.needs_input_grad[OPERANDS]:
+        gradients[OPERANDS] = loss * dtotal
+    if ctx.needs_input_grad[OPERANDS + 1]:
+        gradients[OPERANDS + 1] = lse.square() * (ctx.z_loss * dtotal)
+    return tuple(gradients)
+
+
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output)
+    call = unflatten(LinearCall, inputs[OPERANDS + 5 :])
+    ctx.z_loss, ctx.backend = call.options.z_loss, call.backend
+
+
+_operator.register_autograd(_backward, setup_context=_save_operator)
+
+
+class _Function(torch.autograd.Function):
+    """The same for plain tensors in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        operands, scale = Operands(*inputs[:OPERANDS]), Scale(*inputs[OPERANDS : OPERANDS + 2])
+        wanted, call = inputs[OPERANDS + 2 :]
+        output = tuple(_forward(operands, scale, wanted, call))
+        _save(ctx, inputs, output)
+        ctx.z_loss, ctx.backend = call.options.z_loss, call.backend
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)
+
+
+def scaled_sum(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCall) -> ScaledSum:
+    """The scaled sum of all rows' losses."""
+    if not is_plain(operands.h):
+        return ScaledSum(*_operator(*operands, *scale, *wanted[:3], *flatten(call)))
+    if wants_grad(operands.h, operands.w, operands.b, *scale):
+        return ScaledSum(*_Function.apply(*operands, *scale, wanted, call))  # type: ignore[no-untyped-call]
+    return _forward(operands, scale, wanted, call)

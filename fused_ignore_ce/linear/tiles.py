@@ -1,0 +1,128 @@
+"""The tiles of logits that a plan makes: their matrix product, and the results of their rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..backends import Backend, Parts, implementation
+from ..distributed import Merged, Shard
+from ..options import LossOptions
+from ..rows import Block, Rows
+from .plan import LinearPlan
+
+
+class Operands(NamedTuple):
+    """The problem: rows h with logits h @ w.T + b. Ignored rows are zero in h."""
+
+    h: Tensor  # (N, D)
+    w: Tensor  # (V, D)
+    b: Tensor | None  # (V,)
+    target: Tensor  # (N,) int64
+    weight: Tensor | None  # (V,)
+    probs: Tensor | None  # (N, V)
+
+
+class Tiles:
+    """The tiles of logits, which exist one after the other in one buffer."""
+
+    def __init__(
+        self,
+        operands: Operands,
+        options: LossOptions,
+        plan: LinearPlan,
+        *,
+        dtype: torch.dtype,
+        backend: str,
+        with_stats: bool,
+        shard: Shard | None,
+    ) -> None:
+        """`dtype` is that of the matrix products. With a shard, the operands are this rank's."""
+        self.N, V = len(operands.h), len(operands.w)
+        rows_a_chunk, classes_a_block = plan.tile(self.N, V)
+        self.chunks, self.blocks = slices_of(self.N, rows_a_chunk), slices_of(V, classes_a_block)
+        h, w = operands.h.to(dtype), operands.w
+        if len(self.blocks) == 1:
+            w = w.to(dtype)
+        self.given, self.operands = operands, operands._replace(h=h, w=w)
+        self.buffer = h.new_empty(min(rows_a_chunk, self.N) * min(classes_a_block, V))
+        self.kernels: Backend = implementation(backend, h.device)
+        self.options, self.with_stats, self.shard = options, with_stats, shard
+        self.of_rank = Block(0, V) if shard is None else shard.block
+        self.cast: tuple[slice, Tensor] | None = None
+
+    def tile(self, rows: slice, block: slice) -> Tensor:
+        """The part of the buffer that holds this tile, (rows, classes)."""
+        n, v = rows.stop - rows.start, block.stop - block.start
+        return self.buffer[: n * v].view(n, v)
+
+    def weight_of(self, block: slice) -> Tensor:
+        """The rows of the head for a block of the vocabulary, in the dtype of the matrix products."""
+        if self.cast is None or self.cast[0] != block:
+            self.cast = None  # its memory is free before the next one is made
+            self.cast = (block, self.operands.w[block].to(self.operands.h.dtype))
+        return self.cast[1]
+
+    def logits(self, rows: slice, block: slice) -> Tensor:
+        out, h, b = self.tile(rows, block), self.operands.h[rows], self.operands.b
+        if b is None:
+            return torch.mm(h, self.weight_of(block).t(), out=out)
+        return torch.addmm(b[block].to(h.dtype), h, self.weight_of(block).t(), out=out)
+
+    def arguments(self, rows: slice, block: slice) -> tuple[Tensor, Tensor | None, Tensor | None, LossOptions]:
+        """(target, weight, probs, options) of a tile, as a backend takes them."""
+        _, _, _, target, weight, probs = self.operands
+        return (
+            target[rows],
+            None if weight is None else weight[block],
+            None if probs is None else probs[rows, block].unsqueeze(0),
+            self.options,
+        )
+
+    def block_of(self, block: slice) -> Block:
+        return Block(self.of_rank.first_class + block.start, self.of_rank.classes)
+
+    def rows_of(self, rows: slice) -> Rows:
+        """The results of a chunk of rows; with one block, their logits stay in the buffer."""
+        if len(self.blocks) == 1:
+            x = self.logits(rows, self.blocks[0]).unsqueeze(0)
+            arguments = self.arguments(rows, self.blocks[0])
+            return Rows(*self.kernels.forward(x, *arguments, with_stats=self.with_stats))
+        parts = self.parts_of(rows)
+        target = self.operands.target[rows]
+        return Rows(*self.kernels.merge(target, parts, self.options, with_stats=self.with_stats))
+
+    def parts_of(self, rows: slice) -> Parts:
+        """The sums over each block of the vocabulary."""
+        parts = None
+        for i, block in enumerate(self.blocks):
+            x = self.logits(rows, block).unsqueeze(0)
+            parts = parts or self.kernels.new_parts(x, len(self.blocks), self.with_stats)
+            self.kernels.forward_part(
+                x,
+                *self.arguments(rows, block),
+                parts=parts,
+                part=i,
+                block=self.block_of(block),
+                with_stats=self.with_stats,
+            )
+        assert parts is not None
+        return parts
+
+    def merged_over_ranks(self, shard: Shard) -> Merged:
+        """The results of all rows, from the sums over every rank's shard."""
+        # Written into place, see `_joined`.
+        parts = self.kernels.new_parts(self.operands.h.new_empty((1, self.N, 0)), 1, self.with_stats)
+        for rows in self.chunks:
+            for whole, part in zip(parts, self.kernels.combine(self.parts_of(rows)), strict=True):
+                if whole.shape[-1]:
+                    whole[..., rows] = part
+        return distributed.merge(self.kernels, shard, parts, self.operands[3:], self.options, self.with_stats)
+
+
+def slices_of(size: int, step: int) -> list[slice]:
+    """At least one, so that empty sums are made too."""
+    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), max(step, 1))]

@@ -1,0 +1,47 @@
+"""How a differentiable function of ours is called: directly on plain tensors, or as an operator where it is traced.
+
+An operator of `torch.library` is what torch.compile, tensor subclasses and dispatch modes can see. Its first call
+imports the compiler, and every call pays for the dispatch; plain tensors in eager mode go through an
+`autograd.Function` with the same forward and backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is eager data: not traced, no tensor subclass, under no dispatch mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def may_wait(x: Tensor) -> bool:
+    """Whether the values of a tensor like x may be looked at, which waits for the device."""
+    return is_plain(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Reverse mode only: other transforms would be slow here or, in a kernel, lose their derivative silently."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "torch.func transforms are not supported by fused_ignore_ce: use torch.autograd, or F.cross_entropy there"
+        )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+        for t in tensors
+    ):
+        raise NotImplementedError(
+            "forward-mode differentiation is not supported by fused_ignore_ce: use reverse mode, or F.cross_entropy"
+        )

@@ -1,0 +1,236 @@
+"""The options of a loss as objects that travel from the caller to the kernel. A leaf: it imports nothing of ours."""
+
+from __future__ import annotations
+
+import math
+import operator
+import types
+import typing
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+Backend = Literal["auto", "triton", "torch"]
+REDUCTIONS: tuple[Reduction, ...] = typing.get_args(Reduction)
+BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
+
+
+class RowKeywords(TypedDict, total=False):
+    """The keywords that every loss takes."""
+
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float
+    z_loss: float
+    loss_dtype: torch.dtype | None
+    backend: str
+
+
+class ModelKeywords(RowKeywords, total=False):
+    """The options that `patch_model` adds to the cross entropies of a model."""
+
+    weight: Tensor | None
+
+
+class CausalLMKeywords(RowKeywords, total=False):
+    """The options that `fused_causal_lm_loss` hands on to `fused_cross_entropy`."""
+
+    weight: Tensor | None
+    reduction: str
+    token_weight: Tensor | None
+    inplace_backward: bool
+    grad_in_forward: bool
+    return_stats: bool | Literal["differentiable"]
+    process_group: Any
+
+
+class CrossEntropyKeywords(RowKeywords, total=False):
+    """The keywords of `fused_cross_entropy` that do not change the type of its result."""
+
+    ignore_index: int | Collection[int]
+    reduction: str
+    token_weight: Tensor | None
+    normalizer: float | Tensor | None
+    inplace_backward: bool
+    grad_in_forward: bool
+    process_group: Any
+
+
+class LinearCausalLMKeywords(RowKeywords, total=False):
+    """The options that `fused_linear_causal_lm_loss` hands on to `fused_linear_cross_entropy`."""
+
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    memory_budget: int | str | None
+    process_group: Any
+
+
+class LinearKeywords(RowKeywords, total=False):
+    """The keywords of `fused_linear_cross_entropy` that do not change the type of its result."""
+
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    ignore_index: int | Collection[int] | None
+    reduction: str
+    token_weight: Tensor | None
+    normalizer: float | Tensor | None
+    memory_budget: int | str | None
+    process_group: Any
+
+
+class LossOptions(NamedTuple):
+    """The scalar options of a loss. `ignore_index` is the one id that marks ignored rows in prepared targets."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+
+    def checked(self) -> LossOptions:
+        """The same options as plain numbers, or an error that names the one that is wrong."""
+        _, label_smoothing, softcap, logit_scale, z_loss = self
+        if not torch.compiler.is_compiling():  # there they may be symbols
+            _check_number("label_smoothing", label_smoothing)
+            _check_number("softcap", softcap)
+            _check_number("logit_scale", logit_scale)
+            _check_number("z_loss", z_loss)
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+        if softcap is not None and not softcap > 0.0:
+            raise ValueError(f"softcap: expected a number above 0 or None, got {softcap!r}")
+        return LossOptions(
+            self.ignore_index,
+            float(label_smoothing),
+            None if softcap is None else float(softcap),
+            float(logit_scale),
+            float(z_loss),
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None and name == "softcap":
+        return
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if math.isinf(value) or (math.isnan(value) and name in ("logit_scale", "z_loss")):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+class ReductionOptions(NamedTuple):
+    """How the losses of rows become what the caller gets."""
+
+    reduction: str = "mean"
+    normalizer: float | Tensor | None = None
+    return_stats: bool | str = False
+    loss_dtype: torch.dtype | None = None
+
+    def checked(self) -> ReductionOptions:
+        """The same options, or an error that names the one that is wrong."""
+        reduction, normalizer, return_stats, loss_dtype = self
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {REDUCTIONS}")
+        if normalizer is not None:
+            _check_normalizer(reduction, normalizer)
+        if not isinstance(return_stats, bool) and return_stats != "differentiable":
+            raise ValueError(f'return_stats: expected False, True or "differentiable", got {return_stats!r}')
+        if loss_dtype is not None and not (isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point):
+            raise TypeError(f"loss_dtype: expected a floating-point torch.dtype or None, got {loss_dtype!r}")
+        return self
+
+
+def _check_normalizer(reduction: str, normalizer: Any) -> None:
+    if reduction != "mean":
+        raise ValueError(f'normalizer: divides the sum of reduction="mean" only, got reduction="{reduction}"')
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+    elif not hasattr(normalizer, "__float__") or isinstance(normalizer, bool):
+        raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
+
+
+def ignored_ids(ignore_index: int | Collection[int] | None) -> tuple[int, ...]:
+    """`ignore_index` as a tuple of ints without repetitions; None means -100, as in `nn.LinearCrossEntropyLoss`."""
+    given: Any = -100 if ignore_index is None else ignore_index
+    if not isinstance(given, Collection) or isinstance(given, (Tensor, str, bytes)):
+        given = (given,)
+    try:
+        if any(isinstance(i, bool) for i in given):
+            raise TypeError
+        ids = tuple(dict.fromkeys(operator.index(i) for i in given))
+    except TypeError:
+        hint = "; pass ignore_index.tolist()" if isinstance(ignore_index, Tensor) else ""
+        raise TypeError(f"ignore_index: expected an int or a collection of ints, got {ignore_index!r}{hint}") from None
+    if not ids:
+        raise ValueError("ignore_index: expected at least one id, got an empty collection")
+    return ids
+
+
+def check_temperature(temperature: float) -> None:
+    _check_number("temperature", temperature)
+    if not temperature > 0.0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}{rest}": 1024**power for power, letter in enumerate("kmgt", 1) for rest in ("", "b", "ib")}
+
+
+def budget_bytes(memory_budget: int | str | None) -> int | None:
+    """`memory_budget` as a number of bytes; a string may have a unit, "512MiB" or "512M", in powers of 1024."""
+    if memory_budget is None or (isinstance(memory_budget, int) and not isinstance(memory_budget, bool)):
+        return memory_budget
+    if isinstance(memory_budget, str):
+        text = memory_budget.strip().lower()
+        number = text.rstrip("kmgtib ")
+        unit = _UNITS.get(text[len(number) :].strip())
+        try:
+            if unit is not None and math.isfinite(float(number)):
+                return int(float(number) * unit)
+        except ValueError:
+            pass
+    raise TypeError(
+        'memory_budget: expected a number of bytes, an int or a string such as "512MiB", or None, got '
+        f"{memory_budget!r}"
+    )
+
+
+# An operator of `torch.library` takes no objects: the fields of a call are flattened for it, options first.
+
+_Call = TypeVar("_Call", bound=tuple[Any, ...])
+_SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType"}
+
+
+def schema_of(call: type[tuple[Any, ...]]) -> str:
+    """The operator schema of a NamedTuple's fields: its first field is a `LossOptions`, the others are scalars."""
+    hints = {**typing.get_type_hints(LossOptions), **typing.get_type_hints(call)}
+    del hints["options"]
+    return ", ".join(f"{_schema_type(hint)} {name}" for name, hint in hints.items())
+
+
+def _schema_type(hint: Any) -> str:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        inner, none = typing.get_args(hint)
+        assert none is type(None)
+        return f"{_SCHEMA_TYPES[inner]}?"
+    return _SCHEMA_TYPES[hint]
+
+
+def flatten(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The scalars of a call, in the order of `schema_of`."""
+    return (*call[0], *call[1:])
+
+
+def unflatten(call: type[_Call], scalars: tuple[Any, ...]) -> _Call:
+    """The call from its scalars."""
+    count = len(LossOptions._fields)
+    return call(LossOptions(*scalars[:count]), *scalars[count:])

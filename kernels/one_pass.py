@@ -1,0 +1,80 @@
+"""Loss and gradient in one launch: each row comes from device memory once.
+
+A program walks a row forward for its sums and backwards for its gradient. The second read finds the row in the L2
+cache as long as the rows in flight fit into it, which is why there are no more programs than `one_pass_launch` says,
+each of which takes one row after the other.
+"""
+
+import triton
+import triton.language as tl
+
+from .device_math import LN2, exponent, fused_multiply_add, loss_options, used_logits, weighted
+from .gradient import row_terms, upstream_of, write_gradient, write_zeros
+from .sums import row_sums, store_kept, store_row, target_weight
+from .tiles import row_start, tile_offsets
+
+
+@triton.jit(do_not_specialize=["N", "T", "ignore_index"])
+def one_pass_kernel(
+    x_ptr,  # (B, T, V)
+    dx_ptr,  # (B, T, V), may be x itself
+    target_ptr,  # (N,) int64, N = B * T
+    weight_ptr,  # (V,) or None
+    rows_out,  # where `store_row` writes
+    upstream,  # see `upstream_of`, with dz (or None) in place of dlse
+    N,
+    T,
+    V,
+    strides,  # of x, dx (each of B, T and V), and of upstream
+    ignore_index: tl.int64,
+    smoothing: tl.float64,
+    scale: tl.float64,
+    cap: tl.float64,
+    z_loss: tl.float64,
+    TILE: tl.constexpr,  # (1, CHUNKS, LANES, WIDTH)
+    OPTIONS: tl.constexpr,  # (HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP)
+):
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
+    HAS_STATS: tl.constexpr = rows_out[5] is not None
+    NO_PROBS: tl.constexpr = None
+    strides_x, strides_dx, strides_upstream = strides
+    offs = tile_offsets(TILE[1], TILE[2], TILE[3])
+    hard, soft, curve, steep = loss_options(V, smoothing, scale, cap, NO_PROBS, ACC, OPTIONS)
+    everywhere = tl.full((), True, tl.int1)
+
+    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+        b, t = row // T, row % T
+        x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
+        dx_row = row_start(dx_ptr, b, t, strides_dx, TILE[3])
+        target = tl.load(target_ptr + row)
+        if target == ignore_index:
+            store_row(rows_out, row, N, everywhere, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
+            write_zeros(dx_row, strides_dx[2], 0, V, offs, BLOCK_V)
+        else:
+            own = (target >= 0) & (target < V)
+            x_target = tl.load(x_row + target * strides_x[2], mask=own, other=0.0)
+            w_target = target_weight(weight_ptr, target, own, ACC)
+            g, dz, _ = upstream_of(upstream, strides_upstream, row, everywhere, ACC)
+            rows = (x_row, strides_x[2], NO_PROBS, 0, everywhere, V)
+            c, s, r, mass, d, _, predicted = row_sums(
+                rows, 0, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, HAS_STATS, HAS_STATS, "evict_last"
+            )
+            u_target, _ = used_logits(x_target, curve, ACC, OPTIONS)
+            r += weighted(w_target * hard, exponent(u_target, curve[1], c))
+            mass += w_target * hard
+            store_kept(rows_out, row, N, everywhere, everywhere, c, s, r, mass, d, predicted)
+            q_target = w_target * hard
+            if soft is not None:
+                q_target += w_target * soft[1]
+            if dz is None:
+                dlse: tl.constexpr = None
+            else:
+                lse = fused_multiply_add(c, tl.full((), LN2, ACC), tl.log2(s) * LN2)
+                dlse = dz * lse * (2.0 * tl.full((), z_loss, ACC))
+            terms = row_terms(g, dlse, NO_PROBS, c, s, mass, NO_PROBS, q_target, target, hard, steep, False)
+            out = (dx_row, strides_dx[2], NO_PROBS, 0, everywhere)
+            write_gradient(
+                rows, out, 0, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, "evict_first", "evict_first"
+            )
+            tl.device_assert(own, "fused_ignore_ce: target out of range [0, number of classes)")

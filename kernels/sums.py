@@ -1,0 +1,237 @@
+"""A row's sums over classes, lane by lane, and what the loss makes of them.
+
+With y the used logits in base two, q the target distribution over classes (class weights multiplied in) and a whole
+shift `c` (see `device_math`):
+
+    s = sum 2^(y - c)    r = sum q (y - c)    mass = sum q    d = sum 2^(y - c) (y - c)
+    lse = ln2 (c + log2 s)    loss = ln2 (mass log2 s - r)    entropy = ln2 (log2 s - d / s)
+
+The normaliser is kept as the pair (c, s): `x - lse` would round at the size of `lse`, `(y - c) - log2 s` does not.
+"""
+
+import triton
+import triton.language as tl
+
+from .device_math import (
+    LN2,
+    LOWEST,
+    NO_CLASS,
+    exponent,
+    fused_multiply_add,
+    lanes_max,
+    lanes_min,
+    lanes_sum,
+    tile_max,
+    tile_min,
+    tile_sum,
+    used_logits,
+    weighted,
+    whole_shift,
+)
+from .tiles import load_tile
+
+
+@triton.jit
+def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+    """Per class of a tile, the weight of its log-probability that does not come from an index target.
+
+    `soft` is (1 - smoothing, the smoothing's share of one class), of which the second is all that there is where
+    targets are indices and classes have no weights.
+    """
+    _, _, probs_row, stride_pv, keep, v_end = rows
+    inside = offs < v_end - v
+    if probs_row is None:
+        q = soft[1]
+    else:
+        q = load_tile(probs_row, v, offs, stride_pv, keep, v_end, 0.0, BLOCK_N, WHOLE).to(ACC) * soft[0] + soft[1]
+    if weight_ptr is not None:
+        q = q * tl.load(weight_ptr + (v + offs), mask=inside, other=0.0).to(ACC)
+    if not WHOLE:
+        q = tl.where(inside, q, 0.0)
+    return q
+
+
+@triton.jit
+def add_tile(
+    lanes, rows, v, offs, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums, with the tile that starts at class `v` added to them."""
+    c, s, r, mass, d, best, at = lanes
+    x_row, stride_xv, probs_row, _, keep, v_end = rows
+    x = load_tile(x_row, v, offs, stride_xv, keep, v_end, float("-inf"), TILE[0], WHOLE, EVICT)
+    u, _ = used_logits(x, curve, ACC, OPTIONS)
+    if (OPTIONS[1] or OPTIONS[2]) and not WHOLE:
+        u = tl.where(offs < v_end - v, u, float("-inf"))
+    largest = tile_max(u)
+    if HAS_BEST:
+        at = tl.where(largest > best, v, at)
+        best = tl.maximum(best, largest)
+    c_new = tl.maximum(c, tl.floor(largest * curve[1]))
+    z = exponent(u, curve[1], c_new)
+    e = tl.exp2(z)
+    alpha = tl.exp2(c - c_new)
+    if soft is not None:
+        q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE[0], WHOLE)
+        r += mass * (c - c_new)
+        if WHOLE and probs_row is None and weight_ptr is None:
+            r += q * tile_sum(z)
+            mass += q * (TILE[1] * TILE[3])
+        else:
+            r += tile_sum(weighted(q, z))
+            mass += tile_sum(q)
+    if HAS_STATS:
+        # 0 * -200, and not 0 * -inf, where a class is masked.
+        d = alpha * (d + s * (c - c_new)) + tile_sum(e * tl.maximum(z, -200.0))
+    s = s * alpha + tile_sum(e)
+    return c_new, s, r, mass, d, best, at
+
+
+@triton.jit
+def first_of_largest(lanes, rows, v_start, offs, curve, largest, ACC: tl.constexpr, OPTIONS: tl.constexpr):
+    """The first class that has the row's largest logit: the lanes that met it look again where each did."""
+    x_row, stride_xv, _, _, keep, v_end = rows
+    best, at = lanes
+    place = at + offs
+    ptrs = x_row + place.to(tl.int64) * stride_xv
+    x = tl.load(ptrs, mask=keep & (best == largest) & (place < v_end), other=float("nan"))
+    u, _ = used_logits(x, curve, ACC, OPTIONS)
+    first = lanes_min(tile_min(tl.where(u == largest, place, NO_CLASS)))
+    return tl.where(first == NO_CLASS, v_start, first)
+
+
+@triton.jit
+def row_sums(
+    rows, v_start, offs, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """(c, s, r, mass, d, largest, predicted) of each row's classes from `v_start` on, but for an index target.
+
+    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end). `largest` is as `used_logits` has it.
+    """
+    BLOCK_N: tl.constexpr = TILE[0]
+    LANES: tl.constexpr = TILE[2]
+    BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
+    zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
+    lanes = (
+        zero + LOWEST,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero + float("-inf"),
+        tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start,
+    )
+    v_end = rows[5]
+    whole_end = v_start
+    if BLOCK_N == 1:  # tiles of several rows need their masks all along
+        whole_end += (v_end - v_start) // BLOCK_V * BLOCK_V
+        for v in range(v_start, whole_end, BLOCK_V):
+            lanes = add_tile(
+                lanes, rows, v, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, True, HAS_BEST, HAS_STATS, EVICT
+            )
+        if whole_end < v_end:
+            lanes = add_tile(
+                lanes,
+                rows,
+                whole_end,
+                offs,
+                weight_ptr,
+                soft,
+                curve,
+                ACC,
+                TILE,
+                OPTIONS,
+                False,
+                HAS_BEST,
+                HAS_STATS,
+                EVICT,
+            )
+    else:
+        for v in range(v_start, v_end, BLOCK_V):
+            lanes = add_tile(
+                lanes, rows, v, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT
+            )
+
+    c, s, r, mass, d, best, at = lanes
+    c_row = lanes_max(c)
+    beta = tl.exp2(c - c_row)
+    if HAS_STATS:
+        d = lanes_sum(beta * (d + s * (c - c_row)))
+    if soft is not None:
+        r = lanes_sum(r + mass * (c - c_row))
+        mass = lanes_sum(mass)
+    s = lanes_sum(s * beta)
+    predicted = at
+    largest = best
+    if HAS_BEST:
+        largest = lanes_max(best)
+    if HAS_STATS:
+        predicted = first_of_largest((best, at), rows, v_start, offs, curve, largest, ACC, OPTIONS)
+    if soft is None:
+        r, mass = s * 0.0, s * 0.0
+    return c_row, s, r, mass, d, largest, predicted
+
+
+@triton.jit
+def target_weight(weight_ptr, local, own, ACC: tl.constexpr):
+    """The class weight of an index target, 0 where the target is not among the classes at hand."""
+    w = tl.where(own, 1.0, 0.0).to(ACC)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + local, mask=own, other=0.0).to(ACC)
+    return w
+
+
+@triton.jit
+def cross_entropy(s, r, mass):
+    """`ln2 (mass log2 s - r)`; as the logarithm of a quotient, for which a target of probability 1 costs exactly 0."""
+    mean = tl.div_rn(r, mass) if r.dtype == tl.float32 else r / mass
+    power = tl.exp2(mean)
+    quotient = tl.div_rn(s, power) if s.dtype == tl.float32 else s / power
+    # False for NaN, too: of a row without mass, or of infinite logits.
+    return LN2 * tl.where(tl.abs(mean) < 100.0, mass * tl.log2(quotient), mass * tl.log2(s) - r)
+
+
+@triton.jit
+def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entropy):
+    """`rows_out` is pointers to loss (N,), lse (N,), shift (2, N), mass (N,), predicted and entropy (N,) or None."""
+    loss_ptr, lse_ptr, shift_ptr, mass_ptr, predicted_ptr, entropy_ptr = rows_out
+    tl.store(loss_ptr + row, loss, mask=inside)
+    tl.store(lse_ptr + row, lse, mask=inside)
+    tl.store(shift_ptr + row, c, mask=inside)
+    tl.store(shift_ptr + N + row, s, mask=inside)
+    tl.store(mass_ptr + row, mass, mask=inside)
+    if entropy_ptr is not None:
+        tl.store(predicted_ptr + row, predicted, mask=inside)
+        tl.store(entropy_ptr + row, entropy, mask=inside)
+
+
+@triton.jit
+def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
+    """The row's outputs from its sums; zeros where the row is ignored."""
+    s = tl.where(keep, s, 1.0)
+    log_s = tl.log2(s)
+    loss = tl.where(keep, cross_entropy(s, r, mass), 0.0)
+    lse = tl.where(keep, fused_multiply_add(c, tl.full((), LN2, c.dtype), log_s * LN2), 0.0)
+    entropy = tl.where(keep, LN2 * (log_s - d / s), 0.0)
+    c, s, mass = tl.where(keep, c, 0.0), tl.where(keep, s, 0.0), tl.where(keep, mass, 0.0)
+    store_row(rows_out, row, N, inside, loss, lse, c, s, mass, tl.where(keep, predicted, 0), entropy)
+
+
+@triton.jit
+def store_part(parts, at, field, keep, c, s, r, mass, d, largest, predicted):
+    """The sums of a part of the kept rows; `parts` is pointers to (5, parts, N), of `field` elements each, and to
+    (parts, N) or None.
+
+    The shift is not stored: it follows from the largest used logit, by which the parts' argmax is chosen.
+    """
+    partial_ptr, argmax_ptr = parts
+    shift = whole_shift(largest)
+    back = tl.exp2(c - shift)
+    tl.store(partial_ptr + at, largest, mask=keep)
+    tl.store(partial_ptr + at + field, s * back, mask=keep)
+    tl.store(partial_ptr + at + 2 * field, r + mass * (c - shift), mask=keep)
+    tl.store(partial_ptr + at + 3 * field, mass, mask=keep)
+    if argmax_ptr is not None:
+        tl.store(partial_ptr + at + 4 * field, back * (d + s * (c - shift)), mask=keep)
+        tl.store(argmax_ptr + at, predicted, mask=keep)

@@ -1,0 +1,261 @@
+"""The arithmetic of kernel proofs: each bound can be the limit, and each fault can be found. Nothing is compiled."""
+
+import dataclasses
+import random
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.proofs import chips, compiling, judging, lru, predicting, roof
+from bench.proofs.cases import Case
+from bench.proofs.machine_code import Block, Instruction, MachineCode, Usage
+
+H200 = chips.chip("H200")
+
+
+class BruteForce:
+    """A cache as its definition has it: a block is there if fewer than `capacity` others were accessed since."""
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.history = []
+
+    def access(self, block):
+        since = self.history[::-1]
+        hit = block in since and len(set(since[: since.index(block)])) < self.capacity
+        self.history.append(block)
+        return hit
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5, 9])
+def test_cache_equals_its_definition(capacity):
+    rng = random.Random(capacity)
+    fast, slow = lru.Cache(capacity), BruteForce(capacity)
+    hits = [(fast.access(block), slow.access(block)) for block in (rng.randrange(10) for _ in range(500))]
+    assert all(a == b for a, b in hits)
+    assert 0 < sum(a for a, _ in hits) < len(hits)
+
+
+def test_row_of_one_pass_by_hand():
+    """Four blocks forward, then backwards; a cache of two blocks has the last and the last but one."""
+    cache = lru.Cache(2)
+    hits = [cache.access(block) for block, read in lru.accesses(0, 4, in_place=True, backwards=True) if read]
+    assert hits == [False] * 4 + [True, True, False, False]
+    cache = lru.Cache(2)
+    hits = [cache.access(block) for block, read in lru.accesses(0, 4, in_place=True, backwards=False) if read]
+    assert hits == [False] * 8
+
+
+def test_reads_of_a_simulated_launch():
+    MB = 2**20
+    assert lru.reads(8, MB, 100 * MB, in_place=False, backwards=True) == 1.0
+    assert lru.reads(8, MB, MB // 32, in_place=False, backwards=True) > 1.9
+    # More rows in flight miss more; a gradient with memory of its own does too; the end of a row is found again.
+    growing = [lru.reads(rows, MB, 8 * MB, in_place=False, backwards=True) for rows in (2, 4, 8, 16, 32)]
+    assert growing == sorted(growing)
+    assert growing[0] == 1.0 < growing[-1]
+    assert lru.reads(8, MB, 8 * MB, in_place=True, backwards=True) < growing[2]
+    assert growing[-1] < lru.reads(32, MB, 8 * MB, in_place=False, backwards=False)
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "resident"),
+    [
+        (32, 256, 0, 2048),
+        (40, 256, 0, 1536),
+        (41, 256, 0, 1280),  # rounded up to 48
+        (64, 1024, 0, 1024),
+        (128, 1024, 0, 0),  # 64 registers a thread are the most that so many threads have
+        (32, 32, 0, 1024),  # 32 programs at most
+        (32, 256, 100 * 1024, 512),
+    ],
+)
+def test_resident_threads(registers, threads, shared, resident):
+    assert chips.resident_programs(H200, registers, threads, shared) * threads == resident
+
+
+def block(instructions, loads=0, stores=0, special=0, guard="", name="FADD", width=128):
+    """Loads first, then as many other instructions; each load is used by the instruction after all of them."""
+    loaded = [Instruction(guard, f"LDG.E.{width}", (f"R{8 * i}", "[R200.64]")) for i in range(loads)]
+    used = [Instruction("", "FADD", ("R201", f"R{8 * i}", "R202")) for i in range(loads)]
+    stored = [Instruction(guard, f"STG.E.{width}", ("[R204.64]", "R208"))] * stores
+    mufu = [Instruction("", "MUFU.EX2", ("R201", "R201"))] * special
+    rest = instructions - len(loaded) - len(used) - len(stored) - len(mufu)
+    assert rest >= 0
+    return Block((*loaded, *used, *mufu, *[Instruction("", name, ("R202", "R203"))] * rest, *stored))
+
+
+def code(*loops, outside=None, registers=32, rounds=1, shared=0, stack=0):
+    return MachineCode(Usage(registers, stack, shared), outside or block(0), loops, (), rounds)
+
+
+def work(writes=False, V=131072, threads=256, **more):
+    return roof.Work(rows=8192, classes=V, itemsize=2, programs=8192, threads=threads, writes=writes, **more)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "launched", "limit"),
+    [
+        (code(block(112, loads=2)), work(), "bytes"),
+        (code(block(320, loads=2)), work(), "issue slots"),
+        (code(block(112, loads=2, special=40)), work(), "special functions"),
+        (code(block(56, loads=1), registers=128), work(), "bytes in flight"),
+        (code(block(112, loads=2), block(112, loads=2, stores=2)), work(writes=True), "L2 misses"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_bound_can_be_the_limit(kernel, launched, limit):
+    prediction = roof.predict(kernel, launched, H200)
+    assert prediction.limit == limit
+    assert (prediction.share == 1.0) == (limit == "bytes")
+
+
+def test_issue_slots_by_hand():
+    """132 multiprocessors at 1.755 GHz issue 128 instructions, three quarters of them used, for 2.4e12 logits."""
+    prediction = roof.predict(code(block(320, loads=2)), work(), H200)
+    assert prediction.bounds["issue slots"] == pytest.approx(132 * 1.755e9 * 128 * 0.75 / 20 / 2.4e12, rel=1e-6)
+    assert prediction.seconds_a_logit == pytest.approx(1 / (2.4e12 * prediction.share))
+
+
+def test_bytes_in_flight_by_hand():
+    """512 threads have asked for 16 bytes each, which are there after 800 ns."""
+    kernel = code(block(56, loads=1), registers=128)
+    prediction = roof.predict(kernel, work(), H200)
+    assert prediction.resident_threads == 512
+    assert prediction.bounds["bytes in flight"] == pytest.approx(132 * 512 * 16 / 800e-9 / 4.8e12, rel=1e-3)
+
+
+def test_what_is_outside_of_loops_is_spread_over_the_logits_of_a_program():
+    kernel = code(block(160, loads=2), outside=block(1000))
+    assert roof.cost(kernel, work(V=2**17)).instructions == pytest.approx(10 + 1000 * 256 / 2**17)
+    split = dataclasses.replace(work(V=2**17), programs=4 * 8192)
+    assert roof.cost(kernel, split).instructions == pytest.approx(10 + 4 * 1000 * 256 / 2**17)
+    # One program for many rows does outside of its loops again what it does for each of them.
+    persistent = dataclasses.replace(work(V=2**17), programs=132)
+    assert roof.cost(kernel, persistent) == roof.cost(kernel, work(V=2**17))
+
+
+def test_unrolled_loops_take_what_they_can_and_masked_ones_the_rest():
+    unrolled, single, masked = block(400, loads=8), block(110, loads=2), block(120, loads=2, guard="@P0")
+    runs = roof.trips([masked, single, unrolled], 64 * 3 + 16 + 3, 2)
+    assert runs == [(unrolled, 3), (single, 1), (masked, 1)]
+    larger = block(800, loads=16, guard="@P0")
+    assert roof.trips([larger, single], 16 * 2 + 3, 2) == [(single, 2), (larger, 1)]
+
+
+GOOD_CASE = Case("forward", 1, 8192, 32000)
+GOOD = compiling.Proof(
+    compiling.Job(GOOD_CASE, compiling.Target("cuda", 90)),
+    kernel="forward_kernel",
+    grid=(8192, 1, 1),
+    num_warps=8,
+    tile=(1, 2, 256, 8),
+    code=code(block(112, loads=2), registers=40),
+    widths={"load x_ptr": 16},
+)
+
+
+def changed(job=GOOD.job, **values):
+    return dataclasses.replace(GOOD, job=job, **values)
+
+
+def job(**values):
+    return dataclasses.replace(GOOD.job, case=dataclasses.replace(GOOD_CASE, **values))
+
+
+BARRIER = Block((*block(100, loads=2).code, Instruction("", "BAR.SYNC.DEFER_BLOCKING", ("0x0",))))
+SHUFFLE = Block((*block(100, loads=2).code, Instruction("", "SHFL.BFLY", ("PT", "R1", "R2", "0x1", "0x1f"))))
+
+
+@pytest.mark.parametrize(
+    ("proof", "fault"),
+    [
+        (GOOD, None),
+        (changed(error="PTXASError"), "PTXASError"),
+        (changed(code=code(block(112, loads=2), registers=40, stack=8)), "spills 8"),
+        (changed(code=code(block(112, loads=2, name="LDL"), registers=40)), "spills 108"),
+        (changed(widths={"load x_ptr": 2}), "load x_ptr 2 bytes wide, not 16"),
+        (changed(widths={}), "no load x_ptr found"),
+        (changed(code=code(block(129, loads=2), registers=40)), "8.1 instructions a logit, not 8"),
+        (changed(code=code(BARRIER, registers=40)), "1 barriers in its loops"),
+        (changed(code=code(SHUFFLE, registers=40)), "1 shuffles in its loops"),
+        (changed(code=code(block(112, loads=2), registers=48)), "1280 resident threads, not 1536"),
+        (
+            changed(job(contiguous=False), widths={"load x_ptr": 2}, tile=(16, 1, 32, 1), rows_fastest=False),
+            "neighbouring threads do not access neighbouring rows",
+        ),
+        (
+            changed(code=None, amd={"vgpr_spill_count": 3, "sgpr_spill_count": 0}),
+            "vgpr_spill_count 3",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_judgement(proof, fault):
+    assert judging.faults(proof) == ([] if fault is None else [fault])
+
+
+def test_both_walks_of_one_pass_count():
+    case = dataclasses.replace(GOOD_CASE, operation="one pass")
+    walks = code(block(112, loads=2), block(160, loads=2, stores=2), registers=64)
+    widths = {"load x_ptr": 16, "store dx_ptr": 16}
+    proof = changed(dataclasses.replace(GOOD.job, case=case), kernel="one_pass_kernel", code=walks, widths=widths)
+    assert judging.loop_instructions(proof) == 17
+    assert judging.faults(proof) == []
+    worse = dataclasses.replace(proof, code=code(block(113, loads=2), walks.loops[1], registers=64))
+    assert judging.faults(worse) == ["17.1 instructions a logit, not 17"]
+
+
+def test_kernels_of_other_shapes_and_launches_have_no_budget():
+    slow = code(block(400, loads=2), registers=40)
+    for proof in (changed(job(V=1024), code=slow), changed(kernel="merge_kernel", code=slow, widths={})):
+        assert judging.faults(proof) == []
+    assert judging.faults(changed(code=slow)) == ["25.0 instructions a logit, not 8"]
+
+
+def test_tiles_of_few_elements_owe_less():
+    """16 bytes are due of 8 elements a thread, and what a thread has of fewer; nothing where rows are unaligned."""
+    for tile, due in (((1, 1, 64, 1), 2), ((4, 1, 32, 2), 2), ((4, 1, 64, 4), 8), ((16, 1, 32, 8), 16)):
+        assert judging.bytes_due(changed(tile=tile)) == due
+    assert judging.bytes_due(changed(job(V=32001))) == 0
+
+
+def test_comparison_leaves_out_what_was_not_predicted():
+    prediction = roof.predict(GOOD.code, work(V=32000), H200)
+    rows = [predicting.Row("fused_ignore_ce", kernel, 32000, prediction) for kernel in ("forward", "backward")]
+    both = predicting.milliseconds(rows, "fused_ignore_ce", ("forward", "backward"), "H200", 32000)
+    assert both == pytest.approx(2 * rows[0].milliseconds)
+    assert predicting.milliseconds(rows, "fused_ignore_ce", ("one pass",), "H200", 32000) is None
+    assert predicting.comparison(rows).splitlines()[-1].split() == ["H200", "V=32000", "-", f"{both:.3f}", "-", "-"]
+
+
+AMD = """
+    .sgpr_count:     30
+    .sgpr_spill_count: 0
+    .vgpr_count:     64
+    .vgpr_spill_count: 5
+    .private_segment_fixed_size: 16
+"""
+
+
+def test_metadata_of_amd():
+    assert compiling.amd_usage(AMD)["vgpr_spill_count"] == 5
+    with pytest.raises(ValueError, match="lacks vgpr_spill_count"):
+        compiling.amd_usage(AMD.replace(".vgpr_spill_count", ".other"))
+
+
+@pytest.mark.parametrize(("proof", "status"), [(GOOD, 0), (changed(widths={"load x_ptr": 8}), 1)])
+def test_exit_status(monkeypatch, capsys, tmp_path, proof, status):
+    from bench.proofs import __main__ as command
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(command, "jobs", lambda *arguments: [])
+    monkeypatch.setattr(command, "run", lambda jobs, what: [proof] if what == "sm_90" else [])
+    arguments = ["--arch", "90", "--json", str(tmp_path / "proofs.json"), "--keep", str(tmp_path / "kept")]
+    monkeypatch.setattr("sys.argv", ["bench.proofs", *arguments])
+    assert command.main() == status
+    printed = capsys.readouterr().out
+    assert predicting.NOTE in printed
+    assert ("FAULT" in printed) == bool(status)
+    assert predicting.NOTE in (tmp_path / "proofs.json").read_text()

@@ -1,0 +1,269 @@
+"""Compares one class of transformers with its patched self, and tells which way the patched loss was computed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import random
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fused_ignore_ce.deferred import loss as deferred_loss
+from fused_ignore_ce.deferred import product as deferred_product
+from fused_ignore_ce.hf import patch_model
+
+from . import overrides
+from .batch import batches
+from .tiny import LADDER, NUM_LABELS, tiny
+
+#: The rule of equality: LOSS is relative; a gradient may differ by GRAD of its own largest element, and by FLOOR of the
+#: largest of all gradients plus ROUNDING (some are zero but for rounding: a key's bias, say).
+LOSS, GRAD, FLOOR, ROUNDING = 1e-5, 1e-4, 1e-6, 1e-7
+RULE = (
+    f"float32, the same weights, inputs and seed. The losses differ by at most {LOSS:g} of the loss. Every element of "
+    f"every parameter's gradient, and of the returned logits, differs by at most {GRAD:g} of that tensor's largest "
+    f"element, plus {FLOOR:g} of the largest element of all gradients (of the logits), plus {ROUNDING:g}, to which the "
+    "loss's gradient, of order one, is rounded. A gradient that is `None` in one is `None` in the other."
+)
+
+LINEAR, LOGITS, UNTOUCHED, FAILED = "fused-linear", "fused-logits", "untouched", "not built"
+
+
+class Outcome(NamedTuple):
+    """How a class fared. `how` is LINEAR, LOGITS, UNTOUCHED or FAILED; `difference` is empty where there is none."""
+
+    mapping: str
+    name: str
+    how: str
+    why: str
+    difference: str = ""
+    seconds: float = 0.0
+
+
+def compare(mapping: str, name: str) -> Outcome:
+    started = time.perf_counter()
+    outcome = _compare(mapping, name)
+    return outcome._replace(seconds=time.perf_counter() - started)
+
+
+def _compare(mapping: str, name: str) -> Outcome:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    if name in overrides.REASONS:
+        return Outcome(mapping, name, FAILED, overrides.REASONS[name])
+    try:
+        cls = getattr(transformers, name)
+        if not {"labels", "start_positions"} & {*inspect.signature(cls.forward).parameters}:
+            return Outcome(mapping, name, FAILED, "its forward takes no labels")
+        model, batch, plain = _first_that_runs(cls, mapping)
+    except Exception as e:
+        return Outcome(mapping, name, FAILED, _line(e))
+    try:
+        fused = _run(patch_model(copy.deepcopy(model)), batch)
+        difference = _difference(plain, fused)
+    except Exception as e:
+        return Outcome(mapping, name, UNTOUCHED, _where(e), f"raises when patched: {_line(e)}")
+    return Outcome(mapping, name, *_how(model, plain.seen, fused.seen), difference)
+
+
+def _first_that_runs(cls: Any, mapping: str) -> tuple[Any, dict[str, Any], _Run]:
+    """The ladder: scales of the model, and for each of them batches."""
+    first: Exception | None = None
+    keys = (cls.config_class.model_type, cls.__name__)
+    config, inputs = ({k: v for key in keys for k, v in table.get(key, {}).items()} for table in _TABLES)
+    config.setdefault("num_labels", 2 if mapping == "QUESTION_ANSWERING" else NUM_LABELS)
+    for scale in LADDER:
+        try:
+            model = tiny(cls, scale, config)
+            for batch in batches(model, mapping, inputs):
+                try:
+                    return model, batch, _run(copy.deepcopy(model), batch)
+                except Exception as e:
+                    first = first or e
+        except Exception as e:
+            first = first or e
+    assert first is not None
+    raise first
+
+
+_TABLES = (overrides.CONFIG, overrides.INPUTS)
+
+
+@dataclass
+class Seen:
+    """How the losses of one forward and backward were computed; for each, the number of its classes."""
+
+    linear: list[int] = field(default_factory=list)
+    logits: list[int] = field(default_factory=list)
+    original: list[int] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+
+
+class _Run(NamedTuple):
+    loss: float
+    grads: dict[str, Tensor | None]
+    logits: Tensor | None
+    seen: Seen
+
+
+def _run(model: Any, batch: dict[str, Any]) -> _Run:
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
+    with _watched() as seen:
+        outputs = model(**batch)
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+        if not isinstance(loss, Tensor) or not math.isfinite(loss):
+            raise ValueError(f"the model's own loss is {loss}")
+        loss.backward()
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    with torch.no_grad():
+        logits = logits.detach() + 0 if isinstance(logits, Tensor) else None
+    return _Run(loss.item(), {n: p.grad for n, p in model.named_parameters()}, logits, seen)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[Seen]:
+    seen = Seen()
+
+    def linear(*args: Any, **kwargs: Any) -> Tensor:
+        seen.linear.append(args[1].shape[0])
+        return fused_linear_cross_entropy(*args, **kwargs)
+
+    def on_logits(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.logits.append(input.shape[input.dim() > 1])
+        return fused_cross_entropy(input, *args, **kwargs)
+
+    def computed(self: Any) -> Tensor:
+        seen.reads.append(_reader())
+        return logits(self)
+
+    fused_linear_cross_entropy = deferred_product.fused_linear_cross_entropy
+    fused_cross_entropy = deferred_loss.fused_cross_entropy
+    logits = deferred_product.Product.logits
+    with (
+        mock.patch.object(deferred_product, "fused_linear_cross_entropy", linear),
+        mock.patch.object(deferred_loss, "fused_cross_entropy", on_logits),
+        mock.patch.object(deferred_product.Product, "logits", computed),
+        _Originals(seen),
+    ):
+        yield seen
+
+
+class _Originals(TorchFunctionMode):
+    """Sees the losses that PyTorch computes: of a patched model, those that its mode, which is inside, let through."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss):
+            self.seen.original.append(args[0].shape[args[0].dim() > 1])
+        elif getattr(func, "__name__", "").endswith(("_loss", "_loss_nd", "cross_entropy_with_logits")):
+            self.seen.others.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _reader() -> str:
+    """The operation that computed deferred logits, and the line of transformers that asked for it."""
+    operation, line = "", ""
+    frame = sys._getframe(2)
+    while frame is not None and not line:
+        if frame.f_code.co_name == "__torch_function__" and "name" in frame.f_locals:
+            operation = operation or frame.f_locals["name"]
+        elif frame.f_code.co_name == "cross_entropy":
+            operation = operation or "cross_entropy"
+        path = Path(frame.f_code.co_filename)
+        if "transformers" in path.parts:
+            line = f"{path.name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{operation or 'the graph'} ({line or 'backward'})"
+
+
+def _how(model: Any, plain: Seen, fused: Seen) -> tuple[str, str]:
+    if not plain.original:
+        others = ", ".join(dict.fromkeys(plain.others)) or "none known"
+        return UNTOUCHED, f"the model takes no cross entropy (losses: {others})"
+    left = f"{len(fused.original)} of {len(plain.original)} cross entropies are PyTorch's"
+    if fused.linear and not fused.reads and not set(fused.linear) & {*fused.logits, *fused.original}:
+        beside = f"; {len(fused.logits)} more over {fused.logits[0]} classes on logits" if fused.logits else ""
+        return LINEAR, (left + beside if fused.original else beside[2:])
+    if fused.linear or fused.logits:
+        return LOGITS, "; ".join(filter(None, [_why_logits(model, fused), left * bool(fused.original)]))
+    return UNTOUCHED, f"a cross entropy over {fused.original[0]} classes; {_head(model)}"
+
+
+def _why_logits(model: Any, seen: Seen) -> str:
+    if seen.reads:
+        return f"logits read by {', '.join(dict.fromkeys(seen.reads))}"
+    return f"over {seen.logits[0]} classes; {_head(model)}" if seen.logits else ""
+
+
+def _head(model: Any) -> str:
+    try:
+        head = model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        head = None
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return "no output embeddings" if head is None else f"output embeddings are a {type(head).__name__}"
+    return f"output embeddings have {weight.shape[0]} rows"
+
+
+def _difference(plain: _Run, fused: _Run) -> str:
+    """The first violation of RULE, or nothing."""
+    if not abs(fused.loss - plain.loss) <= LOSS * abs(plain.loss):
+        return f"loss {fused.loss:.7g}, should be {plain.loss:.7g}"
+    largest = max((g.abs().max().item() for g in plain.grads.values() if g is not None and g.numel()), default=0.0)
+    for name, expected in plain.grads.items():
+        actual = fused.grads[name]
+        if (actual is None) != (expected is None):
+            return f"gradient of {name} is {'None' if actual is None else 'not None'}"
+        if actual is not None and expected is not None and (excess := _excess(actual, expected, largest)):
+            return f"gradient of {name}: {excess}"
+    if plain.logits is not None and fused.logits is not None and plain.logits.numel():
+        excess = _excess(fused.logits, plain.logits, plain.logits.abs().max().item())
+        return excess and f"logits: {excess}"
+    return "logits are missing" if plain.logits is not None and fused.logits is None else ""
+
+
+def _excess(actual: Tensor, expected: Tensor, largest: float) -> str:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return f"{tuple(actual.shape)} {actual.dtype}, should be {tuple(expected.shape)} {expected.dtype}"
+    if not expected.numel():
+        return ""
+    error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
+    allowed = GRAD * size + FLOOR * largest + ROUNDING
+    return "" if error <= allowed else f"off by {error:.3g}, largest element {size:.3g}"
+
+
+def _line(e: BaseException) -> str:
+    """An error in one line of a table."""
+    text = f"{type(e).__name__}: {e}".split(" but it was not found")[0]
+    text = re.sub(r"(?<![\w:/])(/[\w.@+-]+){2,}/", "", text)  # files by their names
+    text = re.sub(r"\s+", " ", text).replace("|", "/")
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _where(e: BaseException) -> str:
+    trace = e.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
