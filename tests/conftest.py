@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .quick import select
 from .versions import release
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +30,16 @@ def _import_bench():
 
 
 _import_bench()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="one case of every test and backend, see tests/quick.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        items[:], left_out = select(items)
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)
