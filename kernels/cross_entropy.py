@@ -225,7 +225,7 @@ def can_one_pass(x, probs=None):
     return probs is None and x.stride(2) == 1
 
 
-def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz, with_stats, launch=None):
+def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None, with_stats=False, launch=None):
     """The rows of `forward`; writes into `dx` (which may be `x`) the gradient of sum(g * loss + z_loss * dz * lse^2).
 
     g is `upstream.dloss`, times `factor` and `token_weight` where they are there. Each row is read from device memory

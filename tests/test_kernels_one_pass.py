@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.meter import Traffic
+from bench.proofs.meter import Traffic
 from fused_ignore_ce import reference
 from fused_ignore_ce.kernels import cross_entropy
 from fused_ignore_ce.kernels.launch import Launch
+from fused_ignore_ce.options import LossOptions
+from fused_ignore_ce.rows import Upstream
 
-OPTIONS = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": None, "logit_scale": 1.0}
 CASES = [
     {},
     {"label_smoothing": 0.1},
@@ -30,11 +30,11 @@ interpreted = pytest.mark.skipif(
 
 
 def options(**given):
-    return SimpleNamespace(**{**OPTIONS, **given})
+    return LossOptions(**given)
 
 
 def upstream(dloss, factor=None, token_weight=None):
-    return SimpleNamespace(dloss=dloss, factor=factor, token_weight=token_weight, dlse=None, dentropy=None)
+    return Upstream(dloss, factor=factor, token_weight=token_weight)
 
 
 def problem(device, dtype=torch.float64):
@@ -54,11 +54,11 @@ def test_one_pass(given, tile, programs, device):
     g, dz, token_weight = (torch.randn(6, device=device, dtype=x.dtype) for _ in range(3))
     factor = torch.tensor(-1.5, device=device, dtype=x.dtype)
     leaf = x.clone().requires_grad_()
-    wanted = reference.rows(leaf, target.view(2, 3), weight, **options(**given).__dict__)
+    wanted = reference.rows(leaf, target.view(2, 3), weight, **given)
     total = (g * factor * token_weight * wanted.loss.flatten()).sum() + 0.05 * (dz * wanted.lse.flatten() ** 2).sum()
     (dx,) = torch.autograd.grad(total, leaf)
     loss, lse, shift, mass, predicted, entropy = cross_entropy.forward_backward(
-        upstream(g, factor, token_weight), x, target, weight, None, options(**given), dx=x, z_loss=0.05, dz=dz,
+        upstream(g, factor, token_weight), x, target, weight, None, options(**given, z_loss=0.05), dx=x, dz=dz,
         with_stats=True, launch=Launch(*tile, 4, programs=programs),
     )  # fmt: skip
     torch.testing.assert_close(loss, wanted.loss.flatten())
@@ -79,7 +79,16 @@ def test_one_pass_is_forward_and_backward_bit_for_bit(device):
     rows = cross_entropy.forward(x, target, None, None, options(), launch=launch)
     two = torch.empty_like(x)
     cross_entropy.backward(
-        upstream(g), x, target, None, None, rows[2], rows[3], None, options(), dx=two, dprobs=None, launch=launch
+        upstream(g),
+        x,
+        target,
+        None,
+        None,
+        cross_entropy.Saved(rows[2], rows[3], None),
+        options(),
+        dx=two,
+        dprobs=None,
+        launch=launch,
     )
     one = torch.empty_like(x)
     rows_too = cross_entropy.forward_backward(upstream(g), x, target, None, None, options(), dx=one, launch=launch)
@@ -87,19 +96,24 @@ def test_one_pass_is_forward_and_backward_bit_for_bit(device):
     assert all(torch.equal(a, b) for a, b in zip(rows[:4], rows_too[:4], strict=True))
 
 
-def test_what_one_pass_refuses(device):
+@pytest.mark.parametrize("layout", ["strided logits", "strided gradient", "probabilities"])
+def test_two_passes_where_one_cannot_be(layout, device):
+    """Strided classes and probability targets take a launch each way, and give the same."""
     x, target = problem(device)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
-    g = upstream(torch.ones(6, device=device))
-    assert cross_entropy.can_one_pass(x)
-    assert not cross_entropy.can_one_pass(strided)
-    assert not cross_entropy.can_one_pass(x, x)
-    with pytest.raises(ValueError, match=r"contiguous classes.*call forward and backward"):
-        cross_entropy.forward_backward(g, strided, target, None, None, options(), dx=x)
-    with pytest.raises(ValueError, match=r"contiguous classes.*call forward and backward"):
-        cross_entropy.forward_backward(g, x, target, None, None, options(), dx=strided)
-    with pytest.raises(ValueError, match=r"probs: expected None.*call forward and backward"):
-        cross_entropy.forward_backward(g, x, target, None, x, options(), dx=x)
+    probs = torch.rand_like(x) if layout == "probabilities" else None
+    g, dz = (torch.randn(6, device=device, dtype=x.dtype) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    wanted = reference.rows(leaf, target.view(2, 3), None, probs)
+    total = (g * wanted.loss.flatten()).sum() + 0.05 * (dz * wanted.lse.flatten() ** 2).sum()
+    (expected,) = torch.autograd.grad(total, leaf)
+    given, dx = strided if layout == "strided logits" else x, strided if layout == "strided gradient" else x
+    assert not cross_entropy.can_one_pass(given, probs) or dx is strided
+    loss, *_ = cross_entropy.forward_backward(
+        upstream(g), given, target, None, probs, options(z_loss=0.05), dx=dx, dz=dz
+    )
+    torch.testing.assert_close(loss, wanted.loss.flatten())
+    torch.testing.assert_close(dx, expected)
 
 
 @interpreted
