@@ -115,8 +115,8 @@ class DeferredLogits(Tensor):
         if recipe is None:
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
-            if name == "clone" and not (self._origin.in_forward or (self.requires_grad and torch.is_grad_enabled())):
-                return None  # a copy that nobody differentiates is to last
+            if name == "clone" and not (self._origin.in_forward or self.requires_grad):
+                return None  # a copy of detached logits is to last; DDP clones others, without gradients
             if self._is_expression():
                 done = expression.on_rows(recipe, name, args, kwargs)
             elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
