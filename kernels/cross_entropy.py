@@ -106,7 +106,7 @@ def _forward(x, target, weight, probs, rows, parts, first_part, first_class, cla
     """Launches the forward kernel, into `rows` or, if there are `parts`, into those from `first_part` on."""
     B, T, V = x.shape
     scalars, present = _scalars(options)
-    simple = _is_simple(launch, weight, probs, present) and not (present[2] or with_stats)
+    simple = _is_simple(launch, weight, probs, present) and not (with_stats or any(present) or parts)
     if parts is None:
         out, into, all_parts = _pointers(rows, with_stats), None, 1
     else:
