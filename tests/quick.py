@@ -28,7 +28,7 @@ SLOW = {
         "test_a_patched_models_training_step_holds_no_logits",
     },
     "test_options.py": {"test_any_combination"},
-    "test_proofs_compiled.py": {"test_quick_run_is_green"},
+    "test_proofs_compiled.py": {"test_quick_run_is_green", "test_every_kernel_that_a_launcher_asks_for_is_compiled"},
     "test_transformers_coverage.py": {"test_a_process_that_dies_or_hangs_is_a_row"},
 }
 
