@@ -24,7 +24,7 @@ from .launch import (
     REDUCE_BLOCK,
     REDUCE_PROGRAMS,
     REDUCE_ROWS,
-    REDUCE_WARPS,
+    REDUCE_THREADS,
     backward_launch,
     chip_of,
     forward_launch,
@@ -69,17 +69,16 @@ def _acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _layout(*tensors):
+def _layout(weight, *tensors):
     """(contiguous, aligned): whether all tensors' rows are contiguous, and start where a thread's access may."""
-    aligned = True
+    aligned = weight is None or weight.data_ptr() % ACCESS == 0
     for x in tensors:
-        if x is None:
-            continue
-        stride_b, stride_t, stride_v = x.stride()
-        if stride_v != 1:
-            return False, False
-        per_access = ACCESS // x.itemsize
-        aligned &= not (stride_b % per_access or stride_t % per_access or x.data_ptr() % ACCESS)
+        if x is not None:
+            stride_b, stride_t, stride_v = x.stride()
+            if stride_v != 1:
+                return False, False
+            per_access = ACCESS // x.itemsize
+            aligned &= not (stride_b % per_access or stride_t % per_access or x.data_ptr() % ACCESS)
     return True, aligned
 
 
@@ -89,6 +88,11 @@ def _scalars(options):
     if softcap is None:
         return (smoothing, scale, 1.0), (smoothing != 0.0, scale != 1.0, False)
     return (smoothing, scale / softcap, softcap), (smoothing != 0.0, False, True)
+
+
+def _is_simple(launch, weight, probs, present):
+    """Whether few registers do: one aligned row a program, and a soft target of no tensors."""
+    return launch.BLOCK_N == 1 and launch.WIDTH > 1 and probs is None and not (present[0] and weight is not None)
 
 
 def _rows(x, N, dtype, with_stats):
@@ -106,9 +110,7 @@ def _forward(x, target, weight, probs, rows, parts, first_part, first_class, cla
     """Launches the forward kernel, into `rows` or, if there are `parts`, into those from `first_part` on."""
     B, T, V = x.shape
     scalars, present = _scalars(options)
-    simple = (
-        launch.BLOCK_N == 1 and probs is None and not (present[2] or with_stats or (present[0] and weight is not None))
-    )
+    simple = _is_simple(launch, weight, probs, present) and not (present[2] or with_stats)
     if parts is None:
         out, into, all_parts = _pointers(rows, with_stats), None, 1
     else:
@@ -130,7 +132,7 @@ def forward(x, target, weight, probs, options, *, with_stats=False, launch=None)
     rows = _rows(x, N, _acc(x.dtype), with_stats)
     if N == 0:
         return rows
-    launch = launch or forward_launch(B, T, V, x.itemsize, *_layout(x, probs), chip_of(x.device))
+    launch = launch or forward_launch(B, T, V, x.itemsize, *_layout(weight, x, probs), chip_of(x.device))
     parts = new_parts(x, launch.splits, with_stats) if launch.splits > 1 else None
     _forward(x, target, weight, probs, rows, parts, 0, 0, V, launch, options, with_stats)
     if parts:
@@ -153,7 +155,7 @@ def forward_part(x, target, weight, probs, options, *, parts, part, block, with_
     B, T, V = x.shape
     if B * T == 0:
         return
-    launch = launch or part_launch(T, V, x.itemsize, *_layout(x, probs), chip_of(x.device))
+    launch = launch or part_launch(T, V, x.itemsize, *_layout(weight, x, probs), chip_of(x.device))
     _forward(x, target, weight, probs, None, parts, part, *block, launch, options, with_stats)
 
 
@@ -203,9 +205,9 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
     B, T, V = x.shape
     if x.numel() == 0:
         return
-    launch = launch or backward_launch(B, T, V, x.itemsize, *_layout(x, probs, dx, dprobs), chip_of(x.device))
+    launch = launch or backward_launch(B, T, V, x.itemsize, *_layout(weight, x, probs, dx, dprobs), chip_of(x.device))
     scalars, present = _scalars(options)
-    simple = launch.BLOCK_N == 1 and dprobs is None and upstream.dentropy is None and not present[2]
+    simple = _is_simple(launch, weight, probs, present) and upstream.dentropy is None and not present[2]
     pointers = upstream.dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
     with _on(x.device):
         backward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
@@ -223,7 +225,7 @@ def can_one_pass(x, probs=None):
     return probs is None and x.stride(2) == 1
 
 
-def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz, with_stats, launch=None):
+def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None, with_stats=False, launch=None):
     """The rows of `forward`; writes into `dx` (which may be `x`) the gradient of sum(g * loss + z_loss * dz * lse^2).
 
     g is `upstream.dloss`, times `factor` and `token_weight` where they are there. Each row is read from device memory
@@ -242,7 +244,7 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz, wit
     chip = chip_of(x.device)
     scalars, present = _scalars(options)
     simple = not (with_stats or (present[0] and weight is not None) or x.dtype == torch.float64)
-    launch = launch or one_pass_launch(N, V, x.itemsize, _layout(x, dx)[1], simple, chip)
+    launch = launch or one_pass_launch(N, V, x.itemsize, _layout(weight, x, dx)[1], simple, chip)
     pointers = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
     with _on(x.device):
         one_pass_kernel[(launch.programs,)](
@@ -281,7 +283,7 @@ def reduce(
             N, triton.cdiv(N, programs), first_class, 0 if weight is None else len(weight),
             0 if token_weight is None else token_weight.stride(0), options.ignore_index, divisor[1], z_loss,
             BLOCK_N=min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N))), OPTIONS=present,
-            num_warps=REDUCE_WARPS if N > 1024 else 4,
+            num_warps=(REDUCE_THREADS if N > 1024 else 128) // chip_of(loss.device).warp_size,
         )  # fmt: skip
         if partial:
             total_kernel[(1,)](
@@ -303,7 +305,7 @@ def scale(dx, factor, dloss, *, out=None):
         dx, into = (t.view(1, -1, t.shape[-1] if t.dim() else 1) for t in (dx, into))
     B, T, V = dx.shape
     chip = chip_of(dx.device)
-    launch = scale_launch(T, V, dx.itemsize, *_layout(dx, into), chip)
+    launch = scale_launch(T, V, dx.itemsize, *_layout(None, dx, into), chip)
     blocks = B * triton.cdiv(T, launch.BLOCK_N)
     with _on(dx.device):
         scale_kernel[(min(blocks, launch.programs),)](

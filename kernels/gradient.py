@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .device_math import LN2, exponent, used_logits
 from .sums import soft_target
-from .tiles import load_tile, store_tile
+from .tiles import load_tile, load_weights, store_tile
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def gradient_tile(
         e = tl.exp2(z)
         grad = e * multiplier
         if soft is not None:
-            q = soft_target(rows, v, offs, weight_ptr, soft, ACC, BLOCK_N, WHOLE)
+            q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
             grad -= q * g
         if TARGET:
             local, qs, mass, g_s, of_lse = target
@@ -106,7 +106,7 @@ def gradient_tile(
     if dprobs_row is not None:
         grad = of_probs[0] * (of_probs[1] - z)
         if weight_ptr is not None:
-            grad *= tl.load(weight_ptr + (v + offs), mask=offs < v_end - v, other=0.0).to(ACC)
+            grad *= load_weights(weight_ptr, v, offs, v_end, TILE[0], TILE[3]).to(ACC)
         if BLOCK_N > 1:
             grad = tl.where(keep, grad, 0.0)
         store_tile(dprobs_row, v, offs, stride_dpv, inside, v_end, grad, BLOCK_N, WHOLE, OUT)

@@ -40,9 +40,9 @@ ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
 #: Rows per program of the kernel that merges the splits.
 MERGE_ROWS = 128
 
-#: The reduction: rows that a program reads at a time, and its warps; one program does it alone up to as many rows as
-#: take it a few microseconds.
-REDUCE_BLOCK, REDUCE_WARPS, REDUCE_ROWS, REDUCE_PROGRAMS = 8192, 32, 65536, 256
+#: The reduction: rows that a program reads at a time, and the threads of one; a single program does it up to as many
+#: rows as it reads eight times for, and more share even more rows.
+REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 8192, 1024, 65536, 256
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,10 @@ def part_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, 
 
 @lru_cache(maxsize=4096)
 def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
-    """As many splits of the vocabulary as fill the chip when rows are few."""
+    """As many splits of the vocabulary as fill the chip when rows are few and long."""
     launch = part_launch(T, V, itemsize, contiguous, aligned, chip)
+    if V * itemsize <= SHORT_ROW:
+        return launch
     programs = B * triton.cdiv(T, launch.BLOCK_N)
     return _split(launch, V, chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(programs, 1))
 

@@ -28,11 +28,11 @@ from .device_math import (
     weighted,
     whole_shift,
 )
-from .tiles import load_tile
+from .tiles import load_tile, load_weights
 
 
 @triton.jit
-def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """Per class of a tile, the weight of its log-probability that does not come from an index target.
 
     `soft` is (1 - smoothing, the smoothing's share of one class), of which the second is all that there is where
@@ -43,9 +43,9 @@ def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, BLOCK_N: tl.
     if probs_row is None:
         q = soft[1]
     else:
-        q = load_tile(probs_row, v, offs, stride_pv, keep, v_end, 0.0, BLOCK_N, WHOLE).to(ACC) * soft[0] + soft[1]
+        q = load_tile(probs_row, v, offs, stride_pv, keep, v_end, 0.0, TILE[0], WHOLE).to(ACC) * soft[0] + soft[1]
     if weight_ptr is not None:
-        q = q * tl.load(weight_ptr + (v + offs), mask=inside, other=0.0).to(ACC)
+        q = q * load_weights(weight_ptr, v, offs, v_end, TILE[0], TILE[3]).to(ACC)
     if not WHOLE:
         q = tl.where(inside, q, 0.0)
     return q
@@ -72,12 +72,14 @@ def add_tile(
     e = tl.exp2(z)
     alpha = tl.exp2(c - c_new)
     if soft is not None:
-        q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE[0], WHOLE)
+        q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
         r += mass * (c - c_new)
         if WHOLE and probs_row is None and weight_ptr is None:
             r += q * tile_sum(z)
             mass += q * (TILE[1] * TILE[3])
         else:
+            # `u == u` for the compiler: it gives the sum of a mask alone other threads than the tile's, and a barrier.
+            q = tl.where(u == u, q, 0.0)
             r += tile_sum(weighted(q, z))
             mass += tile_sum(q)
     if HAS_STATS:

@@ -67,6 +67,13 @@ def store_tile(
 
 
 @triton.jit
-def load_row(ptr, row, keep):
-    """What a tensor (N,) has for each kept row, 0 for others."""
-    return tl.load(ptr + row, mask=keep, other=0)
+def load_weights(weight_ptr, v, offs, v_end, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Class weights of a tile, in all of its rows: shaped and accessed as its logits are, they meet in one thread.
+
+    Otherwise, they would change threads in every iteration. So nothing may be known of the weights' alignment where
+    nothing is of the logits': the sign of `v_end` is 0, but the compiler does not see that.
+    """
+    place = v + offs + tl.zeros((BLOCK_N, 1, 1, 1), tl.int32)
+    if WIDTH == 1:
+        place += v_end >> 31
+    return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)

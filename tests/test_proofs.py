@@ -230,6 +230,16 @@ def test_comparison_leaves_out_what_was_not_predicted():
     assert predicting.comparison(rows).splitlines()[-1].split() == ["H200", "V=32000", "-", f"{both:.3f}", "-", "-"]
 
 
+@pytest.mark.parametrize(
+    ("rows_in_flight", "classes", "wrong"), [(132, 65536, False), (1320, 65536, True), (1320, 70000, False)]
+)
+def test_one_pass_has_to_read_once(rows_in_flight, classes, wrong):
+    walks = code(block(112, loads=2), block(160, loads=2, stores=2), registers=64)
+    launched = dataclasses.replace(work(writes=True, V=classes, threads=1024), rows_a_program=rows_in_flight // 132)
+    row = predicting.Row("fused_ignore_ce", "one pass", classes, roof.predict(walks, launched, H200))
+    assert bool(predicting.faults([row])) == wrong
+
+
 AMD = """
     .sgpr_count:     30
     .sgpr_spill_count: 0

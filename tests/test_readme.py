@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fused_ignore_ce.collator
+import fused_ignore_ce.deferred.logits
 import fused_ignore_ce.functional
 import fused_ignore_ce.linear.cross_entropy
 import fused_ignore_ce.linear.plan
@@ -18,7 +20,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,15 @@ def test_snippet(code):
     assert scope["loss"].isfinite() if "loss" in scope else "model" in scope
 
 
+def test_the_fusion_report_is_what_the_snippet_prints(capsys):
+    (code,) = [snippet for snippet in SNIPPETS if "print(fusion_report(model))" in snippet]
+    exec(compile(code, "README.md", "exec"), {})
+    assert f"```text\n{capsys.readouterr().out}```" in README
+
+
 MODULES = [
+    fused_ignore_ce.collator,
+    fused_ignore_ce.deferred.logits,
     fused_ignore_ce.functional,
     fused_ignore_ce.modules,
     fused_ignore_ce.linear.cross_entropy,

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from bench.proofs.meter import Traffic
 from bench.proofs.traffic import Case, measure
+from fused_ignore_ce.options import LossOptions
+from fused_ignore_ce.rows import Block
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -64,7 +66,7 @@ def test_few_rows_are_split(busy):
     with Traffic() as traffic:
         measure(Case(4, 20000, torch.float32, busy=busy), 0.0)
     kernels = [launch.kernel for launch in traffic.launches]
-    assert kernels == ["forward_kernel", *([] if busy else ["merge_kernel"]), "backward_kernel"]
+    assert kernels == ["forward_kernel", *([] if busy else ["merge_kernel"]), "reduce_kernel", "backward_kernel"]
 
 
 @triton.jit
@@ -131,20 +133,19 @@ def test_vocabulary_blocks_are_read_once():
     V, width = 5003, 1700
     x = torch.randn(1, 8, V)
     target = torch.tensor([0, -100, 1699, 1700, 5002, -100, 7, 3400])
-    options = {"ignore_index": -100, "label_smoothing": 0.1, "softcap": None, "logit_scale": 1.0, "z_loss": 0.0}
+    options = LossOptions(label_smoothing=0.1)
     starts = range(0, V, width)
     parts = cross_entropy.new_parts(x, len(starts), False)
     with Traffic() as traffic:
         for part, start in enumerate(starts):
             block = x[:, :, start : start + width].contiguous()
             cross_entropy.forward_part(
-                block, target, None, None, parts=parts, part=part, first_class=start, classes=V, with_stats=False,
-                **options,
-            )  # fmt: skip
+                block, target, None, None, options, parts=parts, part=part, block=Block(start, V), with_stats=False
+            )
     read = sum(launch.row_bytes("load", "x_ptr") for launch in traffic.launches)
     kept = (target != -100).numpy()
     assert (read[kept] == 4 * (V + 1)).all()  # and the target's logit, where it is
     assert (read[~kept] == 0).all()
-    outputs = cross_entropy.merge(target, parts, ignore_index=-100, z_loss=0.0, with_stats=False)
-    whole = cross_entropy.forward(x, target, None, None, with_stats=False, **options)
+    outputs = cross_entropy.merge(target, parts, options, with_stats=False)
+    whole = cross_entropy.forward(x, target, None, None, options, with_stats=False)
     torch.testing.assert_close(outputs[0], whole[0])

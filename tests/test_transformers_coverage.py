@@ -43,6 +43,21 @@ def _settings():
 def test_known_classes(mapping, name, how):
     outcome = compare.compare(mapping, name)
     assert (outcome.how, outcome.difference) == (how, "")
+    assert outcome.outside == ("equal, fused" if mapping == "CAUSAL_LM" else "")
+
+
+def test_a_wrong_loss_outside_is_a_difference(monkeypatch):
+    right = product.fused_linear_cross_entropy
+    reductions = []
+
+    def wrong_without_labels(hidden, head, target, **options):
+        reductions.append(len(hidden))
+        return right(hidden, head, target, **options) * (1.0 if len(reductions) == 1 else 1.001)
+
+    monkeypatch.setattr(product, "fused_linear_cross_entropy", wrong_without_labels)
+    outcome = compare.compare("CAUSAL_LM", "LlamaForCausalLM")
+    assert outcome.outside == "no"
+    assert outcome.difference.startswith("with its loss outside: loss ")
 
 
 def test_a_wrong_loss_is_a_difference(monkeypatch):

@@ -3,7 +3,8 @@
     python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--keep DIR] [--picture FILE]
 
 Exit status 1 when a kernel does not compile, spills, accesses logits narrowly where it could be wide, or is over its
-budget of instructions. What is predicted of a GPU follows from machine code and data sheets; nothing was measured.
+budget of instructions, or when one pass over rows that fit the cache is predicted to read them twice. What is predicted
+of a GPU follows from machine code and data sheets; nothing was measured.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main() -> int:
     wanted = QUICK_CHIPS if options.quick else [chip.name for chip in chips.CHIPS]
     archs = {p.job.target.arch for p in proofs}
     predicted_on = [chip for chip in chips.CHIPS if chip.name in wanted and (chip.arch in archs or not options.arch)]
-    predicted = run([job for chip in predicted_on for job in predicting.every(chip)], "predictions")
+    predicted = run([job for chip in predicted_on for job in predicting.every(chip, options.quick)], "predictions")
     rows = predicting.predict(predicted)
 
     print(header())
@@ -101,6 +102,8 @@ def main() -> int:
     failed = [proof for proof in (*proofs, *predicted) if judging.faults(proof)]
     for proof in failed:
         print(f"FAULT {proof.job.case} {proof.job.target}: {'; '.join(judging.faults(proof))}")
+    missing = predicting.faults(rows)
+    print("\n".join(f"FAULT {fault}" for fault in missing), end="\n" if missing else "")
     print(f"{len(proofs)} kernels in {time.perf_counter() - start:.0f} s, {len(failed)} with faults")
 
     if options.json:
@@ -110,7 +113,7 @@ def main() -> int:
         compiling.keep(proofs, options.keep)
     if options.picture:
         picture.draw(rows, options.picture)
-    return 1 if failed else 0
+    return 1 if failed or missing else 0
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 #: Shapes (B, T, V) of language models: many rows, and so few that each is split over several programs.
 MODELS = ((1, 8192, 32000), (1, 8192, 128256), (1, 16, 128256))
 
-#: Tokens and vocabularies from which follows every tile that a launcher can choose. Vocabularies that no multiple of
-#: 16 divides have unaligned rows, which Triton compiles a kernel of its own for.
-ROWS = ((1, 1), (1, 40), (4096, 1), (1, 65536))
-VOCABULARIES = tuple(v for power in range(1, 19) for v in (2**power, 2**power - 1))
+#: Rows (B, T) and vocabularies from which follows every tile that a launcher can choose. A row that starts at no
+#: multiple of 16 elements, or of 8, has a kernel of its own.
+ROWS = ((1, 1), (1, 32), (3, 4), (4096, 1), (3, 1001), (1, 65536))
+VOCABULARIES = sorted({v for power in range(19) for v in (2**power, 2**power - 1, 2**power - 8) if v > 0})
 
 #: Options that a kernel is compiled for. Softcap takes the scale in; it is not combined with it.
 FEATURES = ("weight", "smoothing", "scale", "softcap", "stats", "probs")

@@ -83,6 +83,27 @@ class Loaded:
     files: dict[str, Path] = field(default_factory=dict)
 
 
+def configuration(function: Any, request: dict[str, Any]) -> str:
+    """What is compiled, as text; without numbers of rows, programs and the like.
+
+    Triton specialises on those too, where a number is 1 or a multiple of 16, and so compiles many kernels that differ
+    by an instruction or two outside of their loops. Of numbers, only the classes and the strides of tensors make a
+    difference to loops.
+    """
+    kept = []
+    for index, parameter in enumerate(function.params):
+        kind = request["signature"][parameter.name]
+        kinds = dict(_flat([(parameter.name, kind)])).values()
+        values = {path[1:]: value for path, value in request["constants"].items() if path[0] == index}
+        counts = all(k.startswith(("i", "u")) or (k == "constexpr" and 1 in values.values()) for k in kinds)
+        if parameter.is_constexpr or parameter.name == "V" or parameter.name.startswith("stride") or not counts:
+            # Strides are of one tensor: where one of them is not aligned, its rows are not.
+            attributes = [value for path, value in request["configs"][0].items() if path[0] == index]
+            kept.append(f"{parameter.name}: {kind} {values} {'aligned' if all(attributes) else ''}")
+    options = {name: request[name] for name in ("num_warps", "num_stages")}
+    return f"{function.__name__}({', '.join(kept)}) {options}"
+
+
 class NullUtils:
     """The part of a driver that talks to the device."""
 
@@ -100,7 +121,8 @@ class NullDriver(DriverBase):
     Args:
         backend: "cuda" or "hip".
         arch: 90 of sm_90, or "gfx942".
-        select: which requests to compile, by their key; the others are only listed in `requests`, and not launched.
+        select: which requests to compile, by their `configuration`; others are only listed in `requests`, and not
+            launched.
     """
 
     launcher_cls = NullLauncher
@@ -129,9 +151,9 @@ class NullDriver(DriverBase):
         active_driver._active, knobs.runtime.jit_cache_hook = self._outer
         knobs.runtime.kernel_load_end_hook.remove(self._loaded)
 
-    def _requested(self, *, key: str, fn: Any, **_: Any) -> bool:
+    def _requested(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         """Triton calls it before it compiles; True is the answer that it need not."""
-        request = f"{fn.name}:{key}"
+        request = configuration(fn.jit_function, compile)
         self.requests.append(request)
         return self.select is not None and not self.select(request)
 

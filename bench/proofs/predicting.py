@@ -14,7 +14,10 @@ from .judging import work
 NOTE = "Predictions from machine code, not measurements."
 
 ROWS = 8192
-VOCABULARIES = (32000, 128256, 256000)
+VOCABULARIES = (32000, 65536, 128256, 256000)
+
+#: Up to this vocabulary, one pass has to read the logits from device memory once.
+READ_ONCE = 65536
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,15 @@ class Row:
         return 1e3 * ROWS * self.V * self.prediction.seconds_a_logit
 
 
-def every(chip: chips.Chip) -> list[Job]:
-    """The kernels to predict on a chip, at every vocabulary."""
+def every(chip: chips.Chip, quick: bool) -> list[Job]:
+    """The kernels to predict on a chip, at every vocabulary; with `quick`, of peers Liger alone."""
     ours = [
         Case(operation, 1, ROWS, V)
         for V in VOCABULARIES
         for operation in ("forward", "backward", "one pass")
     ]  # fmt: skip
     theirs = [case for V in VOCABULARIES for case in peers.every(V) if not case.features]
+    theirs = [case for case in theirs if not quick or case.library == "liger_kernel"]
     return [Job(case, Target("cuda", chip.arch, chip.name)) for case in (*ours, *theirs)]
 
 
@@ -55,6 +59,15 @@ def predict(proofs: Iterable[Proof]) -> list[Row]:
         prediction = roof.predict(proof.code, todo, chips.chip(proof.job.target.chip))
         rows.append(Row(case.library, case.operation, case.V, prediction))
     return rows
+
+
+def faults(rows: list[Row]) -> list[str]:
+    """Where this project's one pass reads the logits more than once, of a vocabulary for which it must not."""
+    return [
+        f"{row.prediction.chip} {row.kernel} V={row.V}: {row.prediction.hbm_reads:.2f} reads from device memory, not 1"
+        for row in rows
+        if row.library == "fused_ignore_ce" and row.V <= READ_ONCE and row.prediction.hbm_reads > 1.01
+    ]
 
 
 def table(rows: list[Row]) -> str:

@@ -65,6 +65,9 @@ def document(outcomes: list[Outcome], seconds: float) -> str:
         f"- {UNTOUCHED}: the model's own loss.",
         f"- {FAILED}: the class did not run, patched or not.",
         "",
+        "Loss outside, of causal models: the model gets no labels, and the loss is `F.cross_entropy` of its logits",
+        "after the forward. Equal means what it means above; fused, that no logits were computed.",
+        "",
         f"| mapping | classes | run | equal | {LINEAR} | {LOGITS} | {UNTOUCHED} | {FAILED} |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -77,10 +80,10 @@ def document(outcomes: list[Outcome], seconds: float) -> str:
         cells = (mapping, len(group), len(ran), sum(not o.difference for o in ran), *counts)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for mapping, group in groups.items():
-        lines += ["", f"## {mapping}", "", "| class | equal | how | why |", "|---|---|---|---|"]
+        lines += ["", f"## {mapping}", "", "| class | equal | how | why | loss outside |", "|---|---|---|---|---|"]
         for o in group:
             equal = "" if o.how == FAILED else f"no: {o.difference}" if o.difference else "yes"
-            lines.append(f"| {o.name} | {equal} | {o.how} | {o.why} |")
+            lines.append(f"| {o.name} | {equal} | {o.how} | {o.why} | {o.outside} |")
     return "\n".join(lines) + "\n"
 
 

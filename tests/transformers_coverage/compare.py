@@ -45,7 +45,10 @@ LINEAR, LOGITS, UNTOUCHED, FAILED = "fused-linear", "fused-logits", "untouched",
 
 
 class Outcome(NamedTuple):
-    """How a class fared. `how` is LINEAR, LOGITS, UNTOUCHED or FAILED; `difference` is empty where there is none."""
+    """How a class fared. `how` is LINEAR, LOGITS, UNTOUCHED or FAILED; `difference` is empty where there is none.
+
+    `outside` says how a loss fared that was taken of the logits of a forward without labels; empty where none was.
+    """
 
     mapping: str
     name: str
@@ -53,6 +56,7 @@ class Outcome(NamedTuple):
     why: str
     difference: str = ""
     seconds: float = 0.0
+    outside: str = ""
 
 
 def compare(mapping: str, name: str) -> Outcome:
@@ -79,7 +83,29 @@ def _compare(mapping: str, name: str) -> Outcome:
         difference = _difference(plain, fused)
     except Exception as e:
         return Outcome(mapping, name, UNTOUCHED, _where(e), f"raises when patched: {_line(e)}")
-    return Outcome(mapping, name, *_how(model, plain.seen, fused.seen), difference)
+    outside = ""
+    if mapping == "CAUSAL_LM":
+        outside, wrong = _outside(model, batch)
+        difference = difference or wrong
+    return Outcome(mapping, name, *_how(model, plain.seen, fused.seen), difference, outside=outside)
+
+
+def _outside(model: Any, batch: dict[str, Any]) -> tuple[str, str]:
+    """How a loss that is taken after a forward without labels fares, and the difference that it makes."""
+    try:
+        plain = _run(copy.deepcopy(model), batch, outside=True)
+    except Exception as e:
+        return f"not run: {_line(e)}", ""
+    try:
+        fused = _run(patch_model(copy.deepcopy(model), without_labels=True), batch, outside=True)
+    except Exception as e:
+        return "no", f"raises with its loss outside: {_line(e)}"
+    difference = _difference(plain, fused)
+    if difference:
+        return "no", f"with its loss outside: {difference}"
+    if fused.seen.reads:
+        return f"equal, logits read by {', '.join(dict.fromkeys(fused.seen.reads))}", ""
+    return ("equal, fused" if fused.seen.linear else "equal, not deferred"), ""
 
 
 def _first_that_runs(cls: Any, mapping: str) -> tuple[Any, dict[str, Any], _Run]:
@@ -123,12 +149,16 @@ class _Run(NamedTuple):
     seen: Seen
 
 
-def _run(model: Any, batch: dict[str, Any]) -> _Run:
+def _run(model: Any, batch: dict[str, Any], outside: bool = False) -> _Run:
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(0)
     with _watched() as seen:
-        outputs = model(**batch)
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+        if outside:
+            outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+            loss = _next_token_loss(outputs["logits"], batch["labels"])
+        else:
+            outputs = model(**batch)
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
         if not isinstance(loss, Tensor) or not math.isfinite(loss):
             raise ValueError(f"the model's own loss is {loss}")
         loss.backward()
@@ -136,6 +166,12 @@ def _run(model: Any, batch: dict[str, Any]) -> _Run:
     with torch.no_grad():
         logits = logits.detach() + 0 if isinstance(logits, Tensor) else None
     return _Run(loss.item(), {n: p.grad for n, p in model.named_parameters()}, logits, seen)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} are not for labels {tuple(labels.shape)}")
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 @contextlib.contextmanager
