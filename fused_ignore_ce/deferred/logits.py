@@ -278,7 +278,7 @@ def make(
         made._origin.size += product.bytes if isinstance(product, Product) else 0
     else:
         parent._children.append(weakref.ref(made))
-    return made
+    return made  # type: ignore[no-any-return]
 
 
 def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None) -> DeferredLogits:
@@ -297,4 +297,4 @@ def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
 
 
 def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(value, *args, **kwargs)[i]
+    return func(value, *args, **kwargs)[i]  # type: ignore[no-any-return]
