@@ -41,7 +41,7 @@ class _ReducedByKernel(torch.autograd.Function):
         ctx.save_for_backward(*logits, rows.shift, rows.mass, factor, targets.token_weight)
         ctx.call = call
         if not call.with_stats:
-            return total
+            return total  # type: ignore[no-any-return]
         statistics = (num_tokens, rows.lse, rows.predicted, rows.entropy)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
