@@ -117,8 +117,8 @@ def fused_linear_causal_lm_loss(
 
         fused_causal_lm_loss(F.linear(hidden_states, linear_weight), labels, None, num_items_in_batch, ...)
 
-    Position t is scored against label t + 1 by a shift of the labels, and the last position is ignored. Hidden states
-    are not sliced, which would copy them: ignored positions are dropped before the head anyway, at no cost.
+    Position t is scored against label t + 1 by a shift of the labels. Hidden states are not sliced, which would copy
+    them: last positions are ignored, and left out where the kept rows are gathered, as all ignored positions are.
 
     Args:
         hidden_states: (..., T, D), floating.
