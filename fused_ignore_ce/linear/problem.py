@@ -17,6 +17,7 @@ from ..options import LossOptions, ReductionOptions, budget_bytes
 from ..reduction import (
     Scales,
     Targets,
+    finished,
     loss_dtype_of,
     prepare_targets,
     reduce_rows,
@@ -79,7 +80,7 @@ class LinearProblem(NamedTuple):
                 loss = self._total(
                     [_total(position, each) for position, each in zip(self.positions, rows, strict=True)]
                 )
-        loss = loss.to(self.loss_dtype)
+        loss = finished(loss, targets, reduction, self.loss_dtype)
         if not call.with_stats:
             return loss
         if call.group is not None and self.positions[0].operands.probs is not None:
