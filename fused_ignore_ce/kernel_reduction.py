@@ -93,7 +93,5 @@ def reduced_by_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, number of kept rows, lse, predicted, entropy); the loss is differentiable in logits and probabilities."""
     reducing = (reduction, loss_dtype, inplace_backward)
-    found = _ReducedByKernel.apply(  # type: ignore[no-untyped-call]
-        logits.x, logits.probs, logits, targets, call, reducing
-    )
+    found = _ReducedByKernel.apply(logits.x, logits.probs, logits, targets, call, reducing)
     return found  # type: ignore[no-any-return]

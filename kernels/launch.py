@@ -35,8 +35,8 @@ ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
 MERGE_ROWS = 128
 
 #: The reduction: rows that a program reads at a time, and the threads of one; a single program does it up to as many
-#: rows as it reads eight times for, and more share even more rows.
-REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 8192, 1024, 65536, 256
+#: rows as it reads sixteen times for, and more share even more rows.
+REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 4096, 1024, 65536, 256
 
 
 @dataclass(frozen=True)

@@ -166,4 +166,5 @@ def test_rows_are_accessed_as_their_alignment_allows():
     assert cross_entropy._layout(None, x[..., 1:]) == (True, False)
     assert cross_entropy._layout(None, x, torch.empty(2, 3, 63, dtype=torch.bfloat16)) == (True, False)
     assert cross_entropy._layout(x[0, 0, 1:], x) == (True, False)
-    assert cross_entropy._layout(None, x, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
+    assert cross_entropy._layout(None, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
+    assert cross_entropy._layout(None, x, x[..., :1].expand(2, 3, 64)) == (True, True)  # each access is one element

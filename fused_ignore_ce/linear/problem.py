@@ -187,7 +187,7 @@ def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, 
     may_be_ignored = probs is None or token_weight is not None
     h = input.reshape(N, D)
     if call.group is not None and sum_dinput:
-        h = Replicated.apply(h, call.group)  # type: ignore[no-untyped-call]
+        h = Replicated.apply(h, call.group)
     heads = linear_weight.reshape(C, P, D).unbind(1) if inner else [linear_weight]
     positions = []
     for p, w in enumerate(heads):
