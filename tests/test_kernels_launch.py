@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from fused_ignore_ce.kernels import cross_entropy, launch, tables
-from fused_ignore_ce.kernels.launch import INTERPRETED, Chip, Program, Table
+from fused_ignore_ce.kernels.launch import INTERPRETED, Chip
+from fused_ignore_ce.kernels.tables import Program, Table
 
 A100 = Chip(80, 108, 40 << 20, 2048, 32)
 MI300 = Chip("gfx942", 304, 4 << 20, 2048, 64)
@@ -99,7 +101,14 @@ def test_programs_of_a_table_say_when_rows_are_split():
         assert launch.backward_launch(1, 132, 128256, 2, True, True, chip).splits == programs
 
 
-STEP = {"row_bytes": None, "num_warps": 8, "thread_logits": 16, "tiles": 4, "programs": 4, "measured": []}
+STEP: dict[str, Any] = {
+    "row_bytes": None,
+    "num_warps": 8,
+    "thread_logits": 16,
+    "tiles": 4,
+    "programs": 4,
+    "measured": [],
+}
 
 
 def written(tmp_path, **changes):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.speed.workload import Case, tensors
 from fused_ignore_ce.kernels import cross_entropy
@@ -30,6 +32,42 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2**-7
 Timer = Callable[[Callable[[], object]], float]
 
 
+class Rows:
+    """Logits of a shape, their forward results, and memory for their gradient."""
+
+    def __init__(self, N: int, V: int, device: torch.device) -> None:
+        logits, self.target = tensors(Case("tune", "logits", N, V, 0, 0.0, "bfloat16", "both"), device)
+        self.x = logits.detach()[None]
+        self.dx = torch.empty_like(self.x)
+        _, _, shift, mass, *_ = cross_entropy.forward(self.x, self.target, None, None, OPTIONS)
+        self.saved = cross_entropy.Saved(shift, mass, None)
+        self.scale = torch.full((), 1 / N, dtype=torch.float32, device=device)
+
+    def function(self, operation: str, launch: Launch) -> Callable[[], Any]:
+        """The call of a launcher."""
+        inputs = self.x, self.target, None, None
+        upstream = Upstream(self.scale)
+        if operation == "forward":
+            return lambda: cross_entropy.forward(*inputs, OPTIONS, launch=launch)
+        if operation == "backward":
+            return lambda: cross_entropy.backward(
+                upstream, *inputs, self.saved, OPTIONS, dx=self.dx, dprobs=None, launch=launch
+            )
+        return lambda: cross_entropy.forward_backward(upstream, *inputs, OPTIONS, dx=self.dx, launch=launch)
+
+    def results(self, operation: str, run: Callable[[], Any]) -> dict[str, Tensor]:
+        """What a call computes, in memory that held NaN before."""
+        ends = [self.dx[0, :COMPARED], self.dx[0, -COMPARED:]]
+        for end in ends:
+            end.fill_(float("nan"))
+        rows = run()
+        found = {} if operation == "backward" else {"loss": rows[0].clone()}
+        if operation != "forward":
+            # In units of the upstream gradient, of which a row's gradient has at most one.
+            found["gradient"] = torch.cat(ends).float() / self.scale
+        return found
+
+
 class Trials:
     """A clock for the search. The tensors of a shape are made once, for all of its points."""
 
@@ -37,13 +75,16 @@ class Trials:
         self.device = device
         self.timer = timer
         self.shape: tuple[int, int] | None = None
+        self.rows: Rows | None = None
         self.point: Point | None = None
+        self.reference: dict[str, Tensor] = {}
 
     def __call__(self, point: Point, launch: Launch) -> float | str:
         """The first launch of a point is the reference of those that follow."""
         try:
-            run = self.function(point, launch)
-            found = self.compared(point, run)
+            rows = self._rows_of(point.N, point.V)
+            run = rows.function(point.operation, launch)
+            found = rows.results(point.operation, run)
             if point != self.point:
                 self.reference, self.point = found, point
             elif wrong := difference(found, self.reference):
@@ -52,47 +93,15 @@ class Trials:
         except RuntimeError as error:  # Triton's OutOfResources, or no memory
             return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
-    def function(self, point: Point, launch: Launch) -> Callable[[], object]:
-        """The call of the launcher, which only launches."""
-        self._make(point)
-        x, target = self.x, self.target
-        if point.operation == "forward":
-            return lambda: cross_entropy.forward(x, target, None, None, OPTIONS, launch=launch)
-        if point.operation == "backward":
-            saved = cross_entropy.Saved(self.rows[2], self.rows[3], None)
-            return lambda: cross_entropy.backward(
-                self.upstream, x, target, None, None, saved, OPTIONS, dx=self.dx, dprobs=None, launch=launch
-            )
-        return lambda: cross_entropy.forward_backward(
-            self.upstream, x, target, None, None, OPTIONS, dx=self.dx, launch=launch
-        )
-
-    def _make(self, point: Point) -> None:
-        if self.shape == (point.N, point.V):
-            return
-        self.shape = self.x = self.dx = self.rows = None  # freed before others are made
-        logits, self.target = tensors(Case("tune", "logits", point.N, point.V, 0, 0.0, "bfloat16", "both"), self.device)
-        self.x = logits.detach()[None]
-        self.dx = torch.empty_like(self.x)
-        self.rows = cross_entropy.forward(self.x, self.target, None, None, OPTIONS)
-        scale = torch.full((), 1 / point.N, dtype=torch.float32, device=self.device)
-        self.upstream = Upstream(scale)
-        self.shape = point.N, point.V
-
-    def compared(self, point: Point, run: Callable[[], object]) -> dict[str, torch.Tensor]:
-        """What a launch computes, in memory that held NaN before."""
-        ends = [slice(0, COMPARED), slice(-COMPARED, None)]
-        for end in ends:
-            self.dx[0, end].fill_(float("nan"))
-        rows = run()
-        found = {} if point.operation == "backward" else {"loss": rows[0].clone()}
-        if point.operation != "forward":
-            # In units of the upstream gradient, of which a row's gradient has at most one.
-            found["gradient"] = torch.cat([self.dx[0, end] for end in ends]).float() / self.upstream.dloss
-        return found
+    def _rows_of(self, N: int, V: int) -> Rows:
+        if self.rows is None or self.shape != (N, V):
+            self.shape, self.rows = None, None  # freed before others are made
+            self.rows = Rows(N, V, self.device)
+            self.shape = N, V
+        return self.rows
 
 
-def difference(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> str | None:
+def difference(found: dict[str, Tensor], reference: dict[str, Tensor]) -> str | None:
     """How results differ; None if they do not."""
     for name, tolerance in (("loss", LOSS_TOLERANCE), ("gradient", GRADIENT_TOLERANCE)):
         if name in reference:
