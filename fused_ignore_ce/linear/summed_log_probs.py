@@ -45,7 +45,7 @@ def summed_log_probs(
     problem = linear_problem(tensors, (-100,), options, reduction, memory_budget, backend, None)
     (position,) = problem.positions
     if not (problem.at_once and any(position.wanted) and is_plain(input)):
-        return fused_linear_log_probs(
+        return fused_linear_log_probs(  # type: ignore[no-any-return]
             input,
             linear_weight,
             target,
