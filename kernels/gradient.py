@@ -137,8 +137,7 @@ def write_gradient(
                 OUT,
             )
     if TILE[0] == 1:
-        whole = (v_end - v_start) // BLOCK_V
-        tail = v_start + whole * BLOCK_V
+        tail = v_start + (v_end - v_start) // BLOCK_V * BLOCK_V
         if (tail < v_end) & (tail != v_target):
             gradient_tile(
                 rows,
@@ -158,8 +157,9 @@ def write_gradient(
                 IN,
                 OUT,
             )
-        for i in range(1, whole + 1):
-            v = tail - i * BLOCK_V
+        for up in range(v_start, tail, BLOCK_V):
+            # Triton 3.6 does not see that a difference of multiples is one.
+            v = tl.multiple_of(v_start + tail - BLOCK_V - up, BLOCK_V)
             if v != v_target:
                 gradient_tile(
                     rows,

@@ -45,7 +45,7 @@ def one_pass_kernel(
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         # The sign of `row` is 0, but the compiler does not see that: it would keep a register for the offset of each
         # logit from one row to the next.
-        offs = tile_offsets(TILE[1], TILE[2], TILE[3]) + (tl.cast(row, tl.int32) >> 31) * BLOCK_V
+        offs = tile_offsets(TILE) + (tl.cast(row, tl.int32) >> 31) * BLOCK_V
         b, t = row // T, row % T
         x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
         dx_row = row_start(dx_ptr, b, t, strides_dx, TILE[3])
