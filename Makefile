@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # One process a core; one that has nothing left to do takes half of what another has.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic aot sweep clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -45,8 +45,9 @@ readme-figures: $(VENV)/.ready
 traffic: $(VENV)/.ready
 	$(BIN)/python -m bench.proofs.traffic
 
-aot: $(VENV)/.ready
-	$(BIN)/python -m bench.proofs.aot
+# Compiles every kernel for GPUs that are not here, and counts its instructions.
+proofs: $(VENV)/.ready
+	$(BIN)/python -m bench.proofs
 
 # Compares every class of transformers' auto-mappings with its patched self; writes docs/transformers-coverage.md.
 sweep: $(VENV)/.ready

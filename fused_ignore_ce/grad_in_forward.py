@@ -30,6 +30,7 @@ class _GradInForward(torch.autograd.Function):
         if x.dtype == torch.float16 and scales.divisor is not None:
             # Divided afterwards: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
             divisor = torch.as_tensor(scales.divisor, dtype=scale.dtype, device=x.device)
+            divisor = torch.where(divisor == 0.0, 1.0, divisor)  # of no rows: their gradients of 0 remain 0
             scale, z_scale = scale * divisor, None if z_scale is None else z_scale * divisor
         dx = x.detach() if inplace else torch.empty_like(x)
         rows = Rows(
@@ -64,7 +65,7 @@ def total_with_gradient(
     logits: Logits, scales: Scales, call: RowCall, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(scaled total, lse, predicted, entropy); only the total is differentiable, in the logits."""
-    found = _GradInForward.apply(logits.x, logits, scales, call, inplace)  # type: ignore[no-untyped-call]
+    found = _GradInForward.apply(logits.x, logits, scales, call, inplace)
     return found  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,6 @@
 
 #: Tests that take long even so, and are left to `make test`. Every file keeps at least one.
 SLOW = {
-    "test_aot.py": {"test_quick_run_is_green"},
     "test_bench_distributed.py": {"test_the_losses_send_a_few_numbers_a_kept_token"},
     "test_bench_run.py": {
         "test_what_is_wrong_gets_no_speed",

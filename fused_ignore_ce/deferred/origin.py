@@ -21,7 +21,8 @@ class Settings(NamedTuple):
     @property
     def changes(self) -> str:
         """Names of the options that change the loss's value."""
-        names = [name for name in self.options if name not in ("memory_budget", "backend")]
+        others = ("memory_budget", "backend", "zero_if_all_ignored")
+        names = [name for name in self.options if name not in others]
         return ", ".join(["ignore_index"] * bool(self.ignore_index) + names)
 
     def extend(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
@@ -87,10 +88,10 @@ class Origin:
     def without_stats(self, result: Any) -> Tensor:
         """The loss; the statistics that came with it are kept for the forward's outputs."""
         if not isinstance(result, tuple):
-            return result
+            return result  # type: ignore[no-any-return]
         if self.stats is None:
             self.stats = result[1]
-        return result[0]
+        return result[0]  # type: ignore[no-any-return]
 
     def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
         """A loss was computed without logits."""
