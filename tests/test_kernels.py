@@ -13,6 +13,8 @@ from fused_ignore_ce import reference
 from fused_ignore_ce.kernels import cross_entropy, device_math
 from fused_ignore_ce.kernels.launch import Launch
 
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
 V = 1000
 
 
