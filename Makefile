@@ -2,18 +2,28 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# One process a core; one that has nothing left to do takes half of what another has.
+PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-transformers-4 check format bench readme-figures traffic aot sweep clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
 
 test: $(VENV)/.ready
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest $(PARALLEL)
+
+# One case of every test on every backend, but for the slow ones: tests/quick.py.
+test-quick: $(VENV)/.ready
+	$(BIN)/pytest $(PARALLEL) --quick
 
 # What touches transformers, on the last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
-	$(VENV)-transformers-4/bin/pytest -n auto --dist loadfile tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_transformers_coverage.py
+	$(VENV)-transformers-4/bin/pytest $(PARALLEL) tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_transformers_coverage.py
+
+# On the oldest versions that pyproject.toml allows, with PYTHON=python3.12; downloads 3 GB.
+test-oldest: $(VENV)-oldest/.ready
+	$(VENV)-oldest/bin/pytest $(PARALLEL)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -35,23 +45,26 @@ readme-figures: $(VENV)/.ready
 traffic: $(VENV)/.ready
 	$(BIN)/python -m bench.proofs.traffic
 
-aot: $(VENV)/.ready
-	$(BIN)/python -m bench.proofs.aot
+# Compiles every kernel for GPUs that are not here, and counts its instructions.
+proofs: $(VENV)/.ready
+	$(BIN)/python -m bench.proofs
 
 # Compares every class of transformers' auto-mappings with its patched self; writes docs/transformers-coverage.md.
 sweep: $(VENV)/.ready
 	$(BIN)/python -m tests.transformers_coverage --out docs/transformers-coverage.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(VENV)-transformers-4/.ready: pyproject.toml constraints.txt constraints-transformers-4.txt
+# constraints-NAME.txt takes the place of lines of constraints.txt.
+$(VENV)-%/.ready: pyproject.toml constraints.txt constraints-%.txt
 	$(PYTHON) -m venv $(@D)
-	grep -vE '^(transformers|tokenizers|datasets)==' constraints.txt | cat - constraints-transformers-4.txt > $(@D)/constraints.txt
+	packages=$$(sed -nE 's/^([A-Za-z0-9_-]+)==.*/\1/p' constraints-$*.txt | paste -sd '|'); \
+	grep -vE "^($$packages)==" constraints.txt | cat - constraints-$*.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt -e '.[dev]'
 	touch $@

@@ -24,6 +24,9 @@ from .speed.workload import MODELS
 Row = dict[str, Any]
 
 RESULTS = ROOT / "bench" / "results"
+#: The vocabulary at which the README has predictions.
+PREDICTED_V = 128256
+
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -164,16 +167,28 @@ def traffic(results: Results) -> str:
     return f"{case}, half of the rows ignored:\n\n{table(('', 'kept row', 'ignored row'), lines)}"
 
 
-def aot(results: Results) -> str:
+def proofs(results: Results) -> str:
     """The newest run that compiled all kernels; where there is none, the newest that compiled some."""
-    whole = ((name, result) for name, result in results.files.items() if result["aot"] and not result["aot"]["quick"])
-    name, result = next(whole, None) or results.newest("aot")
-    found = result["aot"]
-    which = "the widest tiles, few features" if found["quick"] else "every tile that a launch can choose"
-    return (
-        f"{found['kernels']} kernels ({which}), for {', '.join(f'sm_{arch}' for arch in found['archs'])} in "
-        f"{', '.join(found['dtypes'])}: {found['spilling'] or 'none'} with spills, {len(found['faults']) or 'none'} "
-        f"with accesses to logits narrower than they could be ([{name}](bench/results/{name}.json))."
+    runs = [(name, result["proofs"]) for name, result in results.files.items() if result.get("proofs")]
+    if not runs:
+        return "No committed result has them yet: `make bench`."
+    name, found = next((run for run in runs if not run[1]["quick"]), runs[0])
+    which = "shapes of models" if found["quick"] else "every tile that a launch can choose"
+    text = (
+        f"{found['kernels']} kernels ({which}), for {', '.join(found['targets'])} in {', '.join(found['dtypes'])}: "
+        f"{found['spilling'] or 'none'} with spills, {found['narrow'] or 'none'} with accesses to logits narrower than "
+        f"they could be, {len(found['faults']) or 'no'} faults in all ([{name}](bench/results/{name}.json))."
+    )
+    rows = [row for row in found["predictions, not measurements"] if row["V"] == PREDICTED_V]
+    kernels = dict.fromkeys(row["kernel"] for row in rows)
+    lines = []
+    for chip in dict.fromkeys(row["chip"] for row in rows):
+        own = [_find(rows, chip=chip, kernel=kernel) for kernel in kernels]
+        shares = [f"{row['share of the memory roof']:.2f}, {row['bound']}" if row else "-" for row in own]
+        lines.append((chip, *shares))
+    head = ("", *(kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in kernels))
+    return f"{text}\n\n{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:\n\n" + table(
+        head, lines
     )
 
 
@@ -228,7 +243,7 @@ def memory(results: Results) -> str:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "machine": machine, "logits": logits, "linear": linear, "models": models, "scaling": scaling,
-    "training-step": training_step, "traffic": traffic, "aot": aot, "plots": plots, "memory": memory,
+    "training-step": training_step, "traffic": traffic, "proofs": proofs, "plots": plots, "memory": memory,
     "distributed": distributed,
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
     python -m bench.run [--minutes 9] [--quick] [--out DIR]
 
 It runs the gate, then measures losses side by side, memory, a model's training step, bytes that the kernels move and
-kernels compiled ahead of time; it fits how cost grows and draws plots. It writes DIR/<device>-<date>.json and the
+kernels compiled without a GPU; it fits how cost grows and draws plots. It writes DIR/<device>-<date>.json and the
 plots. The most important figures come first. When the time is up, nothing more is started, and the file lists what was
 left out. To run it without an install, set PYTHONPATH=. before it.
 """
@@ -35,8 +35,8 @@ QUICK_MINUTES = 2.0
 #: A suite may finish the case that it is in, but is ended so many seconds after its deadline.
 GRACE = 120.0
 
-#: Two cores need a quarter of an hour to compile every kernel. With less time left, only a few are compiled.
-FULL_AOT_SECONDS = 900.0
+#: Two cores need about that long to compile every kernel. With less time left, only models' shapes are compiled.
+FULL_PROOFS_SECONDS = 1800.0
 
 Result = dict[str, Any]
 
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
     """Each step starts measurements until its share of the time is over; time that it leaves is the next step's."""
     result: Result = {"header": machine.header(arguments, minutes=minutes, quick=quick)}
-    result |= {"gates": [], "rows": [], "memory": [], "training step": [], "traffic": [], "aot": None}
+    result |= {"gates": [], "rows": [], "memory": [], "training step": [], "traffic": [], "proofs": None}
     result |= {"left out": [], "failed": []}
     start = time.time()
     steps: tuple[tuple[float, Callable[[Result, float], None]], ...] = (
-        (0.65, _speed), (0.82, _memory), (0.88, _training_step), (0.94, _traffic), (1.0, _aot),
+        (0.65, _speed), (0.82, _memory), (0.88, _training_step), (0.94, _traffic), (1.0, _proofs),
     )  # fmt: skip
     for share, step in steps:
         try:
@@ -172,22 +172,22 @@ def _peak(
 
 def _traffic(result: Result, deadline: float) -> None:
     quick = ["--quick"] if result["header"]["quick"] else []
-    result["traffic"] = _proof(result, deadline, "traffic", "--json", *quick) or []
+    result["traffic"] = _proof(result, deadline, "proofs.traffic", "--json", *quick) or []
 
 
-def _aot(result: Result, deadline: float) -> None:
-    quick = ["--quick"] if deadline - time.time() < FULL_AOT_SECONDS else []
-    result["aot"] = _proof(result, deadline, "aot", "--summary", *quick)
+def _proofs(result: Result, deadline: float) -> None:
+    quick = ["--quick"] if deadline - time.time() < FULL_PROOFS_SECONDS else []
+    result["proofs"] = _proof(result, deadline, "proofs", "--summary", *quick)
 
 
 def _proof(result: Result, deadline: float, name: str, flag: str, *more: str) -> Any:
-    """What a module of `bench.proofs` writes to the file that follows its flag."""
+    """What `bench.proofs` or a module of it writes to the file that follows its flag."""
     if time.time() >= deadline:
-        result["left out"].append(" ".join([f"{name}: python -m bench.proofs.{name}", *more]))
+        result["left out"].append(" ".join([f"{name}: python -m bench.{name}", *more]))
         return None
     with tempfile.TemporaryDirectory() as folder, tqdm(total=1, desc=name, unit="report") as bar:
         path = Path(folder, "report.json")
-        command = ["-m", f"bench.proofs.{name}", flag, str(path), *more]
+        command = ["-m", f"bench.{name}", flag, str(path), *more]
         process = _python(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         output, errors = process.communicate()
         bar.update()

@@ -236,5 +236,5 @@ def cross_entropy_rows(logits: Logits, call: RowCall, *, inplace_backward: bool 
     if not is_plain(logits.x):
         return RowResults(*_forward_operator(*logits, *flatten(call)))
     if wants_grad(logits.x, logits.probs):
-        return RowResults(*CrossEntropyRows.apply(*logits, call, inplace_backward))  # type: ignore[no-untyped-call]
+        return RowResults(*CrossEntropyRows.apply(*logits, call, inplace_backward))
     return _forward(logits, call)

@@ -181,9 +181,10 @@ class LogitsProblem(NamedTuple):
             loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
             loss = loss if scale.nothing is None else loss + scale.nothing
         elif can_reduce(logits, targets, reduction, call):
-            loss, num_tokens, lse, predicted, entropy = reduced_by_kernel(
-                logits, targets, reduction, call, loss_dtype, inplace_backward
-            )
+            loss, found = reduced_by_kernel(logits, targets, reduction, call, loss_dtype, inplace_backward)
+            if not found:
+                return loss
+            num_tokens, lse, predicted, entropy = found
         else:
             rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
             target_weight: Tensor | None = rows.target_weight

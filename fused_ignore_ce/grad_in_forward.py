@@ -65,7 +65,7 @@ def total_with_gradient(
     logits: Logits, scales: Scales, call: RowCall, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(scaled total, lse, predicted, entropy); only the total is differentiable, in the logits."""
-    found = _GradInForward.apply(logits.x, logits, scales, call, inplace)  # type: ignore[no-untyped-call]
+    found = _GradInForward.apply(logits.x, logits, scales, call, inplace)
     return found  # type: ignore[no-any-return]
 
 

@@ -280,7 +280,7 @@ def _patch_classes() -> None:
 
     if define is not None:
         _PATCHED_CLASSES.append((PreTrainedModel, "__init_subclass__", define))
-        PreTrainedModel.__init_subclass__ = classmethod(init_subclass)
+        PreTrainedModel.__init_subclass__ = classmethod(init_subclass)  # type: ignore[arg-type]  # a class is a type
     classes = [PreTrainedModel]
     for cls in classes:
         classes += cls.__subclasses__()

@@ -39,8 +39,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
             "torch.func transforms are not supported by fused_ignore_ce: use torch.autograd, or F.cross_entropy there"
         )
     if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
-        for t in tensors
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
         raise NotImplementedError(
             "forward-mode differentiation is not supported by fused_ignore_ce: use reverse mode, or F.cross_entropy"

@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from .device_math import loss_options
-from .gradient import row_terms, upstream_of, write_gradient, write_zeros
+from .gradient import load_upstream, loss_gradient, row_terms, write_gradient, write_zeros
 from .sums import target_weight
 from .tiles import row_start, rows_of, tile_offsets
 
 
-@triton.jit(do_not_specialize=["T", "place", "ignore_index"])
+@triton.jit(do_not_specialize=["T", "ignore_index"])
 def backward_kernel(
     x_ptr,  # (B, T, V)
     probs_ptr,  # (B, T, V) or None
@@ -18,7 +18,7 @@ def backward_kernel(
     target_ptr,  # (B * T,) int64
     weight_ptr,  # (V,) or None
     saved,  # shift (2, B * T), mass (B * T,), entropy (B * T,) or None
-    upstream,  # see `upstream_of`
+    upstream,  # see `loss_gradient`
     N: tl.int64,
     T,
     V,
@@ -29,7 +29,7 @@ def backward_kernel(
     scale: tl.float64,
     cap: tl.float64,
     TILE: tl.constexpr,  # (BLOCK_N, CHUNKS, LANES, WIDTH)
-    OPTIONS: tl.constexpr,  # (HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP)
+    OPTIONS: tl.constexpr,  # (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP)
 ):
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_N: tl.constexpr = TILE[0]
@@ -61,30 +61,28 @@ def backward_kernel(
                 write_zeros(dprobs_row, strides_dprobs[2], v_start, v_end, offs, BLOCK_V)
             return
 
-    hard, soft, curve, steep = loss_options(classes, smoothing, scale, cap, probs_ptr, ACC, OPTIONS)
-    g, dlse, dentropy = upstream_of(upstream, strides_upstream, row, keep, ACC)
+    soft, curve, steep = loss_options(classes, smoothing, scale, cap, ACC, OPTIONS)
+    g = loss_gradient(upstream, strides_upstream, row, keep, ACC)
     shift_ptr, mass_ptr, entropy_ptr = saved
     c = tl.load(shift_ptr + row, mask=keep, other=0.0)
     s = tl.load(shift_ptr + N + row, mask=keep, other=1.0)
     mass = tl.load(mass_ptr + row, mask=keep, other=0.0)
-    if dentropy is None:
-        entropy: tl.constexpr = None
-    else:
+    dlse, dentropy, entropy = 0.0, 0.0, 0.0
+    if upstream[3] is not None:
+        dlse = load_upstream(upstream[3], strides_upstream[3], row, keep, ACC)
+    HAS_ENTROPY: tl.constexpr = upstream[4] is not None
+    if HAS_ENTROPY:
+        dentropy = load_upstream(upstream[4], strides_upstream[4], row, keep, ACC)
         entropy = tl.load(entropy_ptr + row, mask=keep, other=0.0)
+    local = target - first_class
     if probs_ptr is None:
         probs_row: tl.constexpr = None
-        local = target - first_class
-        own = keep & (local >= v_start) & (local < v_end)
-        w_target = target_weight(weight_ptr, local, own, ACC)
-        q_target = w_target * hard
-        if soft is not None:
-            q_target += w_target * soft[1]
+        w_target = target_weight(weight_ptr, local, keep & (local >= v_start) & (local < v_end), ACC)
     else:
-        local: tl.constexpr = None
-        q_target: tl.constexpr = None
         probs_row = row_start(probs_ptr, b, t, strides_probs, TILE[3])
-    terms = row_terms(g, dlse, dentropy, c, s, mass, entropy, q_target, local, hard, steep, dprobs_ptr is not None)
+        w_target = 0.0
+    terms = row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, soft, steep)
     x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
     rows = (x_row, strides_x[2], probs_row, strides_probs[2], keep, v_end)
     out = (dx_row, strides_dx[2], dprobs_row, strides_dprobs[2], inside)
-    write_gradient(rows, out, v_start, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, "", "")
+    write_gradient(rows, out, v_start, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, HAS_ENTROPY, "", "")

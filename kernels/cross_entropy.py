@@ -69,30 +69,29 @@ def _acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _layout(weight, *tensors):
-    """(contiguous, aligned): whether all tensors' rows are contiguous, and start where a thread's access may."""
+def _layout(weight, x, *others):
+    """(contiguous, aligned): whether x's classes are neighbours, and all tensors' rows start where an access may."""
     aligned = weight is None or weight.data_ptr() % ACCESS == 0
-    for x in tensors:
-        if x is not None:
-            stride_b, stride_t, stride_v = x.stride()
-            if stride_v != 1:
-                return False, False
-            per_access = ACCESS // x.itemsize
-            aligned &= not (stride_b % per_access or stride_t % per_access or x.data_ptr() % ACCESS)
-    return True, aligned
+    for tensor in (x, *others):
+        if tensor is not None:
+            stride_b, stride_t, _ = tensor.stride()
+            per_access = ACCESS // tensor.itemsize
+            aligned &= not (stride_b % per_access or stride_t % per_access or tensor.data_ptr() % ACCESS)
+    return x.stride(2) == 1, aligned
 
 
-def _scalars(options):
-    """(smoothing, scale, cap) as the kernels take them, and which of them are there."""
+def _scalars(options, probs):
+    """(smoothing, scale, cap) as the kernels take them, and whether there is a (soft target, scale, softcap)."""
     smoothing, softcap, scale = options.label_smoothing, options.softcap, options.logit_scale
+    soft = smoothing != 0.0 or probs is not None
     if softcap is None:
-        return (smoothing, scale, 1.0), (smoothing != 0.0, scale != 1.0, False)
-    return (smoothing, scale / softcap, softcap), (smoothing != 0.0, False, True)
+        return (smoothing, scale, 1.0), (soft, scale != 1.0, False)
+    return (smoothing, scale / softcap, softcap), (soft, False, True)
 
 
 def _is_simple(launch, weight, probs, present):
-    """Whether few registers do: one aligned row a program, and a soft target of no tensors."""
-    return launch.BLOCK_N == 1 and launch.WIDTH > 1 and probs is None and not (present[0] and weight is not None)
+    """Whether few registers do: one aligned row a program, not of float64, and a soft target of no tensors."""
+    return launch.BLOCK_N == 1 and launch.WIDTH > 2 and probs is None and not (present[0] and weight is not None)
 
 
 def _rows(x, N, dtype, with_stats):
@@ -109,17 +108,19 @@ def _pointers(rows, with_stats):
 def _forward(x, target, weight, probs, rows, parts, first_part, first_class, classes, launch, options, with_stats):
     """Launches the forward kernel, into `rows` or, if there are `parts`, into those from `first_part` on."""
     B, T, V = x.shape
-    scalars, present = _scalars(options)
-    simple = _is_simple(launch, weight, probs, present) and not (present[2] or with_stats)
+    scalars, present = _scalars(options, probs)
+    simple = _is_simple(launch, weight, probs, present) and not (with_stats or any(present) or parts)
+    out = into = None
     if parts is None:
-        out, into, all_parts = _pointers(rows, with_stats), None, 1
+        out = _pointers(rows, with_stats)
     else:
-        out, into, all_parts = None, (parts[0], parts[1] if with_stats else None), parts[0].shape[1]
+        partial, argmax = parts if first_part == 0 else (parts[0][:, first_part:], parts[1][first_part:])
+        into = partial, argmax if with_stats else None, partial.stride(0)
     with _on(x.device):
         forward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
             x, probs, target, weight, out, into, B * T, T, V,
-            (launch.splits, launch.split_tiles, first_part, all_parts, first_class, classes),
-            x.stride(), _strides(probs), options.ignore_index, *scalars, launch.TILE, present,
+            (launch.splits, launch.split_tiles, first_class, classes),
+            x.stride(), _strides(probs), options.ignore_index, *scalars, launch.TILE, (*present, with_stats),
             num_warps=launch.num_warps, **ASSERTS,
             **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
         )  # fmt: skip
@@ -206,7 +207,7 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
     if x.numel() == 0:
         return
     launch = launch or backward_launch(B, T, V, x.itemsize, *_layout(weight, x, probs, dx, dprobs), chip_of(x.device))
-    scalars, present = _scalars(options)
+    scalars, present = _scalars(options, probs)
     simple = _is_simple(launch, weight, probs, present) and upstream.dentropy is None and not present[2]
     dloss = x.new_zeros((), dtype=saved.mass.dtype) if upstream.dloss is None else upstream.dloss
     pointers = dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
@@ -243,7 +244,7 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
     if N == 0:
         return rows
     chip = chip_of(x.device)
-    scalars, present = _scalars(options)
+    scalars, present = _scalars(options, probs)
     simple = not (with_stats or (present[0] and weight is not None) or x.dtype == torch.float64)
     launch = launch or one_pass_launch(N, V, x.itemsize, _layout(weight, x, dx)[1], simple, chip)
     pointers = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
@@ -251,7 +252,7 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
         one_pass_kernel[(launch.programs,)](
             x, dx, target, weight, _pointers(rows, with_stats), pointers, N, T, V,
             (x.stride(), dx.stride(), _strides_of_rows(pointers)),
-            options.ignore_index, *scalars, options.z_loss, launch.TILE, present,
+            options.ignore_index, *scalars, options.z_loss, launch.TILE, (*present, with_stats),
             num_warps=launch.num_warps, **ASSERTS, **chip.options((ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL)[1]),
         )  # fmt: skip
     return rows

@@ -147,27 +147,15 @@ def weighted(q, z):
 
 
 @triton.jit
-def loss_options(classes, smoothing, scale, cap, probs_ptr, ACC: tl.constexpr, OPTIONS: tl.constexpr):
-    """(weight of an index target, soft, curve, d used logit / d u); see `soft_target` and `used_logits`.
+def loss_options(classes, smoothing, scale, cap, ACC: tl.constexpr, OPTIONS: tl.constexpr):
+    """(soft, curve, d used logit / d u), see `soft_target` and `used_logits`.
 
-    `OPTIONS` says which are there: (smoothing, scale, softcap).
+    `OPTIONS` says what there is: (a soft target, a scale, a softcap).
     """
-    HAS_SMOOTHING: tl.constexpr = OPTIONS[0]
-    HAS_SOFTCAP: tl.constexpr = OPTIONS[2]
-    hard = tl.full((), 1.0, ACC)
-    if HAS_SMOOTHING:
-        hard -= tl.full((), smoothing, ACC)
-    if HAS_SMOOTHING:
-        soft = (hard, tl.full((), smoothing, ACC) / classes)
-    elif probs_ptr is not None:
-        soft = (1.0, 0.0)
-    else:
-        soft: tl.constexpr = None
-    steep = tl.full((), scale, ACC)
+    smoothing, scale, cap = tl.full((), smoothing, ACC), tl.full((), scale, ACC), tl.full((), cap, ACC)
     height = tl.full((), LOG2E, ACC)
-    if HAS_SOFTCAP:
-        height *= tl.full((), cap, ACC)
-    curve = (steep, height)
-    if HAS_SOFTCAP:
-        steep *= tl.full((), cap, ACC)
-    return hard, soft, curve, steep
+    steep = scale
+    if OPTIONS[2]:
+        height *= cap
+        steep *= cap
+    return (1.0 - smoothing, smoothing / classes), (scale, height), steep

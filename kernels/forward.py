@@ -13,7 +13,7 @@ from .sums import row_sums, store_kept, store_part, store_row, target_weight
 from .tiles import row_start, rows_of, tile_offsets
 
 
-@triton.jit(do_not_specialize=["T", "place", "ignore_index"])
+@triton.jit(do_not_specialize=["T", "ignore_index"])
 def forward_kernel(
     x_ptr,  # (B, T, V)
     probs_ptr,  # (B, T, V) or None
@@ -24,7 +24,7 @@ def forward_kernel(
     N: tl.int64,
     T,
     V,
-    place,  # (splits, tiles of a split, first part, parts, first class, classes)
+    place,  # (splits, tiles of a split, first class, classes)
     strides_x,  # of B, T and V
     strides_probs,
     ignore_index: tl.int64,
@@ -32,14 +32,14 @@ def forward_kernel(
     scale: tl.float64,
     cap: tl.float64,
     TILE: tl.constexpr,  # (BLOCK_N, CHUNKS, LANES, WIDTH)
-    OPTIONS: tl.constexpr,  # (HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP)
+    OPTIONS: tl.constexpr,  # (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP, HAS_STATS)
 ):
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
-    HAS_STATS: tl.constexpr = (rows_out[5] if parts is None else parts[1]) is not None
-    splits, split_tiles, first_part, all_parts, first_class, classes = place
-    hard, soft, curve, _ = loss_options(classes, smoothing, scale, cap, probs_ptr, ACC, OPTIONS)
+    HAS_STATS: tl.constexpr = OPTIONS[3]
+    splits, split_tiles, first_class, classes = place
+    soft, curve, _ = loss_options(classes, smoothing, scale, cap, ACC, OPTIONS)
 
     pid = tl.program_id(0)
     part = 0
@@ -70,7 +70,7 @@ def forward_kernel(
         # Asked for first, so that it arrives while the row streams by.
         own = keep & in_range & (local >= v_start) & (local < v_end)
         x_target = tl.load(x_row + local * strides_x[2], mask=own, other=0.0)
-        w_target = target_weight(weight_ptr, local, own, ACC) * hard
+        w_target = target_weight(weight_ptr, local, own, ACC) * soft[0]
     else:
         probs_row = row_start(probs_ptr, b, t, strides_probs, TILE[3])
     rows = (x_row, strides_x[2], probs_row, strides_probs[2], keep, v_end)
@@ -88,7 +88,7 @@ def forward_kernel(
         store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted)
     else:
         largest *= tl.full((), cap, ACC)
-        store_part(parts, row + (first_part + part) * N, all_parts * N, keep, c, s, r, mass, d, largest, predicted)
+        store_part(parts, row + part * N, keep, c, s, r, mass, d, largest, predicted)
     # Last, when nothing else is held: a call in the middle of the kernel makes it spill. Nothing was accessed by a
     # bad target, which is no one's `own`.
     tl.device_assert(in_range | (keep == 0), "fused_ignore_ce: target out of range [0, number of classes)")

@@ -18,59 +18,47 @@ from .tiles import load_tile, load_weights, store_tile
 
 
 @triton.jit
-def upstream_of(upstream, strides, row, keep, ACC: tl.constexpr):
-    """(g, dlse, dentropy) of each kept row; the last two are None where there are none.
-
-    `upstream` is pointers to dloss, factor (a scalar), token weight, dlse and dentropy; all but the first may be None.
-    """
-    dloss_ptr, factor_ptr, token_weight_ptr, dlse_ptr, dentropy_ptr = upstream
-    g = tl.load(dloss_ptr + row * strides[0], mask=keep, other=0.0).to(ACC)
-    if factor_ptr is not None:
-        g *= tl.load(factor_ptr).to(ACC)
-    if token_weight_ptr is not None:
-        g *= tl.load(token_weight_ptr + row * strides[2], mask=keep, other=0.0).to(ACC)
-    if dlse_ptr is None:
-        dlse: tl.constexpr = None
-    else:
-        dlse = tl.load(dlse_ptr + row * strides[3], mask=keep, other=0.0).to(ACC)
-    if dentropy_ptr is None:
-        dentropy: tl.constexpr = None
-    else:
-        dentropy = tl.load(dentropy_ptr + row * strides[4], mask=keep, other=0.0).to(ACC)
-    return g, dlse, dentropy
+def load_upstream(ptr, stride, row, keep, ACC: tl.constexpr):
+    """A gradient of each kept row."""
+    return tl.load(ptr + row * stride, mask=keep, other=0.0).to(ACC)
 
 
 @triton.jit
-def row_terms(g, dlse, dentropy, c, s, mass, entropy, q_target, local, hard, steep, HAS_DPROBS: tl.constexpr):
-    """What the tiles of a row need to know of it.
+def loss_gradient(upstream, strides, row, keep, ACC: tl.constexpr):
+    """What multiplies each kept row's gradient of the loss.
+
+    `upstream` is pointers to dloss, factor (a scalar), token weight, dlse and dentropy; all but the first may be None.
+    """
+    g = load_upstream(upstream[0], strides[0], row, keep, ACC)
+    if upstream[1] is not None:
+        g *= tl.load(upstream[1]).to(ACC)
+    if upstream[2] is not None:
+        g *= load_upstream(upstream[2], strides[2], row, keep, ACC)
+    return g
+
+
+@triton.jit
+def row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, soft, steep):
+    """What the tiles of a row need to know of it: the shift, what multiplies 2^(y - c), and g; what the target's logit
+    has; what the gradients of the entropy and of probabilities are made of.
 
     A row whose logits are all -inf has s = 0, and no gradient.
     """
     inverse = tl.where(s == 0, 0.0, 1.0 / s)
     log_s = tl.log2(s)
-    if HAS_DPROBS:
-        of_probs = (g * hard * LN2, log_s)
-    else:
-        of_probs: tl.constexpr = None
+    of_probs = (g * soft[0] * LN2, log_s)
     g *= steep
-    of_lse = g * 0.0
-    if dlse is not None:
-        of_lse = dlse * steep * inverse
-    if dentropy is None:
-        of_entropy: tl.constexpr = None
-    else:
-        of_entropy = (dentropy * steep * inverse * LN2, entropy / LN2 - log_s)
-    if local is None:
-        target: tl.constexpr = None
-    else:
-        target = (local, q_target * s, mass, g * inverse, of_lse)
+    of_lse = dlse * steep * inverse
+    of_entropy = (dentropy * steep * inverse * LN2, entropy / LN2 - log_s)
+    target = (local, w_target * (soft[0] + soft[1]) * s, mass, g * inverse, of_lse)
     return c, g * mass * inverse + of_lse, g, target, of_entropy, of_probs
 
 
 @triton.jit
 def gradient_tile(
     rows, out, v, offs, terms, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr,
-    OPTIONS: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
     """Reads the tile that starts at class `v` and writes its gradients.
 
@@ -86,18 +74,18 @@ def gradient_tile(
     if dx_row is not None:
         e = tl.exp2(z)
         grad = e * multiplier
-        if soft is not None:
+        if OPTIONS[0]:
             q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
             grad -= q * g
         if TARGET:
             local, qs, mass, g_s, of_lse = target
             grad = tl.where(offs == local - v, (e * mass - qs) * g_s + e * of_lse, grad)
-        if of_entropy is not None:
+        if HAS_ENTROPY:
             grad -= e * of_entropy[0] * (tl.maximum(z, -200.0) + of_entropy[1])
         if OPTIONS[2]:
             grad *= slope
         # A class of logit -inf has e = 0, and 0 it stays, but for its soft target.
-        if soft is not None:
+        if OPTIONS[0]:
             grad = tl.where(u != float("-inf"), grad, 0.0)
         # Selected, not multiplied by 0: an ignored row gets 0 under any upstream gradient.
         if BLOCK_N > 1:
@@ -115,7 +103,7 @@ def gradient_tile(
 @triton.jit
 def write_gradient(
     rows, out, v_start, offs, terms, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr,
-    OPTIONS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the kept rows' classes from `v_start` on, last tile first; zeros for other rows.
 
@@ -123,7 +111,7 @@ def write_gradient(
     """
     BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
     v_end = rows[5]
-    HAS_TARGET: tl.constexpr = terms[3] is not None
+    HAS_TARGET: tl.constexpr = rows[2] is None  # targets are indices where they are no probabilities
     v_target = v_start - 1
     if HAS_TARGET and TILE[0] == 1:
         # The tile that has the target: one of the other tiles' many logits must not pay for it.
@@ -131,25 +119,85 @@ def write_gradient(
         if (distance >= 0) & (distance < v_end - v_start):
             v_target = v_start + distance.to(tl.int32) // BLOCK_V * BLOCK_V
             gradient_tile(
-                rows, out, v_target, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, False, True, IN, OUT
+                rows,
+                out,
+                v_target,
+                offs,
+                terms,
+                weight_ptr,
+                soft,
+                curve,
+                ACC,
+                TILE,
+                OPTIONS,
+                HAS_ENTROPY,
+                False,
+                True,
+                IN,
+                OUT,
             )
     if TILE[0] == 1:
         whole = (v_end - v_start) // BLOCK_V
         tail = v_start + whole * BLOCK_V
         if (tail < v_end) & (tail != v_target):
             gradient_tile(
-                rows, out, tail, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, False, False, IN, OUT
+                rows,
+                out,
+                tail,
+                offs,
+                terms,
+                weight_ptr,
+                soft,
+                curve,
+                ACC,
+                TILE,
+                OPTIONS,
+                HAS_ENTROPY,
+                False,
+                False,
+                IN,
+                OUT,
             )
         for i in range(1, whole + 1):
             v = tail - i * BLOCK_V
             if v != v_target:
                 gradient_tile(
-                    rows, out, v, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, True, False, IN, OUT
+                    rows,
+                    out,
+                    v,
+                    offs,
+                    terms,
+                    weight_ptr,
+                    soft,
+                    curve,
+                    ACC,
+                    TILE,
+                    OPTIONS,
+                    HAS_ENTROPY,
+                    True,
+                    False,
+                    IN,
+                    OUT,
                 )
     else:
         for v in range(v_start, v_end, BLOCK_V):
             gradient_tile(
-                rows, out, v, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, False, HAS_TARGET, IN, OUT
+                rows,
+                out,
+                v,
+                offs,
+                terms,
+                weight_ptr,
+                soft,
+                curve,
+                ACC,
+                TILE,
+                OPTIONS,
+                HAS_ENTROPY,
+                False,
+                HAS_TARGET,
+                IN,
+                OUT,
             )
 
 
@@ -157,4 +205,4 @@ def write_gradient(
 def write_zeros(start, stride_v, v_start, v_end, offs, BLOCK_V: tl.constexpr):
     """Over the classes of one row."""
     for v in range(v_start, v_end, BLOCK_V):
-        store_tile(start, v, offs, stride_v, True, v_end, tl.zeros(offs.shape, tl.float32), 1, False)
+        store_tile(start, v, offs, stride_v, True, v_end, tl.zeros(offs.shape, tl.float32), 1, False, "")

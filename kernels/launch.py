@@ -1,15 +1,12 @@
-"""How the kernels are launched: tiles, warps, splits and programs, as data.
-
-No entry was tuned on hardware yet. The arithmetic table follows from what a chip has: with 16 logits of 16 bits a
-thread, two 16-byte loads are in flight, and the 1536 threads of a multiprocessor have 48 KB in flight where about
-40 KB hide the latency of HBM3. A table of measured entries goes into `TABLES`, under the name of its chip.
-"""
+"""How the kernels are launched: tiles, warps, splits and programs. See `tables.py` for what is data of it."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import triton
+
+from .tables import ARITHMETIC, TABLES, Program, Table, fitting
 
 #: Bytes of one access of a thread.
 ACCESS = 16
@@ -21,9 +18,6 @@ SHORT_WARPS = 4
 #: Tile for logits whose classes are strided (images): rows are the contiguous dimension there, and 16 of them fill
 #: the 32-byte sectors that DRAM is read in.
 STRIDED_ROWS, STRIDED_CLASSES = 16, 32
-
-#: A forward grid of fewer programs than this many per multiprocessor leaves the chip idle: split the rows.
-PROGRAMS_PER_MULTIPROCESSOR = 4
 
 #: The second read of the one pass hits the cache if what is read and written between the two fits into it: at most
 #: these many times the bytes of the rows in flight.
@@ -41,45 +35,8 @@ ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
 MERGE_ROWS = 128
 
 #: The reduction: rows that a program reads at a time, and the threads of one; a single program does it up to as many
-#: rows as it reads eight times for, and more share even more rows.
-REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 8192, 1024, 65536, 256
-
-
-@dataclass(frozen=True)
-class Program:
-    """Of one program: its warps, the logits that a thread reads at a time, and at most how many tiles.
-
-    `programs` is the one pass's: how many a multiprocessor has at a time.
-    """
-
-    num_warps: int
-    thread_logits: int = 16
-    tiles: int | None = None
-    programs: int = 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """Per kernel: (largest row in bytes or None, program), the first that fits counts. `reason` says where from.
-
-    Without entries for the one pass, its programs follow from the size of the L2 cache.
-    """
-
-    forward: tuple[tuple[int | None, Program], ...]
-    backward: tuple[tuple[int | None, Program], ...]
-    one_pass: tuple[tuple[int | None, Program], ...]
-    reason: str
-
-
-ARITHMETIC = Table(
-    forward=((16384, Program(4)), (None, Program(8))),
-    backward=((16384, Program(4, tiles=4)), (None, Program(8, tiles=4))),
-    one_pass=(),
-    reason="arithmetic; see the top of the file",
-)
-
-#: By the name that the device gives itself.
-TABLES: dict[str, Table] = {}
+#: rows as it reads sixteen times for, and more share even more rows.
+REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 4096, 1024, 65536, 256
 
 
 @dataclass(frozen=True)
@@ -91,15 +48,11 @@ class Chip:
     l2_bytes: int = 50 << 20
     threads: int = 2048  # of a multiprocessor
     warp_size: int = 32
-    name: str = ""
+    table: Table = ARITHMETIC
 
     @property
     def is_nvidia(self) -> bool:
         return isinstance(self.arch, int)
-
-    @property
-    def table(self) -> Table:
-        return TABLES.get(self.name, ARITHMETIC)
 
     def options(self, registers: int) -> dict[str, int]:
         """Launch options that only this kind of chip knows."""
@@ -144,12 +97,8 @@ def chip_of(device: torch.device) -> Chip:
         of.L2_cache_size,
         of.max_threads_per_multi_processor,
         of.warp_size,
-        of.name,
+        TABLES.get(of.name, ARITHMETIC),
     )
-
-
-def _fitting(ladder, row_bytes: int) -> Program:
-    return next(program for limit, program in ladder if limit is None or row_bytes <= limit)
 
 
 def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, program: Program, chip: Chip) -> Launch:
@@ -178,10 +127,15 @@ def _split(launch: Launch, V: int, splits: int) -> Launch:
     return replace(launch, splits=triton.cdiv(tiles, split_tiles), split_tiles=split_tiles)
 
 
+def _splits_to_fill(chip: Chip, program: Program, B: int, T: int, launch: Launch) -> int:
+    """Into how many parts each row has to be split for every multiprocessor to have its programs; 0 where it has."""
+    return chip.multiprocessors * program.programs // max(B * triton.cdiv(T, launch.BLOCK_N), 1)
+
+
 @lru_cache(maxsize=4096)
 def part_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     """Forward of a block of the vocabulary: not split again."""
-    return _split(_tile(T, V, itemsize, contiguous, aligned, _fitting(chip.table.forward, V * itemsize), chip), V, 1)
+    return _split(_tile(T, V, itemsize, contiguous, aligned, fitting(chip.table.forward, V * itemsize), chip), V, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -190,31 +144,34 @@ def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, alig
     launch = part_launch(T, V, itemsize, contiguous, aligned, chip)
     if V * itemsize <= SHORT_ROW:
         return launch
-    programs = B * triton.cdiv(T, launch.BLOCK_N)
-    return _split(launch, V, chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(programs, 1))
+    return _split(launch, V, _splits_to_fill(chip, fitting(chip.table.forward, V * itemsize), B, T, launch))
 
 
 @lru_cache(maxsize=4096)
 def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     """Programs of several tiles, and of fewer where rows are few."""
-    program = _fitting(chip.table.backward, V * itemsize)
+    program = fitting(chip.table.backward, V * itemsize)
     launch = _tile(T, V, itemsize, contiguous, aligned, program, chip)
-    programs = B * triton.cdiv(T, launch.BLOCK_N)
-    few = chip.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(programs, 1)
     tiles = triton.cdiv(max(V, 1), launch.BLOCK_V)
-    return _split(launch, V, max(few, triton.cdiv(tiles, program.tiles or tiles)))
+    return _split(
+        launch, V, max(_splits_to_fill(chip, program, B, T, launch), triton.cdiv(tiles, program.tiles or tiles))
+    )
+
+
+def one_pass_program(V: int, itemsize: int, simple: bool, chip: Chip) -> Program:
+    """By the chip's table; without, as many programs as leave the second read of their rows in the cache."""
+    if chip.table.one_pass and simple:
+        return fitting(chip.table.one_pass, V * itemsize)
+    threads, _ = ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL
+    cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)
+    programs = 1 << min(3, max(1, cached).bit_length() - 1)
+    return Program(threads // programs // chip.warp_size, programs=programs)
 
 
 @lru_cache(maxsize=4096)
 def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, simple: bool, chip: Chip) -> Launch:
-    """One row a program at a time, of as many programs as leave the second read of their rows in the cache."""
-    threads, _ = ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL
-    if chip.table.one_pass and simple:
-        program = _fitting(chip.table.one_pass, V * itemsize)
-    else:
-        cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)
-        programs = 1 << min(3, max(1, cached).bit_length() - 1)
-        program = Program(threads // programs // chip.warp_size, programs=programs)
+    """One row a program at a time."""
+    program = one_pass_program(V, itemsize, simple, chip)
     launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 

@@ -33,7 +33,7 @@ def scale_kernel(
         start = row_start(x_ptr, b, t, strides[0], TILE[3])
         out = row_start(out_ptr, b, t, strides[1], TILE[3])
         for v in range(0, V, BLOCK_V):
-            x = load_tile(start, v, offs, strides[0][2], inside, V, 0.0, BLOCK_N, False).to(ACC)
+            x = load_tile(start, v, offs, strides[0][2], inside, V, 0.0, BLOCK_N, False, "").to(ACC)
             # 0 stays 0, as that of an ignored row, whatever it is multiplied by.
             x = tl.where(x == 0, 0.0, x * product)
-            store_tile(out, v, offs, strides[1][2], inside, V, x, BLOCK_N, False)
+            store_tile(out, v, offs, strides[1][2], inside, V, x, BLOCK_N, False, "")

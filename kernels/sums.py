@@ -43,7 +43,7 @@ def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.con
     if probs_row is None:
         q = soft[1]
     else:
-        q = load_tile(probs_row, v, offs, stride_pv, keep, v_end, 0.0, TILE[0], WHOLE).to(ACC) * soft[0] + soft[1]
+        q = load_tile(probs_row, v, offs, stride_pv, keep, v_end, 0.0, TILE[0], WHOLE, "").to(ACC) * soft[0] + soft[1]
     if weight_ptr is not None:
         q = q * load_weights(weight_ptr, v, offs, v_end, TILE[0], TILE[3]).to(ACC)
     if not WHOLE:
@@ -71,7 +71,7 @@ def add_tile(
     z = exponent(u, curve[1], c_new)
     e = tl.exp2(z)
     alpha = tl.exp2(c - c_new)
-    if soft is not None:
+    if OPTIONS[0]:
         q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
         r += mass * (c - c_new)
         if WHOLE and probs_row is None and weight_ptr is None:
@@ -160,7 +160,7 @@ def row_sums(
     beta = tl.exp2(c - c_row)
     if HAS_STATS:
         d = lanes_sum(beta * (d + s * (c - c_row)))
-    if soft is not None:
+    if OPTIONS[0]:
         r = lanes_sum(r + mass * (c - c_row))
         mass = lanes_sum(mass)
     s = lanes_sum(s * beta)
@@ -170,7 +170,7 @@ def row_sums(
         largest = lanes_max(best)
     if HAS_STATS:
         predicted = first_of_largest((best, at), rows, v_start, offs, curve, largest, ACC, OPTIONS)
-    if soft is None:
+    if not OPTIONS[0]:
         r, mass = s * 0.0, s * 0.0
     return c_row, s, r, mass, d, largest, predicted
 
@@ -221,13 +221,13 @@ def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
 
 
 @triton.jit
-def store_part(parts, at, field, keep, c, s, r, mass, d, largest, predicted):
-    """The sums of a part of the kept rows; `parts` is pointers to (5, parts, N), of `field` elements each, and to
-    (parts, N) or None.
+def store_part(parts, at, keep, c, s, r, mass, d, largest, predicted):
+    """The sums of a part of the kept rows; `parts` is pointers to the part's in (5, parts, N) and in (parts, N), of
+    which the second may be None, and the elements from one of the five fields to the next.
 
     The shift is not stored: it follows from the largest used logit, by which the parts' argmax is chosen.
     """
-    partial_ptr, argmax_ptr = parts
+    partial_ptr, argmax_ptr, field = parts
     shift = whole_shift(largest)
     back = tl.exp2(c - shift)
     tl.store(partial_ptr + at, largest, mask=keep)

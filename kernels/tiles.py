@@ -39,7 +39,7 @@ def tile_pointers(start, v, offs, stride_v):
 
 @triton.jit
 def load_tile(
-    start, v, offs, stride_v, keep, v_end, other, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr = ""
+    start, v, offs, stride_v, keep, v_end, other, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
 ):
     """Classes `v + offs` of the kept rows, `other` where there are none. A whole tile of one row needs no mask."""
     ptrs = tile_pointers(start, v, offs, stride_v)
@@ -53,7 +53,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    start, v, offs, stride_v, inside, v_end, value, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr = ""
+    start, v, offs, stride_v, inside, v_end, value, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
 ):
     """The counterpart of `load_tile`, rounding to the tensor's dtype."""
     ptrs = tile_pointers(start, v, offs, stride_v)

@@ -1,8 +1,34 @@
 """The selection of `make test-quick` (`pytest --quick`): of every test, the first case of every backend."""
 
-#: Tests that take long even so, and are left to `make test`; every file keeps at least one.
+#: Tests that take long even so, and are left to `make test`. Every file keeps at least one.
 SLOW = {
     "test_bench_distributed.py": {"test_the_losses_send_a_few_numbers_a_kept_token"},
+    "test_bench_run.py": {
+        "test_what_is_wrong_gets_no_speed",
+        "test_what_is_missing_is_skipped_with_its_reason",
+        "test_what_fails_at_one_size_is_said_and_measured_at_others",
+        "test_the_figures_are_those_that_pytest_benchmark_measured",
+        "test_rows_say_what_they_are",
+        "test_out_of_time_everything_is_listed",
+    },
+    "test_compile.py": {"test_inductor_with_dynamic_shapes"},
+    "test_cost.py": {"test_formulas_hold_in_a_process"},
+    "test_distributed_calls.py": {"test_compiled"},
+    "test_hf_torch_compile.py": {
+        "test_patched_and_then_compiled_with_options",
+        "test_other_ways_to_compile",
+        "test_trainer",
+    },
+    "test_linear.py": {"test_gradcheck", "test_any_combination"},
+    "test_linear_plan.py": {"test_all_plans_agree"},
+    "test_memory.py": {
+        "test_no_logits_beside_the_gradients",
+        "test_scratch_does_not_grow_with_the_tokens",
+        "test_a_patched_models_training_step_holds_no_logits",
+    },
+    "test_options.py": {"test_any_combination"},
+    "test_proofs_compiled.py": {"test_quick_run_is_green", "test_every_kernel_that_a_launcher_asks_for_is_compiled"},
+    "test_transformers_coverage.py": {"test_a_process_that_dies_or_hangs_is_a_row"},
 }
 
 
@@ -10,9 +36,9 @@ def select(items):
     """(selected, left out)."""
     selected, left_out, seen = [], [], set()
     for item in items:
-        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        key = item.path, item.originalname, item.cls, backend
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        case = item.path, item.cls, item.originalname, backend
         slow = item.originalname in SLOW.get(item.path.name, ())
-        (left_out if slow or key in seen else selected).append(item)
-        seen.add(key)
+        (left_out if slow or case in seen else selected).append(item)
+        seen.add(case)
     return selected, left_out

@@ -19,7 +19,7 @@ from fused_ignore_ce.linear import calls
 from fused_ignore_ce.linear.plan import VOCABULARY_BLOCKS, LinearPlan
 
 #: Of the first 1, 2, ... ranks.
-GROUPS = {}
+GROUPS: dict = {}
 
 
 def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=None, backwards=1, plan=None, **options):

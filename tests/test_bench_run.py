@@ -55,7 +55,7 @@ BASELINE, OURS = LOGITS[0].name, LOGITS[-1].name
 
 
 def empty():
-    result = {"header": machine.header(["--minutes", "1"], seconds=1), "aot": None}
+    result = {"header": machine.header(["--minutes", "1"], seconds=1), "proofs": None}
     return result | {name: [] for name in ("gates", "rows", "memory", "training step", "traffic", "left out", "failed")}
 
 
@@ -139,7 +139,7 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
     left_out = found["left out"]
     assert {f"speed: {case}" for case in cases(DEVICE)} <= set(left_out)
     assert "traffic: python -m bench.proofs.traffic" in left_out
-    assert any(line.startswith("aot:") for line in left_out)
+    assert any(line.startswith("proofs: python -m bench.proofs") for line in left_out)
     assert any(line.startswith(f"memory: {OURS}, base-logits") for line in left_out)
     assert sum(line.startswith("training step:") for line in left_out) == 4
     assert {"device", "threads", "versions", "commit", "dirty", "date", "command"} <= found["header"].keys()

@@ -91,4 +91,5 @@ def test_formulas_hold_in_a_process(dtype):
     predicted = cost.plain_linear_bytes(2048, 32768, 256, of)
     assert 0.99 * predicted <= of_loss(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
     predicted = cost.linear_cost(2048, 32768, 256, dtype=of, device="cpu").plan.bytes
-    assert 0.6 * predicted <= of_loss(LINEAR[-1].name, linear) <= predicted
+    # The plan names the most that it may hold: some temporaries of the backend need not be there at once.
+    assert 0.5 * predicted <= of_loss(LINEAR[-1].name, linear) <= predicted

@@ -120,14 +120,14 @@ def test_values_and_gradients(name, no_worse, computed):
     wide = [t.detach().double().requires_grad_() for t in leaves]
     true = value(F.linear(*wide))
     assert (ours.shape, ours.dtype, ours.requires_grad) == (plain.shape, plain.dtype, True)
-    no_worse("value", ours, plain, true.double(), scale=4.0, units=4)
+    no_worse("value", ours, plain, true.double(), scale=4.0, terms=V, logits=8.0)
     upstream = torch.linspace(0.5, 2, ours.numel()).view(ours.shape)
     grads = [
         torch.autograd.grad(v, t, u)
         for v, t, u in ((ours, leaves, upstream), (plain, leaves, upstream), (true, wide, upstream.to(true.dtype)))
     ]
     for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
-        no_worse(leaf, *found, scale=4.0, units=8)
+        no_worse(leaf, *found, scale=4.0, terms=V, logits=8.0)
 
 
 @pytest.mark.parametrize("name", ["log_softmax gather", "entropy", "gather minus logsumexp", "label smoother"])
@@ -137,10 +137,10 @@ def test_dtypes(name, dtype, no_worse):
     ours, plain = (ROW_BY_ROW[name](linear(*leaves)) for linear in (defer, F.linear))
     wide = [t.detach().double().requires_grad_() for t in leaves]
     true = ROW_BY_ROW[name](F.linear(*wide)).double()
-    no_worse("value", ours, plain, true, scale=4.0, units=4)
+    no_worse("value", ours, plain, true, scale=4.0, terms=V, via=dtype)
     grads = [torch.autograd.grad(v.sum(), t) for v, t in ((ours, leaves), (plain, leaves), (true, wide))]
     for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
-        no_worse(leaf, *found, scale=4.0, units=8)
+        no_worse(leaf, *found, scale=4.0, terms=V, via=dtype)
 
 
 @pytest.mark.parametrize("name", ["log_softmax gather", "entropy", "logits gather", "label smoother"])

@@ -99,6 +99,20 @@ def test_tiny_upstream_survives_fp16(backend, device):
     assert dx.tolist() == [[-(2.0**-21), 2.0**-21]]
 
 
+def test_gradients_are_rounded_once(backend, device):
+    """Rounded before the upstream factor and again after it, many an element would be its neighbour.
+
+    In float16: to bfloat16, Triton's interpreter truncates.
+    """
+    dtype = torch.float16
+    x, y = torch.randn(8, 300, device=device).to(dtype).requires_grad_(), torch.arange(8, device=device)
+    wide = x.detach().double().requires_grad_()
+    factor = torch.tensor(0.7, device=device, dtype=dtype)
+    (dx,) = torch.autograd.grad(fused_cross_entropy(x, y, reduction="sum", backend=backend), x, factor)
+    (true,) = torch.autograd.grad(F.cross_entropy(wide, y, reduction="sum"), wide, factor.double())
+    assert (dx == true.to(dtype)).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("train_x", [False, True])
 @pytest.mark.parametrize("train_probs", [False, True])
 def test_frozen_inputs_get_none(train_x, train_probs, backend, device):

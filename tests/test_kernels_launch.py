@@ -1,19 +1,22 @@
 """What the launchers choose: tiles cover the vocabulary once, on every chip, and rows in flight fit into its cache."""
 
+import json
 from dataclasses import replace
 from itertools import product
-from unittest import mock
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fused_ignore_ce.kernels import cross_entropy, launch
-from fused_ignore_ce.kernels.launch import INTERPRETED, Chip, Program, Table
+from fused_ignore_ce.kernels import cross_entropy, launch, tables
+from fused_ignore_ce.kernels.launch import INTERPRETED, Chip
+from fused_ignore_ce.kernels.tables import Program, Table
 
-A100 = Chip(80, 108, 40 << 20, 2048, 32, "A100")
-MI300 = Chip("gfx942", 304, 4 << 20, 2048, 64, "MI300X")
+A100 = Chip(80, 108, 40 << 20, 2048, 32)
+MI300 = Chip("gfx942", 304, 4 << 20, 2048, 64)
 CHIPS = [INTERPRETED, A100, MI300]
 
 
@@ -43,7 +46,7 @@ def test_splits_cover_the_vocabulary_once(rows, V):
             assert 1 <= chosen.num_warps * chip.warp_size <= 1024
 
 
-@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", CHIPS, ids=["H100", "A100", "MI300X"])
 @pytest.mark.parametrize("V", [1, 1000, 32000, 50257, 65536, 128256])
 def test_long_rows_give_every_thread_a_lane(V, chip):
     """The lanes of a tile are the threads of its program: no sum in the loop leaves a thread."""
@@ -73,19 +76,89 @@ def test_rows_in_flight_fit_into_the_cache(chip):
 
 def test_a_measured_table_goes_before_arithmetic():
     table = Table(
-        forward=((1000, Program(2)), (None, Program(16, thread_logits=8))),
+        forward=((1000, Program(2)), (None, Program(8, thread_logits=8))),
         backward=((None, Program(4, tiles=2)),),
         one_pass=((None, Program(16, programs=2)),),
         reason="a test",
     )
-    chip = replace(INTERPRETED, name="Tuned")
-    with mock.patch.dict(launch.TABLES, {"Tuned": table}):
-        forward = launch.forward_launch(1, 8192, 32000, 2, True, True, chip)
-        backward = launch.backward_launch(1, 8192, 32000, 2, True, True, chip)
-        one_pass = launch.one_pass_launch(8192, 32000, 2, True, True, chip)
-    assert (forward.num_warps, forward.CHUNKS) == (16, 1)
+    chip = replace(INTERPRETED, table=table)
+    forward = launch.forward_launch(1, 8192, 32000, 2, True, True, chip)
+    backward = launch.backward_launch(1, 8192, 32000, 2, True, True, chip)
+    one_pass = launch.one_pass_launch(8192, 32000, 2, True, True, chip)
+    assert (forward.num_warps, forward.CHUNKS) == (8, 1)
     assert (backward.num_warps, backward.split_tiles) == (4, 2)
     assert (one_pass.num_warps, one_pass.programs) == (16, 264)
+    assert chip.table.one_pass
+    general = launch.one_pass_launch(8192, 32000, 2, True, False, chip)
+    assert general == launch.one_pass_launch(8192, 32000, 2, True, False, INTERPRETED)
+
+
+def test_programs_of_a_table_say_when_rows_are_split():
+    for programs in (1, 4):
+        ladder = ((None, Program(8, programs=programs)),)
+        chip = replace(INTERPRETED, table=Table(ladder, ladder, (), "a test"))
+        assert launch.forward_launch(1, 132, 128256, 2, True, True, chip).splits == programs
+        assert launch.backward_launch(1, 132, 128256, 2, True, True, chip).splits == programs
+
+
+STEP: dict[str, Any] = {
+    "row_bytes": None,
+    "num_warps": 8,
+    "thread_logits": 16,
+    "tiles": 4,
+    "programs": 4,
+    "measured": [],
+}
+
+
+def written(tmp_path, **changes):
+    entry = {"forward": [STEP], "backward": [STEP], "one_pass": [], "reason": "a test"} | changes
+    (tmp_path / "tables.json").write_text(json.dumps({"Device": entry}))
+    return tmp_path / "tables.json"
+
+
+def test_a_table_is_read(tmp_path):
+    steps = [STEP | {"row_bytes": 4096, "num_warps": 4}, STEP]
+    table = tables.read(written(tmp_path, backward=steps))["Device"]
+    assert table.forward == ((None, Program(8, 16, 4, 4)),)
+    assert table.backward == ((4096, Program(4, 16, 4, 4)), (None, Program(8, 16, 4, 4)))
+    assert (table.one_pass, table.reason) == ((), "a test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"other": 1}, "expected forward, backward, one_pass and reason"),
+        ({"forward": []}, "forward has no step"),
+        ({"forward": [STEP | {"num_warps": 16}]}, "num_warps=16"),
+        ({"forward": [STEP | {"thread_logits": 4}]}, "thread_logits=4"),
+        ({"forward": [STEP | {"programs": 0}]}, "programs=0"),
+        ({"forward": [STEP | {"waves": 1}]}, "waves"),
+        ({"forward": [STEP | {"row_bytes": 4096}]}, "row_bytes"),
+        ({"forward": [STEP | {"row_bytes": 8}, STEP | {"row_bytes": 4}, STEP]}, "row_bytes"),
+        ({"forward": [STEP, STEP]}, "row_bytes"),
+    ],
+    ids=["key", "empty", "warps", "logits", "programs", "field", "no-last", "order", "two-last"],
+)
+def test_a_table_that_is_wrong_says_where(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        tables.read(written(tmp_path, **changes))
+    assert "'Device'" in str(caught.value)
+    assert "python -m bench.tune" in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["Device", "Another"])
+def test_a_device_gets_its_own_table(monkeypatch, tmp_path, device):
+    """What PyTorch says of the device is made up."""
+    table = tables.read(written(tmp_path))["Device"]
+    monkeypatch.setitem(launch.TABLES, "Device", table)
+    properties = SimpleNamespace(
+        name=device, major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20,
+        max_threads_per_multi_processor=2048, warp_size=32,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    chip = launch.chip_of.__wrapped__(torch.device("cuda", 0))
+    assert chip == replace(INTERPRETED, table=table if device == "Device" else tables.ARITHMETIC)
 
 
 @pytest.mark.parametrize(("chip", "known"), [(INTERPRETED, True), (MI300, False)], ids=["NVIDIA", "AMD"])
@@ -102,4 +175,5 @@ def test_rows_are_accessed_as_their_alignment_allows():
     assert cross_entropy._layout(None, x[..., 1:]) == (True, False)
     assert cross_entropy._layout(None, x, torch.empty(2, 3, 63, dtype=torch.bfloat16)) == (True, False)
     assert cross_entropy._layout(x[0, 0, 1:], x) == (True, False)
-    assert cross_entropy._layout(None, x, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
+    assert cross_entropy._layout(None, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
+    assert cross_entropy._layout(None, x, x[..., :1].expand(2, 3, 64)) == (True, True)  # each access is one element

@@ -42,7 +42,7 @@ def test_bytes_by_hand():
 
 
 def test_the_leanest_within_5_percent_of_the_fastest():
-    N, V, D = 4 * LLAMA[0], *LLAMA[1:]
+    N, V, D = 4 * LLAMA[0], LLAMA[1], LLAMA[2]
     of = sizes(N, V, D)
     chosen = plan_linear_loss(N, V, D)
     tiles = [(N // k, V) for k in range(1, 40)] + [(N, V // k) for k in range(2, 40)]

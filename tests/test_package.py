@@ -70,9 +70,13 @@ def test_distributions_hold_the_kernels_and_nothing_else(kind, tmp_path):
         names = zipfile.ZipFile(built).namelist()
         assert {n.split("/")[0] for n in names} == {"fused_ignore_ce", "fused_ignore_ce-0.1.0.dist-info"}
         assert "fused_ignore_ce/kernels/forward.py" in names
+        assert "fused_ignore_ce/kernels/tables.json" in names
         assert "fused_ignore_ce/py.typed" in names
     else:
         import tarfile
 
         with tarfile.open(built) as archive:
-            assert any(name.endswith("kernels/forward.py") for name in archive.getnames())
+            names = archive.getnames()
+            assert all(
+                any(name.endswith(f"kernels/{file}") for name in names) for file in ("forward.py", "tables.json")
+            )

@@ -1,6 +1,7 @@
 """The arithmetic of kernel proofs: each bound can be the limit, and each fault can be found. Nothing is compiled."""
 
 import dataclasses
+import json
 import random
 
 import pytest
@@ -263,9 +264,14 @@ def test_exit_status(monkeypatch, capsys, tmp_path, proof, status):
     monkeypatch.setattr(command, "jobs", lambda *arguments: [])
     monkeypatch.setattr(command, "run", lambda jobs, what: [proof] if what == "sm_90" else [])
     arguments = ["--arch", "90", "--json", str(tmp_path / "proofs.json"), "--keep", str(tmp_path / "kept")]
+    arguments += ["--summary", str(tmp_path / "summary.json")]
     monkeypatch.setattr("sys.argv", ["bench.proofs", *arguments])
     assert command.main() == status
     printed = capsys.readouterr().out
     assert predicting.NOTE in printed
     assert ("FAULT" in printed) == bool(status)
     assert predicting.NOTE in (tmp_path / "proofs.json").read_text()
+    totals = json.loads((tmp_path / "summary.json").read_text())
+    assert (totals["kernels"], totals["targets"], totals["dtypes"]) == (1, ["sm_90"], ["bfloat16"])
+    assert (totals["spilling"], totals["narrow"], len(totals["faults"])) == (0, status, status)
+    assert totals["note"] == predicting.NOTE

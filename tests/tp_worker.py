@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleOutp
 import fused_ignore_ce
 from fused_ignore_ce.distributed import global_token_count
 
-MESHES = {}
+MESHES: dict = {}
 
 
 def mesh_of(*shape):

@@ -1,6 +1,7 @@
 """Every kernel in every configuration that a launcher can choose, compiled and counted without a GPU.
 
-    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--keep DIR] [--picture FILE]
+    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--summary FILE]
+        [--keep DIR] [--picture FILE]
 
 Exit status 1 when a kernel does not compile, spills, accesses logits narrowly where it could be wide, or is over its
 budget of instructions, or when one pass over rows that fit the cache is predicted to read them twice. What is predicted
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", choices=cases.DTYPES, help="not in a quick run; may be repeated")
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--summary", type=Path, help="write counts, faults and predictions to this file")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write the compiled kernels into this folder")
     parser.add_argument("--picture", type=Path, help="draw the predicted shares of the memory roof into this file")
     options = parser.parse_args()
@@ -99,21 +101,22 @@ def main() -> int:
     print("\n".join([reporting.HEADER, *map(reporting.line, proofs if options.verbose else interesting(proofs))]))
     print(f"\n{reporting.summary(proofs)}")
     print(f"\n{predicting.NOTE}\n{predicting.table(rows)}\n\n{predicting.comparison(rows)}")
-    failed = [proof for proof in (*proofs, *predicted) if judging.faults(proof)]
-    for proof in failed:
-        print(f"FAULT {proof.job.case} {proof.job.target}: {'; '.join(judging.faults(proof))}")
-    missing = predicting.faults(rows)
-    print("\n".join(f"FAULT {fault}" for fault in missing), end="\n" if missing else "")
-    print(f"{len(proofs)} kernels in {time.perf_counter() - start:.0f} s, {len(failed)} with faults")
+    wrong = [proof for proof in (*proofs, *predicted) if judging.faults(proof)]
+    failed = [f"{proof.job.case} {proof.job.target}: {'; '.join(judging.faults(proof))}" for proof in wrong]
+    failed += predicting.faults(rows)
+    print("\n".join(f"FAULT {fault}" for fault in failed), end="\n" if failed else "")
+    print(f"{len(proofs)} kernels in {time.perf_counter() - start:.0f} s, {len(wrong)} with faults")
 
+    about = {"versions": header(), "quick": options.quick, "note": predicting.NOTE}
+    if options.summary:
+        options.summary.write_text(json.dumps(reporting.totals(proofs, rows, failed, about), indent=1) + "\n")
     if options.json:
-        about = {"versions": header(), "quick": options.quick, "note": predicting.NOTE}
         options.json.write_text(json.dumps(reporting.data(proofs, rows, about), indent=1) + "\n")
     if options.keep:
         compiling.keep(proofs, options.keep)
     if options.picture:
         picture.draw(rows, options.picture)
-    return 1 if failed or missing else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

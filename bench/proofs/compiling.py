@@ -92,7 +92,7 @@ def launched_on(target: Target) -> Any:
     if target.backend == "hip":
         return launch.Chip(target.arch, *AMD_CHIPS[str(target.arch)], warp_size=64)
     chip = chips.chip(target.chip)
-    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads, name=chip.name)
+    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads)
 
 
 def jobs(every: Iterable[Case], target: Target) -> list[Job]:

@@ -81,6 +81,35 @@ def summary(proofs: list[Proof]) -> str:
     return "\n".join(lines)
 
 
+def predicted(row: Row) -> dict[str, Any]:
+    return {
+        "chip": row.prediction.chip,
+        "V": row.V,
+        "kernel": f"{row.library} {row.kernel}",
+        "share of the memory roof": round(row.prediction.share, 3),
+        "bound": row.prediction.limit,
+        "bounds": {name: round(share, 3) for name, share in row.prediction.bounds.items()},
+        "HBM reads of a logit": round(row.prediction.hbm_reads, 3),
+        "resident threads": row.prediction.resident_threads,
+        "milliseconds": round(row.milliseconds, 4),
+    }
+
+
+def totals(proofs: list[Proof], rows: list[Row], failed: list[str], about: dict[str, Any]) -> dict[str, Any]:
+    """What result files say of a run. Peers' kernels are counted and not judged, so they are left out."""
+    ours = [proof for proof in proofs if proof.job.case.library == "fused_ignore_ce"]
+    found = [judging.faults(proof) for proof in ours]
+    return about | {
+        "kernels": len(ours),
+        "targets": list(dict.fromkeys(str(proof.job.target) for proof in ours)),
+        "dtypes": list(dict.fromkeys(proof.job.case.dtype for proof in ours)),
+        "spilling": sum(any("spill" in fault for fault in faults) for faults in found),
+        "narrow": sum(any("wide" in fault for fault in faults) for faults in found),
+        "faults": failed,
+        "predictions, not measurements": [predicted(row) for row in rows],
+    }
+
+
 def data(proofs: list[Proof], rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     """Everything, for a JSON file."""
     return about | {
@@ -98,19 +127,6 @@ def data(proofs: list[Proof], rows: list[Row], about: dict[str, Any]) -> dict[st
             }
             for proof in proofs
         ],
-        "predictions, not measurements": [
-            {
-                "chip": row.prediction.chip,
-                "V": row.V,
-                "kernel": f"{row.library} {row.kernel}",
-                "share of the memory roof": round(row.prediction.share, 3),
-                "bound": row.prediction.limit,
-                "bounds": {name: round(share, 3) for name, share in row.prediction.bounds.items()},
-                "HBM reads of a logit": round(row.prediction.hbm_reads, 3),
-                "resident threads": row.prediction.resident_threads,
-                "milliseconds": round(row.milliseconds, 4),
-            }
-            for row in rows
-        ],
+        "predictions, not measurements": [predicted(row) for row in rows],
         "faults": dict(Counter(fault for proof in proofs for fault in judging.faults(proof))),
     }

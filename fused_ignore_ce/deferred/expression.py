@@ -64,11 +64,11 @@ class Expression(NamedTuple):
         return list({id(t): t for t, _ in leaves(self)}.values())
 
     def with_tensors(self, tensors: list[Tensor]) -> Expression:
-        return substitute(self, {id(old): new for old, new in zip(self.tensors, tensors, strict=True)})
+        return substitute(self, {id(old): new for old, new in zip(self.tensors, tensors, strict=True)})  # type: ignore[no-any-return]
 
     def logits(self) -> Tensor:
         """Its value, whole."""
-        return evaluate(self, {})
+        return evaluate(self, {})  # type: ignore[no-any-return]
 
 
 def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
@@ -177,7 +177,7 @@ def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: di
         if not isinstance(done, Product) or done.weight is not p.weight or done.classes_second or len(done.shape) < 2:
             return None
         hidden.setdefault(id(p.hidden), done.hidden)
-    return substitute(expression, hidden)
+    return substitute(expression, hidden)  # type: ignore[no-any-return]
 
 
 def _products(recipe: Any) -> Iterator[Product]:

@@ -44,7 +44,7 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, deferred: Any) -> Tensor:
-        return deferred._checked_product().logits()
+        return deferred._checked_product().logits()  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> Tensor:

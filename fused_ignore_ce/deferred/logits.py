@@ -115,8 +115,8 @@ class DeferredLogits(Tensor):
         if recipe is None:
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
-            if name == "clone" and not (self._origin.in_forward or (self.requires_grad and torch.is_grad_enabled())):
-                return None  # a copy that nobody differentiates is to last
+            if name == "clone" and not (self._origin.in_forward or self.requires_grad):
+                return None  # a copy of detached logits is to last; DDP clones others, without gradients
             if self._is_expression():
                 done = expression.on_rows(recipe, name, args, kwargs)
             elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
@@ -278,7 +278,7 @@ def make(
         made._origin.size += product.bytes if isinstance(product, Product) else 0
     else:
         parent._children.append(weakref.ref(made))
-    return made
+    return made  # type: ignore[no-any-return]
 
 
 def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None) -> DeferredLogits:
@@ -297,4 +297,4 @@ def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
 
 
 def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(value, *args, **kwargs)[i]
+    return func(value, *args, **kwargs)[i]  # type: ignore[no-any-return]

@@ -81,8 +81,8 @@ def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], o
 
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """How many targets are ignored, on their device."""
-    if target.is_floating_point():
+    """How many targets are ignored, on their device; None where nobody counts them."""
+    if target.is_floating_point() or torch.compiler.is_compiling():
         return None
     ids = options["ignore_index"]
     found = None

@@ -140,9 +140,9 @@ class Product(NamedTuple):
         with torch._C.DisableTorchFunction():  # a hook may ask while the mode that deferred this product is on
             x: Any = torch.nn.functional.linear(hidden, weight, self.bias)
         if self.layout == "sharded":
-            return x
+            return x  # type: ignore[no-any-return]
         x = x.redistribute(placements=everywhere)
-        return x.to_local() if self.layout == "gathered" else x
+        return x.to_local() if self.layout == "gathered" else x  # type: ignore[no-any-return]
 
     def _autocast(self, enabled: bool) -> torch.autocast:
         return torch.autocast(self.hidden.device.type, dtype=self.linear_dtype if enabled else None, enabled=enabled)

@@ -232,7 +232,7 @@ def _reorder(p: Product, order: list[int]) -> Product | None:
 
 
 @_records("flatten")
-def _flatten(p: Product, start_dim: int = 0, end_dim: int = -1) -> Product | None:
+def _flatten(p: Product, start_dim: int = 0, end_dim: int = -1) -> Any:
     return _on_rows(p, "flatten", start_dim, end_dim)
 
 
@@ -243,22 +243,22 @@ def _unsqueeze(p: Product, dim: int) -> Product | None:
 
 
 @_records("squeeze")
-def _squeeze(p: Product, dim: Any = None) -> Product | None:
+def _squeeze(p: Product, dim: Any = None) -> Any:
     return _on_rows(p, "squeeze", dim)
 
 
 @_records("select")
-def _select(p: Product, dim: int, index: int) -> Product | None:
+def _select(p: Product, dim: int, index: int) -> Any:
     return _on_rows(p, "select", dim, rest=(index,))
 
 
 @_records("index_select")
-def _index_select(p: Product, dim: int, index: Tensor) -> Product | None:
+def _index_select(p: Product, dim: int, index: Tensor) -> Any:
     return _on_rows(p, "index_select", dim, rest=(index,))
 
 
 @_records("narrow")
-def _narrow(p: Product, dim: int, start: Any, length: int) -> Product | None:
+def _narrow(p: Product, dim: int, start: Any, length: int) -> Any:
     if dim % p.ndim == p.ndim - 1 and isinstance(start, int):
         start = start if start >= 0 else start + p.weight.shape[0]
         return _slice_classes(p, slice(start, start + length))
@@ -266,17 +266,17 @@ def _narrow(p: Product, dim: int, start: Any, length: int) -> Product | None:
 
 
 @_records("unbind")
-def _unbind(p: Product, dim: int = 0) -> list[Product] | None:
+def _unbind(p: Product, dim: int = 0) -> Any:
     return _on_rows(p, "unbind", dim)
 
 
 @_records("split")
-def _split(p: Product, split_size: Any, dim: int = 0) -> list[Product] | None:
+def _split(p: Product, split_size: Any, dim: int = 0) -> Any:
     return _on_rows(p, "split", dim, first=(split_size,))
 
 
 @_records("chunk")
-def _chunk(p: Product, chunks: int, dim: int = 0) -> list[Product] | None:
+def _chunk(p: Product, chunks: int, dim: int = 0) -> Any:
     return _on_rows(p, "chunk", dim, first=(chunks,))
 
 

@@ -89,7 +89,7 @@ class DeferredDTensor(DeferredLogits):
 
         product = self._usable_product()
         if product is None or product.layout != "replicated":
-            return self._computed().to_local(**kwargs)
+            return self._computed().to_local(**kwargs)  # type: ignore[no-any-return]
         return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
@@ -97,7 +97,7 @@ class DeferredDTensor(DeferredLogits):
         from torch.distributed.tensor import Replicate
 
         replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
-        return replicated.to_local(**kwargs)
+        return replicated.to_local(**kwargs)  # type: ignore[no-any-return]
 
     def _computed(self) -> Any:
         return self.materialize("redistribute")

@@ -95,15 +95,15 @@ class LinearProblem(NamedTuple):
 
     def _joined(self, found: Sequence[ScaledSum | RowResults], name: str) -> Tensor:
         """A field of the results for all rows and positions: what the kept rows have, among zeros for the others."""
-        N = len(self.targets.target) // len(self.positions)
         spread = [
-            _spread(getattr(each, name), position.rows, N) for each, position in zip(found, self.positions, strict=True)
+            self.spread(getattr(each, name), position) for each, position in zip(found, self.positions, strict=True)
         ]
         return torch.stack(spread, -1).flatten()
 
-
-def _spread(values: Tensor, rows: Tensor | None, N: int) -> Tensor:
-    return values if rows is None else values.new_zeros(N).index_copy(0, rows, values)
+    def spread(self, values: Tensor, position: Position) -> Tensor:
+        """Values of a position's kept rows, for all of its rows: zeros at the others."""
+        N = len(self.targets.target) // len(self.positions)
+        return values if position.rows is None else values.new_zeros(N).index_copy(0, position.rows, values)
 
 
 def _total(position: Position, rows: RowResults) -> Tensor:
@@ -188,7 +188,7 @@ def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, 
     may_be_ignored = probs is None or token_weight is not None
     h = input.reshape(N, D)
     if call.group is not None and sum_dinput:
-        h = Replicated.apply(h, call.group)  # type: ignore[no-untyped-call]
+        h = Replicated.apply(h, call.group)
     heads = linear_weight.reshape(C, P, D).unbind(1) if inner else [linear_weight]
     positions = []
     for p, w in enumerate(heads):

@@ -153,5 +153,5 @@ def row_results(operands: Operands, call: LinearCall) -> RowResults:
     if not is_plain(operands.h):
         return RowResults(*_rows_operator(*operands, *flatten(call)))
     if wants_grad(operands.h, operands.w, operands.b, operands.probs):
-        return RowResults(*_LinearRows.apply(*operands, call))  # type: ignore[no-untyped-call]
+        return RowResults(*_LinearRows.apply(*operands, call))
     return _rows_forward(operands, call)

@@ -151,5 +151,5 @@ def scaled_sum(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCal
     if not is_plain(operands.h):
         return ScaledSum(*_operator(*operands, *scale, *wanted[:3], *flatten(call)))
     if wants_grad(operands.h, operands.w, operands.b, *scale):
-        return ScaledSum(*_Function.apply(*operands, *scale, wanted, call))  # type: ignore[no-untyped-call]
+        return ScaledSum(*_Function.apply(*operands, *scale, wanted, call))
     return _forward(operands, scale, wanted, call)

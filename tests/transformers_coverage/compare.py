@@ -153,6 +153,7 @@ def _run(model: Any, batch: dict[str, Any], outside: bool = False) -> _Run:
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(0)
     with _watched() as seen:
+        loss: Any
         if outside:
             outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
             loss = _next_token_loss(outputs["logits"], batch["labels"])

@@ -1,0 +1,127 @@
+"""Tunes the launch tables on the CUDA device at hand, and writes them with the measurements that are their reason.
+
+    python -m bench.tune [--minutes 8] [--table FILE] [--out DIR]
+
+It tries warps, logits a thread, tiles a program and programs a multiprocessor for forward, backward and one pass, over
+vocabularies of 1k to 256k and 256 to 32k rows of bfloat16 logits. The device's entry goes into kernels/tables.json,
+which the launchers read when they are imported; every time that was measured goes into DIR. When the time is up,
+what was measured is kept, and the rest keeps the arithmetic program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fused_ignore_ce.kernels import cross_entropy, tables
+from fused_ignore_ce.kernels.launch import Chip, chip_of
+
+from . import machine
+from .tuning import search
+from .tuning.search import Clock, Measured, Point
+from .tuning.trial import Trials, cuda_timer
+
+TABLE = machine.ROOT / "kernels" / "tables.json"
+
+#: The share of the device's free memory that logits and gradient may take.
+MEMORY_SHARE = 0.7
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop measuring after so many minutes (8)")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the file that gets the device's entry")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where all times go")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "bench.tune measures on a CUDA device, and PyTorch finds none here (torch.cuda.is_available() is False). "
+            "Run it on a machine with a GPU; launch tables cannot be tuned without one."
+        )
+    if cross_entropy.interpreted():
+        raise SystemExit("bench.tune: TRITON_INTERPRET is set, so kernels would be interpreted. Unset it.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    chip = chip_of(device)
+    todo = search.points(int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]))
+    about = machine.header(arguments, "bench.tune", minutes=options.minutes)
+    found = tuned(todo, chip, Trials(device, cuda_timer), 60 * options.minutes, about, time.time)
+    write(options.table, torch.cuda.get_device_name(device), found["table"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"tune-{machine.slug(about['device'])}-{about['date']}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{summary(found)}\n{options.table}\n{path}")
+    return 1 if found["failed"] else 0
+
+
+def tuned(
+    todo: list[Point], chip: Chip, clock: Clock, seconds: float, about: dict[str, Any], now: Callable[[], float]
+) -> dict[str, Any]:
+    """The table, all times, and what there was no time for."""
+    deadline = now() + seconds
+    with tqdm(todo, desc="tune", unit="point") as bar:
+        measured, left_out = search.search(bar, chip, clock, lambda: now() < deadline)
+    versions = ", ".join(f"{name} {about['versions'].get(name)}" for name in ("torch", "triton"))
+    reason = f"measured by {about['command']} on {about['date']}: {versions}, commit {about['commit']}"
+    times = [each.point._asdict() | {"launches": _launches(each)} for each in measured]
+    failed = [
+        f"{each.point}: {launch['num_warps']} warps, {launch['CHUNKS']} x {launch['WIDTH']} logits: {launch['failed']}"
+        for each, point in zip(measured, times, strict=True)
+        for launch in point["launches"]
+        if launch["failed"] and launch["failed"].startswith("wrong")
+    ]
+    return {
+        "header": about,
+        "table": search.entry(measured, chip, reason),
+        "times": times,
+        "left out": [str(point) for point in left_out],
+        "failed": failed,
+    }
+
+
+def _launches(measured: Measured) -> list[dict[str, Any]]:
+    return [
+        asdict(launch) | {"microseconds": None, "failed": own}
+        if isinstance(own, str)
+        else asdict(launch) | {"microseconds": round(1e6 * own, 2), "failed": None}
+        for launch, own in measured.seconds.items()
+    ]
+
+
+def write(path: Path, device: str, entry: dict[str, Any]) -> None:
+    """Replaces a device's entry, and reads the file back as the launchers do. A fault leaves the file as it was."""
+    before = path.read_text() if path.exists() else "{}"
+    path.write_text(json.dumps(json.loads(before) | {device: entry}, indent=1) + "\n")
+    try:
+        tables.read(path)
+    except ValueError:
+        path.write_text(before)
+        raise
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What the table gains at every point that it was chosen by."""
+    lines = []
+    for operation in ("forward", "backward", "one_pass"):
+        for step in found["table"][operation]:
+            program = f"{step['num_warps']} warps, {step['thread_logits']} logits, {step['tiles']} tiles"
+            lines += [
+                f"{operation:9} N={each['N']:<6} V={each['V']:<7} {each['microseconds']:>10} us, arithmetic "
+                f"{each['arithmetic']}, best {each['best']}  ({program}, {step['programs']} programs)"
+                for each in step["measured"]
+            ]
+    counts = f"{len(found['times'])} points, {len(found['left out'])} left out, {len(found['failed'])} wrong launches"
+    return "\n".join([*lines, *found["failed"], counts])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

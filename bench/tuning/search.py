@@ -1,0 +1,171 @@
+"""The search for launch tables: which programs are tried where, and which of them a table gets.
+
+A point is a kernel and a shape. At every point, all programs that come to different launches are measured. The program
+of a vocabulary is the one that loses the least time over all of its points. Nothing here looks at a clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from fused_ignore_ce.kernels import launch as launches
+from fused_ignore_ce.kernels.launch import Chip, Launch
+from fused_ignore_ce.kernels.tables import ARITHMETIC, Program, Table, fitting
+
+#: Logits are bfloat16; a table counts bytes, so it serves other dtypes, too.
+ITEMSIZE = 2
+
+#: The vocabularies of models come first, and among rows, as many as a training step has.
+VOCABULARIES = (128256, 32000, 151936, 256000, 65536, 16384, 4096, 1024)
+ROWS = (8192, 32768, 2048, 256)
+
+#: A program replaces the arithmetic one if it saves at least this share of the time. Less than that is noise.
+WORTH = 0.02
+
+
+class Point(NamedTuple):
+    """What is measured: a kernel on N rows of V logits."""
+
+    operation: str  # a field of `Table`
+    N: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"{self.operation.replace('_', ' ')} N={self.N} V={self.V}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The seconds of every launch at a point, or the reason why there are none. The arithmetic launch is the first."""
+
+    point: Point
+    seconds: dict[Launch, float | str]
+
+    def loss_of(self, launch: Launch) -> float:
+        """Time relative to the best launch's; infinite where the launch failed."""
+        own = self.seconds[launch]
+        return own / self.best if isinstance(own, float) else math.inf
+
+    @property
+    def best(self) -> float:
+        return min(own for own in self.seconds.values() if isinstance(own, float))
+
+    @property
+    def is_usable(self) -> bool:
+        return any(isinstance(own, float) for own in self.seconds.values())
+
+
+#: Measures a launch at a point: seconds, or why it could not be measured.
+Clock = Callable[[Point, Launch], "float | str"]
+
+
+def points(free_bytes: int) -> list[Point]:
+    """The most important first, of shapes whose logits and gradient fit. Those of a shape are neighbours."""
+    shapes = [(N, V) for N, V in itertools.product(ROWS, VOCABULARIES) if 2 * N * V * ITEMSIZE <= free_bytes]
+    return [Point(operation, *shape) for shape in shapes for operation in ("forward", "backward", "one_pass")]
+
+
+def arithmetic(operation: str, V: int, chip: Chip) -> Program:
+    """What a device without a table gets."""
+    if operation == "one_pass":
+        return launches.one_pass_program(V, ITEMSIZE, True, replace(chip, table=ARITHMETIC))
+    return fitting(getattr(ARITHMETIC, operation), V * ITEMSIZE)
+
+
+def candidates(operation: str, V: int, chip: Chip) -> list[Program]:
+    """Every program that is tried, the arithmetic one first."""
+    warps = (2, 4, 8) if operation != "one_pass" else (4, 8, 16, 32)
+    tiles = (1, 2, 4, 8, None) if operation == "backward" else (None,)
+    found = [Program(*each) for each in itertools.product(warps, (8, 16, 32), tiles, (1, 2, 4, 8))]
+    if operation == "one_pass":  # more threads than that have no room on a multiprocessor
+        room = launches.ONE_PASS_SIMPLE[0]
+        found = [program for program in found if program.num_warps * chip.warp_size * program.programs <= room]
+    return list(dict.fromkeys([arithmetic(operation, V, chip), *found]))
+
+
+def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
+    """How the launchers would launch the kernel, if their table had this program alone."""
+    ladder = ((None, program),)
+    on = replace(chip, table=Table(ladder, ladder, ladder, "a candidate"))
+    aligned = point.V % 8 == 0
+    if point.operation == "one_pass":
+        return launches.one_pass_launch(point.N, point.V, ITEMSIZE, aligned, True, on)
+    choose = launches.forward_launch if point.operation == "forward" else launches.backward_launch
+    return choose(1, point.N, point.V, ITEMSIZE, True, aligned, on)
+
+
+def search(
+    todo: Iterable[Point], chip: Chip, clock: Clock, in_time: Callable[[], bool]
+) -> tuple[list[Measured], list[Point]]:
+    """(points that were measured with all of their launches, points for which there was no time)."""
+    found, left_out = [], []
+    for point in todo:
+        seconds: dict[Launch, float | str] = {}
+        for program in candidates(point.operation, point.V, chip):
+            if not in_time():
+                break
+            launch = launch_of(program, point, chip)
+            if launch not in seconds:
+                seconds[launch] = clock(point, launch)
+        else:
+            found.append(Measured(point, seconds))
+            continue
+        left_out.append(point)
+    return found, left_out
+
+
+def choose(operation: str, V: int, measured: list[Measured], chip: Chip) -> Program | None:
+    """The program that loses the least over the points of a vocabulary; None where no point was measured."""
+    own = [each for each in measured if (each.point.operation, each.point.V) == (operation, V) and each.is_usable]
+    if not own:
+        return None
+
+    def loss(program: Program) -> float:
+        return statistics.fmean(each.loss_of(launch_of(program, each.point, chip)) for each in own)
+
+    first, *others = candidates(operation, V, chip)
+    best = min(others, key=loss)
+    return best if loss(best) < (1 - WORTH) * loss(first) else first
+
+
+def steps(operation: str, measured: list[Measured], chip: Chip) -> list[dict[str, Any]]:
+    """A ladder as `tables.json` has it. Between two vocabularies, a program ends at their geometric mean."""
+    found: list[dict[str, Any]] = []
+    vocabularies = sorted({each.point.V for each in measured})
+    chosen = [(V, program) for V in vocabularies if (program := choose(operation, V, measured, chip)) is not None]
+    for index, (V, program) in enumerate(chosen):
+        limit = None if index + 1 == len(chosen) else round(ITEMSIZE * math.sqrt(V * chosen[index + 1][0]))
+        reasons = [_reason(program, each, chip) for each in measured if each.point[::2] == (operation, V)]
+        if found and all(found[-1][name] == value for name, value in asdict(program).items()):
+            found[-1] |= {"row_bytes": limit, "measured": found[-1]["measured"] + reasons}
+        else:
+            found.append({"row_bytes": limit, **asdict(program), "measured": reasons})
+    return found
+
+
+def _reason(program: Program, measured: Measured, chip: Chip) -> dict[str, Any]:
+    """Why a step has its program: its time, the arithmetic program's and the best one's of a point."""
+    seconds = list(measured.seconds.values())
+    times = measured.seconds[launch_of(program, measured.point, chip)], seconds[0], measured.best
+    names = ("microseconds", "arithmetic", "best")
+    return {"N": measured.point.N, "V": measured.point.V} | {
+        name: round(1e6 * time, 2) if isinstance(time, float) else time
+        for name, time in zip(names, times, strict=True)
+    }  # fmt: skip
+
+
+def entry(measured: list[Measured], chip: Chip, reason: str) -> dict[str, Any]:
+    """A device's entry in `tables.json`. A kernel that was not measured keeps the arithmetic ladder."""
+    found: dict[str, Any] = {"reason": reason}
+    for operation in ("forward", "backward", "one_pass"):
+        kept = [
+            {"row_bytes": limit, **asdict(program), "measured": []}
+            for limit, program in getattr(ARITHMETIC, operation)
+        ]  # fmt: skip
+        found[operation] = steps(operation, [m for m in measured if m.is_usable], chip) or kept
+    return found

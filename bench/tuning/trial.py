@@ -1,0 +1,129 @@
+"""Runs a launch on a device and takes its time, once its results are those of the arithmetic launch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.speed.workload import Case, tensors
+from fused_ignore_ce.kernels import cross_entropy
+from fused_ignore_ce.kernels.launch import Launch
+from fused_ignore_ce.rows import Upstream
+
+from .search import Point
+
+OPTIONS = SimpleNamespace(ignore_index=-100, label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0)
+
+#: A launch is timed so often, and gets the median.
+ROUNDS = 12
+
+#: Losses are compared in every row, gradients in so many of the first and of the last rows.
+COMPARED = 32
+
+#: Other tiles add in another order: losses of float32 sums, and gradients of 16 bits, may differ by so much.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2**-7
+
+#: The time of a function in seconds, measured on the device.
+Timer = Callable[[Callable[[], object]], float]
+
+
+class Rows:
+    """Logits of a shape, their forward results, and memory for their gradient."""
+
+    def __init__(self, N: int, V: int, device: torch.device) -> None:
+        logits, self.target = tensors(Case("tune", "logits", N, V, 0, 0.0, "bfloat16", "both"), device)
+        self.x = logits.detach()[None]
+        self.dx = torch.empty_like(self.x)
+        _, _, shift, mass, *_ = cross_entropy.forward(self.x, self.target, None, None, OPTIONS)
+        self.saved = cross_entropy.Saved(shift, mass, None)
+        self.scale = torch.full((), 1 / N, dtype=torch.float32, device=device)
+
+    def function(self, operation: str, launch: Launch) -> Callable[[], Any]:
+        """The call of a launcher."""
+        inputs = self.x, self.target, None, None
+        upstream = Upstream(self.scale)
+        if operation == "forward":
+            return lambda: cross_entropy.forward(*inputs, OPTIONS, launch=launch)
+        if operation == "backward":
+            return lambda: cross_entropy.backward(
+                upstream, *inputs, self.saved, OPTIONS, dx=self.dx, dprobs=None, launch=launch
+            )
+        return lambda: cross_entropy.forward_backward(upstream, *inputs, OPTIONS, dx=self.dx, launch=launch)
+
+    def results(self, operation: str, run: Callable[[], Any]) -> dict[str, Tensor]:
+        """What a call computes, in memory that held NaN before."""
+        ends = [self.dx[0, :COMPARED], self.dx[0, -COMPARED:]]
+        for end in ends:
+            end.fill_(float("nan"))
+        rows = run()
+        found = {} if operation == "backward" else {"loss": rows[0].clone()}
+        if operation != "forward":
+            # In units of the upstream gradient, of which a row's gradient has at most one.
+            found["gradient"] = torch.cat(ends).float() / self.scale
+        return found
+
+
+class Trials:
+    """A clock for the search. The tensors of a shape are made once, for all of its points."""
+
+    def __init__(self, device: torch.device, timer: Timer) -> None:
+        self.device = device
+        self.timer = timer
+        self.shape: tuple[int, int] | None = None
+        self.rows: Rows | None = None
+        self.point: Point | None = None
+        self.reference: dict[str, Tensor] = {}
+
+    def __call__(self, point: Point, launch: Launch) -> float | str:
+        """The first launch of a point is the reference of those that follow."""
+        try:
+            rows = self._rows_of(point.N, point.V)
+            run = rows.function(point.operation, launch)
+            found = rows.results(point.operation, run)
+            if point != self.point:
+                self.reference, self.point = found, point
+            elif wrong := difference(found, self.reference):
+                return wrong
+            return self.timer(run)
+        except RuntimeError as error:  # Triton's OutOfResources, or no memory
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+    def _rows_of(self, N: int, V: int) -> Rows:
+        if self.rows is None or self.shape != (N, V):
+            self.shape, self.rows = None, None  # freed before others are made
+            self.rows = Rows(N, V, self.device)
+            self.shape = N, V
+        return self.rows
+
+
+def difference(found: dict[str, Tensor], reference: dict[str, Tensor]) -> str | None:
+    """How results differ; None if they do not."""
+    for name, tolerance in (("loss", LOSS_TOLERANCE), ("gradient", GRADIENT_TOLERANCE)):
+        if name in reference:
+            error = (found[name] - reference[name]).abs().max().item()
+            largest = reference[name].abs().max().item()
+            if not error <= tolerance * largest:  # the comparison is false for NaN
+                return f"wrong: {name} differs by {error:.2e} from the arithmetic launch's, largest {largest:.2e}"
+    return None
+
+
+def cuda_timer(run: Callable[[], object]) -> float:
+    """The median over rounds between which the L2 cache is overwritten."""
+    from triton.runtime import driver
+
+    cache = driver.active.get_empty_cache_for_benchmark()
+    spans = []
+    for _ in range(ROUNDS):
+        driver.active.clear_cache(cache)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3

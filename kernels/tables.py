@@ -1,0 +1,100 @@
+"""Launch tables as data: for every kernel, the program for rows of so many bytes, with the reason for it.
+
+`tables.json` has the measured ones, by the name that a device gives itself; `python -m bench.tune` writes it. A device
+that it does not name gets the arithmetic table, which follows from what a chip has: with 16 logits of 16 bits a thread,
+two 16-byte loads are in flight, and the 1536 threads of a multiprocessor have 48 KB in flight where about 40 KB hide
+the latency of HBM3.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+FILE = Path(__file__).with_name("tables.json")
+
+#: Warps that a program may have. A kernel of many features takes up to 255 registers a thread, and a multiprocessor has
+#: them for 8 warps; the table of the one pass is for kernels of few features, which take 64.
+WARPS = {"forward": (1, 2, 4, 8), "backward": (1, 2, 4, 8), "one_pass": (1, 2, 4, 8, 16, 32)}
+
+#: Logits that a thread may read at a time: whole accesses of 16 bytes, of any dtype.
+THREAD_LOGITS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program: its warps, the logits that a thread reads at a time, and at most how many tiles.
+
+    `programs` is how many a multiprocessor should have: forward and backward split rows over programs where there are
+    fewer; the one pass has exactly as many at a time.
+    """
+
+    num_warps: int
+    thread_logits: int = 16
+    tiles: int | None = None  # of backward; None for a whole row
+    programs: int = 1
+
+
+#: (largest row in bytes or None, program); the first that fits counts.
+Ladder = tuple[tuple[int | None, Program], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A ladder for every kernel; `reason` says where it comes from.
+
+    Without a ladder for the one pass, its programs follow from the size of the L2 cache. Tables are equal only to
+    themselves: launches are cached by table, so its hash, which every call takes, has to be cheap.
+    """
+
+    forward: Ladder
+    backward: Ladder
+    one_pass: Ladder
+    reason: str
+
+
+ARITHMETIC = Table(
+    forward=((16384, Program(4, programs=4)), (None, Program(8, programs=4))),
+    backward=((16384, Program(4, tiles=4, programs=4)), (None, Program(8, tiles=4, programs=4))),
+    one_pass=(),
+    reason="arithmetic, see the top of the file",
+)
+
+
+def fitting(ladder: Ladder, row_bytes: int) -> Program:
+    return next(program for limit, program in ladder if limit is None or row_bytes <= limit)
+
+
+def read(path: Path = FILE) -> dict[str, Table]:
+    """The tables of a file by device. An entry's "measured" is for its reader, and not read."""
+    return {device: _table(path, device, entry) for device, entry in json.loads(path.read_text()).items()}
+
+
+def _table(path: Path, device: str, entry: dict) -> Table:
+    def check(fine: bool, problem: str) -> None:
+        if not fine:
+            raise ValueError(f"{path}, {device!r}: {problem}. Write the table again with python -m bench.tune.")
+
+    check(entry.keys() == {*WARPS, "reason"}, f"expected {', '.join(WARPS)} and reason, got {sorted(entry)}")
+    ladders = {}
+    for operation in WARPS:
+        steps = []
+        for step in entry[operation]:
+            names = {field.name for field in fields(Program)}
+            check(step.keys() - {"measured"} == {"row_bytes", *names}, f"{operation} has a step of {sorted(step)}")
+            program = Program(**{name: step[name] for name in names})
+            check(program.num_warps in WARPS[operation], f"{operation} has num_warps={program.num_warps}")
+            check(program.thread_logits in THREAD_LOGITS, f"{operation} has thread_logits={program.thread_logits}")
+            check(program.programs > 0 and program.tiles != 0, f"{operation} has {program}")
+            steps.append((step["row_bytes"], program))
+        limits = [limit for limit, _ in steps]
+        ascending = limits[:-1] == sorted(set(limits[:-1]) - {None})
+        check(
+            not limits or (ascending and limits[-1] is None), f"{operation} has row_bytes {limits}, whose last is null"
+        )
+        check(bool(steps) or operation == "one_pass", f"{operation} has no step")
+        ladders[operation] = tuple(steps)
+    return Table(**ladders, reason=entry["reason"])
+
+
+#: The measured tables, by device.
+TABLES = read()
