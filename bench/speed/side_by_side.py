@@ -113,7 +113,7 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
 
 
 def turn_of(loss: Loss, case: Case, inputs: list[Tensor], target: Tensor, original: Tensor | None = None) -> Turn:
-    """Forward, backward or both of a loss in training. If it overwrites its logits, they are restored from `original`."""
+    """Forward, backward or both of a loss in training. Logits that it overwrites are restored from `original`."""
 
     def restore() -> None:
         if original is not None:
