@@ -248,12 +248,14 @@ def test_masked_classes_have_no_gradient(smoothing, device):
     x, target, *_ = problem(device, torch.float32)
     x[..., :300] = -torch.inf
     target[target != -100] = 700
+    target[0] = 7  # masked itself: an infinite loss, and 0 for its logit all the same
     weight = torch.ones(V, device=device)
-    weight[:300] = 0
+    weight[:300] = 0 if smoothing else 1
+    weight[7] = 1
     options = Options(label_smoothing=smoothing)
     rows = cross_entropy.forward(x, target, weight, None, options)
     dx, _ = gradients(x, target, weight, None, options, Upstream(torch.ones(6, device=device)), rows)
-    assert rows[0].isfinite().all()
+    assert rows[0].isfinite().tolist() == [False] + [not smoothing or target[i] == -100 for i in range(1, 6)]
     assert (dx[..., :300] == 0).all()
     assert dx.isfinite().all()
 
