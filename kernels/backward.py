@@ -86,4 +86,5 @@ def backward_kernel(
         dprobs_row = row_start(dprobs_ptr, b, t, strides_dprobs, TILE[3])
     rows = (x_row, strides_x[2], probs_row, strides_probs[2], keep, v_end)
     out = (dx_row, strides_dx[2], dprobs_row, strides_dprobs[2], inside)
-    write_gradient(rows, out, v_start, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, HAS_ENTROPY, "", "")
+    row_of = (rows, out, terms, (weight_ptr, soft, curve))
+    write_gradient(row_of, v_start, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, "", "")

@@ -40,6 +40,7 @@ def one_pass_kernel(
     NO_PROBS: tl.constexpr = None
     strides_x, strides_dx, strides_upstream = strides
     soft, curve, steep = loss_options(V, smoothing, scale, cap, ACC, OPTIONS)
+    loss = (weight_ptr, soft, curve)
     everywhere = tl.full((), True, tl.int1)
 
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
@@ -60,7 +61,7 @@ def one_pass_kernel(
             g = loss_gradient(upstream, strides_upstream, row, everywhere, ACC)
             rows = (x_row, strides_x[2], NO_PROBS, 0, everywhere, V)
             c, s, r, mass, d, _, predicted = row_sums(
-                rows, 0, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, HAS_STATS, HAS_STATS, "evict_last"
+                rows, 0, offs, loss, ACC, TILE, OPTIONS, HAS_STATS, HAS_STATS, "evict_last"
             )
             u_target, _ = used_logits(x_target, curve, ACC, OPTIONS)
             r += weighted(w_target * soft[0], exponent(u_target, curve[1], c))
@@ -73,20 +74,5 @@ def one_pass_kernel(
                 dlse = dz * lse * (2.0 * tl.full((), z_loss, ACC))
             terms = row_terms(g, dlse, 0.0, c, s, mass, 0.0, w_target, target, soft, steep)
             out = (dx_row, strides_dx[2], NO_PROBS, 0, everywhere)
-            write_gradient(
-                rows,
-                out,
-                0,
-                offs,
-                terms,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                False,
-                "evict_first",
-                "evict_first",
-            )
+            write_gradient((rows, out, terms, loss), 0, offs, ACC, TILE, OPTIONS, False, "evict_first", "evict_first")
             tl.device_assert(own, "fused_ignore_ce: target out of range [0, number of classes)")

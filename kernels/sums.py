@@ -55,11 +55,12 @@ def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def add_tile(
-    lanes, rows, v, offs, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    lanes, rows, v, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums, with the tile that starts at class `v` added to them."""
     c, s, r, mass, d, best, at = lanes
+    weight_ptr, soft, curve = loss
     x_row, stride_xv, probs_row, _, keep, v_end = rows
     x = load_tile(x_row, v, offs, stride_xv, keep, v_end, float("-inf"), TILE[0], WHOLE, EVICT)
     u, _ = used_logits(x, curve, ACC, OPTIONS)
@@ -111,12 +112,13 @@ def first_of_largest(
 
 @triton.jit
 def row_sums(
-    rows, v_start, offs, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    rows, v_start, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """(c, s, r, mass, d, largest, predicted) of each row's classes from `v_start` on, but for an index target.
 
-    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end). `largest` is as `used_logits` has it.
+    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end), `loss` (weight_ptr, soft, curve). `largest` is as
+    `used_logits` has it.
     """
     BLOCK_N: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[2]
@@ -129,31 +131,12 @@ def row_sums(
     if BLOCK_N == 1:  # tiles of several rows need their masks all along
         whole_end += (v_end - v_start) // BLOCK_V * BLOCK_V
         for v in range(v_start, whole_end, BLOCK_V):
-            lanes = add_tile(
-                lanes, rows, v, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, True, HAS_BEST, HAS_STATS, EVICT
-            )
+            lanes = add_tile(lanes, rows, v, offs, loss, ACC, TILE, OPTIONS, True, HAS_BEST, HAS_STATS, EVICT)
         if whole_end < v_end:
-            lanes = add_tile(
-                lanes,
-                rows,
-                whole_end,
-                offs,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                False,
-                HAS_BEST,
-                HAS_STATS,
-                EVICT,
-            )
+            lanes = add_tile(lanes, rows, whole_end, offs, loss, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT)
     else:
         for v in range(v_start, v_end, BLOCK_V):
-            lanes = add_tile(
-                lanes, rows, v, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT
-            )
+            lanes = add_tile(lanes, rows, v, offs, loss, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT)
 
     c, s, r, mass, d, best, at = lanes
     c_row = row_max(c)
@@ -170,7 +153,7 @@ def row_sums(
     if HAS_BEST:
         largest = row_max(best)
     if HAS_STATS:
-        predicted = first_of_largest(best, at, rows, v_start, offs, curve, largest, ACC, TILE, OPTIONS)
+        predicted = first_of_largest(best, at, rows, v_start, offs, loss[2], largest, ACC, TILE, OPTIONS)
     if not OPTIONS[0]:
         r, mass = s * 0.0, s * 0.0
     return c_row, s, r, mass, d, largest, predicted
