@@ -118,8 +118,8 @@ def fused_cross_entropy(
             and moves nothing where upstream is 1. Where it cannot be (reduction="none", a sharded vocabulary, gradients
             of probabilities, token weights, a normalizer or statistics, tracing), the gradient is computed in backward.
             `create_graph=True` is then an error.
-        return_stats: also return `LossStats`, from the same pass: detached if True; with gradients of `lse` and
-            `entropy` if "differentiable".
+        return_stats: also return `LossStats`, from the same pass: detached if True, so that a loss which they are added
+            to takes them as constants; with gradients of `lse` and `entropy` if "differentiable".
         loss_dtype: the dtype of the loss. None is PyTorch's rule, which rounds the loss of 16-bit logits to 16 bits: a
             sum over many tokens may overflow in float16. Sums are float32 inside, whatever it is.
         zero_if_all_ignored: let "mean" be 0 instead of NaN where all rows are ignored, for averages of logged losses.
