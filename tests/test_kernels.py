@@ -298,7 +298,7 @@ def test_the_shift_of_a_part_follows_from_its_largest_logit(device):
     target = torch.zeros(x.shape[1], dtype=torch.int64, device=device)
     parts = cross_entropy.new_parts(x, 1, False)
     options = Options(softcap=cap)
-    cross_entropy.forward_part(x, target, None, None, options, parts=parts, part=0, first_class=0, classes=1)
+    cross_entropy.forward_part(x, target, None, None, options, parts=parts, part=0, block=(0, 1))
     loss, lse, *_ = cross_entropy.merge(target, parts, options)
     torch.testing.assert_close(lse, reference.used_logits(x.flatten().double(), cap).float())
     assert (loss.abs() < 1e-6).all()
