@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.proofs.accesses import access_widths, rows_fastest
+from bench.proofs.accesses import access_widths, rows_together
 from bench.proofs.dataflow import operands_read, registers, results
 from bench.proofs.machine_code import Instruction, Usage, analyse, parse
 
@@ -149,12 +149,14 @@ def test_an_address_out_of_shared_memory_is_the_second_choice(other, width):
     assert access_widths(ptx, ["x_ptr"]) == {"load x_ptr": width}
 
 
-@pytest.mark.parametrize(("order", "fastest"), [("0, 3, 2, 1", True), ("3, 2, 1, 0", False)])
-def test_order_of_threads(order, fastest):
+@pytest.mark.parametrize(
+    ("classes", "warp", "together"),
+    [(32, "16, 1, 2, 1", True), (32, "1, 1, 32, 1", False), (2, "16, 1, 2, 1", True), (1, "16, 1, 2, 1", None)],
+)
+def test_threads_of_a_warp_go_along_rows(classes, warp, together):
     ttgir = f"""
-#layout = #ttg.blocked<{{sizePerThread = [1, 1, 1, 1], order = [{order}]}}>
+#layout = #ttg.blocked<{{sizePerThread = [1, 1, 1, 1], threadsPerWarp = [{warp}], order = [3, 2, 1, 0]}}>
     %1 = tt.load %0 : tensor<16x1x1x1x!tt.ptr<i64>, #other>
-    %2 = tt.load %3 : tensor<16x1x32x1x!tt.ptr<bf16>, #layout>
+    %2 = tt.load %3 : tensor<16x1x{classes}x1x!tt.ptr<bf16>, #layout>
 """
-    assert rows_fastest(ttgir) is fastest
-    assert rows_fastest(ttgir.replace("16x1x32x1", "1x1x32x1")) is None
+    assert rows_together(ttgir) is together

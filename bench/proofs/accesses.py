@@ -1,4 +1,4 @@
-"""How wide a kernel's accesses to each of its tensors are, and in which order its threads go over a tile."""
+"""How wide a kernel's accesses to each of its tensors are, and whether they go along rows."""
 
 from __future__ import annotations
 
@@ -62,12 +62,13 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
     return {access: width for access, width in (unsure | sure).items() if access.endswith("_ptr")}
 
 
-def rows_fastest(ttgir: str) -> bool | None:
-    """Whether neighbouring threads access neighbouring rows, the first dimension of a tile; None without a tile."""
+def rows_together(ttgir: str) -> bool | None:
+    """Whether a warp accesses all rows of a tile, its first dimension, at once, or 32 of them; None without a tile."""
     loads = re.findall(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<\w+>, (#\w+)>", ttgir)
-    tiles = [(shape, layout) for shape, layout in loads if sum(n != "1" for n in shape.split("x")[:-1]) > 1]
+    tiles = [(shape.split("x")[:-1], layout) for shape, layout in loads]
+    tiles = [(shape, layout) for shape, layout in tiles if sum(n != "1" for n in shape) > 1]
     if not tiles:
         return None
-    layout = re.escape(tiles[0][1])
-    order = re.search(rf"^{layout} = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE)
-    return order[1] == "0" if order else None
+    shape, layout = tiles[0]
+    warp = re.search(rf"^{re.escape(layout)} = #ttg\.blocked<.*threadsPerWarp = \[(\d+)", ttgir, re.MULTILINE)
+    return int(warp[1]) >= min(int(shape[0]), 32) if warp else None
