@@ -150,12 +150,19 @@ def test_an_address_out_of_shared_memory_is_the_second_choice(other, width):
 
 
 @pytest.mark.parametrize(
-    ("classes", "warp", "together"),
-    [(32, "16, 1, 2, 1", True), (32, "1, 1, 32, 1", False), (2, "16, 1, 2, 1", True), (1, "16, 1, 2, 1", None)],
+    ("classes", "thread", "warp", "together"),
+    [
+        (32, 1, "16, 1, 2, 1", True),
+        (32, 1, "1, 1, 32, 1", False),
+        (32, 8, "2, 1, 16, 1", True),
+        (32, 4, "2, 1, 16, 1", False),
+        (2, 1, "16, 1, 2, 1", True),
+        (1, 1, "16, 1, 2, 1", None),
+    ],
 )
-def test_threads_of_a_warp_go_along_rows(classes, warp, together):
+def test_threads_of_a_warp_go_along_rows(classes, thread, warp, together):
     ttgir = f"""
-#layout = #ttg.blocked<{{sizePerThread = [1, 1, 1, 1], threadsPerWarp = [{warp}], order = [3, 2, 1, 0]}}>
+#layout = #ttg.blocked<{{sizePerThread = [{thread}, 1, 1, 1], threadsPerWarp = [{warp}], order = [3, 2, 1, 0]}}>
     %1 = tt.load %0 : tensor<16x1x1x1x!tt.ptr<i64>, #other>
     %2 = tt.load %3 : tensor<16x1x{classes}x1x!tt.ptr<bf16>, #layout>
 """

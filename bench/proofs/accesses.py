@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from functools import cache
+from math import prod
 
 
 def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
@@ -70,5 +71,9 @@ def rows_together(ttgir: str) -> bool | None:
     if not tiles:
         return None
     shape, layout = tiles[0]
-    warp = re.search(rf"^{re.escape(layout)} = #ttg\.blocked<.*threadsPerWarp = \[(\d+)", ttgir, re.MULTILINE)
-    return int(warp[1]) >= min(int(shape[0]), 32) if warp else None
+    line = re.search(rf"^{re.escape(layout)} = #ttg\.blocked<.*", ttgir, re.MULTILINE)
+    if line is None:
+        return None
+    # A thread may have several neighbouring rows.
+    rows = [int(n) for n in re.findall(r"(?:sizePerThread|threadsPerWarp) = \[(\d+)", line[0])]
+    return prod(rows) >= min(int(shape[0]), 32)
