@@ -135,6 +135,19 @@ def test_widths_are_the_narrowest_without_gathers():
     assert access_widths(PTX, ["x_ptr", "V", "dx_ptr"]) == {"load x_ptr": 2, "store dx_ptr": 8}
 
 
+def test_an_address_that_a_loaded_value_chose_is_a_gather():
+    ptx = """
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.global.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd1 + 0 ];
+	setp.gt.f32 	%p1, %r3, %r4;
+	selp.b32 	%r7, %r8, 0, %p1;
+	mad.wide.s32 	%rd2, %r7, 2, %rd1;
+	ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    """
+    assert access_widths(ptx, ["x_ptr"]) == {"load x_ptr": 16}
+    assert access_widths(ptx.replace("%r3, %r4;", "%r8, %r9;"), ["x_ptr"]) == {"load x_ptr": 2}
+
+
 @pytest.mark.parametrize(("other", "width"), [("", 16), ("ld.global.b16 { %rs3 }, [ %rd1 + 0 ];", 2)])
 def test_an_address_out_of_shared_memory_is_the_second_choice(other, width):
     """It may be a gather (the b16) or a row that changed threads (the v4)."""

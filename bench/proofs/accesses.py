@@ -11,10 +11,10 @@ from math import prod
 def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
     """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
 
-    Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value is
-    a gather, such as the target's logit, and left out. What comes from shared memory may be such a value, or a row
-    that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest is taken,
-    and only where a tensor has no others.
+    Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value, or was
+    chosen by one, is a gather, such as the target's logit, and left out. What comes from shared memory may be such a
+    value, or a row that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest
+    is taken, and only where a tensor has no others.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, int, str]] = []
@@ -23,13 +23,13 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
         if line.startswith("$L__BB"):
             latest.clear()
         opcode, _, operands = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line).partition(" ")
-        found = re.findall(r"%r[ds]?\d+|\w+_param_\d+", operands)
+        found = re.findall(r"%(?:r[ds]?|p)\d+|\w+_param_\d+", operands)
         if re.match(r"(ld|st)\.global", opcode):
             [(lanes, bits)] = re.findall(r"(?:\.v(\d))?\.[bfsu](\d+)$", opcode)
             [address] = re.findall(r"\[\s*(%\w+)", operands)
             kind = "load" if opcode.startswith("ld") else "store"
             accesses.append((kind, int(lanes or 1) * int(bits) // 8, latest.get(address, address)))
-        if not found or not opcode[:1].isalpha() or opcode.startswith(("st.", "setp")):
+        if not found or not opcode[:1].isalpha() or opcode.startswith("st."):
             continue
         written = operands.split("}")[0].count("%") if operands.strip().startswith("{") else 1
         used = {latest.get(name, name) for name in found[written:]}
