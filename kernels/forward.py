@@ -1,14 +1,14 @@
 """Cross entropy, forward: one read of every kept row, none of an ignored one.
 
 A program that has whole rows leaves their results. One that sees only a part of a row leaves that part's sums, and
-`merge_kernel` puts the parts together. Parts are splits of a launch, or blocks of the vocabulary whose logits exist
+`merge_rows` puts the parts together. Parts are splits of a launch, or blocks of the vocabulary whose logits exist
 one after the other (`first_class`), or both.
 """
 
 import triton
 import triton.language as tl
 
-from .device_math import LOWEST, exponent, loss_options, used_logits, weighted, whole_shift
+from .device_math import exponent, loss_options, used_logits, weighted
 from .sums import row_sums, store_kept, store_part, store_row, target_weight
 from .tiles import row_start, rows_of, tile_offsets
 
@@ -92,46 +92,3 @@ def forward_kernel(
     # Last, when nothing else is held: a call in the middle of the kernel makes it spill. Nothing was accessed by a
     # bad target, which is no one's `own`.
     tl.device_assert(in_range | (keep == 0), "fused_ignore_ce: target out of range [0, number of classes)")
-
-
-@triton.jit(do_not_specialize=["N", "parts", "ignore_index"])
-def merge_kernel(
-    target_ptr,  # (N,) int64
-    rows_out,  # where `store_row` writes
-    partial_ptr,  # (5, parts, N), as `store_part` leaves them
-    argmax_ptr,  # (parts, N) int64 or None
-    N: tl.int64,
-    parts,
-    ignore_index: tl.int64,
-    BLOCK_N: tl.constexpr,
-):
-    ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < N
-    keep = inside & (tl.load(target_ptr + row, mask=inside, other=ignore_index) != ignore_index)
-    field = parts * N
-
-    zero = tl.zeros((BLOCK_N,), ACC)
-    largest, c = zero + float("-inf"), zero + LOWEST
-    s, r, mass, d = zero, zero, zero, zero
-    predicted = tl.zeros((BLOCK_N,), tl.int64)
-    for i in range(0, parts):
-        part = partial_ptr + row + i * N
-        largest_part = tl.load(part, mask=keep, other=float("-inf"))
-        s_part = tl.load(part + field, mask=keep, other=0.0)
-        r_part = tl.load(part + 2 * field, mask=keep, other=0.0)
-        mass_part = tl.load(part + 3 * field, mask=keep, other=0.0)
-        c_part = whole_shift(largest_part)
-        c_new = tl.maximum(c, c_part)
-        alpha, beta = tl.exp2(c - c_new), tl.exp2(c_part - c_new)
-        r += mass * (c - c_new) + r_part + mass_part * (c_part - c_new)
-        mass += mass_part
-        if argmax_ptr is not None:
-            d_part = tl.load(part + 4 * field, mask=keep, other=0.0)
-            d = alpha * (d + s * (c - c_new)) + beta * (d_part + s_part * (c_part - c_new))
-            predicted_part = tl.load(argmax_ptr + row + i * N, mask=keep, other=0)
-            predicted = tl.where((largest_part > largest) | (i == 0), predicted_part, predicted)
-        s = s * alpha + s_part * beta
-        largest = tl.maximum(largest, largest_part)
-        c = c_new
-    store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted)

@@ -31,8 +31,8 @@ FEW_REGISTERS, MAX_REGISTERS = 40, 255
 #: The one pass: threads of a multiprocessor, and registers of each; of a kernel of few features, and of many.
 ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
 
-#: Rows per program of the kernel that merges the splits.
-MERGE_ROWS = 128
+#: Rows per program of the kernel that merges the splits; and at most as many as the reduction merges on its way.
+MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
 
 #: The reduction: rows that a program reads at a time, and the threads of one; a single program does it up to as many
 #: rows as it reads sixteen times for, and more share even more rows.

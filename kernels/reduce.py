@@ -1,11 +1,14 @@
 """From rows to a scalar: the sum, the number of kept rows, and what "mean" divides by, in one small launch.
 
 A program adds what its lanes have in a fixed order, so that the same rows give the same bits. Where rows are very
-many, several programs leave their sums, and a second launch puts them together.
+many, several programs leave their sums, and a second launch puts them together. Where they are few, so that forward
+has left them in parts, the same program merges these first.
 """
 
 import triton
 import triton.language as tl
+
+from .merge import merge_rows
 
 
 @triton.jit
@@ -31,30 +34,27 @@ def store_total(
     tl.store(out[2], 1.0 / divisor)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "first_class", "classes", "stride_tw", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "rows", "ignore_index"])
 def reduce_kernel(
-    loss_ptr,  # (N,)
-    lse_ptr,  # (N,)
+    rows_out,  # pointers to loss (N,) and lse (N,); or, with `parts`, where `store_row` writes
+    parts,  # see `merge_rows`; or None
     target_ptr,  # (N,) int64
-    weight_ptr,  # (classes,) class weights from `first_class` on; or None
-    target_weight_ptr,  # (N,) class weights of the targets, or None
-    token_weight_ptr,  # (N,) or None
+    weights,  # of classes from `first_class` on, of targets (N,), of tokens (N,); pointers, or None
     normalizer_ptr,  # a scalar or None
-    partial_ptr,  # (4, programs), or None for the only program
-    count_ptr,  # (programs,) int64, or None
+    sums,  # pointers to (4, programs) and (programs,) int64; or None, for the only program
     out,  # see `store_total`
-    N,
+    N: tl.int64,
     rows,  # of a program
-    first_class,
-    classes,
-    stride_tw,
+    place,  # (first_class, classes, stride of the token weights)
     ignore_index: tl.int64,
     number: tl.float64,
     z_loss: tl.float64,
     BLOCK_N: tl.constexpr,
-    OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_Z)
+    OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_Z, HAS_STATS)
 ):
-    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    ACC: tl.constexpr = rows_out[0].dtype.element_ty
+    weight_ptr, target_weight_ptr, token_weight_ptr = weights
+    first_class, classes, stride_tw = place
     pid = tl.program_id(0)
     zero = tl.zeros((BLOCK_N,), ACC)
     loss, of_z, share, tokens = zero, zero, zero, zero
@@ -71,10 +71,14 @@ def reduce_kernel(
         if token_weight_ptr is not None:
             token = tl.load(token_weight_ptr + row * stride_tw, mask=keep, other=0.0).to(ACC)
         tokens += token
-        loss += tl.where(keep, token * tl.load(loss_ptr + row, mask=keep, other=0.0), 0.0)
+        if parts is None:
+            loss_row = tl.load(rows_out[0] + row, mask=keep, other=0.0)
+            lse_row = tl.load(rows_out[1] + row, mask=keep, other=0.0)
+        else:
+            loss_row, lse_row = merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N, OPTIONS[3])
+        loss += tl.where(keep, token * loss_row, 0.0)
         if OPTIONS[2]:
-            lse = tl.load(lse_ptr + row, mask=keep, other=0.0)
-            of_z += token * lse * lse
+            of_z += token * lse_row * lse_row
         if weight_ptr is not None:
             local = target - first_class
             here = keep & (local >= 0) & (local < classes)
@@ -85,12 +89,13 @@ def reduce_kernel(
             share += token
     loss, of_z, share, tokens = tl.sum(loss), tl.sum(of_z), tl.sum(share), tl.sum(tokens)
     count = tl.sum(count).to(tl.int64)
-    if partial_ptr is None:
+    if sums is None:
         store_total(
             out, normalizer_ptr, number, loss, of_z, share, tokens, count, z_loss,
             OPTIONS[0], OPTIONS[1], OPTIONS[2], ACC,
         )  # fmt: skip
     else:
+        partial_ptr, count_ptr = sums
         programs = tl.num_programs(0)
         tl.store(partial_ptr + pid, loss)
         tl.store(partial_ptr + programs + pid, of_z)
@@ -109,7 +114,7 @@ def total_kernel(
     number: tl.float64,
     z_loss: tl.float64,
     BLOCK: tl.constexpr,
-    OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_Z)
+    OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_Z, HAS_STATS)
 ):
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     offs = tl.arange(0, BLOCK)

@@ -194,7 +194,7 @@ def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entrop
 
 @triton.jit
 def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
-    """The row's outputs from its sums; zeros where the row is ignored."""
+    """The row's outputs from its sums, zeros where the row is ignored; returns (loss, lse)."""
     s = tl.where(keep, s, 1.0)
     log_s = tl.log2(s)
     loss = tl.where(keep, cross_entropy(s, r, mass), 0.0)
@@ -202,6 +202,7 @@ def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
     entropy = tl.where(keep, LN2 * (log_s - d / s), 0.0)
     c, s, mass = tl.where(keep, c, 0.0), tl.where(keep, s, 0.0), tl.where(keep, mass, 0.0)
     store_row(rows_out, row, N, inside, loss, lse, c, s, mass, tl.where(keep, predicted, 0), entropy)
+    return loss, lse
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_ignore_ce.kernels import cross_entropy, launch, tables
+from fused_ignore_ce.kernels import arguments, launch, tables
 from fused_ignore_ce.kernels.launch import INTERPRETED, Chip
 from fused_ignore_ce.kernels.tables import Program, Table
 
@@ -170,10 +170,10 @@ def test_launch_options_are_the_chips(chip, known):
 def test_rows_are_accessed_as_their_alignment_allows():
     """16 bytes at a time only where every row of every tensor starts at a multiple of them."""
     x = torch.empty(2, 3, 64, dtype=torch.bfloat16)
-    assert cross_entropy._layout(None, x, None, x) == (True, True)
-    assert cross_entropy._layout(None, x[..., 8:]) == (True, True)
-    assert cross_entropy._layout(None, x[..., 1:]) == (True, False)
-    assert cross_entropy._layout(None, x, torch.empty(2, 3, 63, dtype=torch.bfloat16)) == (True, False)
-    assert cross_entropy._layout(x[0, 0, 1:], x) == (True, False)
-    assert cross_entropy._layout(None, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
-    assert cross_entropy._layout(None, x, x[..., :1].expand(2, 3, 64)) == (True, True)  # each access is one element
+    assert arguments.layout(None, x, None, x) == (True, True)
+    assert arguments.layout(None, x[..., 8:]) == (True, True)
+    assert arguments.layout(None, x[..., 1:]) == (True, False)
+    assert arguments.layout(None, x, torch.empty(2, 3, 63, dtype=torch.bfloat16)) == (True, False)
+    assert arguments.layout(x[0, 0, 1:], x) == (True, False)
+    assert arguments.layout(None, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
+    assert arguments.layout(None, x, x[..., :1].expand(2, 3, 64)) == (True, True)  # each access is one element

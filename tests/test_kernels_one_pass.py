@@ -209,6 +209,38 @@ def test_reduce(mean, weighted, token_weighted, normalizer, programs, N, device)
     torch.testing.assert_close(factor, (1 / divisor).double())
 
 
+@pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "sum"])
+@pytest.mark.parametrize(("splits", "at_most"), [(1, 1024), (4, 1024), (4, 2)], ids=["whole", "merged", "three"])
+def test_forward_and_reduce(splits, at_most, mean, probs, device):
+    """Rows and total are those of the two alone; parts are merged on the way unless rows are too many."""
+    x, target = problem(device)
+    q = torch.rand_like(x) if probs else None
+    weight, token_weight = torch.rand(V, device=device, dtype=x.dtype), torch.rand(6, device=device, dtype=x.dtype)
+    launch = Launch(1, 2, 16, 4, 4, splits=splits, split_tiles=8 // splits)
+    rows = cross_entropy.forward(x, target, weight, q, options(), with_stats=True, launch=launch)
+    class_weight = None if probs else weight
+    total = cross_entropy.reduce(
+        *rows[:2], target, class_weight, token_weight, None, options(), mean=mean, z_loss=0.1
+    )  # fmt: skip
+    with mock.patch.object(cross_entropy, "MERGE_AND_REDUCE_ROWS", at_most):
+        both = cross_entropy.forward_reduce(
+            x, target, weight, q, token_weight, None, options(), mean=mean, z_loss=0.1, with_stats=True, launch=launch
+        )
+    for ours, other in zip((*both[0], *both[1]), (*rows, *total), strict=True):
+        assert torch.equal(ours, other)
+
+
+@interpreted
+@pytest.mark.parametrize("N", [4, 600])
+def test_forward_and_reduce_are_two_launches(N):
+    """With rows so few that they are split, and with rows in plenty."""
+    x, target = torch.randn(1, N, 9001), torch.zeros(N, dtype=torch.int64)
+    with Traffic() as traffic:
+        cross_entropy.forward_reduce(x, target, None, None, None, None, options(), mean=True)
+    assert [launch.kernel for launch in traffic.launches] == ["forward_kernel", "reduce_kernel"]
+
+
 def test_reduce_to_another_dtype_and_with_weights_of_a_part(device):
     """Class weights of the targets may be given row by row, or of the classes from `first_class` on."""
     loss, lse, target, weight, _ = rows_to_reduce(device, 100, torch.float32)

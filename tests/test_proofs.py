@@ -203,7 +203,7 @@ SHUFFLE = Block((*block(100, loads=2).code, Instruction("", "SHFL.BFLY", ("PT", 
         (changed(code=code(SHUFFLE, registers=40)), "1 shuffles in its loops"),
         (changed(code=code(block(112, loads=2), registers=48)), "1280 resident threads, not 1536"),
         (
-            changed(job(contiguous=False), widths={"load x_ptr": 2}, tile=(16, 1, 32, 1), rows_fastest=False),
+            changed(job(contiguous=False), widths={"load x_ptr": 2}, tile=(16, 1, 32, 1), rows_together=False),
             "neighbouring threads do not access neighbouring rows",
         ),
         (

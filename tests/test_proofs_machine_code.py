@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.proofs.accesses import access_widths, rows_fastest
+from bench.proofs.accesses import access_widths, rows_together
 from bench.proofs.dataflow import operands_read, registers, results
 from bench.proofs.machine_code import Instruction, Usage, analyse, parse
 
@@ -135,6 +135,19 @@ def test_widths_are_the_narrowest_without_gathers():
     assert access_widths(PTX, ["x_ptr", "V", "dx_ptr"]) == {"load x_ptr": 2, "store dx_ptr": 8}
 
 
+def test_an_address_that_a_loaded_value_chose_is_a_gather():
+    ptx = """
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.global.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd1 + 0 ];
+	setp.gt.f32 	%p1, %r3, %r4;
+	selp.b32 	%r7, %r8, 0, %p1;
+	mad.wide.s32 	%rd2, %r7, 2, %rd1;
+	ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    """
+    assert access_widths(ptx, ["x_ptr"]) == {"load x_ptr": 16}
+    assert access_widths(ptx.replace("%r3, %r4;", "%r8, %r9;"), ["x_ptr"]) == {"load x_ptr": 2}
+
+
 @pytest.mark.parametrize(("other", "width"), [("", 16), ("ld.global.b16 { %rs3 }, [ %rd1 + 0 ];", 2)])
 def test_an_address_out_of_shared_memory_is_the_second_choice(other, width):
     """It may be a gather (the b16) or a row that changed threads (the v4)."""
@@ -149,12 +162,21 @@ def test_an_address_out_of_shared_memory_is_the_second_choice(other, width):
     assert access_widths(ptx, ["x_ptr"]) == {"load x_ptr": width}
 
 
-@pytest.mark.parametrize(("order", "fastest"), [("0, 3, 2, 1", True), ("3, 2, 1, 0", False)])
-def test_order_of_threads(order, fastest):
+@pytest.mark.parametrize(
+    ("classes", "thread", "warp", "together"),
+    [
+        (32, 1, "16, 1, 2, 1", True),
+        (32, 1, "1, 1, 32, 1", False),
+        (32, 8, "2, 1, 16, 1", True),
+        (32, 4, "2, 1, 16, 1", False),
+        (2, 1, "16, 1, 2, 1", True),
+        (1, 1, "16, 1, 2, 1", None),
+    ],
+)
+def test_threads_of_a_warp_go_along_rows(classes, thread, warp, together):
     ttgir = f"""
-#layout = #ttg.blocked<{{sizePerThread = [1, 1, 1, 1], order = [{order}]}}>
+#layout = #ttg.blocked<{{sizePerThread = [{thread}, 1, 1, 1], threadsPerWarp = [{warp}], order = [3, 2, 1, 0]}}>
     %1 = tt.load %0 : tensor<16x1x1x1x!tt.ptr<i64>, #other>
-    %2 = tt.load %3 : tensor<16x1x32x1x!tt.ptr<bf16>, #layout>
+    %2 = tt.load %3 : tensor<16x1x{classes}x1x!tt.ptr<bf16>, #layout>
 """
-    assert rows_fastest(ttgir) is fastest
-    assert rows_fastest(ttgir.replace("16x1x32x1", "1x1x32x1")) is None
+    assert rows_together(ttgir) is together

@@ -1,19 +1,20 @@
-"""How wide a kernel's accesses to each of its tensors are, and in which order its threads go over a tile."""
+"""How wide a kernel's accesses to each of its tensors are, and whether they go along rows."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from functools import cache
+from math import prod
 
 
 def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
     """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
 
-    Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value is
-    a gather, such as the target's logit, and left out. What comes from shared memory may be such a value, or a row
-    that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest is taken,
-    and only where a tensor has no others.
+    Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value, or was
+    chosen by one, is a gather, such as the target's logit, and left out. What comes from shared memory may be such a
+    value, or a row that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest
+    is taken, and only where a tensor has no others.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, int, str]] = []
@@ -22,13 +23,13 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
         if line.startswith("$L__BB"):
             latest.clear()
         opcode, _, operands = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line).partition(" ")
-        found = re.findall(r"%r[ds]?\d+|\w+_param_\d+", operands)
+        found = re.findall(r"%(?:r[ds]?|p)\d+|\w+_param_\d+", operands)
         if re.match(r"(ld|st)\.global", opcode):
             [(lanes, bits)] = re.findall(r"(?:\.v(\d))?\.[bfsu](\d+)$", opcode)
             [address] = re.findall(r"\[\s*(%\w+)", operands)
             kind = "load" if opcode.startswith("ld") else "store"
             accesses.append((kind, int(lanes or 1) * int(bits) // 8, latest.get(address, address)))
-        if not found or not opcode[:1].isalpha() or opcode.startswith(("st.", "setp")):
+        if not found or not opcode[:1].isalpha() or opcode.startswith("st."):
             continue
         written = operands.split("}")[0].count("%") if operands.strip().startswith("{") else 1
         used = {latest.get(name, name) for name in found[written:]}
@@ -62,12 +63,17 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
     return {access: width for access, width in (unsure | sure).items() if access.endswith("_ptr")}
 
 
-def rows_fastest(ttgir: str) -> bool | None:
-    """Whether neighbouring threads access neighbouring rows, the first dimension of a tile; None without a tile."""
+def rows_together(ttgir: str) -> bool | None:
+    """Whether a warp accesses all rows of a tile, its first dimension, at once, or 32 of them; None without a tile."""
     loads = re.findall(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<\w+>, (#\w+)>", ttgir)
-    tiles = [(shape, layout) for shape, layout in loads if sum(n != "1" for n in shape.split("x")[:-1]) > 1]
+    tiles = [(shape.split("x")[:-1], layout) for shape, layout in loads]
+    tiles = [(shape, layout) for shape, layout in tiles if sum(n != "1" for n in shape) > 1]
     if not tiles:
         return None
-    layout = re.escape(tiles[0][1])
-    order = re.search(rf"^{layout} = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE)
-    return order[1] == "0" if order else None
+    shape, layout = tiles[0]
+    line = re.search(rf"^{re.escape(layout)} = #ttg\.blocked<.*", ttgir, re.MULTILINE)
+    if line is None:
+        return None
+    # A thread may have several neighbouring rows.
+    rows = [int(n) for n in re.findall(r"(?:sizePerThread|threadsPerWarp) = \[(\d+)", line[0])]
+    return prod(rows) >= min(int(shape[0]), 32)

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from . import cases, chips, machine_code
-from .accesses import access_widths, rows_fastest
+from .accesses import access_widths, rows_together
 from .cases import Case
 from .null_driver import Kernel, NullDriver
 
@@ -56,7 +56,7 @@ class Proof:
     tile: tuple[int, ...] = ()  # rows first
     code: machine_code.MachineCode | None = None
     widths: dict[str, int] = field(default_factory=dict)
-    rows_fastest: bool | None = None
+    rows_together: bool | None = None
     amd: dict[str, int] = field(default_factory=dict)  # registers and spills, of the metadata of AMD's assembly
     error: str = ""
     binary: bytes = b""
@@ -146,7 +146,7 @@ def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
     if job.target.backend == "hip":
         return Proof(job, amd=amd_usage(kernel.stage("amdgcn")), **facts)
     widths = access_widths(kernel.stage("ptx"), kernel.parameters)
-    facts |= {"widths": widths, "rows_fastest": rows_fastest(kernel.stage("ttgir"))}
+    facts |= {"widths": widths, "rows_together": rows_together(kernel.stage("ttgir"))}
     return Proof(job, code=machine_code.read(kernel.binary), **facts)
 
 

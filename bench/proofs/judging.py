@@ -166,7 +166,7 @@ def faults(proof: Proof) -> list[str]:
             found.append(f"no {access} found")
         elif proof.widths[access] < bytes_due(proof):
             found.append(f"{access} {proof.widths[access]} bytes wide, not {bytes_due(proof)}")
-    if is_row_kernel(proof) and not case.contiguous and proof.tile[0] > 1 and proof.rows_fastest is False:
+    if is_row_kernel(proof) and not case.contiguous and proof.tile[0] > 1 and proof.rows_together is False:
         found.append("neighbouring threads do not access neighbouring rows")
     return found + over_budget(proof)
 

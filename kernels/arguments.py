@@ -1,0 +1,65 @@
+"""What launchers make of their tensors and options before a launch."""
+
+import contextlib
+
+import torch
+
+from .launch import ACCESS
+
+NO_STRIDES = (0, 0, 0)
+
+
+def on(device):
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def strides_of(x):
+    return NO_STRIDES if x is None else x.stride()
+
+
+def strides_of_rows(tensors):
+    """Of tensors (N,), scalars, or None."""
+    return tuple(0 if x is None or x.dim() == 0 else x.stride(0) for x in tensors)
+
+
+def acc_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layout(weight, x, *others):
+    """(contiguous, aligned): whether x's classes are neighbours, and all tensors' rows start where an access may."""
+    aligned = weight is None or weight.data_ptr() % ACCESS == 0
+    for tensor in (x, *others):
+        if tensor is not None:
+            stride_b, stride_t, _ = tensor.stride()
+            per_access = ACCESS // tensor.itemsize
+            aligned &= not (stride_b % per_access or stride_t % per_access or tensor.data_ptr() % ACCESS)
+    return x.stride(2) == 1, aligned
+
+
+def scalars_of(options, probs):
+    """(smoothing, scale, cap) as the kernels take them, and whether there is a (soft target, scale, softcap)."""
+    smoothing, softcap, scale = options.label_smoothing, options.softcap, options.logit_scale
+    soft = smoothing != 0.0 or probs is not None
+    if softcap is None:
+        return (smoothing, scale, 1.0), (soft, scale != 1.0, False)
+    return (smoothing, scale / softcap, softcap), (soft, False, True)
+
+
+def is_simple(launch, weight, probs, present):
+    """Whether few registers do: one aligned row a program, not of float64, and a soft target of no tensors."""
+    return launch.BLOCK_N == 1 and launch.WIDTH > 2 and probs is None and not (present[0] and weight is not None)
+
+
+def new_rows(x, N, dtype, with_stats):
+    """(loss, lse, shift, mass, predicted, entropy)"""
+    stats = N if with_stats else 0
+    loss, lse, mass, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, N, stats))
+    return loss, lse, x.new_empty((2, N), dtype=dtype), mass, x.new_empty(stats, dtype=torch.int64), entropy
+
+
+def row_pointers(rows, with_stats):
+    return rows if with_stats else (*rows[:4], None, None)
