@@ -6,6 +6,7 @@ SLOW = {
     "test_bench_run.py": {
         "test_what_is_wrong_gets_no_speed",
         "test_what_is_missing_is_skipped_with_its_reason",
+        "test_what_has_too_little_memory_is_left_out_and_no_failure",
         "test_what_fails_at_one_size_is_said_and_measured_at_others",
         "test_the_figures_are_those_that_pytest_benchmark_measured",
         "test_rows_say_what_they_are",
@@ -27,7 +28,11 @@ SLOW = {
         "test_a_patched_models_training_step_holds_no_logits",
     },
     "test_options.py": {"test_any_combination"},
-    "test_proofs_compiled.py": {"test_quick_run_is_green", "test_every_kernel_that_a_launcher_asks_for_is_compiled"},
+    "test_proofs_compiled.py": {
+        "test_quick_run_is_green",
+        "test_every_kernel_that_a_launcher_asks_for_is_compiled",
+        "test_a_peer_is_launched_by_its_own_launcher",
+    },
     "test_transformers_coverage.py": {"test_a_process_that_dies_or_hangs_is_a_row"},
 }
 
