@@ -49,6 +49,7 @@ def test_results_and_gradients(case, summed):
     # One number for all rows, as a sum has, and others; the entropy's gradient only where it is promised.
     for of_log_probs in (torch.full((N,), -0.3), torch.randn(N)):
         for upstream in ([of_log_probs],) if summed else ([of_log_probs], [of_log_probs, torch.randn(N)]):
+            found = per_token(head, targets, PerToken._fields, summed, OPTIONS)  # its first backward
             for ours, theirs in zip(gradients(head, found, upstream), gradients(head, expected, upstream), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert found.entropy.requires_grad != summed
