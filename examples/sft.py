@@ -1,22 +1,16 @@
-"""TRL's SFTTrainer with this package's loss: completions of Python functions, with z-loss."""
+"""TRL's SFTTrainer with this package's loss, by one line: completions of Python functions."""
 
 import argparse
 import tempfile
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from data import texts_and_tokenizer
-from fused_ignore_ce.hf import fusion_report, patch_model
-
-
-class FusedSFTTrainer(SFTTrainer):
-    """SFTTrainer computes its own loss from the logits; this one uses the model's loss, which is patched."""
-
-    compute_loss = Trainer.compute_loss
-
+from fused_ignore_ce.hf import fusion_report
+from fused_ignore_ce.trl import patch_trainer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
@@ -28,7 +22,6 @@ texts, bpe = texts_and_tokenizer("<pad>", "<end>")
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<end>")
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes))
-patch_model(model, z_loss=1e-4)
 
 with tempfile.TemporaryDirectory() as folder:
     arguments = SFTConfig(
@@ -37,6 +30,7 @@ with tempfile.TemporaryDirectory() as folder:
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": prompt, "completion": body} for prompt, body in texts])
-    trainer = FusedSFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    patch_trainer(trainer)
     trainer.train()
 print(fusion_report(model))

@@ -193,7 +193,7 @@ class LogitsProblem(NamedTuple):
             loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
             lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
             if call.group is not None and call.with_stats and logits.probs is not None:
-                targets = targets._replace(target=rows.likeliest)
+                targets = targets.with_classes(rows.likeliest)
         loss = finished(loss, targets, reduction, loss_dtype)
         if not call.with_stats:
             return loss

@@ -50,6 +50,10 @@ class Targets(NamedTuple):
             return self.kept.to(self.acc)
         return torch.where(self.kept, self.token_weight.to(self.acc), 0.0)
 
+    def with_classes(self, classes: Tensor) -> Targets:
+        """The same rows with other classes (N,) that count as correct; ignored rows stay ignored."""
+        return self._replace(target=torch.where(self.kept, classes, self.ignored))
+
 
 def prepare_targets(
     target: Tensor,

@@ -19,8 +19,8 @@ LAYERS = [
     ["autograd", "grad_in_forward", "kernel_reduction", "linear.plan", "linear.tiles", "linear.gradients"],
     ["functional", "linear.sweep", "linear.calls", "linear.row_results", "linear.scaled_sum", "linear.problem"],
     ["linear.cross_entropy", "linear.log_probs", "linear.summed_log_probs", "cost"],
-    ["causal_lm", "modules", "collator", "per_token", "deferred"],
-    ["hf", "demo"],
+    ["causal_lm", "modules", "collator", "deferred"],
+    ["hf", "per_token", "demo"],
     ["trl"],
     ["__init__", "__main__"],
 ]

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fused_ignore_ce import trl as ours
-from fused_ignore_ce.hf import fusion_report, patch_model, unpatch_model
+from fused_ignore_ce.hf import IgnoreTokens, fusion_report, patch_model, unpatch_model
 from fused_ignore_ce.trl import patch_trainer, unpatch_trainer
 
 from .hf_worker import V
@@ -185,6 +185,21 @@ def test_options_of_patch_model_that_trls_loss_does_not_have(tmp_path):
     patch_model(trainer.model, ignore_index=5)
     with pytest.raises(RuntimeError, match="ignore_index: given to patch_model"):
         trainer.train()
+
+
+def test_more_ids_to_ignore(tmp_path, no_head_of_trl):
+    trainers = [prepared("SFT", tmp_path, max_steps=3) for _ in range(3)]
+    for trainer in trainers[1:]:
+        trainer.data_collator = IgnoreTokens(trainer.data_collator, range(1, 20))
+    trainers[1].train()
+    patch_trainer(trainers[0])
+    patch_trainer(trainers[2])
+    no_head_of_trl()
+    trainers[0].train()
+    trainers[2].train()
+    assert_same_runs(trainers[2], trainers[1])
+    fewer, more = (fusion_report(trainers[i].model).fused[SUMMED].ignored for i in (0, 2))
+    assert more > fewer
 
 
 def test_a_batch_without_a_token_that_counts(tmp_path):

@@ -17,11 +17,11 @@ CASES = {
 }
 
 
-def operands(dtype=torch.float32, rows=N, bias=False, softcap=None, logit_scale=1.0, temperature=1.0):
+def operands(dtype=torch.float32, rows=N, device="cpu", bias=False, softcap=None, logit_scale=1.0, temperature=1.0):
     torch.manual_seed(0)
     tensors = torch.randn(rows, D), torch.randn(V, D), torch.randn(V) if bias else None
-    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
-    return Head(*leaves, softcap, logit_scale, temperature), torch.randint(V, (rows,))
+    leaves = [None if t is None else t.to(device, dtype).requires_grad_() for t in tensors]
+    return Head(*leaves, softcap, logit_scale, temperature), torch.randint(V, (rows,)).to(device)
 
 
 def of_trl(head, targets):
@@ -37,18 +37,20 @@ def gradients(head, found, upstream):
 
 @pytest.mark.parametrize("summed", [False, True], ids=["", "summed"])
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients(case, summed):
-    head, targets = operands(**CASES[case])
+def test_results_and_gradients(case, backend, summed, device):
+    options = {**OPTIONS, "backend": backend}
+    head, targets = operands(device=device, **CASES[case])
     targets[:3] = (head.logits()[:3] + 0.0).argmax(-1)  # some are the likeliest
     expected = of_trl(head, targets)
-    found = per_token(head, targets, PerToken._fields, summed, OPTIONS)
+    found = per_token(head, targets, PerToken._fields, summed, options)
     assert found.is_top1.any()
     assert not found.is_top1.all()
     for name, ours, theirs in zip(PerToken._fields, found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     # One number for all rows, as a sum has, and others; the entropy's gradient only where it is promised.
-    for of_log_probs in (torch.full((N,), -0.3), torch.randn(N)):
-        for upstream in ([of_log_probs],) if summed else ([of_log_probs], [of_log_probs, torch.randn(N)]):
+    for of_log_probs in (torch.full((N,), -0.3, device=device), torch.randn(N).to(device)):
+        for upstream in ([of_log_probs],) if summed else ([of_log_probs], [of_log_probs, torch.randn(N).to(device)]):
+            found = per_token(head, targets, PerToken._fields, summed, options)  # its first backward
             for ours, theirs in zip(gradients(head, found, upstream), gradients(head, expected, upstream), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert found.entropy.requires_grad != summed

@@ -116,7 +116,9 @@ def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
     warnings.warn(
         f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but its loss was taken by "
         f"{name}{node}, not by a cross entropy over logits that this package could compute: nothing was fused. "
-        "Undo what replaced the model's forward, if something did, or call unpatch_model(model)",
+        "Undo what replaced the model's forward, if something did, or call unpatch_model(model)"
+        + "; for a trainer of TRL, fused_ignore_ce.trl.patch_trainer(trainer) fuses it"
+        * name.startswith("trl."),
         stacklevel=3,
     )
 

@@ -84,7 +84,7 @@ class LinearProblem(NamedTuple):
         if not call.with_stats:
             return loss
         if call.group is not None and self.positions[0].operands.probs is not None:
-            targets = targets._replace(target=self._joined(found, "likeliest"))
+            targets = targets.with_classes(self._joined(found, "likeliest"))
         lse, predicted, entropy = (self._joined(found, name) for name in ("lse", "predicted", "entropy"))
         return loss, statistics(targets, reduction, lse, predicted, entropy)
 
@@ -187,8 +187,6 @@ def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, 
     probs = target.reshape(N, C, P).movedim(1, 2) if holds_probabilities(target) else None
     may_be_ignored = probs is None or token_weight is not None
     h = input.reshape(N, D)
-    if call.group is not None and sum_dinput:
-        h = Replicated.apply(h, call.group)
     heads = linear_weight.reshape(C, P, D).unbind(1) if inner else [linear_weight]
     positions = []
     for p, w in enumerate(heads):
@@ -204,7 +202,11 @@ def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, 
         if scales is not None:
             rows_z = None if scales.z_loss is None else scales.z_loss.view(N, P)[:, p]
             scale = Scale(scales.loss.view(N, P)[:, p], rows_z)
-        positions.append(_kept(Position(operands, scale, None, call), may_be_ignored))
+        position = _kept(Position(operands, scale, None, call), may_be_ignored)
+        if call.group is not None and sum_dinput:  # after the selection: gradients of kept rows are what is summed
+            h_kept = Replicated.apply(position.operands.h, call.group)
+            position = position._replace(operands=position.operands._replace(h=h_kept))
+        positions.append(position)
     return positions
 
 
