@@ -167,7 +167,11 @@ def _peak(
     try:
         result[table].append(fields | {"bytes": of(*arguments)})
     except subprocess.CalledProcessError as e:
-        result["failed"].append(f"{table}: {label}: {_last_line(e.stderr)}")
+        reason = _last_line(e.stderr)
+        if "OutOfMemoryError" in reason:
+            result["left out"].append(f"{table}: {label}: the device has too little memory")
+        else:
+            result["failed"].append(f"{table}: {label}: {reason}")
 
 
 def _traffic(result: Result, deadline: float) -> None:
@@ -180,14 +184,15 @@ def _proofs(result: Result, deadline: float) -> None:
     result["proofs"] = _proof(result, deadline, "proofs", "--summary", *quick)
 
 
-def _proof(result: Result, deadline: float, name: str, flag: str, *more: str) -> Any:
+def _proof(result: Result, deadline: float, module: str, flag: str, *more: str) -> Any:
     """What `bench.proofs` or a module of it writes to the file that follows its flag."""
+    name = module.rpartition(".")[2]
     if time.time() >= deadline:
-        result["left out"].append(" ".join([f"{name}: python -m bench.{name}", *more]))
+        result["left out"].append(" ".join([f"{name}: python -m bench.{module}", *more]))
         return None
     with tempfile.TemporaryDirectory() as folder, tqdm(total=1, desc=name, unit="report") as bar:
         path = Path(folder, "report.json")
-        command = ["-m", f"bench.{name}", flag, str(path), *more]
+        command = ["-m", f"bench.{module}", flag, str(path), *more]
         process = _python(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         output, errors = process.communicate()
         bar.update()

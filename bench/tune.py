@@ -32,6 +32,9 @@ from .tuning.trial import Trials, cuda_timer
 
 TABLE = machine.ROOT / "kernels" / "tables.json"
 
+#: Errors of launches that a device has no room for.
+EXPECTED = ("OutOfResources", "OutOfMemoryError")
+
 #: The share of the device's free memory that logits and gradient may take.
 MEMORY_SHARE = 0.7
 
@@ -77,7 +80,7 @@ def tuned(
         f"{each.point}: {launch['num_warps']} warps, {launch['CHUNKS']} x {launch['WIDTH']} logits: {launch['failed']}"
         for each, point in zip(measured, times, strict=True)
         for launch in point["launches"]
-        if launch["failed"] and launch["failed"].startswith("wrong")
+        if launch["failed"] and not launch["failed"].startswith(EXPECTED)
     ]
     return {
         "header": about,
@@ -119,7 +122,7 @@ def summary(found: dict[str, Any]) -> str:
                 f"{each['arithmetic']}, best {each['best']}  ({program}, {step['programs']} programs)"
                 for each in step["measured"]
             ]
-    counts = f"{len(found['times'])} points, {len(found['left out'])} left out, {len(found['failed'])} wrong launches"
+    counts = f"{len(found['times'])} points, {len(found['left out'])} left out, {len(found['failed'])} launches failed"
     return "\n".join([*lines, *found["failed"], counts])
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .deferred.forward import origin_in, recorder_of
+from .deferred.product import product_of
 from .hf import patch_model, unpatch_model
 from .options import budget_bytes, check_backend
 from .per_token import Head, PerToken, per_token
@@ -194,7 +195,7 @@ def _per_token(
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature)
     found = per_token(head, targets, outputs, call.patch.summed, call.patch.options)
     origin = origin_in(call.model)
-    origin.size += call.tokens * len(weight) * hidden.dtype.itemsize
+    origin.size += call.tokens * len(weight) * product_of(hidden, weight, bias).dtype.itemsize
     kind = "summed log_probs of TRL" if call.patch.summed else "log_probs of TRL"
     origin.took(kind, call.tokens, torch.tensor(call.tokens - len(targets)))
     return found

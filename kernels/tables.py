@@ -40,7 +40,7 @@ Ladder = tuple[tuple[int | None, Program], ...]
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A ladder for every kernel; `reason` says where it comes from.
+    """A ladder for every kernel; `arch` is the architecture that it was measured on, `reason` says how.
 
     Without a ladder for the one pass, its programs follow from the size of the L2 cache. Tables are equal only to
     themselves: launches are cached by table, so its hash, which every call takes, has to be cheap.
@@ -50,6 +50,7 @@ class Table:
     backward: Ladder
     one_pass: Ladder
     reason: str
+    arch: int | str | None = None
 
 
 ARITHMETIC = Table(
@@ -74,7 +75,9 @@ def _table(path: Path, device: str, entry: dict) -> Table:
         if not fine:
             raise ValueError(f"{path}, {device!r}: {problem}. Write the table again with python -m bench.tune.")
 
-    check(entry.keys() == {*WARPS, "reason"}, f"expected {', '.join(WARPS)} and reason, got {sorted(entry)}")
+    check(
+        entry.keys() == {*WARPS, "reason", "arch"}, f"expected {', '.join(WARPS)}, reason and arch, got {sorted(entry)}"
+    )
     ladders = {}
     for operation in WARPS:
         steps = []
@@ -93,7 +96,7 @@ def _table(path: Path, device: str, entry: dict) -> Table:
         )
         check(bool(steps) or operation == "one_pass", f"{operation} has no step")
         ladders[operation] = tuple(steps)
-    return Table(**ladders, reason=entry["reason"])
+    return Table(**ladders, reason=entry["reason"], arch=entry["arch"])
 
 
 #: The measured tables, by device.

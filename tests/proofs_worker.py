@@ -98,5 +98,19 @@ def tiles():
     return {"drawn": len(drawn), "unknown": unknown}
 
 
+def tuned():
+    """Kernels that a measured table asks for, beside those of the arithmetic one: of its architecture, of another."""
+    from fused_ignore_ce.kernels.tables import TABLES, Program, Table
+
+    ladder = ((None, Program(2, thread_logits=32)),)
+    case = [cases.Case("forward", 1, 8192, 32000)]
+    TABLES["A device"] = Table(ladder, ladder, (), "a test", arch=90)
+    found = {arch: compiling.jobs(case, compiling.Target("cuda", arch)) for arch in (90, 80)}
+    return {
+        "tables": {arch: [job.target.table for job in jobs] for arch, jobs in found.items()},
+        "warps": compiling.compiled(found[90][-1]).num_warps,
+    }
+
+
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]]()))

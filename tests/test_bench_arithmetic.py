@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from bench.machine import slug
-from bench.speed import scaling, side_by_side
+from bench.speed import scaling, side_by_side, workload
 from bench.speed.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
 from bench.speed.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
 
@@ -91,7 +91,7 @@ def test_what_is_overwritten_is_restored_before_every_turn(direction):
         x.data.zero_()
         return total
 
-    turn = turn_of(loss, LOGITS._replace(direction=direction), [x], target, overwrites=True)
+    turn = turn_of(loss, LOGITS._replace(direction=direction), [x], target, original)
     for _ in range(2):
         turn.run(turn.prepare())
     assert len(seen) == 2
@@ -115,6 +115,19 @@ def test_every_model_share_and_direction_has_its_case():
     for model, share, direction in itertools.product(MODELS, SHARES, DIRECTIONS):
         assert (model.V, model.D, share, direction) in linear
         assert (model.V, share, direction) in logits
+
+
+def test_training_steps_are_measured_where_there_is_a_gpu(monkeypatch):
+    """Models' vocabularies at 8192 and 16384 tokens, the loss of logits in each direction early on; none on a CPU."""
+    monkeypatch.setattr(workload, "limits", lambda device: Limits(8192, 2**33, 2**43, 2**36))
+    every = cases(torch.device("cuda"))
+    training = [case for case in every if case.shape == "training"]
+    assert {(c.N, c.V) for c in training} == set(itertools.product((8192, 16384), (32000, 128256, 151936, 248320)))
+    assert {c.kind for c in training} == {"logits", "linear"}
+    early = every[: every.index(next(case for case in every if case.shape in ("N", "V", "D")))]
+    for N, V, direction in itertools.product((8192, 16384), (32000, 128256, 151936, 248320), DIRECTIONS):
+        assert any((c.N, c.V, c.direction, c.ignored) == (N, V, direction, 0.0) for c in early if c.kind == "logits")
+    assert not [case for case in cases(CPU) if case.shape == "training"]
 
 
 def test_tensors_are_what_the_case_says():

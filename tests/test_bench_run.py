@@ -25,6 +25,7 @@ from bench.speed.providers import LINEAR, LOGITS, Provider
 from bench.speed.workload import DEVICE, cases
 
 SMALL = """
+import torch
 import torch.nn.functional as F
 from bench.speed import providers, workload
 from bench.speed.providers import Provider
@@ -42,12 +43,19 @@ def fails(x, y):
     return F.cross_entropy(x, y)
 
 
+def no_room(x, y):
+    if len(x) == 65:
+        raise torch.OutOfMemoryError("of the device")
+    return F.cross_entropy(x, y)
+
+
 providers.PROVIDERS["logits"] = (
     providers.LOGITS[0],
     Provider("wrong", "logits", lambda: lambda x, y: F.cross_entropy(x, y) + 0.01 * x.square().mean()),
     Provider("raises", "logits", lambda: lambda x, y: x.no_such_method()),
     Provider("absent", "logits", lambda: None, package="no-such-package"),
     Provider("fails", "logits", lambda: fails),
+    Provider("no room", "logits", lambda: no_room),
     providers.LOGITS[-1],
 )
 """
@@ -80,7 +88,7 @@ def test_what_is_wrong_gets_no_speed(result):
     assert gates(result)["wrong"]["status"] == gates(result)["raises"]["status"] == "red"
     assert gates(result)["wrong"]["reason"].startswith("loss is off by")
     assert "AttributeError" in gates(result)["raises"]["reason"]
-    assert {row["provider"] for row in result["rows"]} == {BASELINE, OURS, "fails"}
+    assert {row["provider"] for row in result["rows"]} == {BASELINE, OURS, "fails", "no room"}
     assert "RED wrong, float32: loss is off by" in run.summary(result)
 
 
@@ -98,10 +106,27 @@ def test_what_fails_at_one_size_is_said_and_measured_at_others(result):
     assert failed in run.summary(result)
 
 
+def test_what_has_too_little_memory_is_left_out_and_no_failure(result):
+    assert [row["N"] for row in result["rows"] if row["provider"] == "no room"] == [64]
+    [left_out] = result["left out"]
+    assert left_out.endswith("N65-V1000-float32-50% ignored-forward: no room: the device has too little memory")
+
+
+def test_peak_memory_of_what_has_too_little_is_left_out():
+    def peak(error):
+        raise run.subprocess.CalledProcessError(1, "python", stderr=f"Traceback\n{error}: of the device\n")
+
+    found = empty()
+    run._peak(found, time.time() + 9, "memory", "a loss", {}, peak, "torch.OutOfMemoryError")
+    run._peak(found, time.time() + 9, "memory", "a loss", {}, peak, "ValueError")
+    assert found["left out"] == ["memory: a loss: the device has too little memory"]
+    assert found["failed"] == ["memory: a loss: ValueError: of the device"]
+
+
 def test_the_figures_are_those_that_pytest_benchmark_measured(result):
     """The rounds of a case alternate between its losses and the roof, and each loss gets the median of its own."""
     (own,) = (b for b in result["pytest-benchmark"]["benchmarks"] if "N64" in b["name"])
-    names = [BASELINE, "fails", OURS, "roof"]
+    names = [BASELINE, "fails", "no room", OURS, "roof"]
     assert own["options"]["timer"] == "perf_counter"
     assert own["group"].startswith("base-logits-N64-V1000-float32-50% ignored-both, ")
     assert list(own["extra_info"]["seconds"]) == names
@@ -176,7 +201,7 @@ def test_every_loss_is_right_here_or_says_why_not(provider):
     if verdict.status == "skipped":
         assert verdict.reason
     else:
-        assert provider.name in {p.name for p in (*LOGITS, *LINEAR) if p.package is None}
+        assert provider.name in {p.name for p in (*LOGITS, *LINEAR) if p.package in (None, "trl")}
 
 
 def test_the_gate_sees_a_wrong_gradient_of_a_right_loss():

@@ -5,12 +5,15 @@ import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
+
+from triton.runtime.errors import OutOfResources
 
 from bench import tune
 from bench.tuning import search
@@ -60,6 +63,7 @@ def test_what_is_written_is_what_the_launchers_take(tmp_path):
     written = tables.read(path)
     assert written.keys() == {"Other", "Chip"}
     assert "python -m bench.tune" in written["Chip"].reason
+    assert written["Chip"].arch == 90
     chip = replace(INTERPRETED, table=written["Chip"])
     for V in (32000, 128256):
         for N in (8192, 64):
@@ -101,6 +105,17 @@ def test_out_of_time_keeps_what_was_measured():
     kept = [(step["row_bytes"], step["num_warps"], step["tiles"]) for step in found["table"]["backward"]]
     assert kept == [(limit, p.num_warps, p.tiles) for limit, p in ARITHMETIC.backward]
     assert found["table"]["one_pass"] == []
+
+
+@pytest.mark.parametrize(("reason", "failed"), [("OutOfResources: registers", False), ("wrong: loss differs", True)])
+def test_launches_without_room_are_expected_and_others_are_not(reason, failed):
+    first = search.launch_of(search.arithmetic("forward", 32000, INTERPRETED), POINTS[0], INTERPRETED)
+    found = tune.tuned(
+        POINTS[:1], INTERPRETED, lambda _, own: 1.0 if own == first else reason, 1.0, ABOUT, now=lambda: 0.0
+    )
+    assert bool(found["failed"]) == failed
+    assert ("wrong" in tune.summary(found)) == failed
+    assert [step["num_warps"] for step in found["table"]["forward"]] == [first.num_warps]
 
 
 def test_noise_does_not_replace_the_arithmetic_program():
@@ -195,6 +210,7 @@ def test_trials_launch_what_they_are_asked_to(trials, monkeypatch, operation):
 
     monkeypatch.setattr(cross_entropy, name, wrong)
     assert trials.clock(point, own[1]).startswith("wrong: ")
-    monkeypatch.setattr(cross_entropy, name, lambda *a, **k: (_ for _ in ()).throw(RuntimeError("out of\nresource")))
-    assert trials.clock(point, own[1]) == "RuntimeError: out of resource"
+    for error in (RuntimeError("no\nroom"), OutOfResources(65537, 65536, "registers")):
+        monkeypatch.setattr(cross_entropy, name, mock.Mock(side_effect=error))
+        assert trials.clock(point, own[1]).startswith(f"{type(error).__name__}: ")
     assert len(trials.runs) == 2

@@ -112,7 +112,7 @@ STEP: dict[str, Any] = {
 
 
 def written(tmp_path, **changes):
-    entry = {"forward": [STEP], "backward": [STEP], "one_pass": [], "reason": "a test"} | changes
+    entry = {"forward": [STEP], "backward": [STEP], "one_pass": [], "reason": "a test", "arch": 90} | changes
     (tmp_path / "tables.json").write_text(json.dumps({"Device": entry}))
     return tmp_path / "tables.json"
 
@@ -122,13 +122,13 @@ def test_a_table_is_read(tmp_path):
     table = tables.read(written(tmp_path, backward=steps))["Device"]
     assert table.forward == ((None, Program(8, 16, 4, 4)),)
     assert table.backward == ((4096, Program(4, 16, 4, 4)), (None, Program(8, 16, 4, 4)))
-    assert (table.one_pass, table.reason) == ((), "a test")
+    assert (table.one_pass, table.reason, table.arch) == ((), "a test", 90)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"other": 1}, "expected forward, backward, one_pass and reason"),
+        ({"other": 1}, "expected forward, backward, one_pass, reason and arch"),
         ({"forward": []}, "forward has no step"),
         ({"forward": [STEP | {"num_warps": 16}]}, "num_warps=16"),
         ({"forward": [STEP | {"thread_logits": 4}]}, "thread_logits=4"),

@@ -90,6 +90,12 @@ def test_every_kernel_that_a_launcher_asks_for_is_compiled(tmp_path):
     assert found["unknown"] == []
 
 
+def test_kernels_of_a_measured_table_are_compiled_for_its_architecture(tmp_path):
+    found = worker("tuned", tmp_path)
+    assert found["tables"] == {"90": ["", "A device"], "80": [""]}
+    assert found["warps"] == 2
+
+
 def test_quick_run_is_green(tmp_path):
     run = python(
         "-m", "bench.proofs", "--quick", "--json", tmp_path / "proofs.json", "--picture", tmp_path / "roof.png"

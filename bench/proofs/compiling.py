@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Target:
     backend: str
     arch: int | str
     chip: str = "H100"  # the launchers' choices depend on it; one of `chips.CHIPS`
+    table: str = ""  # and on the launch table: a device of `kernels/tables.json`, or the arithmetic one
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
@@ -87,22 +89,30 @@ def call(case: Case, target: Target) -> None:
 
 def launched_on(target: Target) -> Any:
     """The chip as the launchers know it."""
-    from fused_ignore_ce.kernels import launch
+    from fused_ignore_ce.kernels import launch, tables
 
     if target.backend == "hip":
         return launch.Chip(target.arch, *AMD_CHIPS[str(target.arch)], warp_size=64)
     chip = chips.chip(target.chip)
-    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads)
+    table = tables.TABLES[target.table] if target.table else tables.ARITHMETIC
+    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads, table=table)
+
+
+def with_tables(target: Target) -> list[Target]:
+    """The target with every launch table that its devices may have."""
+    from fused_ignore_ce.kernels.tables import TABLES
+
+    return [target, *(replace(target, table=name) for name, table in TABLES.items() if table.arch == target.arch)]
 
 
 def jobs(every: Iterable[Case], target: Target) -> list[Job]:
-    """Every kernel that the cases ask for, with the first case that does. Nothing is compiled."""
+    """Every kernel that the cases ask for, by any table, with the first case that does. Nothing is compiled."""
     found: dict[str, Job] = {}
     with NullDriver(target.backend, target.arch, select=lambda request: False) as driver:
-        for case in every:
-            call(case, target)
+        for case, on in itertools.product(list(every), with_tables(target)):
+            call(case, on)
             for request in driver.requests:
-                found.setdefault(request, Job(case, target, request))
+                found.setdefault(request, Job(case, on, request))
             driver.requests.clear()
     return list(found.values())
 

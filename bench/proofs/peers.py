@@ -8,14 +8,13 @@ from unittest import mock
 
 import torch
 
+from bench.speed.providers import TRL_CHUNK
+
 from .cases import Case
 
 #: Rows of a call. Both libraries do more than launch (Liger reads its targets on the host, TRL multiplies matrices), so
 #: their tensors need memory, and are few.
 ROWS = 16
-
-#: Classes of one tile of logits in TRL, whose trainers leave the choice at this.
-TRL_CHUNK = 8192
 
 
 def liger(case: Case, arch: int | str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from bench.speed.providers import TRL_CHUNK
+
 from . import chips, peers, roof
 from .cases import Case
 from .compiling import Job, Proof, Target
@@ -55,7 +57,7 @@ def predict(proofs: Iterable[Proof]) -> list[Row]:
         todo = work(proof, ROWS)
         if case.library == "trl":
             # Its launches see one tile of the vocabulary.
-            todo = replace(todo, classes=min(case.V, peers.TRL_CHUNK))
+            todo = replace(todo, classes=min(case.V, TRL_CHUNK))
         prediction = roof.predict(proof.code, todo, chips.chip(proof.job.target.chip))
         rows.append(Row(case.library, case.operation, case.V, prediction))
     return rows

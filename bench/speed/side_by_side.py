@@ -112,9 +112,8 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
     return found
 
 
-def turn_of(loss: Loss, case: Case, inputs: list[Tensor], target: Tensor, overwrites: bool) -> Turn:
-    """Forward, backward or both of a loss in training. Logits that a loss overwrites are restored before its turn."""
-    original = inputs[0].detach().clone() if overwrites else None
+def turn_of(loss: Loss, case: Case, inputs: list[Tensor], target: Tensor, original: Tensor | None = None) -> Turn:
+    """Forward, backward or both of a loss in training. Logits that it overwrites are restored from `original`."""
 
     def restore() -> None:
         if original is not None:
@@ -181,9 +180,10 @@ def measure(case: Case, providers: list[Provider], device: torch.device, benchma
     """The seconds of every provider, on the same tensors, and of the roof."""
     *inputs, target = tensors(case, device)
     turns, built_before = {}, _built.cache_info().misses
+    original = inputs[0].detach().clone() if any(provider.overwrites for provider in providers) else None
     for provider in providers:
         loss = _built(provider, case.N, case.V, case.D, case.dtype)
-        turns[provider.name] = turn_of(loss, case, inputs, target, provider.overwrites)
+        turns[provider.name] = turn_of(loss, case, inputs, target, original if provider.overwrites else None)
     compiles = _built.cache_info().misses > built_before
     return in_turns(turns | {ROOF: roof_of(case, device)}, device, benchmark, compiles)
 

@@ -34,7 +34,7 @@ MODELS = (
 class Case(NamedTuple):
     """Everything that a measurement depends on, except the loss. D is 0 where the loss is of logits."""
 
-    shape: str  # a model's name, or what is varied: "base", "N", "V", "D"
+    shape: str  # a model's name, "training", or what is varied: "base", "N", "V", "D"
     kind: str
     N: int
     V: int
@@ -110,12 +110,25 @@ BASES = {
 FACTORS = (0.25, 0.5, 2.0)
 
 
+#: Training steps that a GPU has room for: (N, V, D), the most important first. Unlike other shapes, they are measured
+#: whether or not the plain path has memory for them; a loss that has none is listed as left out.
+TRAINING = {
+    "cuda": tuple(
+        Base(N, V, D)
+        for N in (8192, 16384)
+        for V, D in ((128256, 4096), (32000, 4096), (151936, 4096), (248320, 2048))
+    ),
+    "cpu": (),
+}  # fmt: skip
+
+
 def cases(device: torch.device) -> list[Case]:
     """All cases, the most important first: a run whose time is up leaves out the end."""
     within = limits(device)
     models: list[Case] = []
     base: list[Case] = []
     swept: list[Case] = []
+    training: list[Case] = []
     for kind in ("logits", "linear"):
         for name, V, D in MODELS:
             if kind == "logits" and V in {case.V for case in models}:
@@ -123,6 +136,10 @@ def cases(device: torch.device) -> list[Case]:
             D = D if kind == "linear" else 0
             N = within.tokens_for(V, D, 2)
             models += [Case(name, kind, N, V, D, *rest) for rest in _rest("bfloat16") if N]
+        for N, V, D in TRAINING[device.type]:
+            training += [
+                Case("training", kind, N, V, D if kind == "linear" else 0, *rest) for rest in _rest("bfloat16")
+            ]
         at = BASES[device.type, kind]
         base += [Case("base", kind, *at, *rest) for rest in _rest("bfloat16")]
         if kind == "linear" and device.type == "cpu":
@@ -131,7 +148,7 @@ def cases(device: torch.device) -> list[Case]:
             sizes = at._replace(**{name: round(getattr(at, name) * factor)})
             swept += [Case(name, kind, *sizes, 0.0, "bfloat16", "both")] * bool(getattr(at, name))
 
-    return sorted(base + models + swept, key=_importance)
+    return sorted(base + training + models + swept, key=_importance)
 
 
 def _importance(case: Case) -> int:
@@ -140,6 +157,8 @@ def _importance(case: Case) -> int:
         return 0 if whole and often and case.dtype == "bfloat16" else 2 if whole else 4
     if case.shape in Base._fields:
         return 3
+    if case.shape == "training" and case.kind == "logits" and case.ignored == 0.0:
+        return 1  # forward alone and backward alone, too: they are compared with the roof
     return 1 if whole and often else 5 if whole else 6
 
 

@@ -161,7 +161,7 @@ def _reason(program: Program, measured: Measured, chip: Chip) -> dict[str, Any]:
 
 def entry(measured: list[Measured], chip: Chip, reason: str) -> dict[str, Any]:
     """A device's entry in `tables.json`. A kernel that was not measured keeps the arithmetic ladder."""
-    found: dict[str, Any] = {"reason": reason}
+    found: dict[str, Any] = {"reason": reason, "arch": chip.arch}
     for operation in ("forward", "backward", "one_pass"):
         kept = [
             {"row_bytes": limit, **asdict(program), "measured": []}

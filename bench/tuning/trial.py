@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from bench.speed.workload import Case, tensors
 from fused_ignore_ce.kernels import cross_entropy
@@ -90,7 +91,7 @@ class Trials:
             elif wrong := difference(found, self.reference):
                 return wrong
             return self.timer(run)
-        except RuntimeError as error:  # Triton's OutOfResources, or no memory
+        except (RuntimeError, TritonError) as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
     def _rows_of(self, N: int, V: int) -> Rows:

@@ -185,7 +185,7 @@ def _classes(model: nn.Module) -> int | None:
 
 def _output_embeddings(model: Any) -> nn.Module | None:
     """The model's, or else those of a model inside it."""
-    from transformers import PreTrainedModel
+    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
 
     head = None
     with contextlib.suppress(NotImplementedError, AttributeError):
