@@ -183,7 +183,7 @@ class LogitsProblem(NamedTuple):
         elif can_reduce(logits, targets, reduction, call):
             loss, found = reduced_by_kernel(logits, targets, reduction, call, loss_dtype, inplace_backward)
             if not found:
-                return loss
+                return finished(loss, targets, reduction, loss_dtype)
             num_tokens, lse, predicted, entropy = found
         else:
             rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
