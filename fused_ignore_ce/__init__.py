@@ -1,6 +1,6 @@
 """Cross entropy for language models that is lean in memory and free for every token that is ignored."""
 
-from .causal_lm import fused_causal_lm_loss
+from .causal_lm import fused_causal_lm_loss, fused_linear_causal_lm_loss
 from .functional import fused_cross_entropy
 from .linear.cross_entropy import fused_linear_cross_entropy
 from .linear.log_probs import fused_linear_log_probs
@@ -15,6 +15,7 @@ __all__ = [
     "LossStats",
     "fused_causal_lm_loss",
     "fused_cross_entropy",
+    "fused_linear_causal_lm_loss",
     "fused_linear_cross_entropy",
     "fused_linear_log_probs",
     "plan_linear_loss",

@@ -68,14 +68,14 @@ def check_logits(input: Tensor, target: Tensor, weight: Tensor | None, *, classe
 
     With `classes_dim=-1`, the logits are (..., C).
     """
-    _check_tensors(input=input, target=target)
+    _check_tensors(input=input, target=target, weight=weight)
     _check_floats(input)
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (C), (N, C) or (N, C, d1, ..., dK), got a 0-d tensor")
     _check_devices(input, target=target, weight=weight)
     at = class_dimension(input, classes_dim)
     sizes = Sizes(input.shape[:at], input.shape[at], input.shape[at + 1 :])
-    _check_target(sizes, target, f"an input of size {tuple(input.shape)}")
+    _check_target(sizes, target, input)
     _check_weight(weight, input, sizes.classes, holds_probabilities(target))
     return sizes
 
@@ -84,7 +84,7 @@ def check_linear(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None
 ) -> Sizes:
     """Checks input (..., D), linear_weight (C, d1, ..., dK, D) and what belongs to them; returns the logits' sizes."""
-    _check_tensors(input=input, linear_weight=linear_weight, target=target)
+    _check_tensors(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     _check_floats(input)
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (D) or (..., D), got a 0-d tensor")
@@ -94,29 +94,28 @@ def check_linear(
         )
     C, *positions, D = linear_weight.shape
     if input.shape[-1] != D:
+        transposed = linear_weight.dim() == 2 and input.shape[-1] == C
         raise RuntimeError(
             f"expected equal input and linear_weight last dimensions (in_features), got {input.shape[-1]} and {D}, "
-            "respectively"
+            f"respectively{'; linear_weight has them first: pass linear_weight.T' if transposed else ''}"
         )
     if positions and input.dim() == 1:
         raise RuntimeError(f"input: expected shape (N, D) for a linear_weight of shape (C, d1, ..., D), got ({D},)")
-    if linear_bias is not None and linear_bias.shape != (C, *positions):
-        raise RuntimeError(f"linear_bias: expected shape {(C, *positions)}, got {tuple(linear_bias.shape)}")
     _check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, target=target, weight=weight)
     _check_operand("linear_weight", linear_weight, input)
-    if linear_bias is not None:
-        _check_operand("linear_bias", linear_bias, input)
     sizes = Sizes(input.shape[:-1], C, torch.Size(positions))
-    _check_target(
-        sizes, target, f"an input of size {tuple(input.shape)} and a linear_weight of size {tuple(linear_weight.shape)}"
-    )
+    _check_target(sizes, target, input, linear_weight)
+    if linear_bias is not None:
+        if linear_bias.shape != (C, *positions):
+            raise RuntimeError(f"linear_bias: expected shape {(C, *positions)}, got {tuple(linear_bias.shape)}")
+        _check_operand("linear_bias", linear_bias, input)
     _check_weight(weight, input, C, holds_probabilities(target))
     return sizes
 
 
 def _check_tensors(**tensors: Any) -> None:
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) and not (t is None and name in ("linear_bias", "weight")):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
 
 
@@ -140,7 +139,7 @@ def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
         raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {operand.dtype}")
 
 
-def _check_target(sizes: Sizes, target: Tensor, of: str) -> None:
+def _check_target(sizes: Sizes, target: Tensor, input: Tensor, linear_weight: Tensor | None = None) -> None:
     if holds_probabilities(target):
         if target.shape != sizes.logits:
             raise RuntimeError(
@@ -156,9 +155,30 @@ def _check_target(sizes: Sizes, target: Tensor, of: str) -> None:
         return
     if sizes.batch and target.dim() and target.shape[0] != sizes.batch[0]:
         raise ValueError(
-            f"Expected input batch_size ({sizes.batch[0]}) to match target batch_size ({target.shape[0]})."
+            f"Expected input batch_size ({sizes.batch[0]}) to match target batch_size ({target.shape[0]})"
+            f"{_likely_mistake(target, input, linear_weight)}"
         )
-    raise RuntimeError(f"target: expected size {tuple(sizes.rows)} for {of}, got {tuple(target.shape)}")
+    of = f"an input of size {tuple(input.shape)}"
+    if linear_weight is not None:
+        of += f" and a linear_weight of size {tuple(linear_weight.shape)}"
+    raise RuntimeError(
+        f"target: expected size {tuple(sizes.rows)} for {of}, got {tuple(target.shape)}"
+        f"{_likely_mistake(target, input, linear_weight)}"
+    )
+
+
+def _likely_mistake(target: Tensor, input: Tensor, linear_weight: Tensor | None) -> str:
+    """What explains sizes that do not fit, if the targets count what another tensor or dimension counts."""
+    if linear_weight is None:
+        if input.dim() < 3 or target.numel() != input.shape[:-1].numel():
+            return ""
+        return (
+            "; the vocabulary seems to be input's last dimension: pass input.flatten(0, -2) and target.flatten(), or "
+            "call fused_causal_lm_loss(logits, labels), which takes it there and shifts the labels"
+        )
+    if target.numel() != linear_weight.shape[:-1].numel():
+        return ""
+    return "; input and linear_weight seem to be swapped: pass the hidden states first, then the head's weight"
 
 
 def _check_weight(weight: Tensor | None, input: Tensor, classes: int, any_dtype: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -110,23 +111,26 @@ def choose(backend: str, device: torch.device) -> str:
 
 def implementation(backend: str, device: torch.device) -> Backend:
     """The module that runs on this device. It is asked for when it runs, never while tracing."""
-    if backend == "torch":
-        return torch_backend
+    return torch_backend if backend == "torch" else _triton(device.type)
+
+
+@functools.cache
+def _triton(device_type: str) -> Backend:
     try:
         from .kernels import cross_entropy as module
     except ImportError as error:
         raise RuntimeError(
-            f'backend="triton" for tensors on {device} needs Triton, which cannot be imported ({error}): install it, '
+            f'backend="triton" for {device_type} tensors needs Triton, which cannot be imported ({error}): install it, '
             f'or pass backend="torch"'
         ) from error
     kernels: Any = module
-    if device.type == "cpu" and not kernels.interpreted():
+    if device_type == "cpu" and not kernels.interpreted():
         raise RuntimeError(
             'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
             'fused_ignore_ce is first used, or pass backend="torch"'
         )
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f'backend="triton" expects CUDA tensors, got one on {device}; pass backend="torch"')
+    if device_type not in ("cuda", "cpu"):
+        raise RuntimeError(f'backend="triton" expects CUDA tensors, got {device_type} ones; pass backend="torch"')
     return kernels  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
 import math
 from collections.abc import Collection
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from .arguments import LogitsTensors, check_inplace, check_token_weight
 from .functional import logits_problem
+from .keywords import explains_keywords, meaning, unknown_keyword
 from .linear.cross_entropy import fused_linear_cross_entropy
 from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import LossStats
@@ -84,6 +85,7 @@ def fused_causal_lm_loss(
             _as_normalizer(num_items_in_batch, tensors.input.device),
             given.get("return_stats", False),
             given.get("loss_dtype") or torch.promote_types(logits.dtype, torch.float32),
+            given.get("zero_if_all_ignored", False),
         ).checked()
         if group is None and vocab_size is not None and vocab_size != logits.shape[-1]:
             raise ValueError(f"vocab_size: expected the last dimension of logits, {logits.shape[-1]}, got {vocab_size}")
@@ -96,6 +98,7 @@ def fused_causal_lm_loss(
     )
 
 
+@functools.partial(explains_keywords, also=LinearCausalLMKeywords.__optional_keys__)
 def fused_linear_causal_lm_loss(
     hidden_states: Tensor,
     linear_weight: Tensor,
@@ -114,7 +117,8 @@ def fused_linear_causal_lm_loss(
 
         fused_causal_lm_loss(F.linear(hidden_states, linear_weight), labels, None, num_items_in_batch, ...)
 
-    Labels are shifted, hidden states are not copied.
+    Position t is scored against label t + 1 by a shift of the labels. Hidden states are not sliced, which would copy
+    them: last positions are ignored, and left out where the kept rows are gathered, as all ignored positions are.
 
     Args:
         hidden_states: (..., T, D), floating.
@@ -192,16 +196,14 @@ def _next(t: Tensor, last: float) -> Tensor:
 
 def _known_options(given: dict[str, Any]) -> CausalLMKeywords:
     for name in given:
-        if name not in _KNOWN and (meant := _nearly_spelled(name)):
-            raise TypeError(f"fused_causal_lm_loss() got an unexpected option {name!r}; did you mean {meant!r}?")
+        if name not in _KNOWN and _means_an_option(name):
+            raise TypeError(unknown_keyword("fused_causal_lm_loss", name, _KNOWN))
     known: Any = {name: value for name, value in given.items() if name in CausalLMKeywords.__optional_keys__}
     return known  # type: ignore[no-any-return]
 
 
-def _nearly_spelled(name: str) -> str:
-    return next(iter(difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8)), "")
+def _means_an_option(name: str) -> bool:
+    return meaning(name, _KNOWN) is not None
 
 
-# difflib cannot be traced. This is all that torch.compiler.assume_constant_result does, but that would import the
-# compiler, and with it Triton, for everybody.
-_nearly_spelled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_means_an_option._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `unknown_keyword`

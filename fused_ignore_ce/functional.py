@@ -14,11 +14,13 @@ from .arguments import LogitsTensors, check_inplace, check_logits, holds_probabi
 from .autograd import RowCall, cross_entropy_rows
 from .grad_in_forward import can_compute_in_forward, total_with_gradient
 from .kernel_reduction import can_reduce, reduced_by_kernel
+from .keywords import explains_keywords
 from .operators import refuse_transforms
 from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import (
     LossStats,
     Targets,
+    finished,
     loss_dtype_of,
     prepare_targets,
     reduce_rows,
@@ -57,6 +59,7 @@ def fused_cross_entropy(
     return_stats: bool | Literal["differentiable"] = ...,
     **options: Unpack[CrossEntropyKeywords],
 ) -> Tensor | tuple[Tensor, LossStats]: ...
+@explains_keywords
 def fused_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -74,6 +77,7 @@ def fused_cross_entropy(
     grad_in_forward: bool = False,
     return_stats: bool | Literal["differentiable"] = False,
     loss_dtype: torch.dtype | None = None,
+    zero_if_all_ignored: bool = False,
     process_group: Any = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -114,10 +118,11 @@ def fused_cross_entropy(
             and moves nothing where upstream is 1. Where it cannot be (reduction="none", a sharded vocabulary, gradients
             of probabilities, token weights, a normalizer or statistics, tracing), the gradient is computed in backward.
             `create_graph=True` is then an error.
-        return_stats: also return `LossStats`, from the same pass: detached if True; with gradients of `lse` and
-            `entropy` if "differentiable".
+        return_stats: also return `LossStats`, from the same pass: detached if True, so that a loss which they are added
+            to takes them as constants; with gradients of `lse` and `entropy` if "differentiable".
         loss_dtype: the dtype of the loss. None is PyTorch's rule, which rounds the loss of 16-bit logits to 16 bits: a
             sum over many tokens may overflow in float16. Sums are float32 inside, whatever it is.
+        zero_if_all_ignored: let "mean" be 0 instead of NaN where all rows are ignored, for averages of logged losses.
         process_group: the vocabulary is sharded over this group, in rank order; shards may be uneven or empty. `input`,
             `weight` and probability targets are then the rank's own shard, while index targets and `ignore_index` are
             ids of the whole vocabulary; all ranks pass the same of them and of everything else, and get the same bits.
@@ -147,7 +152,7 @@ def fused_cross_entropy(
     with local_logits(process_group, LogitsTensors(input, target, weight, token_weight)) as (group, tensors):
         ids = ignored_ids(ignore_index)
         options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
-        reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype).checked()
+        reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored).checked()
         problem = logits_problem(tensors, ids, options, reducing, backend, group)
         if inplace_backward:
             check_inplace(problem.logits.x)
@@ -176,9 +181,10 @@ class LogitsProblem(NamedTuple):
             loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
             loss = loss if scale.nothing is None else loss + scale.nothing
         elif can_reduce(logits, targets, reduction, call):
-            loss, num_tokens, lse, predicted, entropy = reduced_by_kernel(
-                logits, targets, reduction, call, loss_dtype, inplace_backward
-            )
+            loss, found = reduced_by_kernel(logits, targets, reduction, call, loss_dtype, inplace_backward)
+            if not found:
+                return loss
+            num_tokens, lse, predicted, entropy = found
         else:
             rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
             target_weight: Tensor | None = rows.target_weight
@@ -188,7 +194,7 @@ class LogitsProblem(NamedTuple):
             lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
             if call.group is not None and call.with_stats and logits.probs is not None:
                 targets = targets._replace(target=rows.likeliest)
-        loss = loss.to(loss_dtype)
+        loss = finished(loss, targets, reduction, loss_dtype)
         if not call.with_stats:
             return loss
         return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)

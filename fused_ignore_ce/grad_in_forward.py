@@ -30,6 +30,7 @@ class _GradInForward(torch.autograd.Function):
         if x.dtype == torch.float16 and scales.divisor is not None:
             # Divided afterwards: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
             divisor = torch.as_tensor(scales.divisor, dtype=scale.dtype, device=x.device)
+            divisor = torch.where(divisor == 0.0, 1.0, divisor)  # of no rows: their gradients of 0 remain 0
             scale, z_scale = scale * divisor, None if z_scale is None else z_scale * divisor
         dx = x.detach() if inplace else torch.empty_like(x)
         rows = Rows(

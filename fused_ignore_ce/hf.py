@@ -6,7 +6,6 @@ entropy is this package's, whoever asks for it, in the forward or after it. No m
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Collection
@@ -19,7 +18,8 @@ from .collator import IgnoreTokens
 from .deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
 from .deferred.origin import Settings
 from .deferred.report import FusionReport
-from .options import LossOptions, budget_bytes, check_backend, ignored_ids
+from .keywords import unknown_keyword
+from .options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
 
 __all__ = [
     "FusionReport",
@@ -31,14 +31,14 @@ __all__ = [
     "unpatch_transformers",
 ]
 
-_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "backend")
+_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "zero_if_all_ignored", "backend")
 
 
 def patch_model(
     model: nn.Module,
     *,
     ignore_index: int | Collection[int] | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     without_labels: bool = False,
     return_stats: bool = False,
     **loss_options: Any,
@@ -51,11 +51,11 @@ def patch_model(
     Args:
         model: a `PreTrainedModel`, or a module that holds one (PEFT, DDP, torch.compile's). Changed in place.
         ignore_index: an id or a collection of ids to ignore, beside those that the model ignores (-100).
-        memory_budget: bytes of scratch, as in `fused_linear_cross_entropy`.
+        memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
         without_labels: also defer the logits of training forwards (training mode, gradients enabled) that get no
             labels, so that a loss which is taken of `outputs.logits` afterwards is fused.
         return_stats: `outputs.loss_stats` is then the `LossStats` of the loss that the forward took.
-        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, backend, as in
+        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
             `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the forward
             and after it.
 
@@ -141,7 +141,7 @@ class patch_transformers:  # a function that is also a context manager
         self,
         *,
         ignore_index: int | Collection[int] | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         without_labels: bool = False,
         return_stats: bool = False,
         **loss_options: Any,
@@ -181,13 +181,12 @@ def _settings(
     for name in loss_options:
         if name not in _OPTIONS:
             known = ("ignore_index", "memory_budget", "without_labels", "return_stats", *_OPTIONS)
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-            raise TypeError(f"patching got an unexpected option {name!r}; {meant}")
+            raise TypeError(unknown_keyword("patch_model", name, known))
     given = {name: value for name, value in loss_options.items() if value is not None}
     LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
+    ReductionOptions(zero_if_all_ignored=given.get("zero_if_all_ignored", False)).checked()
     check_backend(given.get("backend", "auto"))
-    budget_bytes(memory_budget)
+    memory_budget = budget_bytes(memory_budget)
     if "weight" in given and not isinstance(given["weight"], Tensor):
         raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
     if memory_budget is not None:

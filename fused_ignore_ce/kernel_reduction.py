@@ -28,7 +28,7 @@ class _ReducedByKernel(torch.autograd.Function):
         targets: Targets,
         call: RowCall,
         reducing: tuple[ReductionOptions, torch.dtype, bool],
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor, ...]:
         reduction, loss_dtype, ctx.inplace = reducing
         kernels: Any = backends.implementation(call.backend, x.device)
         if probs is None:
@@ -40,6 +40,8 @@ class _ReducedByKernel(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(*logits, rows.shift, rows.mass, factor, targets.token_weight)
         ctx.call = call
+        if not call.with_stats:
+            return total  # type: ignore[no-any-return]
         statistics = (num_tokens, rows.lse, rows.predicted, rows.entropy)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -90,8 +92,11 @@ def reduced_by_kernel(
     call: RowCall,
     loss_dtype: torch.dtype,
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, number of kept rows, lse, predicted, entropy); the loss is differentiable in logits and probabilities."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(loss, (number of kept rows, lse, predicted, entropy)); the latter are there if the call is with statistics.
+
+    The loss is differentiable in logits and probabilities.
+    """
     reducing = (reduction, loss_dtype, inplace_backward)
     found = _ReducedByKernel.apply(logits.x, logits.probs, logits, targets, call, reducing)
-    return found  # type: ignore[no-any-return]
+    return (found[0], found[1:]) if call.with_stats else (found, ())

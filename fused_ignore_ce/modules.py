@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .arguments import check_process_group
 from .functional import fused_cross_entropy
+from .keywords import explains_keywords
 from .linear.cross_entropy import fused_linear_cross_entropy
 from .options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
 
 #: The options that both losses take and both modules keep as attributes.
 _OPTIONS = (
     "ignore_index", "reduction", "label_smoothing", "softcap", "logit_scale", "z_loss", "return_stats", "loss_dtype",
-    "process_group", "backend",
+    "zero_if_all_ignored", "process_group", "backend",
 )  # fmt: skip
 
 
@@ -29,7 +30,9 @@ def _check(module: Any) -> None:
     """A wrong option is an error in the constructor, where it is written, not at the first step of training."""
     ids = ignored_ids(module.ignore_index)
     LossOptions(ids[0], module.label_smoothing, module.softcap, module.logit_scale, module.z_loss).checked()
-    ReductionOptions(module.reduction, None, module.return_stats, module.loss_dtype).checked()
+    ReductionOptions(
+        module.reduction, None, module.return_stats, module.loss_dtype, module.zero_if_all_ignored
+    ).checked()
     check_backend(module.backend)
     check_process_group(module.process_group)
 
@@ -42,6 +45,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     1.3862943649291992
     """
 
+    @explains_keywords
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -58,6 +62,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         grad_in_forward: bool = False,
         return_stats: bool | Literal["differentiable"] = False,
         loss_dtype: torch.dtype | None = None,
+        zero_if_all_ignored: bool = False,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -71,10 +76,12 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         self.grad_in_forward = grad_in_forward
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
+        self.zero_if_all_ignored = zero_if_all_ignored
         self.process_group = process_group
         self.backend = backend
         _check(self)
 
+    @explains_keywords
     def forward(
         self,
         input: Tensor,
@@ -104,6 +111,10 @@ class FusedLinearCrossEntropyLoss(nn.Module):
     It owns the linear layer, as PyTorch's does, and their state_dicts are alike: `linear.weight` (C, in_features),
     `linear.bias` and, if given, the class weights `weight`.
 
+    With `external_weight=True` it owns none, and every call is given the head's: for embeddings that the head shares,
+    `criterion(hidden, target, linear_weight=embedding.weight)`. The weight is then a parameter of the embedding alone,
+    once in the state_dict, and whatever replaces it there (casts, FSDP) is what the next call gets.
+
     >>> criterion = FusedLinearCrossEntropyLoss(2, 4, ignore_index=[0, 3])
     >>> criterion(torch.zeros(3, 2), torch.tensor([0, 1, 3])).item()
     1.3862943649291992
@@ -111,6 +122,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
 
     weight: Tensor | None
 
+    @explains_keywords
     def __init__(
         self,
         in_features: int,
@@ -118,6 +130,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         *,
         out_features: tuple[int, ...] = (),
         bias: bool = False,
+        external_weight: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
@@ -131,6 +144,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         memory_budget: int | str | None = None,
         return_stats: bool | Literal["differentiable"] = False,
         loss_dtype: torch.dtype | None = None,
+        zero_if_all_ignored: bool = False,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -139,6 +153,9 @@ class FusedLinearCrossEntropyLoss(nn.Module):
             raise ValueError(f"options: expected None, since chunks follow from memory_budget, got {options!r}")
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if external_weight and bias:
+            raise ValueError("bias: expected False with external_weight=True; pass linear_bias to each call")
+        self.in_features = in_features
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
         self.reduction = reduction
@@ -150,29 +167,35 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.memory_budget = memory_budget
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
+        self.zero_if_all_ignored = zero_if_all_ignored
         self.process_group = process_group
         self.backend = backend
         _check(self)
         budget_bytes(memory_budget)
         self.register_buffer("weight", weight)
-        self.linear = nn.Linear(
-            in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
-        )
+        rows = math.prod(self.out_features, start=num_classes)
+        self.linear = None if external_weight else nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
 
+    @explains_keywords
     def forward(
         self,
         input: Tensor,
         target: Tensor,
         *,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
         token_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Any:
-        """The loss of hidden states `input` and `target`, shaped as `fused_linear_cross_entropy` says."""
+        """The loss of hidden states `input` and `target`, shaped as `fused_linear_cross_entropy` says.
+
+        With `external_weight=True`, `linear_weight` (C, in_features) and an optional `linear_bias` (C) are the head's.
+        """
+        linear_weight, linear_bias = self._head(linear_weight, linear_bias)
         shape = (self.num_classes, *self.out_features)
-        linear_bias = self.linear.bias
         return fused_linear_cross_entropy(
             input,
-            self.linear.weight.view(*shape, -1),
+            linear_weight.view(*shape, self.in_features),
             target,
             linear_bias=None if linear_bias is None else linear_bias.view(shape),
             weight=self.weight,
@@ -181,7 +204,25 @@ class FusedLinearCrossEntropyLoss(nn.Module):
             **_options(self, "memory_budget"),
         )
 
+    def _head(self, linear_weight: Tensor | None, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias: the module's own, or those that a call is given."""
+        if self.linear is not None:
+            if linear_weight is not None or linear_bias is not None:
+                raise ValueError(
+                    "linear_weight, linear_bias: expected None, since this module owns its linear layer; build it with "
+                    "external_weight=True to give it the head's weight in each call"
+                )
+            return self.linear.weight, self.linear.bias
+        rows = math.prod(self.out_features, start=self.num_classes)
+        if linear_weight is None or linear_weight.numel() != rows * self.in_features:
+            got = None if linear_weight is None else tuple(linear_weight.shape)
+            raise ValueError(
+                f"linear_weight: expected shape {(rows, self.in_features)}, since this module was built with "
+                f"external_weight=True, got {got}"
+            )
+        return linear_weight, linear_bias
+
     def extra_repr(self) -> str:
-        names = ("num_classes", "out_features", "ignore_index", "reduction", "label_smoothing", "softcap",
-                 "logit_scale", "z_loss", "memory_budget", "backend")  # fmt: skip
+        names = ("in_features", "num_classes", "out_features", "ignore_index", "reduction", "label_smoothing",
+                 "softcap", "logit_scale", "z_loss", "memory_budget", "backend")  # fmt: skip
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -26,13 +26,8 @@ class RowKeywords(TypedDict, total=False):
     logit_scale: float
     z_loss: float
     loss_dtype: torch.dtype | None
+    zero_if_all_ignored: bool
     backend: str
-
-
-class ModelKeywords(RowKeywords, total=False):
-    """The options that `patch_model` adds to the cross entropies of a model."""
-
-    weight: Tensor | None
 
 
 class CausalLMKeywords(RowKeywords, total=False):
@@ -128,10 +123,11 @@ class ReductionOptions(NamedTuple):
     normalizer: float | Tensor | None = None
     return_stats: bool | str = False
     loss_dtype: torch.dtype | None = None
+    zero_if_all_ignored: bool = False
 
     def checked(self) -> ReductionOptions:
         """The same options, or an error that names the one that is wrong."""
-        reduction, normalizer, return_stats, loss_dtype = self
+        reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored = self
         if reduction not in REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {REDUCTIONS}")
         if normalizer is not None:
@@ -140,6 +136,8 @@ class ReductionOptions(NamedTuple):
             raise ValueError(f'return_stats: expected False, True or "differentiable", got {return_stats!r}')
         if loss_dtype is not None and not (isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point):
             raise TypeError(f"loss_dtype: expected a floating-point torch.dtype or None, got {loss_dtype!r}")
+        if not isinstance(zero_if_all_ignored, bool):
+            raise TypeError(f"zero_if_all_ignored: expected True or False, got {zero_if_all_ignored!r}")
         return self
 
 

@@ -172,6 +172,13 @@ def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, we
     return dtype
 
 
+def finished(loss: Tensor, targets: Targets, reduction: ReductionOptions, dtype: torch.dtype) -> Tensor:
+    """The loss in the caller's dtype, and 0 in place of the mean of nothing if that was asked for."""
+    if reduction.zero_if_all_ignored and reduction.reduction == "mean":
+        loss = torch.where(targets.kept.any(), loss, 0.0)
+    return loss.to(dtype)
+
+
 def statistics(
     targets: Targets,
     reduction: ReductionOptions,

@@ -36,29 +36,22 @@ def backward_kernel(
     BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
     splits, split_tiles, first_class, classes = place
     strides_x, strides_probs, strides_dx, strides_dprobs, strides_upstream = strides
-    offs = tile_offsets(TILE[1], TILE[2], TILE[3])
+    offs = tile_offsets(TILE)
 
     pid = tl.program_id(0)
     v_start = (pid % splits) * split_tiles * BLOCK_V
     v_end = tl.minimum(v_start + split_tiles * BLOCK_V, V)
     b, t, inside = rows_of(pid // splits, T, BLOCK_N)
     row = b.to(tl.int64) * T + t
-    if dx_ptr is None:
-        dx_row: tl.constexpr = None
-    else:
-        dx_row = row_start(dx_ptr, b, t, strides_dx, TILE[3])
-    if dprobs_ptr is None:
-        dprobs_row: tl.constexpr = None
-    else:
-        dprobs_row = row_start(dprobs_ptr, b, t, strides_dprobs, TILE[3])
     target = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
     if BLOCK_N == 1:  # noqa: SIM102 (known at compile time, and the other is not)
         if target == ignore_index:
             if dx_ptr is not None:
-                write_zeros(dx_row, strides_dx[2], v_start, v_end, offs, BLOCK_V)
+                write_zeros(row_start(dx_ptr, b, t, strides_dx, TILE[3]), strides_dx[2], v_start, v_end, offs, BLOCK_V)
             if dprobs_ptr is not None:
-                write_zeros(dprobs_row, strides_dprobs[2], v_start, v_end, offs, BLOCK_V)
+                zeros_row = row_start(dprobs_ptr, b, t, strides_dprobs, TILE[3])
+                write_zeros(zeros_row, strides_dprobs[2], v_start, v_end, offs, BLOCK_V)
             return
 
     soft, curve, steep = loss_options(classes, smoothing, scale, cap, ACC, OPTIONS)
@@ -83,6 +76,15 @@ def backward_kernel(
         w_target = 0.0
     terms = row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, soft, steep)
     x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
+    if dx_ptr is None:
+        dx_row: tl.constexpr = None
+    else:
+        dx_row = row_start(dx_ptr, b, t, strides_dx, TILE[3])
+    if dprobs_ptr is None:
+        dprobs_row: tl.constexpr = None
+    else:
+        dprobs_row = row_start(dprobs_ptr, b, t, strides_dprobs, TILE[3])
     rows = (x_row, strides_x[2], probs_row, strides_probs[2], keep, v_end)
     out = (dx_row, strides_dx[2], dprobs_row, strides_dprobs[2], inside)
-    write_gradient(rows, out, v_start, offs, terms, weight_ptr, soft, curve, ACC, TILE, OPTIONS, HAS_ENTROPY, "", "")
+    row_of = (rows, out, terms, (weight_ptr, soft, curve))
+    write_gradient(row_of, v_start, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, "", "")

@@ -209,7 +209,8 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
     launch = launch or backward_launch(B, T, V, x.itemsize, *_layout(weight, x, probs, dx, dprobs), chip_of(x.device))
     scalars, present = _scalars(options, probs)
     simple = _is_simple(launch, weight, probs, present) and upstream.dentropy is None and not present[2]
-    pointers = upstream.dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
+    dloss = x.new_zeros((), dtype=saved.mass.dtype) if upstream.dloss is None else upstream.dloss
+    pointers = dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
     with _on(x.device):
         backward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
             x, probs, dx, dprobs, target, weight,

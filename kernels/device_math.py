@@ -4,10 +4,12 @@
 `c`, the exponent `x * L - c` is one fused multiply-add, whose only rounding is that of its small result. Whole shifts
 differ by whole numbers, so that a sum that was taken relative to one is rescaled to another without rounding.
 
-**Tiles.** A program reads tiles of shape (BLOCK_N rows, CHUNKS, LANES, WIDTH). A thread holds the WIDTH neighbouring
-logits of a lane, which are one access of 16 bytes, in all of the CHUNKS. Sums over chunks and width therefore stay
-inside a thread; lanes are merged once, after the loop. What belongs to a row has the shape (BLOCK_N, 1, 1, 1), or
-is a scalar where a program has one row; what belongs to a lane has the shape (BLOCK_N, 1, LANES, 1).
+**Tiles.** A program reads tiles of BLOCK_N rows and of CHUNKS * LANES * WIDTH classes. A thread holds the WIDTH
+neighbouring logits of a lane, which are one access of 16 bytes, in all of the CHUNKS. Sums over chunks and width
+therefore stay inside a thread; lanes are merged once, after the loop. In memory, a tile has the shape
+(BLOCK_N, CHUNKS * LANES, WIDTH), so that the compiler cannot give neighbouring threads different chunks; for sums
+over what a lane holds, it is seen as (BLOCK_N, CHUNKS, LANES, WIDTH). What belongs to a row has the shape
+(BLOCK_N, 1, 1), or is a scalar where a program has one row; what belongs to a lane, (BLOCK_N, 1, LANES, 1).
 """
 
 import triton
@@ -37,48 +39,70 @@ def fused_multiply_add(x, y, z):
 
 
 @triton.jit
-def tile_max(x):
+def by_lane(x, TILE: tl.constexpr):
+    """A tile as (BLOCK_N, CHUNKS, LANES, WIDTH)."""
+    BLOCK_N: tl.constexpr = TILE[0]
+    CHUNKS: tl.constexpr = TILE[1]
+    LANES: tl.constexpr = TILE[2]
+    WIDTH: tl.constexpr = TILE[3]
+    return tl.reshape(x, (BLOCK_N, CHUNKS, LANES, WIDTH))
+
+
+@triton.jit
+def over_tile(x, TILE: tl.constexpr):
+    """What belongs to lanes, for each access of a tile: (BLOCK_N, CHUNKS * LANES, 1)."""
+    BLOCK_N: tl.constexpr = TILE[0]
+    CHUNKS: tl.constexpr = TILE[1]
+    LANES: tl.constexpr = TILE[2]
+    return tl.reshape(tl.broadcast_to(x, (BLOCK_N, CHUNKS, LANES, 1)), (BLOCK_N, CHUNKS * LANES, 1))
+
+
+@triton.jit
+def over_lanes(x, TILE: tl.constexpr):
+    """What belongs to rows, for each of their lanes."""
+    if TILE[0] == 1:
+        return x
+    else:
+        return x[:, :, :, None]
+
+
+@triton.jit
+def lane_max(x):
     """Over what each lane holds."""
     return tl.max(tl.max(x, 3, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
-def tile_min(x):
-    """Over what each lane holds."""
-    return tl.min(tl.min(x, 3, keep_dims=True), 1, keep_dims=True)
-
-
-@triton.jit
-def tile_sum(x):
+def lane_sum(x):
     """Over what each lane holds."""
     return tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
-def lanes_max(x):
+def row_max(x):
     """Over the lanes of each row: a scalar where there is one row."""
     if x.shape[0] == 1:
         return tl.max(x)
     else:
-        return tl.max(x, 2, keep_dims=True)
+        return tl.max(x, 2)
 
 
 @triton.jit
-def lanes_min(x):
-    """Over the lanes of each row: a scalar where there is one row."""
-    if x.shape[0] == 1:
-        return tl.min(x)
-    else:
-        return tl.min(x, 2, keep_dims=True)
-
-
-@triton.jit
-def lanes_sum(x):
+def row_sum(x):
     """Over the lanes of each row: a scalar where there is one row."""
     if x.shape[0] == 1:
         return tl.sum(x)
     else:
-        return tl.sum(x, 2, keep_dims=True)
+        return tl.sum(x, 2)
+
+
+@triton.jit
+def row_min_of_tile(x):
+    """Over each row of a tile: a scalar where there is one row."""
+    if x.shape[0] == 1:
+        return tl.min(x)
+    else:
+        return tl.min(tl.min(x, 2, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit

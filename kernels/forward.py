@@ -75,7 +75,7 @@ def forward_kernel(
         probs_row = row_start(probs_ptr, b, t, strides_probs, TILE[3])
     rows = (x_row, strides_x[2], probs_row, strides_probs[2], keep, v_end)
     c, s, r, mass, d, largest, predicted = row_sums(
-        rows, v_start, tile_offsets(TILE[1], TILE[2], TILE[3]), weight_ptr, soft, curve, ACC, TILE, OPTIONS,
+        rows, v_start, tile_offsets(TILE), (weight_ptr, soft, curve), ACC, TILE, OPTIONS,
         parts is not None or HAS_STATS, HAS_STATS, "",
     )  # fmt: skip
     if probs_ptr is None:

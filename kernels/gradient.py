@@ -56,15 +56,17 @@ def row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, soft, ste
 
 @triton.jit
 def gradient_tile(
-    rows, out, v, offs, terms, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr,
-    OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr, IN: tl.constexpr,
-    OUT: tl.constexpr,
+    row, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    WHOLE: tl.constexpr, TARGET: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Reads the tile that starts at class `v` and writes its gradients.
 
+    `row` is (rows, out, terms, loss): rows and loss as `row_sums` takes them, terms as `row_terms` returns them, and
     `out` is (dx_row, stride_dxv, dprobs_row, stride_dpv, inside), where either row may be None.
     """
     BLOCK_N: tl.constexpr = TILE[0]
+    rows, out, terms, loss = row
+    weight_ptr, soft, curve = loss
     x_row, stride_xv, _, _, keep, v_end = rows
     dx_row, stride_dxv, dprobs_row, stride_dpv, inside = out
     c, multiplier, g, target, of_entropy, of_probs = terms
@@ -84,8 +86,8 @@ def gradient_tile(
             grad -= e * of_entropy[0] * (tl.maximum(z, -200.0) + of_entropy[1])
         if OPTIONS[2]:
             grad *= slope
-        # A class of logit -inf has e = 0, and 0 it stays, but for its soft target.
-        if OPTIONS[0]:
+        # A class of logit -inf has e = 0, and gradient 0 whatever its target's weight.
+        if OPTIONS[0] or TARGET:
             grad = tl.where(u != float("-inf"), grad, 0.0)
         # Selected, not multiplied by 0: an ignored row gets 0 under any upstream gradient.
         if BLOCK_N > 1:
@@ -102,14 +104,15 @@ def gradient_tile(
 
 @triton.jit
 def write_gradient(
-    rows, out, v_start, offs, terms, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr,
-    OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    row, v_start, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the kept rows' classes from `v_start` on, last tile first; zeros for other rows.
 
     What was read last is read again first: it is what the cache still has.
     """
     BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
+    rows, _, terms, _ = row
     v_end = rows[5]
     HAS_TARGET: tl.constexpr = rows[2] is None  # targets are indices where they are no probabilities
     v_target = v_start - 1
@@ -118,87 +121,19 @@ def write_gradient(
         distance = terms[3][0] - v_start
         if (distance >= 0) & (distance < v_end - v_start):
             v_target = v_start + distance.to(tl.int32) // BLOCK_V * BLOCK_V
-            gradient_tile(
-                rows,
-                out,
-                v_target,
-                offs,
-                terms,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                HAS_ENTROPY,
-                False,
-                True,
-                IN,
-                OUT,
-            )
+            gradient_tile(row, v_target, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, False, True, IN, OUT)
     if TILE[0] == 1:
-        whole = (v_end - v_start) // BLOCK_V
-        tail = v_start + whole * BLOCK_V
+        tail = v_start + (v_end - v_start) // BLOCK_V * BLOCK_V
         if (tail < v_end) & (tail != v_target):
-            gradient_tile(
-                rows,
-                out,
-                tail,
-                offs,
-                terms,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                HAS_ENTROPY,
-                False,
-                False,
-                IN,
-                OUT,
-            )
-        for i in range(1, whole + 1):
-            v = tail - i * BLOCK_V
+            gradient_tile(row, tail, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, False, False, IN, OUT)
+        for up in range(v_start, tail, BLOCK_V):
+            # Triton 3.6 does not see that a difference of multiples is one.
+            v = tl.multiple_of(v_start + tail - BLOCK_V - up, BLOCK_V)
             if v != v_target:
-                gradient_tile(
-                    rows,
-                    out,
-                    v,
-                    offs,
-                    terms,
-                    weight_ptr,
-                    soft,
-                    curve,
-                    ACC,
-                    TILE,
-                    OPTIONS,
-                    HAS_ENTROPY,
-                    True,
-                    False,
-                    IN,
-                    OUT,
-                )
+                gradient_tile(row, v, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, True, False, IN, OUT)
     else:
         for v in range(v_start, v_end, BLOCK_V):
-            gradient_tile(
-                rows,
-                out,
-                v,
-                offs,
-                terms,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                HAS_ENTROPY,
-                False,
-                HAS_TARGET,
-                IN,
-                OUT,
-            )
+            gradient_tile(row, v, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, False, HAS_TARGET, IN, OUT)
 
 
 @triton.jit

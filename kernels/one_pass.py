@@ -40,12 +40,13 @@ def one_pass_kernel(
     NO_PROBS: tl.constexpr = None
     strides_x, strides_dx, strides_upstream = strides
     soft, curve, steep = loss_options(V, smoothing, scale, cap, ACC, OPTIONS)
+    loss = (weight_ptr, soft, curve)
     everywhere = tl.full((), True, tl.int1)
 
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         # The sign of `row` is 0, but the compiler does not see that: it would keep a register for the offset of each
         # logit from one row to the next.
-        offs = tile_offsets(TILE[1], TILE[2], TILE[3]) + (tl.cast(row, tl.int32) >> 31) * BLOCK_V
+        offs = tile_offsets(TILE) + (tl.cast(row, tl.int32) >> 31) * BLOCK_V
         b, t = row // T, row % T
         x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
         dx_row = row_start(dx_ptr, b, t, strides_dx, TILE[3])
@@ -60,7 +61,7 @@ def one_pass_kernel(
             g = loss_gradient(upstream, strides_upstream, row, everywhere, ACC)
             rows = (x_row, strides_x[2], NO_PROBS, 0, everywhere, V)
             c, s, r, mass, d, _, predicted = row_sums(
-                rows, 0, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, HAS_STATS, HAS_STATS, "evict_last"
+                rows, 0, offs, loss, ACC, TILE, OPTIONS, HAS_STATS, HAS_STATS, "evict_last"
             )
             u_target, _ = used_logits(x_target, curve, ACC, OPTIONS)
             r += weighted(w_target * soft[0], exponent(u_target, curve[1], c))
@@ -73,20 +74,5 @@ def one_pass_kernel(
                 dlse = dz * lse * (2.0 * tl.full((), z_loss, ACC))
             terms = row_terms(g, dlse, 0.0, c, s, mass, 0.0, w_target, target, soft, steep)
             out = (dx_row, strides_dx[2], NO_PROBS, 0, everywhere)
-            write_gradient(
-                rows,
-                out,
-                0,
-                offs,
-                terms,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                False,
-                "evict_first",
-                "evict_first",
-            )
+            write_gradient((rows, out, terms, loss), 0, offs, ACC, TILE, OPTIONS, False, "evict_first", "evict_first")
             tl.device_assert(own, "fused_ignore_ce: target out of range [0, number of classes)")

@@ -27,7 +27,7 @@ def scale_kernel(
         product *= tl.load(factor_ptr).to(ACC)
     if INPLACE and product == 1.0:
         return
-    offs = tile_offsets(TILE[1], TILE[2], TILE[3])
+    offs = tile_offsets(TILE)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         b, t, inside = rows_of(tl.cast(block, tl.int32), T, BLOCK_N)
         start = row_start(x_ptr, b, t, strides[0], TILE[3])

@@ -16,14 +16,16 @@ from .device_math import (
     LN2,
     LOWEST,
     NO_CLASS,
+    by_lane,
     exponent,
     fused_multiply_add,
-    lanes_max,
-    lanes_min,
-    lanes_sum,
-    tile_max,
-    tile_min,
-    tile_sum,
+    lane_max,
+    lane_sum,
+    over_lanes,
+    over_tile,
+    row_max,
+    row_min_of_tile,
+    row_sum,
     used_logits,
     weighted,
     whole_shift,
@@ -53,17 +55,25 @@ def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def add_tile(
-    lanes, rows, v, offs, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    lanes, rows, v, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums, with the tile that starts at class `v` added to them."""
     c, s, r, mass, d, best, at = lanes
+    weight_ptr, soft, curve = loss
     x_row, stride_xv, probs_row, _, keep, v_end = rows
     x = load_tile(x_row, v, offs, stride_xv, keep, v_end, float("-inf"), TILE[0], WHOLE, EVICT)
     u, _ = used_logits(x, curve, ACC, OPTIONS)
     if (OPTIONS[1] or OPTIONS[2]) and not WHOLE:
         u = tl.where(offs < v_end - v, u, float("-inf"))
-    largest = tile_max(u)
+    ONE_NUMBER: tl.constexpr = WHOLE and probs_row is None and weight_ptr is None
+    if OPTIONS[0]:
+        q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
+        if not ONE_NUMBER:
+            # `u == u` for the compiler: it gives the sum of a mask alone other threads than the tile's, and a barrier.
+            q = by_lane(tl.where(u == u, q, 0.0), TILE)
+    u = by_lane(u, TILE)
+    largest = lane_max(u)
     if HAS_BEST:
         at = tl.where(largest > best, v, at)
         best = tl.maximum(best, largest)
@@ -72,104 +82,78 @@ def add_tile(
     e = tl.exp2(z)
     alpha = tl.exp2(c - c_new)
     if OPTIONS[0]:
-        q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
         r += mass * (c - c_new)
-        if WHOLE and probs_row is None and weight_ptr is None:
-            r += q * tile_sum(z)
+        if ONE_NUMBER:
+            r += q * lane_sum(z)
             mass += q * (TILE[1] * TILE[3])
         else:
-            # `u == u` for the compiler: it gives the sum of a mask alone other threads than the tile's, and a barrier.
-            q = tl.where(u == u, q, 0.0)
-            r += tile_sum(weighted(q, z))
-            mass += tile_sum(q)
+            r += lane_sum(weighted(q, z))
+            mass += lane_sum(q)
     if HAS_STATS:
         # 0 * -200, and not 0 * -inf, where a class is masked.
-        d = alpha * (d + s * (c - c_new)) + tile_sum(e * tl.maximum(z, -200.0))
-    s = s * alpha + tile_sum(e)
+        d = alpha * (d + s * (c - c_new)) + lane_sum(e * tl.maximum(z, -200.0))
+    s = s * alpha + lane_sum(e)
     return c_new, s, r, mass, d, best, at
 
 
 @triton.jit
-def first_of_largest(lanes, rows, v_start, offs, curve, largest, ACC: tl.constexpr, OPTIONS: tl.constexpr):
+def first_of_largest(
+    best, at, rows, v_start, offs, curve, largest, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
+):
     """The first class that has the row's largest logit: the lanes that met it look again where each did."""
     x_row, stride_xv, _, _, keep, v_end = rows
-    best, at = lanes
-    place = at + offs
-    ptrs = x_row + place.to(tl.int64) * stride_xv
-    x = tl.load(ptrs, mask=keep & (best == largest) & (place < v_end), other=float("nan"))
+    place = over_tile(at, TILE) + offs
+    met = keep & (over_tile(best, TILE) == largest) & (place < v_end)
+    x = tl.load(x_row + place.to(tl.int64) * stride_xv, mask=met, other=float("nan"))
     u, _ = used_logits(x, curve, ACC, OPTIONS)
-    first = lanes_min(tile_min(tl.where(u == largest, place, NO_CLASS)))
+    first = row_min_of_tile(tl.where(u == largest, place, NO_CLASS))
     return tl.where(first == NO_CLASS, v_start, first)
 
 
 @triton.jit
 def row_sums(
-    rows, v_start, offs, weight_ptr, soft, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    rows, v_start, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """(c, s, r, mass, d, largest, predicted) of each row's classes from `v_start` on, but for an index target.
 
-    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end). `largest` is as `used_logits` has it.
+    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end), `loss` (weight_ptr, soft, curve). `largest` is as
+    `used_logits` has it.
     """
     BLOCK_N: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[2]
     BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
     zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
-    lanes = (
-        zero + LOWEST,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero + float("-inf"),
-        tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start,
-    )
+    at = tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start
+    lanes = (zero + LOWEST, zero, zero, zero, zero, zero + float("-inf"), at)
     v_end = rows[5]
     whole_end = v_start
     if BLOCK_N == 1:  # tiles of several rows need their masks all along
         whole_end += (v_end - v_start) // BLOCK_V * BLOCK_V
         for v in range(v_start, whole_end, BLOCK_V):
-            lanes = add_tile(
-                lanes, rows, v, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, True, HAS_BEST, HAS_STATS, EVICT
-            )
+            lanes = add_tile(lanes, rows, v, offs, loss, ACC, TILE, OPTIONS, True, HAS_BEST, HAS_STATS, EVICT)
         if whole_end < v_end:
-            lanes = add_tile(
-                lanes,
-                rows,
-                whole_end,
-                offs,
-                weight_ptr,
-                soft,
-                curve,
-                ACC,
-                TILE,
-                OPTIONS,
-                False,
-                HAS_BEST,
-                HAS_STATS,
-                EVICT,
-            )
+            lanes = add_tile(lanes, rows, whole_end, offs, loss, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT)
     else:
         for v in range(v_start, v_end, BLOCK_V):
-            lanes = add_tile(
-                lanes, rows, v, offs, weight_ptr, soft, curve, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT
-            )
+            lanes = add_tile(lanes, rows, v, offs, loss, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT)
 
     c, s, r, mass, d, best, at = lanes
-    c_row = lanes_max(c)
-    beta = tl.exp2(c - c_row)
+    c_row = row_max(c)
+    down = c - over_lanes(c_row, TILE)
+    power = tl.exp2(down)
     if HAS_STATS:
-        d = lanes_sum(beta * (d + s * (c - c_row)))
+        d = row_sum(power * (d + s * down))
     if OPTIONS[0]:
-        r = lanes_sum(r + mass * (c - c_row))
-        mass = lanes_sum(mass)
-    s = lanes_sum(s * beta)
+        r = row_sum(r + mass * down)
+        mass = row_sum(mass)
+    s = row_sum(s * power)
     predicted = at
     largest = best
     if HAS_BEST:
-        largest = lanes_max(best)
+        largest = row_max(best)
     if HAS_STATS:
-        predicted = first_of_largest((best, at), rows, v_start, offs, curve, largest, ACC, OPTIONS)
+        predicted = first_of_largest(best, at, rows, v_start, offs, loss[2], largest, ACC, TILE, OPTIONS)
     if not OPTIONS[0]:
         r, mass = s * 0.0, s * 0.0
     return c_row, s, r, mass, d, largest, predicted

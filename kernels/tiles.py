@@ -11,7 +11,7 @@ def rows_of(pid, T, BLOCK_N: tl.constexpr):
         return pid // T, pid % T, tl.full((), True, tl.int1)
     else:
         blocks_t = tl.cdiv(T, BLOCK_N)
-        t = (pid % blocks_t) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None, None, None]
+        t = (pid % blocks_t) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None, None]
         return pid // blocks_t, t, t < T
 
 
@@ -24,11 +24,11 @@ def row_start(ptr, b, t, strides, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """The classes of a tile, counted from its first: (1, CHUNKS, LANES, WIDTH)."""
-    chunk = tl.arange(0, CHUNKS)[None, :, None, None]
-    lane = tl.arange(0, LANES)[None, None, :, None]
-    return (chunk * LANES + lane) * WIDTH + tl.arange(0, WIDTH)[None, None, None, :]
+def tile_offsets(TILE: tl.constexpr):
+    """The classes of a tile, counted from its first: (1, CHUNKS * LANES, WIDTH)."""
+    ACCESSES: tl.constexpr = TILE[1] * TILE[2]
+    WIDTH: tl.constexpr = TILE[3]
+    return tl.arange(0, ACCESSES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def load_weights(weight_ptr, v, offs, v_end, BLOCK_N: tl.constexpr, WIDTH: tl.co
     Otherwise, they would change threads in every iteration. So nothing may be known of the weights' alignment where
     nothing is of the logits': the sign of `v_end` is 0, but the compiler does not see that.
     """
-    place = v + offs + tl.zeros((BLOCK_N, 1, 1, 1), tl.int32)
+    place = v + offs + tl.zeros((BLOCK_N, 1, 1), tl.int32)
     if WIDTH == 1:
         place += v_end >> 31
     return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)

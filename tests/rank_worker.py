@@ -51,6 +51,17 @@ def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=None, backward
     return {"loss": loss.detach(), "stats": stats, "collectives": counted, **{n: tensors[n].grad for n in wanted}}
 
 
+def log_probs_and_entropy(ranks, tensors, upstream, plan, **options):
+    """Both results of `fused_linear_log_probs`, and the gradients of a sum in which they have unequal weights."""
+    leaves = {name: t.requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
+    with forced(plan):
+        log_probs, entropy = fused_ignore_ce.fused_linear_log_probs(
+            **tensors, process_group=GROUPS[ranks], return_entropy=True, **options
+        )
+        (log_probs * upstream - 0.3 * entropy * upstream.flip(0)).sum().backward()
+    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), **{n: t.grad for n, t in leaves.items()}}
+
+
 def second_derivative(ranks):
     """The error that `create_graph=True` meets."""
     x = torch.randn(3, 4, requires_grad=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce import FusedCrossEntropyLoss, fused_causal_lm_loss, fused_cross_entropy
+from fused_ignore_ce import FusedCrossEntropyLoss, backends, fused_causal_lm_loss, fused_cross_entropy
 
 X = torch.randn(3, 5)
 Y = torch.tensor([1, 2, -100])
@@ -105,6 +105,15 @@ def test_out_of_range_reads_and_writes_nothing(target, backend):
     torch.testing.assert_close(guarded, before, equal_nan=True)
 
 
+@pytest.fixture
+def _first_use():
+    """The Triton backend is looked up once in a process: as if it had not been used before, and again afterwards."""
+    backends._triton.cache_clear()
+    yield
+    backends._triton.cache_clear()
+
+
+@pytest.mark.usefixtures("_first_use")
 def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
     from fused_ignore_ce.kernels import cross_entropy
 
@@ -113,6 +122,7 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
         fused_cross_entropy(X, Y, backend="triton")
 
 
+@pytest.mark.usefixtures("_first_use")
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "fused_ignore_ce.kernels", None)
     with pytest.raises(RuntimeError, match=re.escape('backend="torch"')):

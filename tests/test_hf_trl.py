@@ -1,21 +1,18 @@
-"""TRL's SFTTrainer with a patched model: the model's own loss is fused, TRL's own head is left alone."""
+"""TRL's SFTTrainer with a patched model: the model's own loss is fused; TRL's head is `patch_trainer`'s to replace."""
 
 import importlib
-import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
 
 from fused_ignore_ce.deferred import DeferredLogits
 from fused_ignore_ce.hf import patch_model
 
 from .hf_worker import V, assert_same, llama, spied
+from .trl_runs import datasets, texts, tokenizer_of, trl
 
-datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-datasets.disable_progress_bars()
 # TRL 1.16 gives each model a fused head of its own, which its loss and its metrics come from; before, it read logits.
 OWN_HEAD = hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
 
@@ -46,37 +43,9 @@ class LargestLogits(TorchDispatchMode):
         return out
 
 
-def tokenizer_of(texts):
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<pad>", "<eos>", "<unk>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=90, special_tokens=special))
-    assert tokenizer.get_vocab_size() <= V
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
 def sft(cls, model, folder, evaluate=False, **given):
     """(the losses of all steps, the metrics of an evaluation, the trainer)."""
-    rng = random.Random(0)
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "and",
-        "cat",
-        "sat",
-        "on",
-        "its",
-        "mat",
-    ]
-    prompts, completions = ([" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(16)] for _ in range(2))
+    prompts, completions = texts(0), texts(1)
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": STEPS, "learning_rate": 0.3,
         "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "bf16": False,

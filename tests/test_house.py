@@ -12,14 +12,14 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.r
 
 #: From the leaves up: a file imports files of its own layer and of layers before it.
 LAYERS = [
-    ["options", "rows", "operators", "torch_blocks", "reference", "measure"],
+    ["options", "keywords", "rows", "operators", "torch_blocks", "reference", "measure"],
     ["arguments", "torch_backend"],
     ["reduction", "backends"],
     ["distributed", "dtensor", "shards"],
     ["autograd", "grad_in_forward", "kernel_reduction", "linear.plan", "linear.tiles", "linear.gradients"],
     ["functional", "linear.sweep", "linear.calls", "linear.row_results", "linear.scaled_sum", "linear.problem"],
-    ["linear.cross_entropy", "linear.log_probs", "cost"],
-    ["causal_lm", "modules", "collator", "deferred"],
+    ["linear.cross_entropy", "linear.log_probs", "linear.summed_log_probs", "cost"],
+    ["causal_lm", "modules", "collator", "per_token", "deferred"],
     ["hf", "demo"],
     ["trl"],
     ["__init__", "__main__"],

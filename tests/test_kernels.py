@@ -13,6 +13,8 @@ from fused_ignore_ce import reference
 from fused_ignore_ce.kernels import cross_entropy, device_math
 from fused_ignore_ce.kernels.launch import Launch
 
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
 V = 1000
 
 
@@ -237,8 +239,8 @@ def test_ignored_rows_are_selected_not_multiplied(launch, upstream, device):
     x[:] = float("nan")
     rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True, launch=launch)
     assert all((each == 0).all() for each in rows)
-    dloss = torch.full((6,), upstream, device=device)
-    dx, _ = gradients(x, target, None, None, Options(), Upstream(dloss), rows, launch=launch)
+    g = torch.full((6,), upstream, device=device)
+    dx, _ = gradients(x, target, None, None, Options(), Upstream(g, g, g, g[0], g), rows, launch=launch)
     assert (dx == 0).all()
 
 
@@ -247,12 +249,14 @@ def test_masked_classes_have_no_gradient(smoothing, device):
     x, target, *_ = problem(device, torch.float32)
     x[..., :300] = -torch.inf
     target[target != -100] = 700
+    target[0] = 7  # masked itself: an infinite loss, and 0 for its logit all the same
     weight = torch.ones(V, device=device)
-    weight[:300] = 0
+    weight[:300] = 0 if smoothing else 1
+    weight[7] = 1
     options = Options(label_smoothing=smoothing)
     rows = cross_entropy.forward(x, target, weight, None, options)
     dx, _ = gradients(x, target, weight, None, options, Upstream(torch.ones(6, device=device)), rows)
-    assert rows[0].isfinite().all()
+    assert rows[0].isfinite().tolist() == [False] + [not smoothing or target[i] == -100 for i in range(1, 6)]
     assert (dx[..., :300] == 0).all()
     assert dx.isfinite().all()
 
@@ -283,6 +287,21 @@ def test_parts_of_the_vocabulary(together, probs, device):
             block=(block.start, V),
         )  # fmt: skip
         torch.testing.assert_close(ours, dx[..., block])
+
+
+def test_the_shift_of_a_part_follows_from_its_largest_logit(device):
+    """Logits at whole numbers of the exponent, where rounding may take the kernel's own shift to either side."""
+    cap = 10.0
+    whole = torch.arange(-14, 15, dtype=torch.float64) / (cap * device_math.LOG2E.value)
+    ulps = torch.arange(-40, 41) * 2.0**-23
+    x = (cap * torch.atanh(whole)[:, None] * (1 + ulps)).float().view(1, -1, 1).to(device)
+    target = torch.zeros(x.shape[1], dtype=torch.int64, device=device)
+    parts = cross_entropy.new_parts(x, 1, False)
+    options = Options(softcap=cap)
+    cross_entropy.forward_part(x, target, None, None, options, parts=parts, part=0, first_class=0, classes=1)
+    loss, lse, *_ = cross_entropy.merge(target, parts, options)
+    torch.testing.assert_close(lse, reference.used_logits(x.flatten().double(), cap).float())
+    assert (loss.abs() < 1e-6).all()
 
 
 def test_upstream_of_any_stride(device):

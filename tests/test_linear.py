@@ -267,3 +267,47 @@ def test_module(bias, backend, device):
         FusedLinearCrossEntropyLoss(8, 20, options=object())
     with pytest.raises(RuntimeError, match="label_smoothing"):
         FusedLinearCrossEntropyLoss(8, 20, label_smoothing=2.0)
+
+
+class Tied(torch.nn.Module):
+    """A model whose head is its embedding."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(20, 8)
+        self.criterion = FusedLinearCrossEntropyLoss(8, 20, external_weight=True, **options)
+
+    def forward(self, ids, target, **more):
+        return self.criterion(self.embedding(ids), target, linear_weight=self.embedding.weight, **more)
+
+
+def test_a_head_s_weight_from_outside(backend, device):
+    """Tied embeddings: one parameter, once in the state_dict, with the gradient of both of its uses."""
+    model = Tied(ignore_index=[1], z_loss=0.1, backend=backend).to(device)
+    assert list(model.state_dict()) == ["embedding.weight"]
+    ids, y = torch.randint(0, 20, (2, 5), device=device), torch.randint(0, 20, (2, 5), device=device)
+    weight, bias = model.embedding.weight, torch.randn(20, device=device, requires_grad=True)
+    ours = model(ids, y, linear_bias=bias)
+    true = fused_linear_cross_entropy(
+        F.embedding(ids, weight), weight, y, linear_bias=bias, ignore_index=1, z_loss=0.1, backend=backend
+    )
+    assert torch.equal(ours, true)
+    for one, other in zip(
+        torch.autograd.grad(ours, (weight, bias)), torch.autograd.grad(true, (weight, bias)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    model.double()  # what replaces the embedding's weight is what the next call gets
+    assert model(ids, y).dtype == torch.float64
+
+
+def test_a_head_s_weight_is_either_the_module_s_or_from_outside(device):
+    h, y = torch.randn(3, 8), torch.tensor([1, 2, 3])
+    outside = FusedLinearCrossEntropyLoss(8, 20, external_weight=True)
+    with pytest.raises(ValueError, match=r"linear_weight: expected shape \(20, 8\).*external_weight=True, got None"):
+        outside(h, y)
+    with pytest.raises(ValueError, match=r"linear_weight: expected shape \(20, 8\).*got \(19, 8\)"):
+        outside(h, y, linear_weight=torch.randn(19, 8))
+    with pytest.raises(ValueError, match="linear_weight, linear_bias: expected None.*external_weight=True"):
+        FusedLinearCrossEntropyLoss(8, 20)(h, y, linear_weight=torch.randn(20, 8))
+    with pytest.raises(ValueError, match="bias: expected False with external_weight=True; pass linear_bias"):
+        FusedLinearCrossEntropyLoss(8, 20, bias=True, external_weight=True)

@@ -5,9 +5,16 @@ import itertools
 import pytest
 import torch
 
-from fused_ignore_ce import fused_linear_cross_entropy, plan_linear_loss
+from fused_ignore_ce import (
+    FusedLinearCrossEntropyLoss,
+    fused_linear_causal_lm_loss,
+    fused_linear_cross_entropy,
+    fused_linear_log_probs,
+    plan_linear_loss,
+)
 from fused_ignore_ce.linear import calls, plan
 from fused_ignore_ce.linear.plan import LinearPlan, Sizes
+from fused_ignore_ce.options import budget_bytes
 
 LLAMA = (8192, 128256, 4096)  # N, V, D
 MIB = 2**20
@@ -120,3 +127,31 @@ def test_all_plans_agree(backend, device, monkeypatch):
         found.append((loss, *stats, *torch.autograd.grad(loss, (h, w))))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_budget_may_be_a_string():
+    for text, number in {"512MiB": 512 * MIB, "512 mb": 512 * MIB, "0.5G": 512 * MIB, "4096k": 4 * MIB, "7": 7}.items():
+        assert budget_bytes(text) == number
+    assert plan_linear_loss(*LLAMA, memory_budget="512MiB") == plan_linear_loss(*LLAMA, memory_budget=512 * MIB)
+    for wrong in ("1 apple", "MiB", "", "1e400", "nan", 1.5, True, "1MiBs"):
+        with pytest.raises(
+            TypeError, match='memory_budget: expected a number of bytes, an int or a string such as "512'
+        ):
+            budget_bytes(wrong)
+
+
+def test_a_string_reaches_the_plan_from_everywhere(monkeypatch, device):
+    asked = []
+    original = calls.choose
+    monkeypatch.setattr(calls, "choose", lambda of, memory_budget: asked.append(memory_budget) or original(of, None))
+    h, y = torch.randn(1, 8, 4, device=device, requires_grad=True), torch.randint(0, 9, (1, 8), device=device)
+    w = torch.randn(9, 4, device=device, requires_grad=True)
+    for call in (
+        lambda **o: fused_linear_cross_entropy(h, w, y, **o),
+        lambda **o: fused_linear_log_probs(h, w, y, **o),
+        lambda **o: fused_linear_causal_lm_loss(h, w, y, **o),
+        lambda **o: FusedLinearCrossEntropyLoss(4, 9, device=device, **o)(h, y),
+    ):
+        asked.clear()
+        call(memory_budget="2 KiB")
+        assert set(asked) == {2048}

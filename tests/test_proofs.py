@@ -137,6 +137,26 @@ def test_what_is_outside_of_loops_is_spread_over_the_logits_of_a_program():
     assert roof.cost(kernel, persistent) == roof.cost(kernel, work(V=2**17))
 
 
+def test_a_tail_that_has_nothing_to_do_does_not_count():
+    loop, tail = block(160, loads=2), block(200, loads=2, guard="@P0")
+    kernel = code(loop, outside=tail)
+    tile = 16 * 256
+    exact = roof.cost(kernel, work(V=8 * tile))
+    assert exact.instructions * 8 * 16 == pytest.approx(8 * 160 + 200 - 160)
+    one_more = roof.cost(kernel, work(V=8 * tile + 256))
+    assert one_more.instructions * (8 * 16 + 1) == pytest.approx(8 * 160 + 200)
+    # Code outside that loads less than a tile is none for the tail.
+    assert roof.cost(code(loop, outside=block(200)), work(V=8 * tile)).instructions * 128 == pytest.approx(
+        8 * 160 + 200
+    )
+
+
+def test_few_programs_need_not_fill_a_multiprocessor():
+    registers = code(block(112, loads=2), registers=48)
+    assert judging.faults(changed(code=registers)) == ["1280 resident threads, not 1536"]
+    assert judging.faults(changed(code=registers, grid=(4 * 132, 1, 1))) == []
+
+
 def test_unrolled_loops_take_what_they_can_and_masked_ones_the_rest():
     unrolled, single, masked = block(400, loads=8), block(110, loads=2), block(120, loads=2, guard="@P0")
     runs = roof.trips([masked, single, unrolled], 64 * 3 + 16 + 3, 2)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import fused_ignore_ce.causal_lm
 import fused_ignore_ce.collator
 import fused_ignore_ce.deferred.logits
 import fused_ignore_ce.functional
 import fused_ignore_ce.linear.cross_entropy
+import fused_ignore_ce.linear.log_probs
 import fused_ignore_ce.linear.plan
 import fused_ignore_ce.modules
 
@@ -44,11 +46,13 @@ def test_the_fusion_report_is_what_the_snippet_prints(capsys):
 
 
 MODULES = [
+    fused_ignore_ce.causal_lm,
     fused_ignore_ce.collator,
     fused_ignore_ce.deferred.logits,
     fused_ignore_ce.functional,
     fused_ignore_ce.modules,
     fused_ignore_ce.linear.cross_entropy,
+    fused_ignore_ce.linear.log_probs,
     fused_ignore_ce.linear.plan,
 ]
 

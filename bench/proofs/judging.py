@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 
@@ -184,6 +184,8 @@ def over_budget(proof: Proof) -> list[str]:
             found.append(f"{count} {what} in its loops")
     least = RESIDENT_THREADS.get(budget.operation, 0) if not budget.features and budget.dtype == "bfloat16" else 0
     chip = next(chip for chip in chips.CHIPS if chip.arch == proof.job.target.arch)
+    # A grid of few programs does not fill a multiprocessor, however few registers they take.
+    least = min(least, ceil(prod(proof.grid) / chip.multiprocessors) * proof.threads)
     if (threads := resident_threads(proof, chip)) < least:
         found.append(f"{threads} resident threads, not {least}")
     return found

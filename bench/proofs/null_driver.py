@@ -110,9 +110,12 @@ class NullUtils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return PROPERTIES
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, Loaded, int, int, int]:
-        """(module, function, registers, spills, most threads); nothing reads the registers and spills from here."""
-        return None, Loaded(binary), 0, 0, 1024
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, Loaded, int, int, int]:
+        """(module, function, registers, spills, most threads); nothing reads the registers and spills from here.
+
+        Any module but None tells Triton that the kernel is loaded, so that it does not load it at every launch.
+        """
+        return self, Loaded(binary), 0, 0, 1024
 
 
 class NullDriver(DriverBase):
@@ -158,7 +161,7 @@ class NullDriver(DriverBase):
         return self.select is not None and not self.select(request)
 
     @staticmethod
-    def _loaded(module: None, function: Loaded, name: str, files: dict[str, str], hash: str) -> None:
+    def _loaded(module: object, function: Loaded, name: str, files: dict[str, str], hash: str) -> None:
         function.files = {file: Path(path) for file, path in files.items()}
 
     @staticmethod

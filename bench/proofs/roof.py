@@ -106,12 +106,25 @@ def cost(code: MachineCode, work: Work) -> Cost:
     rounds: float = code.rounds
     # Loops that store belong to another walk over the row than those that only load.
     for stores in (False, True):
-        for loop, n in trips((b for b in code.loops if bool(b.stored) == stores), logits, loaded_a_logit):
+        walk = trips((b for b in code.loops if bool(b.stored) == stores), logits, loaded_a_logit)
+        for loop, n in walk:
             instructions += n * loop.instructions
             special += n * loop.special
             loaded += n * loop.loaded
             rounds += max(0.0, n * loop.loaded / loop.in_flight - 1)
+        if walk and has_idle_tail(code, walk, logits * loaded_a_logit):
+            # The tail is the loop's body once more, under a mask.
+            instructions -= walk[-1][0].instructions
+            special -= walk[-1][0].special
+            loaded -= walk[-1][0].loaded
     return Cost(instructions / logits, special / logits, loaded / logits, rounds / logits)
+
+
+def has_idle_tail(code: MachineCode, walk: list[tuple[Block, int]], bytes_: float) -> bool:
+    """Whether there is code after the loops for what whole tiles leave, and nothing is left."""
+    last = walk[-1][0]
+    whole = sum(n * loop.loaded for loop, n in walk) == bytes_
+    return whole and not last.masked and code.outside.loaded >= last.loaded
 
 
 def is_one_pass(code: MachineCode) -> bool:

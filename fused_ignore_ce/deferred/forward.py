@@ -153,6 +153,12 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def origin_in(model: nn.Module) -> Origin:
+    """The origin of the forward that a model is in, for who takes its loss there; a new one if it is not patched."""
+    running = (mode.origin for each, mode in _running.forwards if each is model)
+    return next(running, None) or Origin(recorder=recorder_of(model))
+
+
 def _has_labels(given: Any) -> bool:
     return any(is_label(name) and value is not None and value is not False for name, value in given)
 
@@ -179,7 +185,7 @@ def _classes(model: nn.Module) -> int | None:
 
 def _output_embeddings(model: Any) -> nn.Module | None:
     """The model's, or else those of a model inside it."""
-    from transformers import PreTrainedModel
+    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
 
     head = None
     with contextlib.suppress(NotImplementedError, AttributeError):

@@ -21,7 +21,8 @@ class Settings(NamedTuple):
     @property
     def changes(self) -> str:
         """Names of the options that change the loss's value."""
-        names = [name for name in self.options if name not in ("memory_budget", "backend")]
+        others = ("memory_budget", "backend", "zero_if_all_ignored")
+        names = [name for name in self.options if name not in others]
         return ", ".join(["ignore_index"] * bool(self.ignore_index) + names)
 
     def extend(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..arguments import LinearTensors
+from ..keywords import explains_keywords
 from ..options import LinearKeywords, LossOptions, ReductionOptions, ignored_ids
 from ..reduction import LossStats
 from ..shards import local_linear
@@ -43,6 +44,7 @@ def fused_linear_cross_entropy(
     return_stats: bool | Literal["differentiable"] = ...,
     **options: Unpack[LinearKeywords],
 ) -> Tensor | tuple[Tensor, LossStats]: ...
+@explains_keywords
 def fused_linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -61,6 +63,7 @@ def fused_linear_cross_entropy(
     memory_budget: int | str | None = None,
     return_stats: bool | Literal["differentiable"] = False,
     loss_dtype: torch.dtype | None = None,
+    zero_if_all_ignored: bool = False,
     process_group: Any = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -93,6 +96,7 @@ def fused_linear_cross_entropy(
         return_stats: also return `LossStats`, without logits: detached if True; with gradients of `lse` and `entropy`
             if "differentiable", which computes all gradients in backward.
         loss_dtype: the dtype of the loss; None is PyTorch's rule, as in `fused_cross_entropy`.
+        zero_if_all_ignored: let "mean" be 0 instead of NaN where all rows are ignored.
         process_group: the vocabulary is sharded over this group, in rank order; shards may be uneven or empty.
             `linear_weight`, `linear_bias`, `weight` and probability targets are then the rank's own shard, while
             `input`, index targets (ids of the whole vocabulary) and everything else are the same on all ranks, which
@@ -136,7 +140,7 @@ def fused_linear_cross_entropy(
     with local_linear(process_group, tensors) as (group, tensors):
         ids = ignored_ids(ignore_index)
         options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
-        reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype).checked()
+        reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored).checked()
         problem = linear_problem(tensors, ids, options, reducing, memory_budget, backend, group)
     loss: Tensor | tuple[Tensor, LossStats] = problem.loss()
     return loss

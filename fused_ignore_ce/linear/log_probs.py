@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arguments import LinearTensors, holds_probabilities
+from ..keywords import explains_keywords
 from ..options import LossOptions, ReductionOptions, check_temperature, ignored_ids
 from ..shards import local_linear
 from .problem import linear_problem
 
 
+@explains_keywords
 def fused_linear_log_probs(
     input: Tensor,
     linear_weight: Tensor,

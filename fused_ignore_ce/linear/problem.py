@@ -17,6 +17,7 @@ from ..options import LossOptions, ReductionOptions, budget_bytes
 from ..reduction import (
     Scales,
     Targets,
+    finished,
     loss_dtype_of,
     prepare_targets,
     reduce_rows,
@@ -79,7 +80,7 @@ class LinearProblem(NamedTuple):
                 loss = self._total(
                     [_total(position, each) for position, each in zip(self.positions, rows, strict=True)]
                 )
-        loss = loss.to(self.loss_dtype)
+        loss = finished(loss, targets, reduction, self.loss_dtype)
         if not call.with_stats:
             return loss
         if call.group is not None and self.positions[0].operands.probs is not None:
@@ -94,15 +95,15 @@ class LinearProblem(NamedTuple):
 
     def _joined(self, found: Sequence[ScaledSum | RowResults], name: str) -> Tensor:
         """A field of the results for all rows and positions: what the kept rows have, among zeros for the others."""
-        N = len(self.targets.target) // len(self.positions)
         spread = [
-            _spread(getattr(each, name), position.rows, N) for each, position in zip(found, self.positions, strict=True)
+            self.spread(getattr(each, name), position) for each, position in zip(found, self.positions, strict=True)
         ]
         return torch.stack(spread, -1).flatten()
 
-
-def _spread(values: Tensor, rows: Tensor | None, N: int) -> Tensor:
-    return values if rows is None else values.new_zeros(N).index_copy(0, rows, values)
+    def spread(self, values: Tensor, position: Position) -> Tensor:
+        """Values of a position's kept rows, for all of its rows: zeros at the others."""
+        N = len(self.targets.target) // len(self.positions)
+        return values if position.rows is None else values.new_zeros(N).index_copy(0, position.rows, values)
 
 
 def _total(position: Position, rows: RowResults) -> Tensor:
