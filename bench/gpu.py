@@ -71,10 +71,11 @@ class Part:
 
 
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q")
+PARALLEL = ("-n", "8") if find_spec("xdist") else ()
 BENCH = ("pytest", "pytest_benchmark", "tabulate", "tqdm", "matplotlib")
 
 PARTS = (
-    Part("correctness", 6.0, (*PYTEST, *(f"tests/{name}" for name in TESTS)), ("pytest",), is_gate=True),
+    Part("correctness", 6.0, (*PYTEST, *PARALLEL, *(f"tests/{name}" for name in TESTS)), ("pytest",), is_gate=True),
     Part(
         "sanitizer", 3.0, (*PYTEST, "--quick", "tests/test_kernels.py", "tests/test_kernels_one_pass.py"), ("pytest",),
         program="compute-sanitizer",
