@@ -24,6 +24,9 @@ from .speed.workload import MODELS
 Row = dict[str, Any]
 
 RESULTS = ROOT / "bench" / "results"
+#: Beginnings of the names of result files of `bench.tune` and `bench.gpu`.
+NO_RUNS = ("tune-", "gpu-")
+
 #: The vocabulary at which the README has predictions.
 PREDICTED_V = 128256
 
@@ -35,7 +38,8 @@ class Results:
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self.distributed = sorted(folder.glob("distributed-*.json"))
-        paths = [p for p in folder.glob("*.json") if not p.stem.endswith("-quick") and p not in self.distributed]
+        others = ("distributed-", *NO_RUNS)
+        paths = [p for p in folder.glob("*.json") if not p.stem.endswith("-quick") and not p.stem.startswith(others)]
         read = {path.stem: json.loads(path.read_text()) for path in paths}
         self.files = dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import re
@@ -34,13 +35,24 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__} | {name: found for name, found in versions.items() if found},
-        "commit": _git("rev-parse", "HEAD"),
-        # The results of an earlier run are no change to what is measured.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        # Where the repository's history is not at hand, BENCH_COMMIT names the commit.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
+        # The results of an earlier run are no change to what is measured. A launch table that was tuned right before
+        # is one, and its digest is the next entry.
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!kernels/tables.json")),
+        "launch tables": hashlib.sha256((ROOT / "kernels" / "tables.json").read_bytes()).hexdigest()[:16],
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", module, *arguments]),
         "tokens": str(limits(DEVICE)),
     } | more
+
+
+def environment() -> dict[str, str]:
+    """For a process of its own: this checkout is importable, Triton compiles, and pytest-benchmark measures."""
+    unwanted = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    found = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return found
 
 
 def device_name() -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -82,14 +81,10 @@ def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
 
 
 def _python(*arguments: str, **keywords: Any) -> subprocess.Popen:
-    """Starts this interpreter with this checkout importable.
-
-    Variables that would have Triton interpret or pytest-benchmark not measure are taken out of its environment.
-    """
-    unwanted = ("TRITON_INTERPRET", "PYTEST_XDIST")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen([sys.executable, *arguments], cwd=machine.ROOT, env=environment, text=True, **keywords)
+    """Starts this interpreter with this checkout importable."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=machine.ROOT, env=machine.environment(), text=True, **keywords
+    )
 
 
 def _speed(result: Result, deadline: float) -> None:

@@ -17,6 +17,8 @@ from .versions import release
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+else:  # without it, cuBLAS multiplies no matrices where algorithms have to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each
     torch.set_num_threads(1)
 
