@@ -59,7 +59,7 @@ def _forward(x, target, weight, probs, rows, parts, first_part, first_class, cla
         out = row_pointers(rows, with_stats)
     else:
         partial, argmax = parts if first_part == 0 else (parts[0][:, first_part:], parts[1][first_part:])
-        into = partial, argmax if with_stats else None, partial.stride(0)
+        into = partial, argmax, partial.stride(0)
     with on(x.device):
         forward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
             x, probs, target, weight, out, into, B * T, T, V,
@@ -153,17 +153,17 @@ def merge(target, parts, options, *, with_stats=False):
     return rows
 
 
-def _parts(parts, with_stats):
+def _parts(parts):
     """As `merge_rows` takes them."""
     partial, argmax = parts
-    return partial, argmax if with_stats else None, partial.shape[1]
+    return partial, argmax, partial.shape[1]
 
 
 def _merge(target, parts, rows, options, with_stats):
     N = len(target)
     with on(target.device):
         merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
-            target, row_pointers(rows, with_stats), _parts(parts, with_stats), N, options.ignore_index,
+            target, row_pointers(rows, with_stats), _parts(parts), N, options.ignore_index,
             BLOCK_N=MERGE_ROWS, HAS_STATS=with_stats, num_warps=MERGE_ROWS // chip_of(target.device).warp_size,
         )  # fmt: skip
 
@@ -266,7 +266,7 @@ def _reduce(
     with on(loss.device):
         reduce_kernel[(programs,)](
             rows[:2] if parts is None else row_pointers(rows, with_stats),
-            None if parts is None else _parts(parts, with_stats),
+            None if parts is None else _parts(parts),
             target, weights, tensor, sums, out, N, triton.cdiv(N, programs),
             (first_class, 0 if weight is None else len(weight), stride_tw), options.ignore_index, number, z_loss,
             BLOCK_N=block, OPTIONS=present,

@@ -88,7 +88,7 @@ def forward_kernel(
         store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted)
     else:
         largest *= tl.full((), cap, ACC)
-        store_part(parts, row + part * N, keep, c, s, r, mass, d, largest, predicted)
+        store_part(parts, row + part * N, keep, c, s, r, mass, d, largest, predicted, HAS_STATS)
     # Last, when nothing else is held: a call in the middle of the kernel makes it spill. Nothing was accessed by a
     # bad target, which is no one's `own`.
     tl.device_assert(in_range | (keep == 0), "fused_ignore_ce: target out of range [0, number of classes)")

@@ -11,7 +11,7 @@ from .sums import store_kept
 def merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N: tl.constexpr, HAS_STATS: tl.constexpr):
     """Leaves the rows' outputs where `store_row` writes them; returns (loss, lse).
 
-    `parts` is pointers to (5, parts, N), as `store_part` leaves them, and to (parts, N) or None; and their number.
+    `parts` is pointers to (5, parts, N) and (parts, N), as `store_part` leaves them, and their number.
     """
     partial_ptr, argmax_ptr, count = parts
     field = tl.cast(count, tl.int64) * N

@@ -206,9 +206,9 @@ def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
 
 
 @triton.jit
-def store_part(parts, at, keep, c, s, r, mass, d, largest, predicted):
-    """The sums of a part of the kept rows; `parts` is pointers to the part's in (5, parts, N) and in (parts, N), of
-    which the second may be None, and the elements from one of the five fields to the next.
+def store_part(parts, at, keep, c, s, r, mass, d, largest, predicted, HAS_STATS: tl.constexpr):
+    """The sums of a part of the kept rows; `parts` is pointers to the part's in (5, parts, N) and in (parts, N),
+    and the elements from one of the five fields to the next.
 
     The shift is not stored: it follows from the largest used logit, by which the parts' argmax is chosen.
     """
@@ -219,6 +219,6 @@ def store_part(parts, at, keep, c, s, r, mass, d, largest, predicted):
     tl.store(partial_ptr + at + field, s * back, mask=keep)
     tl.store(partial_ptr + at + 2 * field, r + mass * (c - shift), mask=keep)
     tl.store(partial_ptr + at + 3 * field, mass, mask=keep)
-    if argmax_ptr is not None:
+    if HAS_STATS:
         tl.store(partial_ptr + at + 4 * field, back * (d + s * (c - shift)), mask=keep)
         tl.store(argmax_ptr + at, predicted, mask=keep)
