@@ -33,11 +33,11 @@ class _ReducedByKernel(torch.autograd.Function):
         kernels: Any = backends.implementation(call.backend, x.device)
         if probs is None:
             backends.check_targets(logits.target, call.options.ignore_index, x.shape[-1])
-        rows = Rows(*kernels.forward(*logits, call.options, with_stats=call.with_stats))
-        total, num_tokens, factor = kernels.reduce(
-            rows.loss, rows.lse, logits.target, logits.weight if probs is None else None, targets.token_weight,
-            reduction.normalizer, call.options, mean=reduction.reduction == "mean", out_dtype=loss_dtype,
+        found, (total, num_tokens, factor) = kernels.forward_reduce(
+            *logits, targets.token_weight, reduction.normalizer, call.options, mean=reduction.reduction == "mean",
+            out_dtype=loss_dtype, with_stats=call.with_stats,
         )  # fmt: skip
+        rows = Rows(*found)
         ctx.save_for_backward(*logits, rows.shift, rows.mass, factor, targets.token_weight)
         ctx.call = call
         if not call.with_stats:
