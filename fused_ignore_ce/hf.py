@@ -52,8 +52,9 @@ def patch_model(
         model: a `PreTrainedModel`, or a module that holds one (PEFT, DDP, torch.compile's). Changed in place.
         ignore_index: an id or a collection of ids to ignore, beside those that the model ignores (-100).
         memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
-        without_labels: also defer the logits of training forwards (training mode, gradients enabled) that get no
-            labels, so that a loss which is taken of `outputs.logits` afterwards is fused.
+        without_labels: also defer the logits of forwards with gradients that get no labels, in training mode or not
+            (`from_pretrained` returns models that are not), so that a loss which is taken of `outputs.logits`
+            afterwards is fused.
         return_stats: `outputs.loss_stats` is then the `LossStats` of the loss that the forward took.
         loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
             `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the forward
@@ -72,7 +73,7 @@ def patch_model(
             means than a cross entropy, which the options did not reach.
 
     Note:
-        Generation and forwards without gradients run the model's own code. Patching again replaces the options. A
+        Generation, and forwards without labels and gradients, run the model's own code. Patching again replaces the options. A
         model that was saved and loaded again is not patched.
     """
     settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)

@@ -201,11 +201,24 @@ def test_generation_and_forwards_without_gradients_run_the_models_own_code():
     assert type(model(ids).logits) is DeferredLogits
     with torch.no_grad():
         assert type(model(ids).logits) is torch.Tensor
-    assert type(model.eval()(ids).logits) is torch.Tensor
+        assert type(model.eval()(ids).logits) is torch.Tensor
     model.train()
     assert torch.equal(*(m.generate(ids[:, :4], max_new_tokens=6, do_sample=False) for m in (plain, model)))
     assert type(model.model(ids).last_hidden_state) is torch.Tensor
     assert fusion_report(model).reads == {}
+
+
+def test_a_model_in_eval_mode_keeps_its_options():
+    """`from_pretrained` returns models in eval mode, and a loop of one's own need not change that."""
+    batch = batches(1)[0]
+    losses = []
+    for training in (True, False):
+        model = patch_model(llama(), ignore_index=3, without_labels=True).train(training)
+        logits = model(batch["input_ids"]).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
+        assert fusion_report(model).fused["cross_entropy"].calls == 1
+    assert (batch["labels"] == 3).any()
+    torch.testing.assert_close(*losses)
 
 
 def test_patch_transformers():

@@ -207,8 +207,12 @@ SHUFFLE = Block((*block(100, loads=2).code, Instruction("", "SHFL.BFLY", ("PT", 
             "neighbouring threads do not access neighbouring rows",
         ),
         (
-            changed(code=None, amd={"vgpr_spill_count": 3, "sgpr_spill_count": 0}),
+            changed(code=None, amd={"vgpr_spill_count": 3, "private_segment_fixed_size": 0}),
             "vgpr_spill_count 3",
+        ),
+        (
+            changed(code=None, amd={"vgpr_spill_count": 0, "private_segment_fixed_size": 16}),
+            "private_segment_fixed_size 16",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -159,7 +159,9 @@ def faults(proof: Proof) -> list[str]:
     if case.library != "fused_ignore_ce":
         return []
     if proof.code is None:
-        return [f"{name} {proof.amd[name]}" for name in ("vgpr_spill_count", "sgpr_spill_count") if proof.amd[name]]
+        # Scalar registers that spill go to lanes of vector registers, and to memory only if these spill as well.
+        in_memory = ("vgpr_spill_count", "private_segment_fixed_size")
+        return [f"{name} {proof.amd[name]}" for name in in_memory if proof.amd[name]]
     found = [f"spills {proof.code.spills}"] if proof.code.spills else []
     for access in sorted(accesses(proof)):
         if access not in proof.widths:

@@ -56,7 +56,8 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if settings is None:
             return original(self, *args, **kwargs)
         labels = _has_labels((*zip(names, args, strict=False), *kwargs.items()))
-        if not labels and not (self.training and torch.is_grad_enabled() and _is_outermost()):
+        trains = torch.is_grad_enabled() and (self.training or settings.without_labels)
+        if not labels and not (trains and _is_outermost()):
             return original(self, *args, **kwargs)
         if not labels and not settings.without_labels:
             _refuse_options(self, settings)
