@@ -73,8 +73,8 @@ def patch_model(
             means than a cross entropy, which the options did not reach.
 
     Note:
-        Generation, and forwards without labels and gradients, run the model's own code. Patching again replaces the options. A
-        model that was saved and loaded again is not patched.
+        Generation, and forwards without labels and gradients, run the model's own code. Patching again replaces the
+        options. A model that was saved and loaded again is not patched.
     """
     settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
     models = _transformers_models(model)
