@@ -3,9 +3,12 @@
 Without a CUDA device, the Triton kernels run in Triton's interpreter on CPU tensors.
 """
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,11 @@ else:  # without it, cuBLAS multiplies no matrices where algorithms have to be d
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each
     torch.set_num_threads(1)
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # PyTorch's compile cache takes code for AVX-512 for code for AVX2, and the other way round: the result is wrong, or
+    # the process dies. So a run never finds what another one compiled; its own processes share the folder.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fused_ignore_ce-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def _import_bench():
