@@ -131,7 +131,8 @@ def _triton(device_type: str) -> Backend:
         )
     if device_type not in ("cuda", "cpu"):
         raise RuntimeError(f'backend="triton" expects CUDA tensors, got {device_type} ones; pass backend="torch"')
-    return kernels  # type: ignore[no-any-return]
+    backend: Backend = kernels
+    return backend
 
 
 def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -198,8 +198,7 @@ def _known_options(given: dict[str, Any]) -> CausalLMKeywords:
     for name in given:
         if name not in _KNOWN and _means_an_option(name):
             raise TypeError(unknown_keyword("fused_causal_lm_loss", name, _KNOWN))
-    known: Any = {name: value for name, value in given.items() if name in CausalLMKeywords.__optional_keys__}
-    return known  # type: ignore[no-any-return]
+    return cast(CausalLMKeywords, {name: given[name] for name in given if name in CausalLMKeywords.__optional_keys__})
 
 
 def _means_an_option(name: str) -> bool:

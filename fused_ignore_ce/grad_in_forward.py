@@ -65,8 +65,8 @@ def total_with_gradient(
     logits: Logits, scales: Scales, call: RowCall, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(scaled total, lse, predicted, entropy); only the total is differentiable, in the logits."""
-    found = _GradInForward.apply(logits.x, logits, scales, call, inplace)
-    return found  # type: ignore[no-any-return]
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _GradInForward.apply(logits.x, logits, scales, call, inplace)
+    return found
 
 
 def can_compute_in_forward(logits: Logits, targets: Targets, reduction: ReductionOptions, call: RowCall) -> bool:

@@ -222,7 +222,7 @@ def _patched_class(cls: type) -> type:
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce,
         "_fused_ignore_ce_of": cls,
-        "forward": patched_forward(cls.forward),  # type: ignore[attr-defined]
+        "forward": patched_forward(cls.forward),  # type: ignore[attr-defined]  # of a module class
         "__setattr__": _set_attribute,
     }
     return type(cls)(cls.__name__, (cls,), body)

@@ -37,15 +37,16 @@ class _ReducedByKernel(torch.autograd.Function):
             *logits, targets.token_weight, reduction.normalizer, call.options, mean=reduction.reduction == "mean",
             out_dtype=loss_dtype, with_stats=call.with_stats,
         )  # fmt: skip
+        loss: Tensor = total
         rows = Rows(*found)
         ctx.save_for_backward(*logits, rows.shift, rows.mass, factor, targets.token_weight)
         ctx.call = call
         if not call.with_stats:
-            return total  # type: ignore[no-any-return]
+            return loss
         statistics = (num_tokens, rows.lse, rows.predicted, rows.entropy)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return total, *statistics
+        return loss, *statistics
 
     @staticmethod
     def backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:

@@ -83,7 +83,7 @@ def unknown_keyword(function: str, name: str, known: Sequence[str]) -> str:
 
 # difflib cannot be traced. This is all that torch.compiler.assume_constant_result does, but that would import the
 # compiler, and with it Triton, for everybody.
-unknown_keyword._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unknown_keyword._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark that Dynamo reads
 
 
 def explains_keywords(function: _Function, also: Iterable[str] = ()) -> _Function:

@@ -67,7 +67,7 @@ def took(monkeypatch):
     return taken
 
 
-class MatmulHead(transformers.LlamaForCausalLM):  # type: ignore[name-defined]
+class MatmulHead(transformers.LlamaForCausalLM):  # type: ignore[name-defined]  # transformers is not followed
     """The input embedding as projection: no output embedding is called."""
 
     def forward(self, input_ids=None, labels=None, **kwargs):
@@ -97,7 +97,7 @@ class QuantizedHead(nn.Linear):
         return torch.einsum("btd,vd->btv", hidden, self.weight.round(decimals=2))
 
 
-class CriterionInForward(transformers.LlamaForCausalLM):  # type: ignore[name-defined]
+class CriterionInForward(transformers.LlamaForCausalLM):  # type: ignore[name-defined]  # transformers is not followed
     def forward(self, input_ids=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, **kwargs)
         logits = outputs.logits[:, :-1].permute(0, 2, 1)

@@ -84,7 +84,7 @@ def ours(**options: Any) -> Loss:
 
 
 def liger() -> Loss:
-    from liger_kernel.ops import LigerCrossEntropyFunction  # type: ignore[import-untyped]
+    from liger_kernel.ops import LigerCrossEntropyFunction  # type: ignore[import-untyped]  # has no annotations
 
     return lambda x, target: LigerCrossEntropyFunction.apply(x, target, None, -100, 0.0, 0.0, "mean", None, False)[0]
 
@@ -107,6 +107,15 @@ def launches(function: Callable[[], object], driver: NullDriver) -> Launches:
     return Launches(len(driver.launches) - before, operations, waits)
 
 
+def launches_of(
+    loss: Loss, x: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor, driver: NullDriver
+) -> tuple[Launches, Launches]:
+    """Of forward, and of backward."""
+    value: list[torch.Tensor] = []
+    forward = launches(lambda: value.append(loss(x, target)), driver)
+    return forward, launches(lambda: torch.autograd.grad(value[0], x, upstream), driver)
+
+
 def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
     x = torch.zeros(ROWS, CLASSES, dtype=torch.bfloat16, requires_grad=True)
     target = torch.arange(ROWS)
@@ -120,10 +129,7 @@ def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
             for _ in range(3):  # compiles
                 torch.autograd.grad(loss(x, target), x)
             upstream[name] = torch.ones_like(loss(x, target))
-            value: list[torch.Tensor] = []
-            forward = launches(lambda loss=loss, value=value: value.append(loss(x, target)), driver)  # type: ignore[misc]
-            backward = launches(lambda name=name, value=value: torch.autograd.grad(value[0], x, upstream[name]), driver)  # type: ignore[misc]
-            counted[name] = forward, backward
+            counted[name] = launches_of(loss, x, target, upstream[name], driver)
         gc.collect()
         gc.disable()
         stack.callback(gc.enable)

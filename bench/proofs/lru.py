@@ -33,7 +33,7 @@ class Cache:
         return hit
 
 
-def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator[tuple[Hashable, bool]]:
+def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator[tuple[tuple[int | str, ...], bool]]:
     """(block, whether it is read) of one row of one pass, in their order."""
     for block in range(blocks):
         yield (row, block), True
@@ -70,5 +70,5 @@ def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards
                 continue
             block, read = step
             hit = cache.access(block)
-            missed += read and not hit and block[0] in counted  # type: ignore[index]
+            missed += read and not hit and block[0] in counted
     return missed / (len(counted) * blocks)

@@ -64,11 +64,14 @@ class Expression(NamedTuple):
         return list({id(t): t for t, _ in leaves(self)}.values())
 
     def with_tensors(self, tensors: list[Tensor]) -> Expression:
-        return substitute(self, {id(old): new for old, new in zip(self.tensors, tensors, strict=True)})  # type: ignore[no-any-return]
+        replaced = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
+        expression: Expression = substitute(self, replaced)
+        return expression
 
     def logits(self) -> Tensor:
         """Its value, whole."""
-        return evaluate(self, {})  # type: ignore[no-any-return]
+        value: Tensor = evaluate(self, {})
+        return value
 
 
 def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
@@ -177,7 +180,8 @@ def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: di
         if not isinstance(done, Product) or done.weight is not p.weight or done.classes_second or len(done.shape) < 2:
             return None
         hidden.setdefault(id(p.hidden), done.hidden)
-    return substitute(expression, hidden)  # type: ignore[no-any-return]
+    changed: Expression = substitute(expression, hidden)
+    return changed
 
 
 def _products(recipe: Any) -> Iterator[Product]:

@@ -44,7 +44,8 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, deferred: Any) -> Tensor:
-        return deferred._checked_product().logits()  # type: ignore[no-any-return]
+        logits: Tensor = deferred._checked_product().logits()
+        return logits
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> Tensor:

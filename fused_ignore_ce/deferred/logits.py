@@ -211,7 +211,7 @@ class DeferredLogits(Tensor):
         return self if out is value and self._written else out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
         """Code that goes past __torch_function__ (C++, autograd.Function.apply) reads the logits here."""
         if func is torch.ops.aten.detach.default:
             done = args[0]._record(torch.Tensor.detach, "detach", (), {})
@@ -244,7 +244,7 @@ class DeferredLogits(Tensor):
         self._written = True  # from now on losses are taken of the tensor, which gets the gradient
         return value.retain_grad()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
         if self._value is not None:
             return repr(self._value)
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
@@ -259,7 +259,7 @@ def make(
     made_of: tuple[DeferredLogits, ...] = (),
 ) -> DeferredLogits:
     """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
-    made = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
+    made: Any = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
     made._product = product
     made._versions = [version_of(t) for t in product.tensors]
     made._value = None
@@ -278,7 +278,8 @@ def make(
         made._origin.size += product.bytes if isinstance(product, Product) else 0
     else:
         parent._children.append(weakref.ref(made))
-    return made  # type: ignore[no-any-return]
+    logits: DeferredLogits = made
+    return logits
 
 
 def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None) -> DeferredLogits:
@@ -297,4 +298,5 @@ def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
 
 
 def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(value, *args, **kwargs)[i]  # type: ignore[no-any-return]
+    part: Tensor = func(value, *args, **kwargs)[i]
+    return part

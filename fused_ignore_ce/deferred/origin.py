@@ -87,11 +87,11 @@ class Origin:
 
     def without_stats(self, result: Any) -> Tensor:
         """The loss; the statistics that came with it are kept for the forward's outputs."""
-        if not isinstance(result, tuple):
-            return result  # type: ignore[no-any-return]
+        loss: Tensor
+        loss, stats = result if isinstance(result, tuple) else (result, None)
         if self.stats is None:
-            self.stats = result[1]
-        return result[0]  # type: ignore[no-any-return]
+            self.stats = stats
+        return loss
 
     def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
         """A loss was computed without logits."""

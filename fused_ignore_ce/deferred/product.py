@@ -139,10 +139,10 @@ class Product(NamedTuple):
         hidden = DTensor.from_local(self.hidden, weight.device_mesh, everywhere, run_check=False)
         with torch._C.DisableTorchFunction():  # a hook may ask while the mode that deferred this product is on
             x: Any = torch.nn.functional.linear(hidden, weight, self.bias)
-        if self.layout == "sharded":
-            return x  # type: ignore[no-any-return]
-        x = x.redistribute(placements=everywhere)
-        return x.to_local() if self.layout == "gathered" else x  # type: ignore[no-any-return]
+        if self.layout != "sharded":
+            x = x.redistribute(placements=everywhere)
+        logits: Tensor = x.to_local() if self.layout == "gathered" else x
+        return logits
 
     def _autocast(self, enabled: bool) -> torch.autocast:
         return torch.autocast(self.hidden.device.type, dtype=self.linear_dtype if enabled else None, enabled=enabled)

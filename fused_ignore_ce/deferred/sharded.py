@@ -47,7 +47,7 @@ def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = N
 class DeferredDTensor(DeferredLogits):
     """Deferred logits that say they are a DTensor, until they are made local."""
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # a property, so that isinstance finds a DTensor
     def __class__(self) -> Any:
         from torch.distributed.tensor import DTensor
 
@@ -89,7 +89,8 @@ class DeferredDTensor(DeferredLogits):
 
         product = self._usable_product()
         if product is None or product.layout != "replicated":
-            return self._computed().to_local(**kwargs)  # type: ignore[no-any-return]
+            local: Tensor = self._computed().to_local(**kwargs)
+            return local
         return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
@@ -97,7 +98,8 @@ class DeferredDTensor(DeferredLogits):
         from torch.distributed.tensor import Replicate
 
         replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
-        return replicated.to_local(**kwargs)  # type: ignore[no-any-return]
+        gathered: Tensor = replicated.to_local(**kwargs)
+        return gathered
 
     def _computed(self) -> Any:
         return self.materialize("redistribute")

@@ -45,18 +45,11 @@ def summed_log_probs(
     problem = linear_problem(tensors, (-100,), options, reduction, memory_budget, backend, None)
     (position,) = problem.positions
     if not (problem.at_once and any(position.wanted) and is_plain(input)):
-        return fused_linear_log_probs(  # type: ignore[no-any-return]
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            memory_budget=memory_budget,
-            return_stats=True,
-            backend=backend,
-        )
+        per_token: tuple[Tensor, LossStats] = fused_linear_log_probs(
+            input, linear_weight, target, linear_bias=linear_bias, softcap=softcap, logit_scale=logit_scale,
+            temperature=temperature, memory_budget=memory_budget, return_stats=True, backend=backend,
+        )  # fmt: skip
+        return per_token
     found = _Summed.apply(position, *position.operands[:3])
     loss, lse, entropy, predicted = (problem.spread(values, position) for values in found)
     return (0.0 - loss).view(target.shape), statistics(problem.targets, reduction, lse, predicted, entropy)

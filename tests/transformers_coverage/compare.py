@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -221,7 +222,7 @@ class _Originals(TorchFunctionMode):
 def _reader() -> str:
     """The operation that computed deferred logits, and the line of transformers that asked for it."""
     operation, line = "", ""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and not line:
         if frame.f_code.co_name == "__torch_function__" and "name" in frame.f_locals:
             operation = operation or frame.f_locals["name"]
@@ -230,7 +231,7 @@ def _reader() -> str:
         path = Path(frame.f_code.co_filename)
         if "transformers" in path.parts:
             line = f"{path.name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return f"{operation or 'the graph'} ({line or 'backward'})"
 
 
