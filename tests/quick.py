@@ -20,6 +20,9 @@ SLOW = {
         "test_other_ways_to_compile",
         "test_trainer",
     },
+    "test_hf_refused.py": {"test_a_compiled_sum_is_checked_too"},
+    "test_hf_without_labels.py": {"test_compiled"},
+    "test_linear_compile.py": {"test_inductor"},
     "test_linear.py": {"test_gradcheck", "test_any_combination"},
     "test_linear_plan.py": {"test_all_plans_agree"},
     "test_memory.py": {
@@ -30,6 +33,7 @@ SLOW = {
     "test_options.py": {"test_any_combination"},
     "test_proofs_compiled.py": {
         "test_quick_run_is_green",
+        "test_kernels_of_a_measured_table_are_compiled_for_its_architecture",
         "test_every_kernel_that_a_launcher_asks_for_is_compiled",
         "test_a_peer_is_launched_by_its_own_launcher",
     },
