@@ -48,7 +48,7 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
 
 
 def environment() -> dict[str, str]:
-    """For a process of its own: this checkout is importable, Triton compiles, and pytest-benchmark measures."""
+    """The environment of a new process: this checkout is importable, Triton compiles, and pytest-benchmark measures."""
     unwanted = ("TRITON_INTERPRET", "PYTEST_XDIST")
     found = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -202,7 +202,7 @@ def _last_line(text: str) -> str:
 
 
 def summary(result: Result) -> str:
-    """For the terminal: forward and backward at the base shape, losses that are wrong, failures and counts."""
+    """The text for the terminal: forward and backward at the base shape, losses that are wrong, failures and counts."""
     rows = [row for row in result["rows"] if row["shape"] == "base" and row["direction"] == "both" and "ratio" in row]
     lines = [
         (row["kind"], row["dtype"], f"{row['ignored']:.0%}", row["provider"], row["ms"]["p50"], row["ratio"])

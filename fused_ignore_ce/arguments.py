@@ -131,7 +131,7 @@ def _check_devices(input: Tensor, **others: Tensor | None) -> None:
 
 
 def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
-    """Operands of a matrix product have input's dtype, unless autocast casts them."""
+    """Raises an error if an operand does not have input's dtype, unless autocast will cast it."""
     if operand.dtype == input.dtype:
         return
     casts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, operand.dtype)
@@ -168,7 +168,7 @@ def _check_target(sizes: Sizes, target: Tensor, input: Tensor, linear_weight: Te
 
 
 def _likely_mistake(target: Tensor, input: Tensor, linear_weight: Tensor | None) -> str:
-    """What explains sizes that do not fit, if the targets count what another tensor or dimension counts."""
+    """A hint for sizes that do not fit, if the targets have as many elements as another tensor or dimension."""
     if linear_weight is None:
         if input.dim() < 3 or target.numel() != input.shape[:-1].numel():
             return ""
@@ -198,7 +198,7 @@ def _check_weight(weight: Tensor | None, input: Tensor, classes: int, any_dtype:
 
 
 def check_ignored(ids: tuple[int, ...], target: Tensor) -> None:
-    """Probability targets have no class to compare with an ignored id of the vocabulary."""
+    """Refuses an ignored id of the vocabulary for probability targets, which have no class to compare it with."""
     if holds_probabilities(target) and any(i >= 0 for i in ids):
         raise RuntimeError(
             f"ignore_index is not supported for floating point target: expected it below 0, got {max(ids)}"
@@ -217,7 +217,7 @@ def check_token_weight(token_weight: Tensor | None, shape: torch.Size, device: t
 
 
 def check_inplace(x: Tensor) -> None:
-    """Overwriting needs every element to have memory of its own."""
+    """Raises an error if elements share memory, since the gradient could not overwrite them."""
     spaced = 0
     for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=operator.itemgetter(1)):
         if size > 1:

@@ -56,7 +56,7 @@ RESULTS_SCHEMA = "(" + ", ".join(["Tensor"] * len(RowResults._fields)) + ")"
 
 
 def fake_results(x: Tensor, N: int, call: Any, weight: Tensor | None, probs: Tensor | None) -> RowResults:
-    """Tensors of the right shapes, for tracing; `call` has the fields of `RowCall`."""
+    """Results of the right shapes for tracing. `call` has the fields of `RowCall`."""
     rows = zero_rows(x, N, call.with_stats)
     if call.group is None:
         return RowResults.of(rows)
@@ -168,7 +168,7 @@ _forward_operator.register_autograd(_operator_backward, setup_context=_save_oper
 
 
 class CrossEntropyRows(torch.autograd.Function):
-    """The same for plain tensors in eager mode; with `inplace_backward`, the gradient overwrites x."""
+    """The operator's forward and backward for plain tensors in eager mode; the gradient may overwrite x."""
 
     @staticmethod
     def forward(

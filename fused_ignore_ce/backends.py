@@ -136,7 +136,7 @@ def _triton(device_type: str) -> Backend:
 
 
 def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
-    """An out-of-range index is an IndexError on CPU; elsewhere the kernels assert on the device, without waiting."""
+    """Raises an IndexError for a target out of range on CPU. Elsewhere the kernels assert on the device."""
     if target.device.type != "cpu":
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
@@ -148,7 +148,7 @@ def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
 
 
 def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """A gradient from forward times what came in backward: over itself, unless backward may run again."""
+    """Multiplies a gradient from forward by the upstream gradient: in place, unless backward may run again."""
     if not is_plain(gradient):
         return (gradient * factor.reshape(1)).to(gradient.dtype)
     kernels = implementation(backend, gradient.device)

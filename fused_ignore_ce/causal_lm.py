@@ -190,7 +190,7 @@ def _aligned_with_logits(tensors: LogitsTensors, ignored: int, *, shifted: bool)
 
 
 def _next(t: Tensor, last: float) -> Tensor:
-    """Position t holds what was at t + 1; the last one holds `last`."""
+    """Shifts by one position: position t gets the value at t + 1, the last position gets `last`."""
     return torch.nn.functional.pad(t, (0, 1), value=last)[..., 1:]
 
 

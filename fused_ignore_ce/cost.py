@@ -1,4 +1,4 @@
-"""What a linear loss will cost, by arithmetic: memory of the plain path and of ours, and the least time."""
+"""Predicts by arithmetic what a linear loss will cost: the memory of the plain path and of ours, and the least time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RATES = {
 
 
 class Rate(NamedTuple):
-    """Of the matrix products, in operations per second, and where the number is from."""
+    """How many operations per second matrix products reach, and where that number comes from."""
 
     flops: float
     source: str
 
 
 class Cost(NamedTuple):
-    """Bytes beside hidden states, head and their gradients; operations forward and backward."""
+    """What a loss takes: bytes beside hidden states, head and their gradients, and operations forward and backward."""
 
     plain_bytes: int
     plan: LinearPlan
@@ -61,7 +61,7 @@ def linear_cost(
     device: torch.device | str = "cuda",
     memory_budget: int | None = None,
 ) -> Cost:
-    """Of a training step's loss, forward and backward, on both paths. The arguments are `plan_linear_loss`'s.
+    """Predicts the cost of a loss, forward and backward, on both paths. The arguments are `plan_linear_loss`'s.
 
     The plain path multiplies all tokens, ours the kept ones: three products of 2NVD operations, and a fourth where
     the plan computes the logits again.
@@ -84,7 +84,7 @@ def linear_cost(
 
 
 def known_rate(dtype: torch.dtype, device: torch.device) -> Rate:
-    """Of the library's own predictions."""
+    """The rate that the library's own predictions assume."""
     itemsize = operand_dtype(dtype, device).itemsize
     kind = device.type if (device.type, itemsize) in MACHINES else "cuda"
     return Rate(MACHINES[kind, itemsize].flops, RATES[kind])
@@ -101,7 +101,7 @@ def report(
     memory_budget: int | None = None,
     rate: Rate | None = None,
 ) -> str:
-    """`linear_cost` as `python -m fused_ignore_ce plan` prints it. Without a `rate`, the one that is known."""
+    """`linear_cost` as `python -m fused_ignore_ce plan` prints it. The default rate is `known_rate`'s."""
     device = torch.device(device)
     num_ignored = round(num_tokens * ignored)
     kept = num_tokens - num_ignored

@@ -1,4 +1,4 @@
-"""A vocabulary that is sharded over the ranks of a process group: whose classes are whose, and sums over all of them.
+"""A vocabulary that is sharded over the ranks of a process group: the ranks' agreement and the sums over all shards.
 
 Two collectives a forward, none a backward of the logits loss. The first tells every rank the sizes of all shards and
 what went wrong on any of them. The second exchanges, per row, the partial sums that the kernels leave of a block of the
@@ -29,7 +29,7 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    """Operators take groups by name."""
+    """The process group of this name. Operators take groups by name."""
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]  # private, takes a str
 
 
@@ -131,14 +131,14 @@ def _device(group: dist.ProcessGroup) -> torch.device:
 
 
 def _gather(group: dist.ProcessGroup, t: Tensor) -> Tensor:
-    """(ranks, *t.shape)"""
+    """Gathers t from all ranks, as (ranks, *t.shape)."""
     gathered = t.new_empty(group.size() * t.numel())
     _all_gather(gathered, t.reshape(-1), group=group)
     return gathered.view(group.size(), *t.shape)
 
 
 class Merged(NamedTuple):
-    """What all shards together give; the latter two are empty where they do not exist."""
+    """The sums over all shards; the latter two fields are empty where they do not exist."""
 
     rows: Rows
     target_weight: Tensor  # (N,) class weights of index targets

@@ -1,4 +1,4 @@
-"""From what callers hold, DTensors or a process group, to this rank's shards and the group's name."""
+"""Turns DTensors, or tensors with a process group, into this rank's shards and the name of the group."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What became of the model's logits since it was patched: what was fused, and what read them.
+    """The report on a model's logits since it was patched: the losses that were fused, and what read the logits.
 
     Args:
         model: a patched model, or a module that holds one.

@@ -1,4 +1,4 @@
-"""The nn.Module faces of the functions."""
+"""The losses as `nn.Module`s."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _options(module: nn.Module, *more: str) -> dict[str, Any]:
 
 
 def _check(module: Any) -> None:
-    """A wrong option is an error in the constructor, where it is written, not at the first step of training."""
+    """Checks the options, so that a wrong one is an error in the constructor and not at the first step of training."""
     ids = ignored_ids(module.ignore_index)
     LossOptions(ids[0], module.label_smoothing, module.softcap, module.logit_scale, module.z_loss).checked()
     ReductionOptions(

@@ -1,4 +1,4 @@
-"""How a differentiable function of ours is called: directly on plain tensors, or as an operator where it is traced.
+"""Decides how a differentiable function of the package is called: directly on plain tensors, or as an operator.
 
 An operator of `torch.library` is what torch.compile, tensor subclasses and dispatch modes can see. Its first call
 imports the compiler, and every call pays for the dispatch; plain tensors in eager mode go through an
@@ -31,7 +31,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Reverse mode only: other transforms would be slow here or, in a kernel, lose their derivative silently."""
+    """Refuses forward mode and `torch.func` transforms, whose derivatives a kernel would lose silently."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:

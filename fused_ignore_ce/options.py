@@ -117,7 +117,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 class ReductionOptions(NamedTuple):
-    """How the losses of rows become what the caller gets."""
+    """The options of the reduction from the losses of rows to the loss of the caller."""
 
     reduction: str = "mean"
     normalizer: float | Tensor | None = None

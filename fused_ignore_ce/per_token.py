@@ -1,4 +1,4 @@
-"""What trainers ask of hidden states for every token: log-probability, entropy and three statistics, without logits."""
+"""Computes for every token what trainers need, without logits: log-probability, entropy and three statistics."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def per_token(head: Head, targets: Tensor, names: Collection[str], summed: bool,
 
 
 def _mean_logits(head: Head) -> Tensor:
-    """Without a softcap this is the product with the head's mean row."""
+    """The mean over the vocabulary. Without a softcap it is the product with the head's mean row."""
     if head.softcap is not None:
         mean: Tensor = head.logits().mean(-1)
         return mean

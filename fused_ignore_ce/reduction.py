@@ -1,4 +1,4 @@
-"""From the results of rows to what the caller gets: one reduction for all losses."""
+"""The reduction that all losses share: it turns the results of rows into what the caller gets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .options import ReductionOptions
 
 
 class LossStats(NamedTuple):
-    """What a pass over the logits also knows: 0 (False) at ignored rows.
+    """Statistics of the rows, from the same pass over the logits as the loss. They are 0 (False) at ignored rows.
 
     Detached, unless `return_stats="differentiable"`: then `lse` and `entropy` have gradients.
     """
@@ -30,7 +30,7 @@ class LossStats(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Targets as the backends want them, for N rows, and what each row counts in the reduction."""
+    """The targets of N rows as the backends want them, and the weight of each row in the reduction."""
 
     target: Tensor  # (N,) int64, contiguous; the class that counts as correct with probability targets
     ignored: int  # the target of ignored rows
@@ -45,7 +45,7 @@ class Targets(NamedTuple):
 
     @property
     def share(self) -> Tensor:
-        """(N,): what each row counts where class weights do not matter, 0 at ignored rows."""
+        """The weight of each row (N,) in a mean without class weights: 0 at ignored rows."""
         if self.token_weight is None:
             return self.kept.to(self.acc)
         return torch.where(self.kept, self.token_weight.to(self.acc), 0.0)
@@ -89,14 +89,14 @@ def prepare_targets(
 
 
 def weight_of_target(targets: Targets, weight: Tensor | None, probs: Tensor | None) -> Tensor | None:
-    """(N,): the class weights of index targets, which enter the divisor of "mean"; None where there are none."""
+    """The class weight of each row's index target (N,), which enters the divisor of "mean"; None without weights."""
     if weight is None or probs is not None:
         return None
     return weight[torch.where(targets.kept, targets.target, 0)]
 
 
 class Scales(NamedTuple):
-    """What the rows' losses and their z-losses are multiplied by before they are summed; 0 at ignored rows."""
+    """The factors of the rows' losses and of their z-losses in the sum; they are 0 at ignored rows."""
 
     loss: Tensor  # (N,)
     z_loss: Tensor | None  # (N,); None without z-loss
@@ -163,7 +163,7 @@ def reduce_rows(
 
 
 def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """The caller's, or PyTorch's rule: input's, promoted with probability targets; float32 for 16 bits in autocast."""
+    """The dtype of the loss: the caller's, or PyTorch's rule, which autocast and probability targets take part in."""
     if reduction.loss_dtype is not None:
         return reduction.loss_dtype
     dtype = input.dtype
@@ -177,7 +177,7 @@ def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, we
 
 
 def finished(loss: Tensor, targets: Targets, reduction: ReductionOptions, dtype: torch.dtype) -> Tensor:
-    """The loss in the caller's dtype, and 0 in place of the mean of nothing if that was asked for."""
+    """Casts the loss to the caller's dtype, and turns the mean of no rows into 0 if that was asked for."""
     if reduction.zero_if_all_ignored and reduction.reduction == "mean":
         loss = torch.where(targets.kept.any(), loss, 0.0)
     return loss.to(dtype)

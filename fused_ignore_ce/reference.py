@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Per row: the loss, and what `return_stats` reports."""
+    """The loss of every row, and its statistics."""
 
     loss: Tensor
     lse: Tensor

@@ -30,7 +30,7 @@ def local_logits(process_group: Any, tensors: LogitsTensors, classes_dim: int = 
 
 
 def local_linear(process_group: Any, tensors: LinearTensors) -> Any:
-    """As `local_logits`, for a loss of hidden states."""
+    """The counterpart of `local_logits` for a loss of hidden states."""
     if not is_distributed(process_group, *tensors[:-1]):
         return contextlib.nullcontext((None, tensors))
     from . import dtensor

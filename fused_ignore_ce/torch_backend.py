@@ -118,7 +118,7 @@ def _sums(inputs: _Inputs, at: RowBlock, z: Tensor, with_stats: bool) -> _Sums:
 
 
 def _row_sums(inputs: _Inputs, with_stats: bool) -> Iterator[tuple[slice | Tensor, _Sums]]:
-    """Block by block: which rows, among all of them, and their sums."""
+    """Yields for every block its rows, as places among all rows, and their sums."""
     x, (probs,) = aligned(inputs.x, inputs.probs)
     inputs = inputs._replace(x=x, probs=probs)
     scratch = new_scratch(x, acc_dtype(x.dtype))
@@ -259,7 +259,7 @@ def forward_backward(
 
 
 def _upstream_of_rows(upstream: Upstream, mass: Tensor) -> Tensor:
-    """(N,): the gradient of every row's loss."""
+    """The upstream gradient of every row's loss (N,)."""
     g = torch.zeros_like(mass) if upstream.dloss is None else upstream.dloss.to(mass.dtype)
     if upstream.factor is not None:
         g = g * upstream.factor

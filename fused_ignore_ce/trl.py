@@ -97,7 +97,7 @@ def unpatch_trainer(trainer: Any) -> Any:
 
 
 class _Patch(NamedTuple):
-    """What `patch_trainer` was given, and what it found out about the trainer."""
+    """The arguments of `patch_trainer`, and what it found out about the trainer."""
 
     options: dict[str, Any]
     summed: bool  # whether the trainer's loss is the sum of the log-probabilities, times a number
@@ -152,7 +152,7 @@ def _positions(labels: Tensor | None = None, shift_labels: Tensor | None = None,
 
 
 class _LogProbs(NamedTuple):
-    """In the place of TRL's `ChunkedLogProbFunction`; models that are not patched get that."""
+    """Takes the place of TRL's `ChunkedLogProbFunction`, and calls it for models that are not patched."""
 
     own: Any
 
@@ -164,7 +164,7 @@ class _LogProbs(NamedTuple):
 
 
 class _OnlyKept(NamedTuple):
-    """In the place of TRL's `_use_triton`, which decides whether its head gets the kept tokens or all."""
+    """Takes the place of TRL's `_use_triton`, which decides whether its head gets the kept tokens or all."""
 
     own: Any
 

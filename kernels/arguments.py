@@ -1,4 +1,4 @@
-"""What launchers make of their tensors and options before a launch."""
+"""Prepares the arguments of the kernels from tensors and options."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ NO_STRIDES = (0, 0, 0)
 
 
 def on(device):
-    """Triton launches on the current device, which need not be the tensors'."""
+    """A context for a launch: Triton launches on the current device, which need not be the tensors'."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
@@ -21,7 +21,7 @@ def strides_of(x):
 
 
 def strides_of_rows(tensors):
-    """Of tensors (N,), scalars, or None."""
+    """The strides of tensors (N,); 0 for scalars and for None."""
     return tuple(0 if x is None or x.dim() == 0 else x.stride(0) for x in tensors)
 
 
@@ -55,7 +55,7 @@ def is_simple(launch, weight, probs, present):
 
 
 def new_rows(x, N, dtype, with_stats):
-    """(loss, lse, shift, mass, predicted, entropy)"""
+    """New tensors for the results of rows: (loss, lse, shift, mass, predicted, entropy)."""
     stats = N if with_stats else 0
     loss, lse, mass, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, N, stats))
     return loss, lse, x.new_empty((2, N), dtype=dtype), mass, x.new_empty(stats, dtype=torch.int64), entropy

@@ -140,7 +140,7 @@ def combine(parts):
 
 
 def _shift(largest):
-    """What `whole_shift` makes of it."""
+    """The shift that `whole_shift` gives for a largest logit."""
     return (largest * LOG2E.value).floor_().clamp_(min=LOWEST.value)
 
 
@@ -154,7 +154,7 @@ def merge(target, parts, options, *, with_stats=False):
 
 
 def _parts(parts):
-    """As `merge_rows` takes them."""
+    """The arguments of `merge_rows` for these parts."""
     partial, argmax = parts
     return partial, argmax, partial.shape[1]
 
@@ -251,7 +251,7 @@ def _reduce(
     rows, parts, target, weight, token_weight, normalizer, options, with_stats, *,
     mean, z_loss, out_dtype, target_weight, first_class,
 ):  # fmt: skip
-    """Of rows, or of parts that are merged into the rows on the way."""
+    """Reduces rows, or parts, which are then merged into the rows on the way."""
     loss, N = rows[0], len(target)
     out = loss.new_empty((), dtype=out_dtype or loss.dtype), target.new_empty(()), loss.new_empty(())
     tensor = normalizer if mean and isinstance(normalizer, torch.Tensor) else None

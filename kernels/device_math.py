@@ -50,7 +50,7 @@ def by_lane(x, TILE: tl.constexpr):
 
 @triton.jit
 def over_tile(x, TILE: tl.constexpr):
-    """What belongs to lanes, for each access of a tile: (BLOCK_N, CHUNKS * LANES, 1)."""
+    """Broadcasts values of lanes over each access of a tile: (BLOCK_N, CHUNKS * LANES, 1)."""
     BLOCK_N: tl.constexpr = TILE[0]
     CHUNKS: tl.constexpr = TILE[1]
     LANES: tl.constexpr = TILE[2]
@@ -59,7 +59,7 @@ def over_tile(x, TILE: tl.constexpr):
 
 @triton.jit
 def over_lanes(x, TILE: tl.constexpr):
-    """What belongs to rows, for each of their lanes."""
+    """Broadcasts values of rows over their lanes."""
     if TILE[0] == 1:
         return x
     else:
@@ -68,19 +68,19 @@ def over_lanes(x, TILE: tl.constexpr):
 
 @triton.jit
 def lane_max(x):
-    """Over what each lane holds."""
+    """The largest value that each lane holds."""
     return tl.max(tl.max(x, 3, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
 def lane_sum(x):
-    """Over what each lane holds."""
+    """The sum of what each lane holds."""
     return tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
 def row_max(x):
-    """Over the lanes of each row: a scalar where there is one row."""
+    """The largest value of each row's lanes; a scalar where there is one row."""
     if x.shape[0] == 1:
         return tl.max(x)
     else:
@@ -89,7 +89,7 @@ def row_max(x):
 
 @triton.jit
 def row_sum(x):
-    """Over the lanes of each row: a scalar where there is one row."""
+    """The sum over each row's lanes; a scalar where there is one row."""
     if x.shape[0] == 1:
         return tl.sum(x)
     else:
@@ -98,7 +98,7 @@ def row_sum(x):
 
 @triton.jit
 def row_min_of_tile(x):
-    """Over each row of a tile: a scalar where there is one row."""
+    """The smallest value in each row of a tile; a scalar where there is one row."""
     if x.shape[0] == 1:
         return tl.min(x)
     else:
@@ -136,7 +136,7 @@ def tanh_of_half(z):
 
 @triton.jit
 def used_logits(x, curve, ACC: tl.constexpr, OPTIONS: tl.constexpr):
-    """What options make of logits, but for a cap's height: `tanh(scale * x)` or `scale * x`; and the slope in that.
+    """Scales and caps logits, but for the cap's height: `tanh(scale * x)` or `scale * x`; and the slope of that.
 
     `curve` is (scale, height). The height is log2(e) times the cap's: `exponent` multiplies by it, which spares the
     product a rounding of its own.

@@ -19,13 +19,13 @@ from .tiles import load_tile, load_weights, store_tile
 
 @triton.jit
 def load_upstream(ptr, stride, row, keep, ACC: tl.constexpr):
-    """A gradient of each kept row."""
+    """Loads an upstream gradient of each kept row."""
     return tl.load(ptr + row * stride, mask=keep, other=0.0).to(ACC)
 
 
 @triton.jit
 def loss_gradient(upstream, strides, row, keep, ACC: tl.constexpr):
-    """What multiplies each kept row's gradient of the loss.
+    """The factor of each kept row's gradient of the loss.
 
     `upstream` is pointers to dloss, factor (a scalar), token weight, dlse and dentropy; all but the first may be None.
     """
@@ -138,6 +138,6 @@ def write_gradient(
 
 @triton.jit
 def write_zeros(start, stride_v, v_start, v_end, offs, BLOCK_V: tl.constexpr):
-    """Over the classes of one row."""
+    """Writes zeros over the classes of one row."""
     for v in range(v_start, v_end, BLOCK_V):
         store_tile(start, v, offs, stride_v, True, v_end, tl.zeros(offs.shape, tl.float32), 1, False, "")

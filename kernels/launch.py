@@ -1,4 +1,4 @@
-"""How the kernels are launched: tiles, warps, splits and programs. See `tables.py` for what is data of it."""
+"""Chooses how kernels are launched: tiles, warps, splits and programs. Measured choices are data, in `tables.py`."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,7 +41,7 @@ REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 4096, 1024, 65536, 
 
 @dataclass(frozen=True)
 class Chip:
-    """What a launch depends on."""
+    """The properties of a device that a launch depends on."""
 
     arch: int | str
     multiprocessors: int
@@ -55,7 +55,7 @@ class Chip:
         return isinstance(self.arch, int)
 
     def options(self, registers: int) -> dict[str, int]:
-        """Launch options that only this kind of chip knows."""
+        """The launch options that only this kind of chip has."""
         return {"maxnreg": registers} if self.is_nvidia else {}
 
 
@@ -134,13 +134,13 @@ def _splits_to_fill(chip: Chip, program: Program, B: int, T: int, launch: Launch
 
 @lru_cache(maxsize=4096)
 def part_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
-    """Forward of a block of the vocabulary: not split again."""
+    """The forward launch for a block of the vocabulary, which is not split again."""
     return _split(_tile(T, V, itemsize, contiguous, aligned, fitting(chip.table.forward, V * itemsize), chip), V, 1)
 
 
 @lru_cache(maxsize=4096)
 def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
-    """As many splits of the vocabulary as fill the chip when rows are few and long."""
+    """The forward launch: when rows are few and long, their vocabulary is split until the programs fill the chip."""
     launch = part_launch(T, V, itemsize, contiguous, aligned, chip)
     if V * itemsize <= SHORT_ROW:
         return launch
@@ -149,7 +149,7 @@ def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, alig
 
 @lru_cache(maxsize=4096)
 def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
-    """Programs of several tiles, and of fewer where rows are few."""
+    """The backward launch: a program has several tiles, and fewer where rows are few."""
     program = fitting(chip.table.backward, V * itemsize)
     launch = _tile(T, V, itemsize, contiguous, aligned, program, chip)
     tiles = triton.cdiv(max(V, 1), launch.BLOCK_V)
@@ -159,7 +159,7 @@ def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, ali
 
 
 def one_pass_program(V: int, itemsize: int, simple: bool, chip: Chip) -> Program:
-    """By the chip's table; without, as many programs as leave the second read of their rows in the cache."""
+    """The program of the chip's table; without one, as many as leave the second read of their rows in the cache."""
     if chip.table.one_pass and simple:
         return fitting(chip.table.one_pass, V * itemsize)
     threads, _ = ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL
@@ -170,7 +170,7 @@ def one_pass_program(V: int, itemsize: int, simple: bool, chip: Chip) -> Program
 
 @lru_cache(maxsize=4096)
 def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, simple: bool, chip: Chip) -> Launch:
-    """One row a program at a time."""
+    """The one-pass launch: a program has one row at a time."""
     program = one_pass_program(V, itemsize, simple, chip)
     launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))

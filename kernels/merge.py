@@ -1,4 +1,4 @@
-"""The parts of rows, put together."""
+"""Merges the sums over parts of rows."""
 
 import triton
 import triton.language as tl

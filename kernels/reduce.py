@@ -1,4 +1,4 @@
-"""From rows to a scalar: the sum, the number of kept rows, and what "mean" divides by, in one small launch.
+"""Reduces rows to a scalar in one small launch: the sum, the number of kept rows, and the divisor of "mean".
 
 A program adds what its lanes have in a fixed order, so that the same rows give the same bits. Where rows are very
 many, several programs leave their sums, and a second launch puts them together. Where they are few, so that forward
@@ -16,7 +16,7 @@ def store_total(
     out, normalizer_ptr, number, loss, of_z, share, tokens, count, z_loss,
     MEAN: tl.constexpr, HAS_NUMBER: tl.constexpr, HAS_Z: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """`out` is pointers to the total, the number of kept rows, and the factor of every row's gradient."""
+    """Stores the total, the number of kept rows, and the factor of every row's gradient; `out` has their pointers."""
     divisor, divisor_z = tl.full((), 1.0, ACC), tl.full((), 1.0, ACC)
     if normalizer_ptr is not None:
         divisor = tl.load(normalizer_ptr).to(ACC)

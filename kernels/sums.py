@@ -1,4 +1,4 @@
-"""A row's sums over classes, lane by lane, and what the loss makes of them.
+"""The sums over a row's classes, lane by lane, and the loss from them.
 
 With y the used logits in base two, q the target distribution over classes (class weights multiplied in) and a whole
 shift `c` (see `device_math`):
@@ -58,7 +58,7 @@ def add_tile(
     lanes, rows, v, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' sums, with the tile that starts at class `v` added to them."""
+    """Adds the tile that starts at class `v` to the lanes' sums."""
     c, s, r, mass, d, best, at = lanes
     weight_ptr, soft, curve = loss
     x_row, stride_xv, probs_row, _, keep, v_end = rows

@@ -33,7 +33,7 @@ def tile_offsets(TILE: tl.constexpr):
 
 @triton.jit
 def tile_pointers(start, v, offs, stride_v):
-    """To classes `v + offs` of rows that start at `start`."""
+    """Pointers to classes `v + offs` of rows that start at `start`."""
     return start + tl.cast(v, tl.int64) * stride_v + offs.to(tl.int64) * stride_v
 
 

@@ -170,7 +170,7 @@ def amd_usage(assembly: str) -> dict[str, int]:
 
 
 def compile_all(todo: list[Job], processes: int | None = None) -> Iterator[Proof]:
-    """In the order of the jobs."""
+    """Compiles all jobs, and returns the results in the order of the jobs."""
     # Thousands of kernels, each looked at once, do not belong in the user's cache.
     with (
         tempfile.TemporaryDirectory() as folder,

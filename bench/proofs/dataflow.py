@@ -14,7 +14,7 @@ _TWO_RESULTS = {"SHFL", "ATOMG", "ATOMS", "ATOM"}
 
 
 class Instruction(Protocol):
-    """As `machine_code.Instruction`."""
+    """The part of `machine_code.Instruction` that is needed here."""
 
     @property
     def guard(self) -> str: ...

@@ -52,7 +52,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Launches:
-    """Of one direction of a call: Triton's kernels, PyTorch's operations that launch, and those that wait."""
+    """The launches of one direction: Triton's kernels, PyTorch's operations that launch, and those that wait."""
 
     kernels: int
     operations: int
@@ -110,7 +110,7 @@ def launches(function: Callable[[], object], driver: NullDriver) -> Launches:
 def launches_of(
     loss: Loss, x: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor, driver: NullDriver
 ) -> tuple[Launches, Launches]:
-    """Of forward, and of backward."""
+    """The launches of forward, and those of backward."""
     value: list[torch.Tensor] = []
     forward = launches(lambda: value.append(loss(x, target)), driver)
     return forward, launches(lambda: torch.autograd.grad(value[0], x, upstream), driver)
@@ -148,7 +148,7 @@ def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
 
 
 def _pretend(stack: ExitStack) -> None:
-    """Without it, the package treats tensors of the CPU as such: it interprets kernels, and looks at every target."""
+    """Lets the package treat tensors of the CPU as a GPU's: it would interpret kernels, and look at every target."""
     from fused_ignore_ce import backends
     from fused_ignore_ce.kernels import cross_entropy
 
@@ -157,7 +157,7 @@ def _pretend(stack: ExitStack) -> None:
 
 
 def _true(*_: object) -> bool:
-    """Not a Mock, whose call takes ten microseconds."""
+    """Replaces a function at the cost of a call; a Mock takes ten microseconds."""
     return True
 
 

@@ -168,7 +168,7 @@ def successors(code: Sequence[Instruction], labels: dict[str, int]) -> list[list
 
 
 def natural_loops(following: list[list[int]]) -> list[set[int]]:
-    """For every jump back, the instructions from which it is reached without leaving through its target."""
+    """The body of the loop of every jump back: the instructions that reach it without passing its target."""
     preceding: list[list[int]] = [[] for _ in following]
     for index, then in enumerate(following):
         for other in then:

@@ -87,7 +87,7 @@ def table(rows: list[Row]) -> str:
 
 
 def milliseconds(rows: list[Row], library: str, kernels: tuple[str, ...], chip: str, V: int) -> float | None:
-    """Of kernels one after the other; None where one of them was not predicted."""
+    """The prediction for kernels that run one after the other; None where one of them was not predicted."""
     found = {
         row.kernel: row.milliseconds
         for row in rows

@@ -97,7 +97,7 @@ def _liger(function: str, *more: None) -> Callable[[], Loss]:
 
 
 def _trl() -> Loss:
-    """As TRL's trainers call it: of the kept tokens alone, without statistics. On a CPU, PyTorch folds its tiles."""
+    """TRL's function, called with the kept tokens alone, as its trainers do. On a CPU, PyTorch folds its tiles."""
     apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
 
     def loss(h, w, y):

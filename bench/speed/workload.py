@@ -79,7 +79,7 @@ class Limits(NamedTuple):
 
 
 def limits(device: torch.device) -> Limits:
-    """On a CPU, the plain path takes under a second on two cores; on CUDA, as much as in training."""
+    """The shapes by device: the plain path takes under a second on two cores; on CUDA they are those of training."""
     if device.type == "cuda":
         return Limits(8192, 2**33, 2**43, int(0.6 * torch.cuda.get_device_properties(device).total_memory))
     return Limits(8192, 2**26, 2**36, _memory() // 2)

@@ -1,4 +1,4 @@
-"""What is asked of logits row by row, recorded as an expression: nothing has the size of logits until it is evaluated.
+"""Operations on rows of logits, recorded as an expression. Nothing has the size of the logits until it is evaluated.
 
 Elementwise operations, softmax and log_softmax keep the shape (..., V) of the logits and of each other. An expression
 can therefore be evaluated for a few rows at a time, which `tiles.py` does once an operation reduces the vocabulary.
@@ -69,7 +69,7 @@ class Expression(NamedTuple):
         return expression
 
     def logits(self) -> Tensor:
-        """Its value, whole."""
+        """The value of the expression for all rows at once."""
         value: Tensor = evaluate(self, {})
         return value
 
@@ -101,7 +101,7 @@ def can_record(recipe: Product | Expression) -> bool:
 
 
 def made(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression:
-    """With the shape of its logits and the dtype that the operation gives."""
+    """Builds an expression with the shape of its logits and the dtype that the operation returns."""
     first = next(a for a in args if isinstance(a, (Product, Expression)))
     device = first.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -112,7 +112,7 @@ def made(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _empty(operand: Any, device: torch.device) -> Any:
-    """As the operand is for no rows at all."""
+    """An operand with no rows, from which PyTorch tells the dtype of a result without computing one."""
     if isinstance(operand, (Product, Expression)):
         return torch.empty(0, operand.shape[-1], dtype=operand.dtype, device=device)
     if isinstance(operand, Tensor) and operand.dim() > 1:
@@ -165,7 +165,7 @@ def _normalized(recipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
-    """An operation on rows is one on the rows of the logits, where no other tensor has any."""
+    """Applies an operation on rows to the rows of the logits; None if another tensor of the expression has rows too."""
     if name in _UNCHANGED and not args and not kwargs:
         return expression
     if name == "detach":
@@ -209,7 +209,7 @@ def leaves(recipe: Any) -> Iterator[tuple[Tensor, bool]]:
 
 
 def substitute(recipe: Any, tensors: dict[int, Tensor]) -> Any:
-    """The same of other tensors, by the `id` of those that they replace. Shapes follow from the logits."""
+    """The same recipe with other tensors, by the `id` of those that they replace. Shapes follow from the logits."""
     if isinstance(recipe, Product):
         return recipe.with_tensors([tensors.get(id(t), t) for t in recipe.tensors])
     if isinstance(recipe, Expression):
@@ -234,13 +234,13 @@ def evaluate(recipe: Any, known: dict[Any, Any]) -> Any:
 
 
 def autocast(expression: Expression) -> torch.autocast:
-    """As it was when the operation was asked for."""
+    """Restores the autocast state that was active when the operation was recorded."""
     dtype = expression.autocast
     return torch.autocast(expression.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def describe(recipe: Any) -> str:
-    """In words, as a report shows it: "log_softmax(logits)"."""
+    """The expression as a report shows it, such as "log_softmax(logits)"."""
     if isinstance(recipe, Product):
         return "logits" if recipe.before_log_softmax is None else "log_softmax(logits)"
     parts = (describe(a) for a in recipe.args if isinstance(a, (Product, Expression)))

@@ -94,7 +94,7 @@ def _is_outermost() -> bool:
 
 
 def _refuse_options(model: nn.Module, settings: Settings) -> None:
-    """Whoever takes the loss of plain logits, after the forward, would take it without the options."""
+    """Raises an error where a loss that is taken of plain logits after the forward would miss the options."""
     if not settings.changes:
         return
     what = (
@@ -108,7 +108,7 @@ def _refuse_options(model: nn.Module, settings: Settings) -> None:
 
 
 def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
-    """Names what took the loss of a patched model that was given labels, once."""
+    """Warns once if other code took the loss of a patched model that was given labels, and names that code."""
     if model in _warned or _running.forwards:
         return
     _warned.add(model)
@@ -147,7 +147,7 @@ def _python_function(loss: Any) -> str:
 
 
 class _Running(threading.local):
-    """The models whose forward this thread is in, from the outermost."""
+    """The models whose forwards are running in this thread, from the outermost."""
 
     def __init__(self) -> None:
         self.forwards: list[tuple[nn.Module, LossMode]] = []
@@ -157,7 +157,7 @@ _running = _Running()
 
 
 def origin_in(model: nn.Module) -> Origin:
-    """The origin of the forward that a model is in, for who takes its loss there; a new one if it is not patched."""
+    """The origin of the forward that a model is running; a new one if the model is not patched."""
     running = (mode.origin for each, mode in _running.forwards if each is model)
     return next(running, None) or Origin(recorder=recorder_of(model))
 
@@ -187,7 +187,7 @@ def _classes(model: nn.Module) -> int | None:
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:
-    """The model's, or else those of a model inside it."""
+    """The output embeddings of the model, or else those of a model inside it."""
     from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
 
     head = None
@@ -205,7 +205,7 @@ def has_head(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
-    """The mode, but not while the models inside this one run, unless they hold the head.
+    """Activates the mode for this model, but not while models inside it run, unless they hold the head.
 
     A mode costs a Python call an operation: layers run at full speed, as they would without it. It begins when a
     module that is no model is called, or the output embeddings, or when an inner model has returned.
@@ -243,7 +243,7 @@ def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
 
 
 def _as_tensors(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
-    """What was traced becomes tensors: outside of the graph, which cannot make them."""
+    """Turns traced logits into tensors. This happens outside of the graph, which cannot make them."""
     values = outputs.values() if isinstance(outputs, dict) else outputs
     traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
     return _outside(outputs, model, settings, used, stats) if traced or stats is not None else outputs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def refuse_create_graph() -> None:
-    """For backwards whose gradients have no derivative."""
+    """Raises an error in a backward whose gradients cannot be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True is not supported by deferred logits: take the loss of outputs.logits.materialize(), or "
@@ -69,7 +69,7 @@ class Connect(torch.autograd.Function):
 
 
 def check_unchanged(tensors: list[Tensor], versions: list[int]) -> None:
-    """An error where logits cannot be computed any more."""
+    """Raises an error if the tensors that the logits depend on have changed."""
     for t, version in zip(tensors, versions, strict=True):
         if version_of(t) != version:
             raise RuntimeError(

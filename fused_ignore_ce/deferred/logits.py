@@ -74,7 +74,7 @@ class DeferredLogits(Tensor):
         return self._value
 
     def _usable_recipe(self) -> Any:
-        """The product or expression, unless the logits have become something else since."""
+        """The product or expression; None if the logits have been written to since."""
         return None if self._written or self._is_foreign() else self._checked_product()
 
     def _is_expression(self) -> bool:
@@ -85,7 +85,7 @@ class DeferredLogits(Tensor):
         return recipe if isinstance(recipe, Product) else None
 
     def _connected(self, value: Tensor) -> Tensor:
-        """What was computed without logits, in whose backward hooks of the logits are called first: FSDP has some."""
+        """A value computed without logits, whose backward first calls the logits' hooks. FSDP has such hooks."""
         hooked, members = [], [self]
         for member in members:
             members += [m for m in member._made_of if all(m is not known for known in members)]
@@ -93,7 +93,7 @@ class DeferredLogits(Tensor):
         return Connect.apply(value, *hooked) if hooked and value.requires_grad else value
 
     def _is_there(self) -> bool:
-        """Whether it is a tensor, or a part of one."""
+        """Whether these logits are a computed tensor, or a part of one."""
         member: DeferredLogits | None = self
         while member is not None and member._value is None:
             member = member._parent
@@ -110,7 +110,7 @@ class DeferredLogits(Tensor):
 
     @torch.compiler.disable  # Dynamo of PyTorch 2.11 loses the fields of a product that leaves a traced frame
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the operation gives, deferred; None where it cannot be recorded."""
+        """The deferred result of an operation; None if the operation cannot be recorded."""
         recipe = self._usable_recipe()
         if recipe is None:
             return None
@@ -129,7 +129,7 @@ class DeferredLogits(Tensor):
             return None if done is None else make(done, self, (func, args, kwargs))
 
     def _evaluate(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operation row by row gives: an expression, deferred, or what reduces one; None for others."""
+        """The result of an operation on rows: a deferred expression, or its reduction. None for other operations."""
         deferred = [a for a in args if isinstance(a, DeferredLogits)]
         if any(d._is_there() for d in deferred):
             return None  # it is used
@@ -148,7 +148,7 @@ class DeferredLogits(Tensor):
         return torch.utils._pytree.tree_map_only(Tensor, self._connected, found)
 
     def _settle(self) -> None:
-        """Computes the whole family, that the memory they share is shared, before one of them is written."""
+        """Computes all related logits before one of them is written, so that views share memory as PyTorch's do."""
         root = self
         while root._parent is not None:
             root = root._parent
@@ -225,7 +225,7 @@ class DeferredLogits(Tensor):
         return func(*values[0], **values[1])
 
     def _register_hook(self, hook: Any) -> Any:
-        """On the tensor's own node, for code that goes past __torch_function__, and on the logits once computed."""
+        """Registers a hook on the tensor's own node, and keeps it for the logits that may be computed later."""
         self._hooks.append(hook)
         with torch._C.DisableTorchFunctionSubclass():
             return super().register_hook(hook)
@@ -293,7 +293,7 @@ def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Or
 
 
 def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
-    """What was traced, once tracing is over."""
+    """Turns traced logits into a tensor once tracing is over."""
     return make(traced._product, origin=origin)
 
 

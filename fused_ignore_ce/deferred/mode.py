@@ -19,7 +19,7 @@ _MATMULS = ("matmul", "__matmul__")
 
 
 class LossMode(TorchFunctionMode):
-    """`classes` is the number of the head's rows, None without a head: then nothing is deferred.
+    """Defers the product with a head of `classes` rows; with `classes=None`, there is no head, and nothing is deferred.
 
     The options of the origin's settings are added to the cross entropies over that many classes, or over any number
     without a head.
@@ -42,7 +42,7 @@ class LossMode(TorchFunctionMode):
             self.__exit__(None, None, None)
 
     def check_used(self, name: str) -> None:
-        """Options that nothing took are an error, not a loss without them."""
+        """Raises an error if no loss took the options of the model."""
         given = self.origin.settings.changes
         if not self.origin.used and given:
             raise RuntimeError(
@@ -73,7 +73,7 @@ class LossMode(TorchFunctionMode):
         return self._deferred(input, weight, bias)
 
     def _matmul(self, func: Any, input: Any, other: Any) -> Any:
-        """An embedding used as a projection: h @ embedding.weight.T."""
+        """Recognises an embedding that is used as a projection: h @ embedding.weight.T."""
         if other.dim() != 2 or other.shape[1] != self.classes or not _can_defer(input, other, None):
             return func(input, other)
         return self._deferred(input, other.t(), None)

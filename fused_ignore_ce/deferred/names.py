@@ -13,7 +13,7 @@ METADATA = frozenset({
 
 
 def writes(name: str) -> bool:
-    """PyTorch's names of what changes its first argument."""
+    """Whether an operation of this name writes to its first argument."""
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("__setitem__", "data") or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)
 

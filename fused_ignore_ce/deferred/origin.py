@@ -11,7 +11,7 @@ from .report import Recorder
 
 
 class Settings(NamedTuple):
-    """What `patch_model` was given."""
+    """The arguments of `patch_model`."""
 
     ignore_index: tuple[int, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012 (never written)
@@ -40,7 +40,7 @@ class Settings(NamedTuple):
         return {**options, **given}
 
     def _check_nothing_more_is_ignored(self, reduction: str, target: Tensor, own: int) -> None:
-        """Whoever asks for a sum divides it by a count that does not know of `ignore_index`.
+        """Raises an error where a caller will divide a sum by a count that leaves `ignore_index` out.
 
         This looks at the targets, so that it waits for the device, right before the linear loss does. While
         torch.compile traces or a CUDA graph is captured it is an asynchronous assertion.
@@ -94,7 +94,7 @@ class Origin:
         return loss
 
     def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
-        """A loss was computed without logits."""
+        """Notes that a loss was computed without logits."""
         if torch.compiler.is_compiling():
             return
         self.fused = True
@@ -102,7 +102,7 @@ class Origin:
         self.recorder.add(kind, tokens, ignored)
 
     def took_of_logits(self, kind: str, tokens: int, ignored: Tensor | None) -> None:
-        """A loss of this package was computed of logits that are there."""
+        """Notes that a loss of this package was computed from logits that exist."""
         if not torch.compiler.is_compiling():
             self.recorder.add(kind, tokens, ignored, fused=False)
 
@@ -116,7 +116,7 @@ class Origin:
         self.counted = size
 
     def guarded(self, value: Any) -> Any:
-        """A tensor for code after the forward whose gradient is an error if a loss of it would miss options."""
+        """The logits for code after the forward. A gradient that reaches them past the model's options is an error."""
         changes = self.settings.changes
         if not changes or self.in_forward or not isinstance(value, Tensor) or not value.requires_grad:
             return value
@@ -126,7 +126,7 @@ class Origin:
 
 
 class JointOrigin(Origin):
-    """Of an expression of several models' logits, a divergence for instance: what is said of it is said of each."""
+    """The origin of an expression of several models' logits, such as a divergence. Its use is noted for each."""
 
     def __init__(self, origins: list[Origin]) -> None:
         super().__init__(origins[0].settings)
@@ -148,7 +148,7 @@ class JointOrigin(Origin):
 
 
 def joint(origins: list[Origin]) -> Origin:
-    """The origin of what is made of logits of these origins."""
+    """The common origin of an expression whose logits have these origins."""
     parts = [part for origin in origins for part in getattr(origin, "origins", [origin])]
     different = list({id(part): part for part in parts}.values())
     return different[0] if len(different) == 1 else JointOrigin(different)

@@ -58,7 +58,7 @@ class Product(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for products of the same tensors by the same operations."""
+        """A key that is equal for products of the same tensors by the same operations."""
         operands = tuple(id(t) for t in (self.hidden, self.weight, self.bias))
         steps = tuple((kind, id(value) if isinstance(value, Tensor) else value) for kind, value in self.steps)
         return (*operands, self.linear_dtype, steps, self.layout)
@@ -69,7 +69,7 @@ class Product(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What the logits would take."""
+        """The size of the logits, if they were computed."""
         return self.shape.numel() * self.dtype.itemsize
 
     @property

@@ -130,7 +130,7 @@ def _scale(p: Product, kind: str, value: Any) -> Product | None:
 
 @_records("add", "__add__", "__radd__")
 def _add(p: Product, value: Any, **alpha: Any) -> Product | None:
-    """A vector over the vocabulary."""
+    """Adds a vector over the vocabulary."""
     V = p.weight.shape[0]
     if alpha or not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() > p.ndim:
         return None
@@ -146,7 +146,7 @@ def _sub(p: Product, value: Any, **alpha: Any) -> Product | None:
 
 @_records("__getitem__")
 def _getitem(p: Product, index: Any) -> Product | None:
-    """An index that leaves the vocabulary whole, or slices it."""
+    """Applies an index that leaves the vocabulary whole, or slices it."""
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(item, (list, bool)) for item in items):
         return None
@@ -222,7 +222,7 @@ def _movedim(p: Product, source: Any, destination: Any) -> Product | None:
 
 
 def _reorder(p: Product, order: list[int]) -> Product | None:
-    """Rows in another order; classes stay last, or come second, where `F.cross_entropy` wants them."""
+    """Reorders the rows. Classes stay last, or come second, where `F.cross_entropy` wants them."""
     last = p.ndim - 1
     at = order.index(last)
     if at not in (1, last):
@@ -281,7 +281,7 @@ def _chunk(p: Product, chunks: int, dim: int = 0) -> Any:
 
 
 def _on_rows(p: Product, name: str, *dims: Any, first: tuple[Any, ...] = (), rest: tuple[Any, ...] = ()) -> Any:
-    """A method of the hidden states, unless one of the dimensions is the vocabulary's."""
+    """Applies a method to the hidden states, unless one of the dimensions is the vocabulary's."""
     if any(not isinstance(d, int) or d % p.ndim == p.ndim - 1 for d in dims):
         return None
     hidden = getattr(p.hidden, name)(*first, *(d % p.ndim for d in dims), *rest)

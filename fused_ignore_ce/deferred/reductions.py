@@ -1,4 +1,4 @@
-"""What takes the vocabulary away: the operations at which an expression of logits is evaluated without them."""
+"""Operations that reduce the vocabulary: there, an expression of logits is evaluated tile by tile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reduce(
     kwargs: dict[str, Any],
     origin: Origin,
 ) -> Any:
-    """What the operation gives, without logits; None where it does not reduce the vocabulary alone."""
+    """The result of an operation, computed without logits; None if it does not reduce the vocabulary alone."""
     if name not in _SIGNATURES or not can_record(recipe) or len(args) > len(_SIGNATURES[name]):
         return None
     names = _SIGNATURES[name]

@@ -1,4 +1,4 @@
-"""What became of a patched model's logits: which losses were fused, and what read them."""
+"""The report on a patched model's logits: which losses were fused, and which operations read the logits."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Recorder:
         self.bytes = 0
 
     def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
-        """One call; `ignored` is a 0-d tensor, None for none."""
+        """Counts one call. `ignored` is a 0-d tensor, or None if nothing is ignored."""
         counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
         counts[0] += 1
         counts[1] += tokens

@@ -71,7 +71,7 @@ class DeferredDTensor(DeferredLogits):
         return tuple(Shard(p.dim % self.dim()) if type(p) is Shard else p for p in placements)
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> Any:
-        """As DTensor's; to replicate all is remembered, not done."""
+        """Redistributes like a DTensor. Replicating all of the logits is recorded, and not done."""
         from torch.distributed.tensor import DTensor, Replicate
 
         given = (device_mesh, placements)
@@ -84,7 +84,7 @@ class DeferredDTensor(DeferredLogits):
         return make(replicated, self, (DTensor.redistribute, given, kwargs), cls=DeferredDTensor)
 
     def to_local(self, **kwargs: Any) -> Tensor:
-        """As DTensor's: of replicated logits, deferred logits that are a plain tensor."""
+        """The local tensor, as a DTensor gives it. For replicated logits it is deferred too."""
         from torch.distributed.tensor import DTensor
 
         product = self._usable_product()
@@ -94,7 +94,7 @@ class DeferredDTensor(DeferredLogits):
         return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
-        """As DTensor's, deferred."""
+        """The whole tensor, as a DTensor gives it, but deferred."""
         from torch.distributed.tensor import Replicate
 
         replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)

@@ -92,7 +92,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _add(sums: list[Any], i: int, gradient: Tensor) -> None:
-    """Of tiles: gradients of rows side by side; others summed, in float32 at least."""
+    """Adds a tile's gradients: those of rows lie beside each other, others are summed, in float32 at least."""
     if isinstance(sums[i], list):
         sums[i].append(gradient)
     elif sums[i] is None:

@@ -13,7 +13,7 @@ from .recording import COMMUTATIVE, RECORDERS, record
 
 
 class TracedLogits:
-    """As `DeferredLogits`, but an ordinary object; every method of Tensor that is recorded is one of its."""
+    """The counterpart of `DeferredLogits` while tracing: an ordinary object with those methods that are recorded."""
 
     def __init__(self, product: Product) -> None:
         self._product = product

@@ -1,4 +1,4 @@
-"""A call of the linear loss below its public functions: its operands and options, its plan, the agreement of ranks."""
+"""A call of the linear loss below the public functions: its options, its plan, and the agreement of ranks."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def tiles_of(operands: Operands, call: LinearCall, plan: LinearPlan, shard: Shar
 
 
 def no_autocast(operands: Operands) -> torch.autocast:
-    """Operands have their dtypes already; autocast would cast what is summed in float32."""
+    """Switches autocast off: operands have their dtypes already, and sums have to stay in float32."""
     return torch.autocast(operands.h.device.type, enabled=False)
 
 

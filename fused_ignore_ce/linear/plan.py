@@ -1,4 +1,4 @@
-"""Which logits exist at a time: arithmetic on sizes.
+"""Chooses the tile of logits that exists at a time, by arithmetic on sizes.
 
 A tile of logits is `rows` tokens by `classes` of the vocabulary. Three kinds of tiles, from fastest to leanest:
 
@@ -38,7 +38,7 @@ PRODUCT_ELEMENTS = 1 << 19
 
 
 class Machine(NamedTuple):
-    """What a prediction rests on."""
+    """The rates of a machine that predictions assume."""
 
     flops: float  #: of a large GEMM, per second
     bandwidth: float  #: bytes per second, of the passes over the weight and its gradient that every chunk makes
@@ -77,7 +77,7 @@ class LinearPlan(NamedTuple):
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the GEMMs work in. CPUs multiply float16 a hundred times slower than float32."""
+    """The dtype of the matrix products. CPUs multiply float16 a hundred times slower than float32."""
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
@@ -91,7 +91,7 @@ def product_elements(tile: int, D: int) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """All that the choice depends on. `N` rows are kept."""
+    """All that the choice of a plan depends on. `N` rows are kept."""
 
     N: int
     V: int
@@ -109,11 +109,11 @@ class Sizes:
 
     @property
     def sums(self) -> torch.dtype:
-        """What is summed over chunks or blocks is summed in this dtype."""
+        """The dtype in which chunks or blocks are summed."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def bytes(self, rows: int, classes: int) -> int:
-        """Scratch at its peak with tiles of this size."""
+        """The scratch memory at its peak with tiles of this size, in bytes."""
         N, V, D = self.N, self.V, self.D
         size, acc = self.dtype.itemsize, self.sums.itemsize
         blocks = -(-V // classes)
@@ -134,7 +134,7 @@ class Sizes:
         return tile + workspace + weight + hidden + dweight + dinput + parts + N * ROW_BYTES
 
     def seconds(self, rows: int, classes: int) -> float:
-        """Predicted time, forward and backward."""
+        """The predicted time of forward and backward."""
         N, V, D = self.N, self.V, self.D
         size, acc = self.dtype.itemsize, self.sums.itemsize
         machine = MACHINES.get((self.device, size), MACHINES["cuda", size])
@@ -177,7 +177,7 @@ def _part(size: int, count: int) -> int:
 
 @lru_cache(maxsize=64)  # asked by the loss, and again by its operators
 def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
-    """Of all plans within the budget, the leanest whose predicted time is within 5% of the fastest's."""
+    """Takes the leanest of all plans within the budget whose predicted time is within 5% of the fastest's."""
     N, V = max(sizes.N, 1), max(sizes.V, 1)
     tiles = [(ONE_BLOCK, N, V)]
     tiles += [(TOKEN_CHUNKS, rows, V) for rows in sorted({_part(N, count) for count in _counts(N)}) if rows < N]

@@ -94,14 +94,14 @@ class LinearProblem(NamedTuple):
         return loss if nothing is None else loss + nothing
 
     def _joined(self, found: Sequence[ScaledSum | RowResults], name: str) -> Tensor:
-        """A field of the results for all rows and positions: what the kept rows have, among zeros for the others."""
+        """A field of the results for all rows and positions: the values of kept rows, and zeros for the others."""
         spread = [
             self.spread(getattr(each, name), position) for each, position in zip(found, self.positions, strict=True)
         ]
         return torch.stack(spread, -1).flatten()
 
     def spread(self, values: Tensor, position: Position) -> Tensor:
-        """Values of a position's kept rows, for all of its rows: zeros at the others."""
+        """Spreads the values of a position's kept rows over all of its rows, with zeros at the others."""
         N = len(self.targets.target) // len(self.positions)
         return values if position.rows is None else values.new_zeros(N).index_copy(0, position.rows, values)
 
@@ -231,7 +231,7 @@ def _kept(position: Position, may_be_ignored: bool) -> Position:
 
 
 def _in_forward(position: Position, early: bool) -> bool:
-    """Whether the plan computes gradients in forward, if it may. A memory budget that is too small is an error here."""
+    """Whether the plan computes gradients in forward. A memory budget that is too small is an error here."""
     operands, _, _, call = position
     wanted = position.wanted
     early = early and not wanted.probs

@@ -128,7 +128,7 @@ _rows_operator.register_autograd(_rows_operator_backward, setup_context=_save_ro
 
 
 class _LinearRows(torch.autograd.Function):
-    """The same for plain tensors in eager mode."""
+    """The operator's forward and backward for plain tensors in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

@@ -130,7 +130,7 @@ _operator.register_autograd(_backward, setup_context=_save_operator)
 
 
 class _Function(torch.autograd.Function):
-    """The same for plain tensors in eager mode."""
+    """The operator's forward and backward for plain tensors in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

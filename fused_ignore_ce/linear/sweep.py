@@ -19,7 +19,7 @@ from .tiles import Tiles
 
 
 class Scale(NamedTuple):
-    """What rows count in a scalar loss: it is the sum of `loss * rows` and `z_loss * lse**2 * rows_z`."""
+    """The factors of the rows in a scalar loss, which is the sum of `loss * rows` and `z_loss * lse**2 * rows_z`."""
 
     rows: Tensor  # (N,)
     rows_z: Tensor | None  # (N,)
@@ -90,7 +90,7 @@ def _saved_part(saved: Saved, rows: slice) -> Saved:
 
 
 def _joined(found: Rows | None, part: Rows, rows: slice, N: int) -> Rows:
-    """`found` with a chunk's rows written into it.
+    """Writes the results of a chunk's rows into `found`, and returns it.
 
     Copied, not collected: small tensors that stay between the large temporaries of one chunk and the next would
     leave holes in the heap too small for the latter, and glibc's heap grew by a temporary a chunk.

@@ -40,7 +40,7 @@ class Tiles:
         with_stats: bool,
         shard: Shard | None,
     ) -> None:
-        """`dtype` is that of the matrix products. With a shard, the operands are this rank's."""
+        """Prepares the buffer. `dtype` is that of the matrix products; with a shard, the operands are this rank's."""
         self.N, V = len(operands.h), len(operands.w)
         rows_a_chunk, classes_a_block = plan.tile(self.N, V)
         self.chunks, self.blocks = slices_of(self.N, rows_a_chunk), slices_of(V, classes_a_block)
@@ -124,5 +124,5 @@ class Tiles:
 
 
 def slices_of(size: int, step: int) -> list[slice]:
-    """At least one, so that empty sums are made too."""
+    """Slices of `size` elements in steps of `step`; at least one, so that empty sums are made too."""
     return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), max(step, 1))]
