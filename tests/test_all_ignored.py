@@ -58,7 +58,7 @@ def test_the_mean_of_nothing(loss, options, backend, device):
 
 
 def test_a_nan_that_is_a_loss_remains_one(backend, device):
-    """Only the mean of nothing becomes 0, not a loss that went wrong."""
+    """A loss that went wrong does not become 0; only the mean of nothing does."""
     h, w, y = problem(device, kept=True)
     h = h.detach() * float("nan")
     for loss in LOSSES.values():

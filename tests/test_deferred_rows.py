@@ -19,7 +19,7 @@ def entropy(x):
 
 
 def smoothed(x):
-    """As transformers' label smoother."""
+    """The loss of transformers' label smoother."""
     log_probs = -F.log_softmax(x[..., :-1, :].contiguous(), dim=-1)
     nll = log_probs.gather(dim=-1, index=INDEX[:, 1:])
     total = log_probs.sum(dim=-1, keepdim=True, dtype=torch.float32)
@@ -75,7 +75,7 @@ ROW_BY_ROW = {
 
 
 def _divergence(student, teacher):
-    """Of two models."""
+    """A divergence of two models."""
     return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
 
 

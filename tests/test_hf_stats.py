@@ -11,7 +11,7 @@ from .hf_worker import V, batches, llama
 
 
 def expected(batch, **options):
-    """From the logits of the unpatched model."""
+    """What the statistics should be, from the logits of the unpatched model."""
     logits = llama()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     shifted = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
     return fused_cross_entropy(logits.view(-1, V), shifted.reshape(-1), return_stats=True, **options)[1]

@@ -43,7 +43,7 @@ def nll(logits, labels):
 
 
 def log_probs(logits, labels):
-    """As in preference and policy-gradient training."""
+    """Log-probabilities as in preference and policy-gradient training."""
     labels = labels[:, 1:].clone()
     kept = labels != -100
     labels[~kept] = 0

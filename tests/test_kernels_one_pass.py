@@ -72,7 +72,7 @@ def test_one_pass(given, tile, programs, device):
 
 
 def test_one_pass_is_forward_and_backward_bit_for_bit(device):
-    """Of the same tiles: rows and gradient, in float32."""
+    """Rows and gradient of the same tiles, in float32."""
     x, target = problem(device, torch.float32)
     g = torch.randn(6, device=device)
     launch = Launch(1, 2, 16, 4, 4, splits=1, split_tiles=8, programs=2)

@@ -67,7 +67,7 @@ def _unpatched():
 
 @pytest.fixture
 def no_head_of_trl(monkeypatch):
-    """From when it is called, TRL's own function is an error."""
+    """Once this is called, TRL's own function is an error."""
 
     def unexpected(*_):
         raise AssertionError("TRL's own function ran")

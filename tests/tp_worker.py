@@ -61,13 +61,13 @@ HEADS = {
 
 
 def step_of_parallelized(model, head, batch, read=False, **options):
-    """Of a model whose head `parallelize_module` has sharded."""
+    """A step of a model whose head `parallelize_module` has sharded."""
     parallelize_module(model, mesh_of(4), HEADS[head]())
     return _patched_step(model, batch, read, options)
 
 
 def step_by_own_plan(folder, batch, rank):
-    """Of a model that transformers shards by its own plan."""
+    """A step of a model that transformers shards by its own plan."""
     from transformers import AutoModelForCausalLM
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4")
