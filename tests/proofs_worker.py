@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.proofs import cases, compiling, machine_code, peers
+from bench.proofs import cases, compiling, launcher, machine_code, peers
 from bench.proofs.null_driver import NullDriver
 
 
@@ -79,6 +79,23 @@ def liger():
     [job] = compiling.jobs(peers.every(32000)[:1], compiling.Target("cuda", 90))
     proof = compiling.compiled(job)
     return {"error": proof.error, "tile": proof.tile, "loops": len(proof.code.loops), "grid": proof.grid}
+
+
+def launched():
+    """The kernels that Triton's launcher got, all that there are, and what is said of arguments in another order."""
+    from fused_ignore_ce.kernels import cross_entropy
+
+    checked = launcher.check(90)
+    assert launcher.check(90) == checked
+    straight = launcher.flat
+    launcher.flat = lambda kinds, values: reversed(list(straight(kinds, values)))
+    try:
+        launcher.check(90)
+        wrong = ""
+    except AssertionError as error:
+        wrong = str(error)
+    kernels = [name for name, value in vars(cross_entropy).items() if isinstance(value, triton.JITFunction)]
+    return {"checked": checked, "kernels": kernels, "wrong": wrong}
 
 
 def tiles():

@@ -32,6 +32,7 @@ SLOW = {
     },
     "test_options.py": {"test_any_combination"},
     "test_proofs_compiled.py": {
+        "test_kernels_get_what_was_passed_to_their_launch",
         "test_quick_run_is_green",
         "test_kernels_of_a_measured_table_are_compiled_for_its_architecture",
         "test_every_kernel_that_a_launcher_asks_for_is_compiled",

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -94,6 +95,13 @@ def test_kernels_of_a_measured_table_are_compiled_for_its_architecture(tmp_path)
     found = worker("tuned", tmp_path)
     assert found["tables"] == {"90": ["", "A device"], "80": [""]}
     assert found["warps"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, launches are real")
+def test_kernels_get_what_was_passed_to_their_launch(tmp_path):
+    found = worker("launched", tmp_path)
+    assert set(found["checked"]) == set(found["kernels"])
+    assert found["wrong"].startswith("forward_kernel: expected the parameters")
 
 
 def test_quick_run_is_green(tmp_path):

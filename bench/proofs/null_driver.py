@@ -128,7 +128,7 @@ class NullDriver(DriverBase):
             launched.
     """
 
-    launcher_cls = NullLauncher
+    launcher_cls: type[Any] = NullLauncher
 
     def __init__(self, backend: str, arch: int | str, select: Callable[[str], bool] | None = None) -> None:
         self.target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)

@@ -1,0 +1,247 @@
+"""Triton's own launcher without a GPU: what it would give to a kernel is compared with what was passed to the launch.
+
+    python -m bench.proofs.launcher
+
+The null driver shows what is compiled. Between a compiled kernel and a launch on a GPU stands Triton's launcher, which
+flattens tuples, leaves constants out and packs every argument. Here it runs against a CUDA driver that launches
+nothing (`stub_cuda.c`), and every parameter is read back and compared, in number, size and value, with the arguments
+and with the parameters in the kernel's machine code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends import nvidia
+
+from .null_driver import NullDriver, NullUtils
+
+MOST = 256
+
+#: The launcher adds two pointers to scratch memory, which these kernels do not use.
+SCRATCH = 2
+
+#: How numbers are packed, by Triton's names of their types.
+FORMATS = {"i1": "?", "i8": "b", "i32": "i", "i64": "q", "u8": "B", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
+
+
+class Function(ctypes.Structure):
+    """A kernel's parameters, as the stub reads them."""
+
+    _fields_ = (("count", ctypes.c_int), ("sizes", ctypes.c_int * MOST))
+
+
+class Launch(ctypes.Structure):
+    """The last launch, as the stub keeps it."""
+
+    _fields_ = (
+        ("launches", ctypes.c_int),
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+        ("values", (ctypes.c_ubyte * 8) * MOST),
+    )
+
+
+@functools.cache
+def loaded() -> tuple[Launch, Any]:
+    """Where the stub keeps the last launch, and Triton's utilities for CUDA; the stub is the process's libcuda then."""
+    from triton.backends.nvidia.driver import CudaUtils
+
+    include = Path(nvidia.__file__ or "", "..", "include").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "libcuda.so.1")
+        command = [
+            os.environ.get("CC", "cc"),
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            Path(__file__).with_name("stub_cuda.c"),
+        ]
+        subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", library], check=True)
+        last = Launch.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "last_launch")
+        os.environ["TRITON_LIBCUDA_PATH"] = folder  # for the linker
+        return last, CudaUtils()
+
+
+def parameter_sizes(cubin: bytes, kernel: str) -> list[int]:
+    """The bytes of every parameter, from the attributes that the ELF section `.nv.info.<kernel>` lists.
+
+    An attribute has a format, a number, and either two bytes or as many as these two say. Number 0x17 describes a
+    parameter: its ordinal is the third 16-bit number, and the upper 14 bits of the last word are its size.
+    """
+    info = dict(_sections(cubin))[f".nv.info.{kernel}"]
+    sizes, at = {}, 0
+    while at < len(info):
+        form, number, value = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == 4:
+            if number == 0x17:
+                _, ordinal, _, flags = struct.unpack_from("<IHHI", info, at)
+                sizes[ordinal] = flags >> 18
+            at += value
+    return [sizes[ordinal] for ordinal in range(len(sizes))]
+
+
+def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + size * index) for index in range(count)]
+    start = headers[names][4]
+    for name, _, _, _, offset, length in headers:
+        end = elf.index(b"\0", start + name)
+        yield elf[start + name : end].decode(), elf[offset : offset + length]
+
+
+class StubUtils(NullUtils):
+    """Triton's utilities for CUDA, whose loading of kernels needs no device."""
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cuda, name)
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, Any, int, int, int]:
+        sizes = parameter_sizes(binary, name)
+        return self, Handle(Function(len(sizes), (ctypes.c_int * MOST)(*sizes))), 0, 0, 1024
+
+
+class Handle(int):
+    """The address of a `Function`, which it keeps alive, as a kernel's handle."""
+
+    function: Function
+
+    def __new__(cls, function: Function) -> Handle:
+        handle = super().__new__(cls, ctypes.addressof(function))
+        handle.function = function
+        return handle
+
+
+class CheckingLauncher:
+    """Triton's launcher for CUDA; after every launch, what the kernel would have got is compared."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        from triton.backends.nvidia.driver import CudaLauncher
+        from triton.runtime.driver import driver
+
+        active: Any = driver.active
+        self.launcher, self.driver = CudaLauncher(source, metadata), active
+        self.name, self.signature, self.metadata = source.fn.__name__, tuple(source.signature.values()), metadata
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Handle, *arguments: Any) -> None:
+        self.launcher(x, y, z, stream, function, *arguments)
+        passed = arguments[-len(self.signature) :]
+        expected = [*flat(self.signature, passed), *[b"\0" * 8] * SCRATCH]
+        last, sizes = self.driver.last, list(function.function.sizes[: function.function.count])
+        got = [bytes(value)[:size] for value, size in zip(last.values, sizes, strict=False)]
+        if got != expected:
+            raise AssertionError(f"{self.name}: expected the parameters {expected}, the kernel would get {got}")
+        threads = self.metadata.num_warps * 32
+        if (*last.grid, last.threads, last.shared) != (x, y, z, threads, self.metadata.shared):
+            raise AssertionError(f"{self.name}: a grid of {(x, y, z)} or {threads} threads became another")
+        self.driver.checked.append(self.name)
+
+
+def flat(kinds: Any, values: Any) -> Iterator[bytes]:
+    """The bytes of all arguments that were not compiled in, in the order of their declaration."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from flat(kind, value)
+        elif kind.startswith("*"):
+            yield struct.pack("<Q", value.data_ptr())
+        elif kind != "constexpr":
+            yield struct.pack(f"<{FORMATS[kind]}", value)
+
+
+class StubDriver(NullDriver):
+    """The null driver, with Triton's launcher for CUDA; `checked` has the names of the kernels that were launched."""
+
+    launcher_cls = CheckingLauncher
+
+    def __init__(self, arch: int) -> None:
+        super().__init__("cuda", arch)
+        self.checked: list[str] = []
+        self.last, cuda = loaded()
+        self.utils = StubUtils(cuda)
+
+    @staticmethod
+    def _loaded(module: object, function: Any, name: str, files: dict[str, str], hash: str) -> None:
+        """Nothing is kept of the files."""
+
+
+def launch_all() -> None:
+    """Calls the losses on tensors of the CPU, so that every kernel is launched with and without what it may get."""
+    from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    def differentiate(loss: Any, *inputs: torch.Tensor) -> None:
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        torch.autograd.grad(loss, inputs, torch.ones_like(loss))
+
+    plain: dict[str, Any] = {"backend": "triton", "ignore_index": [-100, 3]}
+    extras: list[dict[str, Any]] = [
+        {},
+        {"label_smoothing": 0.1, "weight": torch.ones(5003), "normalizer": torch.tensor(7.0)},
+        {"softcap": 30.0, "z_loss": 1e-4, "token_weight": torch.ones(40), "return_stats": "differentiable"},
+        {"logit_scale": 0.5, "reduction": "sum", "return_stats": True, "normalizer": None},
+        {"grad_in_forward": True, "z_loss": 1e-4, "label_smoothing": 0.1},
+        {"grad_in_forward": True, "inplace_backward": True, "reduction": "sum"},
+        {"reduction": "none", "inplace_backward": True},
+    ]
+    for dtype, options in [*((torch.bfloat16, more) for more in extras), (torch.float64, extras[2])]:
+        if options.get("weight") is not None:
+            options = options | {"weight": options["weight"].to(dtype)}
+        x = tensor(40, 5003, dtype=dtype)
+        inputs = x * 1 if options.get("inplace_backward") else x
+        differentiate(fused_cross_entropy(inputs, torch.arange(40), **plain | options), x)
+    few, many = tensor(2, 131072, dtype=torch.bfloat16), tensor(70000, 8, dtype=torch.bfloat16)
+    for x in (few, many):  # rows that are split and merged; rows that several programs reduce
+        differentiate(fused_cross_entropy(x, torch.zeros(len(x), dtype=torch.long), **plain), x)
+    images, probs = tensor(2, 50, 6, 7), tensor(4, 300)
+    differentiate(fused_cross_entropy(images, torch.zeros(2, 6, 7, dtype=torch.long), **plain), images)
+    target = torch.full((4, 300), 1 / 300, requires_grad=True)
+    differentiate(fused_cross_entropy(probs, target, backend="triton"), probs, target)
+    h, w = tensor(40, 16, dtype=torch.bfloat16), tensor(5003, 16, dtype=torch.bfloat16)
+    for budget in (None, 10**6):
+        linear = fused_linear_cross_entropy(h, w, torch.arange(40), memory_budget=budget, z_loss=1e-4, **plain)
+        torch.autograd.grad(linear, (h, w), torch.tensor(2.0, dtype=linear.dtype))
+    log_probs, entropy = fused_linear_log_probs(h, w, torch.arange(40), return_entropy=True, backend="triton")
+    torch.autograd.grad(log_probs.sum() + entropy.sum(), (h, w))
+
+
+def check(arch: int) -> list[str]:
+    """The names of the kernels that were launched and checked, once for every launch."""
+    from .host import pretend
+
+    with ExitStack() as stack:
+        driver = stack.enter_context(StubDriver(arch))
+        pretend(stack)
+        launch_all()
+        return driver.checked
+
+
+def main() -> None:
+    if "TRITON_INTERPRET" in os.environ:  # nothing would be compiled
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, "-m", "bench.proofs.launcher", *sys.argv[1:]], environment)
+    checked = check(90)
+    for name in sorted(set(checked)):
+        print(f"{name:20} {checked.count(name)} launches, parameters as passed")
+
+
+if __name__ == "__main__":
+    main()

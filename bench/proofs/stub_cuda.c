@@ -1,0 +1,67 @@
+// A libcuda.so.1 that launches nothing and keeps what the last launch would have given to the kernel.
+#include <cuda.h>
+#include <string.h>
+
+#define MOST 256
+
+// The parameters of a kernel, as its machine code wants them.
+typedef struct {
+  int count;
+  int sizes[MOST];
+} Function;
+
+struct {
+  int launches;
+  unsigned grid[3], threads, shared;
+  unsigned char values[MOST][8];
+} last_launch;
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra) {
+  Function *function = (Function *)f;
+  last_launch.launches++;
+  last_launch.grid[0] = config->gridDimX;
+  last_launch.grid[1] = config->gridDimY;
+  last_launch.grid[2] = config->gridDimZ;
+  last_launch.threads = config->blockDimX;
+  last_launch.shared = config->sharedMemBytes;
+  memset(last_launch.values, 0, sizeof last_launch.values);
+  for (int i = 0; i < function->count; i++)
+    memcpy(last_launch.values[i], params[i], function->sizes[i]);
+  return CUDA_SUCCESS;
+}
+
+// All memory is the device's.
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  *(CUdeviceptr *)data = pointer;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void **data, CUdeviceptr pointer) {
+  for (unsigned i = 0; i < count; i++)
+    *(CUdeviceptr *)data[i] = pointer;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext *context) {
+  *context = (CUcontext)1;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorString(CUresult error, const char **text) {
+  *text = "an error that the stub does not know";
+  return CUDA_SUCCESS;
+}
+
+// Triton's launcher is linked to these, and calls none of them for a launch.
+CUresult cuCtxSetCurrent(CUcontext c) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuCtxSetLimit(CUlimit l, size_t v) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuCtxGetLimit(size_t *v, CUlimit l) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuDeviceGet(CUdevice *d, int i) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuDriverGetVersion(int *v) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *n) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuModuleLoadData(CUmodule *m, const void *i) { return CUDA_ERROR_NOT_SUPPORTED; }
