@@ -33,7 +33,7 @@ class Ranks:
             for rank in range(self.world)
         ]  # fmt: skip
 
-    def run(self, name, arguments, timeout=120):
+    def run(self, name, arguments, timeout=300):
         """What the function returned, on every rank; `arguments` has the keyword arguments of each."""
         if not self.processes:
             self._start()

@@ -61,15 +61,9 @@ def loaded() -> tuple[Launch, Any]:
 
     include = Path(nvidia.__file__ or "", "..", "include").resolve()
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "libcuda.so.1")
-        command = [
-            os.environ.get("CC", "cc"),
-            "-shared",
-            "-fPIC",
-            f"-I{include}",
-            Path(__file__).with_name("stub_cuda.c"),
-        ]
-        subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", library], check=True)
+        library, source = Path(folder, "libcuda.so.1"), Path(__file__).with_name("stub_cuda.c")
+        options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+        subprocess.run([os.environ.get("CC", "cc"), *options], check=True)
         last = Launch.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "last_launch")
         os.environ["TRITON_LIBCUDA_PATH"] = folder  # for the linker
         return last, CudaUtils()
