@@ -45,7 +45,7 @@ class Block(NamedTuple):
     @property
     def checks(self) -> bool:
         """Whether running it can fail for another reason than an error."""
-        return self.output is not None or "assert " in self.code
+        return self.output is not None or "assert" in self.code
 
 
 def blocks(page: Path, language: str = "python") -> list[Block]:

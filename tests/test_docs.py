@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code runs, their commands parse, their links lead somewhere, the site builds."""
+"""The README and docs/: their code runs, their commands parse, their links lead somewhere, the site builds."""
 
 import os
 import re
