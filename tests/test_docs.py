@@ -1,5 +1,7 @@
 """The README and docs/: their code runs, their commands parse, their links lead somewhere, the site builds."""
 
+import abc
+import inspect
 import os
 import re
 import shlex
@@ -18,7 +20,7 @@ from .snippets import DOCS, PAGES, ROOT, blocks, links, name_of
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page)]
 #: What the code of a page needs, where it is not all that the package itself needs.
-NEEDS = {"docs/guides/trl.md": ["trl"], "docs/guides/migrating.md": ["trl"]}
+NEEDS = {"docs/guides/trl.md": ["trl"], "docs/guides/migrating.md": ["liger_kernel"]}
 COMMANDS = [
     (block, line)
     for page in PAGES
@@ -57,7 +59,7 @@ STAND_INS = {
     "llamafactory.train.tuner": module(run_exp=run_exp),
     "torchtune": module(),
     "torchtune.modules": module(),
-    "torchtune.modules.loss": module(SFTLoss=object),
+    "torchtune.modules.loss": module(SFTLoss=type("SFTLoss", (abc.ABC, torch.nn.Module), {})),
 }
 
 
@@ -152,3 +154,22 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     for page in pages:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?(https?:[^\">\s]*)", page.read_text())
         assert not loaded, f"{page.name} loads {loaded}"
+
+
+def test_the_migration_guide_names_what_others_have():
+    """The order of Liger's and TRL's arguments, and their names, in the installed versions."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    kernels = pytest.importorskip("trl.kernels")
+    guide = (DOCS / "guides" / "migrating.md").read_text()
+
+    def names(function):
+        return list(inspect.signature(function).parameters)
+
+    assert names(liger.LigerFusedLinearCrossEntropyLoss.forward) == ["self", "lin_weight", "_input", "target", "bias"]
+    options = names(liger.LigerFusedLinearCrossEntropyLoss) + names(liger.LigerCrossEntropyLoss)
+    for name in ("lse_square_scale", "return_z_loss", "ce_weight", "accum_dtype", "use_token_scaling", "softcap"):
+        assert name in options
+        assert f"`{name}`" in guide
+    theirs = names(kernels.ChunkedLogProbFunction.forward)[1:]
+    named = re.search(r"ChunkedLogProbFunction\.apply\((.*?)\)", guide)[1].split(", ")
+    assert [name.replace("final_logit_softcapping", "softcap") for name in theirs] == named
