@@ -14,8 +14,8 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The target of a Markdown link or picture, without its anchor.
-LINK = re.compile(r"(?<=\]\()(?P<target>\.\./[^)#\s]+)")
+#: The target of a link or picture, in Markdown or HTML, without its anchor.
+LINK = re.compile(r"""(?:(?<=\]\()|(?<=src=")|(?<=href="))(?P<target>\.\./[^)"#\s]+)""")
 
 
 def file_outside(target: str, page: str) -> str | None:

@@ -153,6 +153,9 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
+    example = "examples/trainer.py"  # to which a page links: a file of the repository becomes one of the site
+    assert (tmp_path / "files" / example).read_bytes() == (ROOT / example).read_bytes()
+    assert f'href="../files/{example}"' in (tmp_path / "guides" / "trainer.html").read_text()
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) >= len(list(DOCS.rglob("*.md")))
     for page in pages:
