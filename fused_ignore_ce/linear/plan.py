@@ -220,11 +220,11 @@ def plan_linear_loss(
 
     Args:
         num_tokens: N, rows of input.
+        num_ignored: how many of them are ignored.
         num_classes: V, rows of linear_weight.
-        num_features: D, columns of linear_weight.
-        num_ignored: how many of the tokens are ignored.
-        dtype: dtype of the matrix products: input's or, under autocast, autocast's.
-        weight_dtype: dtype of linear_weight, where it is another: float32 parameters under autocast.
+        num_features: D.
+        dtype: of the matrix products: input's or, under autocast, autocast's.
+        weight_dtype: of linear_weight, where it is another: float32 parameters under autocast.
         device: where it runs; nothing is allocated there.
         memory_budget: bytes of scratch beside the caller's tensors and the gradients, an int or a string such as
             "512MiB"; None for no limit.
