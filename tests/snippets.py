@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 #: Every page that a reader may open.
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(path for name in ("docs", "examples", ".github") for path in (ROOT / name).rglob("*.md"))]
+)
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE
