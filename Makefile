@@ -4,8 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # One process a core; one that has nothing left to do takes half of what another has.
 PARALLEL := -n auto --dist worksteal
+# Material for MkDocs prints a notice about MkDocs 2 otherwise.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -53,8 +55,13 @@ proofs: $(VENV)/.ready
 sweep: $(VENV)/.ready
 	$(BIN)/python -m tests.transformers_coverage --out docs/transformers-coverage.md
 
+# Builds the site into site/ without a warning, then serves it if somebody is there to read it.
+docs: $(VENV)/.ready
+	$(MKDOCS) build --strict
+	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
+
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

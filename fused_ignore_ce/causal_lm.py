@@ -34,7 +34,7 @@ def fused_causal_lm_loss(
 ) -> Any:
     """Next-token loss with the signature and the result of transformers' `ForCausalLMLoss`.
 
-    Equivalent to::
+    Equivalent to:
 
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]         # unless shift_labels is given
         loss = F.cross_entropy(logits.float().view(-1, vocab_size), labels.view(-1), reduction="sum")
@@ -113,7 +113,7 @@ def fused_linear_causal_lm_loss(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Next-token loss from hidden states and the head's weight, without logits.
 
-    Equivalent to::
+    Equivalent to:
 
         fused_causal_lm_loss(F.linear(hidden_states, linear_weight), labels, None, num_items_in_batch, ...)
 
@@ -139,9 +139,10 @@ def fused_linear_causal_lm_loss(
         TypeError: labels that are no tensor.
         ValueError, IndexError: as `fused_linear_cross_entropy`.
 
-    >>> hidden, head = torch.zeros(1, 3, 2), torch.zeros(5, 2)
-    >>> fused_linear_causal_lm_loss(hidden, head, torch.tensor([[4, 2, -100]])).item()
-    1.6094379425048828
+    Examples:
+        >>> hidden, head = torch.zeros(1, 3, 2), torch.zeros(5, 2)
+        >>> fused_linear_causal_lm_loss(hidden, head, torch.tensor([[4, 2, -100]])).item()
+        1.6094379425048828
     """
     targets = shift_labels if shift_labels is not None else labels
     if not isinstance(targets, Tensor):

@@ -27,10 +27,11 @@ class IgnoreTokens:
             tensor.
         ValueError: no ids. When called: a batch without labels.
 
-    >>> import torch
-    >>> collator = IgnoreTokens(lambda features: {"labels": torch.tensor(features)}, ids=[0, 7])
-    >>> collator([[5, 7, 0]])
-    {'labels': tensor([[   5, -100, -100]])}
+    Examples:
+        >>> import torch
+        >>> collator = IgnoreTokens(lambda features: {"labels": torch.tensor(features)}, ids=[0, 7])
+        >>> collator([[5, 7, 0]])
+        {'labels': tensor([[   5, -100, -100]])}
     """
 
     def __init__(self, collator: Callable[..., Any], ids: int | Collection[int]) -> None:

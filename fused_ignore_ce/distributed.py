@@ -244,7 +244,7 @@ def global_token_count(
 ) -> Tensor:
     """The number of targets that are not ignored, over all ranks of a group whose ranks have tokens of their own.
 
-    It makes the mean over ranks with unequal numbers of ignored tokens the true one::
+    It makes the mean over ranks with unequal numbers of ignored tokens the true one:
 
         normalizer = global_token_count(target, group) / group.size()    # DDP and FSDP average gradients over ranks
         fused_cross_entropy(logits, target, normalizer=normalizer)

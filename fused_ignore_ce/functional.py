@@ -83,7 +83,7 @@ def fused_cross_entropy(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross entropy between logits and targets, at no cost for ignored rows.
 
-    Equivalent to::
+    Equivalent to:
 
         x = softcap * torch.tanh(logit_scale * input.float() / softcap)    # without softcap: logit_scale * input
         loss = F.cross_entropy(x, target, weight, reduction="none", label_smoothing=label_smoothing)
@@ -145,9 +145,10 @@ def fused_cross_entropy(
         a process_group. Deterministic. With a process_group there are two collectives in forward, the first of which
         is waited for (it tells the sizes of the shards), and none in backward.
 
-    >>> logits = torch.zeros(3, 4, requires_grad=True)
-    >>> fused_cross_entropy(logits, torch.tensor([1, -100, 2])).item()
-    1.3862943649291992
+    Examples:
+        >>> logits = torch.zeros(3, 4, requires_grad=True)
+        >>> fused_cross_entropy(logits, torch.tensor([1, -100, 2])).item()
+        1.3862943649291992
     """
     with local_logits(process_group, LogitsTensors(input, target, weight, token_weight)) as (group, tensors):
         ids = ignored_ids(ignore_index)

@@ -134,8 +134,9 @@ class patch_transformers:  # a function that is also a context manager
 
     A model that was patched itself keeps its options. As a context manager, it ends with the block.
 
-    >>> with patch_transformers(ignore_index=0):
-    ...     pass
+    Examples:
+        >>> with patch_transformers(ignore_index=0):
+        ...     pass
     """
 
     def __init__(

@@ -40,9 +40,10 @@ def _check(module: Any) -> None:
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss` computed by `fused_cross_entropy`; its constructor takes that function's options too.
 
-    >>> criterion = FusedCrossEntropyLoss(ignore_index=[0, 3])
-    >>> criterion(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item()
-    1.3862943649291992
+    Examples:
+        >>> criterion = FusedCrossEntropyLoss(ignore_index=[0, 3])
+        >>> criterion(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item()
+        1.3862943649291992
     """
 
     @explains_keywords
@@ -115,9 +116,10 @@ class FusedLinearCrossEntropyLoss(nn.Module):
     `criterion(hidden, target, linear_weight=embedding.weight)`. The weight is then a parameter of the embedding alone,
     once in the state_dict, and whatever replaces it there (casts, FSDP) is what the next call gets.
 
-    >>> criterion = FusedLinearCrossEntropyLoss(2, 4, ignore_index=[0, 3])
-    >>> criterion(torch.zeros(3, 2), torch.tensor([0, 1, 3])).item()
-    1.3862943649291992
+    Examples:
+        >>> criterion = FusedLinearCrossEntropyLoss(2, 4, ignore_index=[0, 3])
+        >>> criterion(torch.zeros(3, 2), torch.tensor([0, 1, 3])).item()
+        1.3862943649291992
     """
 
     weight: Tensor | None

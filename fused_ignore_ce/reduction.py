@@ -15,17 +15,19 @@ class LossStats(NamedTuple):
     """Statistics of the rows, from the same pass over the logits as the loss. They are 0 (False) at ignored rows.
 
     Detached, unless `return_stats="differentiable"`: then `lse` and `entropy` have gradients.
+
+    Attributes:
+        num_tokens: rows that were not ignored; 0-d int64.
+        lse: log(sum(exp(used logits))) in nats; target-shaped, float32 (float64 for float64 input).
+        correct: whether the largest logit (the first of them on ties) is the target's; target-shaped bool.
+        entropy: entropy of the softmax in nats; target-shaped, float32 (float64 for float64 input).
+        predicted: the class of the largest logit (the first of them on ties); target-shaped int64.
     """
 
-    #: Rows that were not ignored; 0-d int64.
     num_tokens: Tensor
-    #: log(sum(exp(used logits))) in nats; target-shaped, float32 (float64 for float64 input).
     lse: Tensor
-    #: Whether the largest logit (the first of them on ties) is the target's; target-shaped bool.
     correct: Tensor
-    #: Entropy of the softmax in nats; target-shaped, float32 (float64 for float64 input).
     entropy: Tensor
-    #: The class of the largest logit (the first of them on ties); target-shaped int64.
     predicted: Tensor
 
 

@@ -57,8 +57,9 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
         `compute_loss_func`) is fused by `patch_model(model, without_labels=True)`, which this calls then, unless the
         model is patched already. A model that was saved and loaded again is not patched.
 
-    >>> from trl import SFTConfig, SFTTrainer  # doctest: +SKIP
-    >>> trainer = patch_trainer(SFTTrainer(model, SFTConfig("output"), train_dataset=dataset))  # doctest: +SKIP
+    Examples:
+        >>> from trl import SFTConfig, SFTTrainer  # doctest: +SKIP
+        >>> trainer = patch_trainer(SFTTrainer(model, SFTConfig("output"), train_dataset=dataset))  # doctest: +SKIP
     """
     utils = _trl_utils()
     check_backend(backend)

@@ -26,15 +26,21 @@ class FusedCalls:
 
 @dataclass
 class FusionReport:
-    """What a patched model's logits were used for since it was patched; `print` shows it as a table."""
+    """What a patched model's logits were used for since it was patched; `print` shows it as a table.
 
-    #: By kind of loss, such as "cross_entropy" or "gather(log_softmax(logits))": calls that needed no logits.
+    Attributes:
+        fused: by kind of loss, such as "cross_entropy" or "gather(log_softmax(logits))": the calls that needed no
+            logits, the tokens of those calls, and how many of the tokens were ignored.
+        on_logits: by kind of loss: the calls of a loss of this package on logits that were there, because the head
+            could not be deferred.
+        reads: by "operation (file:line)": how often it made deferred logits be computed.
+        bytes_not_allocated: bytes of the logits, in their dtype, that losses were taken of and that nobody read. Each
+            is counted once.
+    """
+
     fused: dict[str, FusedCalls] = field(default_factory=dict)
-    #: By kind of loss: calls of a loss of this package on logits that were there (no head that could be deferred).
     on_logits: dict[str, FusedCalls] = field(default_factory=dict)
-    #: By "operation (file:line)": how often it made deferred logits be computed.
     reads: dict[str, int] = field(default_factory=dict)
-    #: Bytes of the logits, in their dtype, that losses were taken of and that nobody read. Each is counted once.
     bytes_not_allocated: int = 0
 
     def add(self, other: FusionReport) -> None:

@@ -69,7 +69,7 @@ def fused_linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross entropy from hidden states, computed tile by tile; ignored rows are dropped before any matrix product.
 
-    Equivalent to::
+    Equivalent to:
 
         fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, ...)
 
@@ -132,9 +132,10 @@ def fused_linear_cross_entropy(
         sizes of the shards), and one in backward: the sum of input's gradient, in float32. Several tiles, where they
         are needed, cost the fourth matrix product, since the ranks exchange their sums once, for all tokens.
 
-    >>> h, w = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
-    >>> fused_linear_cross_entropy(h, w, torch.tensor([1, -100, 2])).item()
-    1.3862943649291992
+    Examples:
+        >>> h, w = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+        >>> fused_linear_cross_entropy(h, w, torch.tensor([1, -100, 2])).item()
+        1.3862943649291992
     """
     tensors = LinearTensors(input, linear_weight, target, linear_bias, weight, token_weight)
     with local_linear(process_group, tensors) as (group, tensors):

@@ -35,7 +35,7 @@ def fused_linear_log_probs(
 ) -> Any:
     """Log-probabilities of the targets, for preference and policy-gradient training.
 
-    Equivalent to::
+    Equivalent to:
 
         F.linear(input, linear_weight, linear_bias).float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
@@ -64,10 +64,11 @@ def fused_linear_log_probs(
 
     Raises:
         ValueError: a temperature that is not above 0.
-        Otherwise as `fused_linear_cross_entropy`.
+        IndexError, TypeError, ValueError: what `fused_linear_cross_entropy` raises for the same mistake.
 
-    >>> fused_linear_log_probs(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
-    tensor([-1.3863,  0.0000])
+    Examples:
+        >>> fused_linear_log_probs(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
+        tensor([-1.3863,  0.0000])
     """
     tensors = LinearTensors(input, linear_weight, target, linear_bias, None, token_weight)
     with local_linear(process_group, tensors) as (group, tensors):

@@ -65,11 +65,17 @@ MACHINES = {
 
 
 class LinearPlan(NamedTuple):
-    """How a linear loss is computed, see `plan_linear_loss`."""
+    """How a linear loss is computed, see `plan_linear_loss`.
 
-    plan: str  #: "one block", "token chunks" or "vocabulary blocks"
-    chunk: int  #: tokens of a chunk; classes of a block for "vocabulary blocks"
-    bytes: int  #: scratch at its peak, beside the tensors of the caller and the gradients
+    Attributes:
+        plan: "one block", "token chunks" or "vocabulary blocks".
+        chunk: tokens of a chunk; classes of a block for "vocabulary blocks".
+        bytes: scratch at its peak, beside the tensors of the caller and the gradients.
+    """
+
+    plan: str
+    chunk: int
+    bytes: int
 
     def tile(self, N: int, V: int) -> tuple[int, int]:
         """(rows, classes) of the logits that exist at a time."""
@@ -214,7 +220,7 @@ def plan_linear_loss(
 
     Args:
         num_tokens: N, rows of input.
-        num_ignored: those of them that are ignored.
+        num_ignored: how many of them are ignored.
         num_classes: V, rows of linear_weight.
         num_features: D.
         dtype: of the matrix products: input's or, under autocast, autocast's.
@@ -223,7 +229,7 @@ def plan_linear_loss(
         memory_budget: bytes of scratch beside the caller's tensors and the gradients, an int or a string such as
             "512MiB"; None for no limit.
         input_grad: whether input wants a gradient.
-        weight_grad: whether linear_weight does.
+        weight_grad: whether linear_weight wants a gradient.
         reduction: "none" computes gradients in backward, from logits computed again.
 
     Returns:
@@ -237,10 +243,11 @@ def plan_linear_loss(
             tokens than tokens, or an unknown reduction.
         TypeError: a memory_budget that is no number of bytes, a dtype that is not floating.
 
-    >>> plan_linear_loss(8192, 128256, 4096).plan
-    'one block'
-    >>> plan_linear_loss(8192, 128256, 4096, memory_budget=2**29).plan
-    'vocabulary blocks'
+    Examples:
+        >>> plan_linear_loss(8192, 128256, 4096).plan
+        'one block'
+        >>> plan_linear_loss(8192, 128256, 4096, memory_budget=2**29).plan
+        'vocabulary blocks'
     """
     for name, size in (("num_tokens", num_tokens), ("num_classes", num_classes), ("num_features", num_features)):
         if size < 0:

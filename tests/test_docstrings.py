@@ -1,9 +1,8 @@
-"""The README's snippets and the docstrings' examples run as they stand."""
+"""The docstrings' examples run as they stand, and every option is explained."""
 
 import doctest
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,34 +15,6 @@ import fused_ignore_ce.linear.cross_entropy
 import fused_ignore_ce.linear.log_probs
 import fused_ignore_ce.linear.plan
 import fused_ignore_ce.modules
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_there_are_snippets():
-    assert len(SNIPPETS) == 8
-
-
-@pytest.fixture(autouse=True)
-def _no_process_group_remains():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet(code):
-    scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
-    assert scope["loss"].isfinite() if "loss" in scope else "model" in scope
-
-
-def test_the_fusion_report_is_what_the_snippet_prints(capsys):
-    (code,) = [snippet for snippet in SNIPPETS if "print(fusion_report(model))" in snippet]
-    exec(compile(code, "README.md", "exec"), {})
-    assert f"```text\n{capsys.readouterr().out}```" in README
-
 
 MODULES = [
     fused_ignore_ce.causal_lm,
