@@ -57,9 +57,7 @@ def run(name, folder, *options):
         cwd=folder, env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not re.search(
-        "mismatch", done.stdout + done.stderr, re.I
-    )  # of tokens of prompts, alone and with completions
+    assert "not a prefix" not in done.stderr  # TRL, where a token spans prompt and completion
     assert not list(folder.iterdir())
     return done.stdout
 
