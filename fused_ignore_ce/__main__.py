@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Defaults,
     )
     sizes = {
-        "steps": "training steps of each run",
+        "steps": "training steps of each model",
         "batch": "functions per step",
         "length": "tokens per function, cut or padded",
         "vocab": "tokens in the vocabulary, at most",
@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, metavar="N", default=demo.Options.seed, help="seed of data and weights")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default_device, help="cpu or cuda")
-    command.add_argument("--out", type=Path, metavar="PNG", default=demo.Options.out, help="picture of the curves")
+    command.add_argument(
+        "--out", type=Path, metavar="PNG", default=demo.Options.out, help="picture of loss curves, time and memory"
+    )
     command = commands.add_parser(
         "plan",
         help="predict memory and time of a model's loss from its sizes, without running it",
@@ -146,9 +148,10 @@ def _positive(text: str) -> int:
 
 
 def environment() -> str:
-    """Versions, and the devices with the backend that "auto" chooses on each."""
+    """Versions of what matters in a bug report, and the devices with the backend that "auto" chooses on each."""
     versions = {"fused_ignore_ce": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: _version(name) for name in ("triton", "transformers")}
+    packages = ("triton", "transformers", "accelerate", "peft", "trl", "liger-kernel")
+    versions |= {name: _version(name) for name in packages}
     lines = [f"{name:<16} {version}" for name, version in versions.items()]
     capability = torch.backends.cpu.get_cpu_capability()
     devices = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}

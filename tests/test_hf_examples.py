@@ -1,6 +1,7 @@
 """Every example runs as a user would run it, and learns."""
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -77,4 +78,23 @@ def test_example(name, tmp_path):
         assert 0 < float(re.search(r"eval_accuracy\W+(\d\.\d+)", printed)[1]) < 1
         assert re.search(r"^fused: argmax\(logits\): [1-9]", printed, re.M)
     assert re.search(r"^fused: [^:]+: [1-9]\d* calls, [1-9]\d* tokens, [1-9]\d* of them ignored$", printed, re.M)
+    assert "\nlogits read: never\nlogits not allocated: " in printed, printed
+
+
+def test_a_model_by_its_name(tmp_path):
+    """With a tokenizer that has no padding token, as many have, and a vocabulary that shows which model was trained."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    source, folder = tmp_path / "model", tmp_path / "elsewhere"
+    folder.mkdir()
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([Path(__file__).read_text()], vocab_size=300, special_tokens=["<end>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>").save_pretrained(source)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(source)
+    printed = run("bare_loop", folder, "--steps", "1", "--model", str(source))
+    first = re.search(LOSS, printed)
+    assert float(first[1]) == pytest.approx(math.log(300), abs=0.1)
     assert "\nlogits read: never\nlogits not allocated: " in printed, printed
