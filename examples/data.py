@@ -5,42 +5,48 @@ import itertools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tokenizers import ByteLevelBPETokenizer
+import torch
 
 IGNORED = -100  # the label of tokens that count in no loss
 
 
-def functions() -> Iterator[tuple[str, str]]:
-    """(signature, body) of every short function."""
+def _functions() -> Iterator[tuple[str, str]]:
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="ignore")
         lines = source.split("\n")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno < 40:
-                head, _, body = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("\n")
-                yield head + "\n", body
+                signature, newline, body = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("\n")
+                yield signature.strip(), newline + body
 
 
-def texts_and_tokenizer(*special: str, count: int = 600) -> tuple[list[tuple[str, str]], ByteLevelBPETokenizer]:
-    """The first functions, and a tokenizer of 2048 tokens trained on them; special tokens have the first ids."""
-    texts = list(itertools.islice(functions(), count))
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        itertools.chain(*texts), vocab_size=2048, special_tokens=list(special), show_progress=False
-    )
-    return texts, tokenizer
+def functions(count: int = 600) -> list[tuple[str, str]]:
+    """(signature, body) of short functions. Tokens never span both, since a body begins with a line break."""
+    return list(itertools.islice(_functions(), count))
 
 
-def encode(
-    tokenizer: ByteLevelBPETokenizer, prompt: str, body: str, length: int, padding_label: int = IGNORED
-) -> dict[str, list[int]]:
-    """One row of a batch, padded with token 0. The labels of the prompt are ignored."""
-    head = tokenizer.encode(prompt).ids[: length // 2]
-    ids = (head + tokenizer.encode(body).ids)[:length]
-    padding = length - len(ids)
-    return {
-        "input_ids": ids + [0] * padding,
-        "labels": [IGNORED] * len(head) + ids[len(head) :] + [padding_label] * padding,
-        "attention_mask": [1] * len(ids) + [0] * padding,
-    }
+def tokenized(tokenizer: Any, length: int = 64, padding_label: int = IGNORED) -> list[dict[str, list[int]]]:
+    """The functions as rows of equal length. The labels of the prompt are ignored."""
+    rows = []
+    for prompt, body in functions():
+        head = tokenizer(prompt, add_special_tokens=False).input_ids[: length // 2]
+        ids = (head + tokenizer(body, add_special_tokens=False).input_ids)[:length]
+        padding = length - len(ids)
+        rows.append(
+            {
+                "input_ids": ids + [tokenizer.pad_token_id] * padding,
+                "labels": [IGNORED] * len(head) + ids[len(head) :] + [padding_label] * padding,
+                "attention_mask": [1] * len(ids) + [0] * padding,
+            }
+        )
+    return rows
+
+
+def batches(rows: list[dict[str, list[int]]], size: int, device: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of tensors without an end."""
+    endless = itertools.cycle(rows)
+    while True:
+        batch = list(itertools.islice(endless, size))
+        yield {name: torch.tensor([row[name] for row in batch], device=device) for name in batch[0]}

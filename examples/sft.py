@@ -1,36 +1,42 @@
-"""TRL's SFTTrainer with this package's loss, by one line: completions of Python functions."""
+"""TRL's SFTTrainer with this package's loss, by one line: completions of Python functions.
 
-import argparse
+Run it by `python examples/sft.py [--model NAME] [--steps N]`.
+"""
+
 import tempfile
 
-import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from data import texts_and_tokenizer
+from data import functions
 from fused_ignore_ce.hf import fusion_report
 from fused_ignore_ce.trl import patch_trainer
+from models import GPU, arguments, load
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=40)
-steps = parser.parse_args().steps
-torch.manual_seed(0)
+options = arguments()
+model, tokenizer = load(options.model)
 disable_progress_bars()
 
-texts, bpe = texts_and_tokenizer("<pad>", "<end>")
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<end>")
-sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes))
-
 with tempfile.TemporaryDirectory() as folder:
-    arguments = SFTConfig(
-        folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=3e-3, max_length=64, bf16=False,
-        completion_only_loss=True, logging_steps=max(1, steps // 10), save_strategy="no", report_to="none",
-        use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    data = Dataset.from_list([{"prompt": prompt, "completion": body} for prompt, body in texts])
-    trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
-    patch_trainer(trainer)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=4,
+            learning_rate=3e-3,
+            max_length=64,
+            completion_only_loss=True,
+            logging_steps=max(1, options.steps // 10),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=GPU,
+            use_cpu=not GPU,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt, "completion": body} for prompt, body in functions()]),
+        processing_class=tokenizer,
+    )
+    patch_trainer(trainer)  # the only change
     trainer.train()
 print(fusion_report(model))

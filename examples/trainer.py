@@ -1,29 +1,55 @@
-"""transformers' Trainer: fine-tunes a small Llama on functions of Python's standard library, prompts ignored."""
+"""transformers' Trainer with evaluation: loss and accuracy, and no logits for either.
 
-import argparse
+Run it by `python examples/trainer.py [--model NAME] [--steps N]`.
+"""
+
 import tempfile
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from data import encode, texts_and_tokenizer
+from data import tokenized
 from fused_ignore_ce.hf import fusion_report, patch_model
+from models import GPU, arguments, load
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=40)
-steps = parser.parse_args().steps
-torch.manual_seed(0)
+options = arguments()
+model, tokenizer = load(options.model)
+patch_model(model)  # the only change
 
-texts, tokenizer = texts_and_tokenizer("<pad>")
-sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-model = patch_model(LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)))  # the only change
+
+def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """One id per token instead of logits; computed a tile of logits at a time."""
+    return logits.argmax(-1)
+
+
+def accuracy(results: EvalPrediction) -> dict[str, Any]:
+    predicted, labels = results.predictions[:, :-1], results.label_ids[:, 1:]
+    return {"accuracy": (predicted == labels)[labels != -100].mean()}
+
 
 with tempfile.TemporaryDirectory() as folder:
-    arguments = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-3,
-        logging_steps=max(1, steps // 10), save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    data = [encode(tokenizer, prompt, body, 64) for prompt, body in texts]
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    rows = tokenized(tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            logging_steps=max(1, options.steps // 10),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=GPU,
+            use_cpu=not GPU,
+        ),
+        train_dataset=rows[50:],
+        eval_dataset=rows[:50],
+        preprocess_logits_for_metrics=most_likely,
+        compute_metrics=accuracy,
+    )
     trainer.train()
+    trainer.evaluate()
 print(fusion_report(model))

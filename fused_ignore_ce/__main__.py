@@ -1,4 +1,4 @@
-"""`python -m fused_ignore_ce demo` shows the library at work; `plan` what a loss will cost; `env` what it runs on."""
+"""The command line of fused_ignore_ce: see it at work, predict what a loss will cost, list what it runs on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends, cost, demo
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+from .options import budget_bytes, floating_dtype
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +37,7 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         print(
             cost.report(
-                options.tokens, classes, features, ignored=options.ignored, dtype=DTYPES[options.dtype],
+                options.tokens, classes, features, ignored=options.ignored, dtype=options.dtype,
                 device=options.device, memory_budget=options.memory_budget, rate=rate,
             )
         )  # fmt: skip
@@ -50,14 +49,13 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fused_ignore_ce", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser("env", help="print versions, devices and the backend that each device gets")
     command = commands.add_parser(
         "demo",
-        help="train a small model with the plain and with the fused loss, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train a small model with the plain and with the fused loss, and compare curves, time and memory",
+        formatter_class=_Defaults,
     )
     sizes = {
-        "steps": "training steps of each run",
+        "steps": "training steps of each model",
         "batch": "functions per step",
         "length": "tokens per function, cut or padded",
         "vocab": "tokens in the vocabulary, at most",
@@ -69,20 +67,49 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, metavar="N", default=demo.Options.seed, help="seed of data and weights")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default_device, help="cpu or cuda")
-    command.add_argument("--out", type=Path, metavar="PNG", default=demo.Options.out, help="picture of the curves")
+    command.add_argument(
+        "--out", type=Path, metavar="PNG", default=demo.Options.out, help="picture of loss curves, time and memory"
+    )
     command = commands.add_parser(
         "plan",
-        help="print what the linear loss of a model will take, plain and fused, by arithmetic",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="predict memory and time of a model's loss from its sizes, without running it",
+        formatter_class=_Defaults,
     )
-    command.add_argument("--model-shape", type=_shape, metavar="VxD", required=True, help="classes x features")
-    command.add_argument("--tokens", type=_positive, metavar="N", required=True, help="tokens of a step")
-    command.add_argument("--ignored", type=_share, metavar="SHARE", default=0.0, help="of the tokens, 0 to 1")
-    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the matrix products")
-    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it will run")
-    command.add_argument("--memory-budget", type=_bytes, metavar="BYTES", help="of scratch: 512MiB, 2GiB, or bytes")
-    command.add_argument("--tflops", type=float, metavar="X", help="rate of the matrix products, if you know better")
+    command.add_argument(
+        "--model-shape",
+        type=_shape,
+        metavar="VxD",
+        required=True,
+        help="classes x features of the head, as in 128256x4096",
+    )
+    command.add_argument(
+        "--tokens", type=_positive, metavar="N", required=True, help="tokens of a step, ignored ones included"
+    )
+    command.add_argument(
+        "--ignored", type=_share, metavar="SHARE", default=0.0, help="share of the tokens that is ignored, from 0 to 1"
+    )
+    command.add_argument("--dtype", type=_dtype, metavar="DTYPE", default="bf16", help="dtype of the matrix products")
+    command.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="device that the prediction is for; none is needed here",
+    )
+    command.add_argument(
+        "--memory-budget", type=_bytes, metavar="BYTES", help="limit on scratch memory: 512MiB, 2GB, or bytes"
+    )
+    command.add_argument(
+        "--tflops", type=float, metavar="X", help="rate of the matrix products in TFLOP/s, if you measured it"
+    )
+    commands.add_parser("env", help="print versions, devices, and each device's backend: what a bug report needs")
     return parser
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -99,11 +126,18 @@ def _share(text: str) -> float:
     return value
 
 
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected a size as in 512MiB, got {text}")
-    return int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(found[2] or "B"))
+def _bytes(text: str) -> int | None:
+    try:
+        return budget_bytes(text)
+    except TypeError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _dtype(text: str) -> torch.dtype:
+    try:
+        return floating_dtype("dtype", text)
+    except TypeError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _positive(text: str) -> int:
@@ -114,9 +148,10 @@ def _positive(text: str) -> int:
 
 
 def environment() -> str:
-    """Versions, and the devices with the backend that "auto" chooses on each."""
+    """Versions of what matters in a bug report, and the devices with the backend that "auto" chooses on each."""
     versions = {"fused_ignore_ce": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: _version(name) for name in ("triton", "transformers")}
+    packages = ("triton", "transformers", "accelerate", "peft", "trl", "liger-kernel")
+    versions |= {name: _version(name) for name in packages}
     lines = [f"{name:<16} {version}" for name, version in versions.items()]
     capability = torch.backends.cpu.get_cpu_capability()
     devices = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .operators import is_plain
-from .options import LossOptions, check_backend
+from .options import LossOptions, check_backend, out_of_bounds
 from .rows import Block, Rows, Saved, Upstream
 
 #: The sums over blocks of the vocabulary, (5, parts, N), and their argmax (parts, N), empty without statistics.
@@ -141,10 +141,7 @@ def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if wrong.any():
-        raise IndexError(
-            f"target {target[wrong][0].item()} is out of bounds: expected a class in [0, {classes}) or "
-            f"ignore_index={ignore_index}"
-        )
+        raise IndexError(out_of_bounds(int(target[wrong][0]), classes, ignore_index))
 
 
 def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:

@@ -59,7 +59,7 @@ def linear_cost(
     num_ignored: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
 ) -> Cost:
     """Predicts the cost of a loss, forward and backward, on both paths. The arguments are `plan_linear_loss`'s.
 
@@ -98,7 +98,7 @@ def report(
     ignored: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     rate: Rate | None = None,
 ) -> str:
     """`linear_cost` as `python -m fused_ignore_ce plan` prints it. The default rate is `known_rate`'s."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .options import LossOptions, ignored_ids
+from .options import LossOptions, ignored_ids, out_of_bounds
 from .rows import Block, Logits, Rows
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows:
         bad = header.lowest if header.lowest < 0 else header.highest
         if header.lowest <= header.highest and not 0 <= bad < classes:
             raise IndexError(
-                f"target {bad} is out of bounds: expected a class in [0, {classes}) or ignore_index={ignore_index}; "
-                f"it came on rank {rank} of the process group"
+                f"{out_of_bounds(bad, classes, ignore_index)}; it came on rank {rank} of the process group"
             )
     _check_same(headers, "rows", "numbers of rows")
     _check_same(headers, "call", "arguments or dtypes", show=False)

@@ -65,7 +65,7 @@ def fused_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    ignore_index: int | Collection[int] = -100,
+    ignore_index: int | Collection[int] | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     softcap: float | None = None,
@@ -98,9 +98,9 @@ def fused_cross_entropy(
             shape, any floating dtype. Probabilities get a gradient if they require one.
         weight: (C), the dtype of input, or float32 with 16-bit logits; scales each class's loss, and "mean" divides by
             the kept targets' weights.
-        ignore_index: a class id, or a collection of them (with -100 among them, if it occurs), in or out of [0, C).
-            Rows with such a target are not read; they add exactly 0 to the loss and get exactly-zero gradients, even
-            where they hold NaN.
+        ignore_index: a class id, or a collection of them, in or out of [0, C). It replaces -100: where that occurs
+            too, pass [-100, 0]. None means -100; there is no value that ignores nothing. Rows with such a target are
+            not read; they add exactly 0 to the loss and get exactly-zero gradients, even where they hold NaN.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution (Szegedy et al. 2016,
             "Rethinking the Inception Architecture for Computer Vision").

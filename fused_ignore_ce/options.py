@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -45,7 +46,7 @@ class CausalLMKeywords(RowKeywords, total=False):
 class CrossEntropyKeywords(RowKeywords, total=False):
     """The keywords of `fused_cross_entropy` that do not change the type of its result."""
 
-    ignore_index: int | Collection[int]
+    ignore_index: int | Collection[int] | None
     reduction: str
     token_weight: Tensor | None
     normalizer: float | Tensor | None
@@ -179,26 +180,61 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
+#: MB is 10^6 bytes, MiB is 2^20.
 _UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{letter}{rest}": 1024**power for power, letter in enumerate("kmgt", 1) for rest in ("", "b", "ib")}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 
 
 def budget_bytes(memory_budget: int | str | None) -> int | None:
-    """`memory_budget` as a number of bytes; a string may have a unit, "512MiB" or "512M", in powers of 1024."""
+    """`memory_budget` as a number of bytes. A string may have a unit, in any case of letters.
+
+    >>> budget_bytes("512MiB"), budget_bytes("0.5 GB"), budget_bytes("4096")
+    (536870912, 500000000, 4096)
+    """
     if memory_budget is None or (isinstance(memory_budget, int) and not isinstance(memory_budget, bool)):
         return memory_budget
     if isinstance(memory_budget, str):
-        text = memory_budget.strip().lower()
-        number = text.rstrip("kmgtib ")
-        unit = _UNITS.get(text[len(number) :].strip())
-        try:
-            if unit is not None and math.isfinite(float(number)):
-                return int(float(number) * unit)
-        except ValueError:
-            pass
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]*)", memory_budget.strip().lower(), re.ASCII)
+        if found and found[2] in _UNITS:
+            return int(float(found[1]) * _UNITS[found[2]])
     raise TypeError(
-        'memory_budget: expected a number of bytes, an int or a string such as "512MiB", or None, got '
-        f"{memory_budget!r}"
+        'memory_budget: expected a number of bytes, an int or a string such as "512MiB", with one of the units B, KB, '
+        f"MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), or None, got {memory_budget!r}"
+    )
+
+
+_DTYPES = {
+    torch.bfloat16: ("bf16", "bfloat16"),
+    torch.float16: ("fp16", "float16", "half"),
+    torch.float32: ("fp32", "float32", "float"),
+    torch.float64: ("fp64", "float64", "double"),
+}
+
+
+def floating_dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
+    """The floating-point dtype that a string names, or the dtype itself; `name` is the argument in the error.
+
+    >>> floating_dtype("dtype", "bf16")
+    torch.bfloat16
+    """
+    if isinstance(dtype, str):
+        for known, names in _DTYPES.items():
+            if dtype.lower().removeprefix("torch.") in names:
+                return known
+    elif isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    spellings = ", ".join(spelling for names in _DTYPES.values() for spelling in names)
+    raise TypeError(f"{name}: expected a floating-point torch.dtype, or one of {spellings}, got {dtype!r}")
+
+
+def out_of_bounds(target: int, classes: int, ignore_index: int) -> str:
+    """The message of an IndexError for a target that is neither a class nor ignored."""
+    replaced = target == -100 != ignore_index
+    hint = "; ignore_index replaces -100, it does not add to it: to ignore both, pass ignore_index=[-100, {}]"
+    return (
+        f"target {target} is out of bounds: expected a class in [0, {classes}) or ignore_index={ignore_index}"
+        f"{hint.format(ignore_index) if replaced else ''}"
     )
 
 

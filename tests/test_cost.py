@@ -49,14 +49,30 @@ def test_a_budget_is_kept_and_costs_a_product(capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "spelling", "same", "other"),
+    [
+        ("--memory-budget", "512MB", "512000000", "512MiB"),
+        ("--memory-budget", "0.5 GiB", "536870912", "512MB"),
+        ("--dtype", "bfloat16", "bf16", "half"),
+        ("--dtype", "half", "fp16", "bf16"),
+    ],
+)
+def test_spellings(capsys, option, spelling, same, other):
+    expected = printed(capsys, option, spelling)
+    assert expected == printed(capsys, option, same)
+    assert expected != printed(capsys, option, other)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--memory-budget", "1MiB"], "expected at least"),
-        (["--memory-budget", "much"], "expected a size as in 512MiB, got much"),
+        (["--memory-budget", "much"], "argument --memory-budget: memory_budget: expected a number of bytes"),
+        (["--dtype", "int8"], "argument --dtype: dtype: expected a floating-point torch.dtype, or one of bf16"),
         (["--ignored", "75"], "expected a share from 0 to 1, got 75"),
         (["--model-shape", "4096"], "expected classes x features"),
     ],
-    ids=["too-small", "no-size", "no-share", "no-shape"],
+    ids=["too-small", "no-size", "no-dtype", "no-share", "no-shape"],
 )
 def test_mistakes_are_named(capsys, arguments, message):
     with pytest.raises(SystemExit):

@@ -7,7 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce import FusedCrossEntropyLoss, backends, fused_causal_lm_loss, fused_cross_entropy
+from fused_ignore_ce import (
+    FusedCrossEntropyLoss,
+    backends,
+    fused_causal_lm_loss,
+    fused_cross_entropy,
+    fused_linear_cross_entropy,
+)
 
 X = torch.randn(3, 5)
 Y = torch.tensor([1, 2, -100])
@@ -103,6 +109,30 @@ def test_out_of_range_reads_and_writes_nothing(target, backend):
     with pytest.raises(IndexError, match=rf"target {target} is out of bounds.*\[0, 5\).*-100"):
         fused_cross_entropy(x, torch.tensor([1, target, -100]), backend=backend, inplace_backward=True)
     torch.testing.assert_close(guarded, before, equal_nan=True)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+@pytest.mark.parametrize("ignore_index", [-1, [-1]], ids=str)
+def test_ignore_index_replaces_minus_100_and_the_error_says_so(ignore_index, linear, backend):
+    h, w, y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([1, -1, -100, 2])
+
+    def loss(y, ignore_index):
+        if linear:
+            return fused_linear_cross_entropy(h, w, y, ignore_index=ignore_index, backend=backend)
+        return fused_cross_entropy(h @ w.T, y, ignore_index=ignore_index, backend=backend)
+
+    with pytest.raises(IndexError, match=r"target -100 is out of bounds.*replaces -100.*ignore_index=\[-100, -1\]$"):
+        loss(y, ignore_index)
+    with pytest.raises(IndexError, match=r"ignore_index=-1$"):  # nothing to do with -100
+        loss(torch.tensor([1, -1, 7, 2]), ignore_index)
+    torch.testing.assert_close(loss(y, [-100, -1]), loss(torch.tensor([1, -100, -100, 2]), -100))
+
+
+def test_ignore_index_none_is_minus_100(backend):
+    y = torch.tensor([1, -100, 2])
+    assert torch.equal(
+        fused_cross_entropy(X, y, ignore_index=None, backend=backend), fused_cross_entropy(X, y, backend=backend)
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.r
 
 #: From the leaves up: a file imports files of its own layer and of layers before it.
 LAYERS = [
-    ["options", "keywords", "rows", "operators", "torch_blocks", "reference", "measure"],
+    ["options", "keywords", "rows", "operators", "torch_blocks", "reference", "measure", "demo_data"],
     ["arguments", "torch_backend"],
     ["reduction", "backends"],
     ["distributed", "dtensor", "shards"],
@@ -20,8 +20,8 @@ LAYERS = [
     ["functional", "linear.sweep", "linear.calls", "linear.row_results", "linear.scaled_sum", "linear.problem"],
     ["linear.cross_entropy", "linear.log_probs", "linear.summed_log_probs", "cost"],
     ["causal_lm", "modules", "collator", "deferred"],
-    ["hf", "per_token", "demo"],
-    ["trl"],
+    ["hf", "per_token"],
+    ["trl", "demo"],
     ["__init__", "__main__"],
 ]
 

@@ -15,6 +15,7 @@ from fused_ignore_ce import (
     fused_linear_cross_entropy,
     fused_linear_log_probs,
     keywords,
+    plan_linear_loss,
 )
 from fused_ignore_ce.hf import patch_model
 
@@ -59,6 +60,25 @@ MISTAKES = [
     ("temperature", ["fused_cross_entropy"], "logit_scale=1 / temperature"),
     ("colour", [name for name in CALLS if name != "fused_causal_lm_loss"], "expected one of .*softcap"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "says"),
+    [
+        ("memory_budgets", "did you mean 'memory_budget'"),
+        ("budget", "its name here is 'memory_budget'"),
+        ("chunk_size", "its name here is 'memory_budget'"),
+        ("ignored", "its name here is 'num_ignored'"),
+        ("vocab_size", "its name here is 'num_classes'"),
+        ("weight_dtyp", "did you mean 'weight_dtype'"),
+        ("colour", "expected one of .*memory_budget"),
+    ],
+)
+def test_unknown_keywords_of_the_planner(keyword, says):
+    with pytest.raises(
+        TypeError, match=rf"plan_linear_loss\(\) got an unexpected keyword argument '{keyword}'.*{says}"
+    ):
+        plan_linear_loss(8, V, D, **{keyword: 1})
 
 
 @pytest.mark.parametrize(("keyword", "functions", "says"), MISTAKES, ids=[m[0] for m in MISTAKES])

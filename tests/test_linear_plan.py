@@ -130,14 +130,36 @@ def test_all_plans_agree(backend, device, monkeypatch):
 
 
 def test_a_budget_may_be_a_string():
-    for text, number in {"512MiB": 512 * MIB, "512 mb": 512 * MIB, "0.5G": 512 * MIB, "4096k": 4 * MIB, "7": 7}.items():
+    """MB is 10^6 bytes, MiB 2^20; a bare M, which some read as the one and some as the other, is refused."""
+    meant = {
+        "512MiB": 512 * MIB,
+        "512 mb": 512 * 10**6,
+        "0.5GiB": 512 * MIB,
+        ".5 GB": 5 * 10**8,
+        "1.5kib": 1536,
+        "7": 7,
+    }
+    for text, number in meant.items():
         assert budget_bytes(text) == number
     assert plan_linear_loss(*LLAMA, memory_budget="512MiB") == plan_linear_loss(*LLAMA, memory_budget=512 * MIB)
-    for wrong in ("1 apple", "MiB", "", "1e400", "nan", 1.5, True, "1MiBs"):
-        with pytest.raises(
-            TypeError, match='memory_budget: expected a number of bytes, an int or a string such as "512'
-        ):
+    for wrong in ("1 apple", "MiB", "", "1e400", "nan", 1.5, True, "1MiBs", "512M", "-1MiB", "1_0"):
+        with pytest.raises(TypeError, match="memory_budget: expected a number of bytes.*MB.*powers of 1000.*MiB"):
             budget_bytes(wrong)
+
+
+def test_a_dtype_may_be_a_string():
+    spellings = {
+        torch.bfloat16: ("bf16", "bfloat16", "torch.bfloat16"), torch.float16: ("fp16", "float16", "half"),
+        torch.float32: ("fp32", "float32", "float"), torch.float64: ("fp64", "float64", "double"),
+    }  # fmt: skip
+    for dtype, names in spellings.items():
+        for name in (*names, names[0].upper()):
+            for argument in ("dtype", "weight_dtype"):
+                assert plan_linear_loss(*LLAMA, **{argument: name}) == plan_linear_loss(*LLAMA, **{argument: dtype})
+    for argument in ("dtype", "weight_dtype"):
+        for wrong in ("int8", "", torch.int64, 16):
+            with pytest.raises(TypeError, match=f"^{argument}: expected a floating-point torch.dtype, or one of bf16"):
+                plan_linear_loss(*LLAMA, **{argument: wrong})
 
 
 def test_a_string_reaches_the_plan_from_everywhere(monkeypatch, device):

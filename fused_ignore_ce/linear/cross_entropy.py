@@ -81,8 +81,8 @@ def fused_linear_cross_entropy(
             probabilities, shaped as the logits, floating.
         linear_bias: (C) or (C, d1, ..., dK).
         weight: (C), class weights as in `F.cross_entropy`; of input's dtype, or float32 with 16-bit hidden states.
-        ignore_index: a class id, or a collection of them (with -100 among them, if it occurs), in or out of [0, C);
-            None means -100. Rows with such a target are dropped before any matrix product.
+        ignore_index: a class id, or a collection of them, in or out of [0, C). It replaces -100: where that occurs
+            too, pass [-100, 0]. None means -100. Rows with such a target are dropped before any matrix product.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution.
         softcap: the logits used are `softcap * tanh(logit_scale * x / softcap)`; None for no cap.

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..options import ReductionOptions, budget_bytes
+from ..keywords import explains_keywords
+from ..options import ReductionOptions, budget_bytes, floating_dtype
 from ..torch_blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
@@ -202,14 +203,15 @@ def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
     return LinearPlan(plan, classes if plan == VOCABULARY_BLOCKS else rows, size)
 
 
+@explains_keywords
 def plan_linear_loss(
     num_tokens: int,
     num_classes: int,
     num_features: int,
     *,
     num_ignored: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    weight_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+    weight_dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cuda",
     memory_budget: int | str | None = None,
     input_grad: bool = True,
@@ -223,11 +225,12 @@ def plan_linear_loss(
         num_ignored: how many of them are ignored.
         num_classes: V, rows of linear_weight.
         num_features: D.
-        dtype: of the matrix products: input's or, under autocast, autocast's.
+        dtype: of the matrix products: input's or, under autocast, autocast's; a torch.dtype or its name ("bf16",
+            "bfloat16").
         weight_dtype: of linear_weight, where it is another: float32 parameters under autocast.
         device: where it runs; nothing is allocated there.
         memory_budget: bytes of scratch beside the caller's tensors and the gradients, an int or a string such as
-            "512MiB"; None for no limit.
+            "512MiB" (2^20 bytes each) or "512MB" (10^6); None for no limit.
         input_grad: whether input wants a gradient.
         weight_grad: whether linear_weight wants a gradient.
         reduction: "none" computes gradients in backward, from logits computed again.
@@ -241,7 +244,7 @@ def plan_linear_loss(
     Raises:
         ValueError: no plan fits the budget (the message names the smallest that works); a negative size, more ignored
             tokens than tokens, or an unknown reduction.
-        TypeError: a memory_budget that is no number of bytes, a dtype that is not floating.
+        TypeError: a memory_budget that is no number of bytes, a dtype that is not floating, an unknown keyword.
 
     Examples:
         >>> plan_linear_loss(8192, 128256, 4096).plan
@@ -254,12 +257,11 @@ def plan_linear_loss(
             raise ValueError(f"{name}: expected 0 or more, got {size}")
     if not 0 <= num_ignored <= num_tokens:
         raise ValueError(f"num_ignored: expected 0 to num_tokens={num_tokens}, got {num_ignored}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+    dtype = floating_dtype("dtype", dtype)
     ReductionOptions(reduction).checked()
     device = torch.device(device)
     operand = operand_dtype(dtype, device)
-    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    weight_dtype = dtype if weight_dtype is None else floating_dtype("weight_dtype", weight_dtype)
     return choose(
         Sizes(
             N=num_tokens - num_ignored,
