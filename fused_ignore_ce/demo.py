@@ -95,7 +95,7 @@ def run(options: Options) -> int:
 def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"The demo needs {', '.join(missing)}: pip install 'fused_ignore_ce[hf]'")
+        raise SystemExit(f"The demo needs {', '.join(missing)}: pip install 'fused_ignore_ce[demo]'")
 
 
 def functions(seed: int) -> Iterator[Example]:
