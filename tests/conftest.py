@@ -23,15 +23,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each
     torch.set_num_threads(1)
 
 
-def _import_bench():
-    """Makes `bench` importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
-    folder = Path(__file__).parent.parent / "bench"
-    spec = importlib.util.spec_from_file_location("bench", folder / "__init__.py")
-    sys.modules["bench"] = module = importlib.util.module_from_spec(spec)
+def _import_from_root(name):
+    """Makes one package importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
+    file = Path(__file__).parent.parent / name / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
-_import_bench()
+_import_from_root("bench")
+_import_from_root("scripts")
 
 
 def pytest_addoption(parser):
