@@ -51,6 +51,8 @@ assert fused_ignore_ce.fused_cross_entropy is not losses.fused_cross_entropy
 both = torch.compile(fused_ignore_ce.fused_cross_entropy, backend="aot_eager", fullgraph=True)
 torch.testing.assert_close(both(x, y), expected)
 torch.testing.assert_close(compiled(x.detach(), y), expected.detach())
+own, installed = (getattr(torch.ops, name).cross_entropy_forward.default for name in (losses.__name__, "fused_ignore_ce"))
+assert own is not installed
 print("loaded")
 """
 
