@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each
 
 
 def _import_from_root(name):
-    """Makes one package importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
+    """Makes a package importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
     file = Path(__file__).parent.parent / name / "__init__.py"
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
