@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # One process a core; one that has nothing left to do takes half of what another has.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -53,12 +53,24 @@ proofs: $(VENV)/.ready
 sweep: $(VENV)/.ready
 	$(BIN)/python -m tests.transformers_coverage --out docs/transformers-coverage.md
 
+# On a machine with a GPU: tests, tuner, measurements and host times.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m bench.gpu
+
+# Writes build/kernels-hub, the package as Hugging Face's kernels loads it.
+kernels-hub: $(VENV)/.ready
+	$(BIN)/python -m scripts.kernels_hub
+
+# Says what keeps this commit from being released, or else builds dist/ and checks it.
+release: $(VENV)/.ready
+	$(BIN)/python -m scripts.release $(if $(TAG),--tag $(TAG))
+
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,hub]'
 	touch $@
 
 # constraints-NAME.txt takes the place of lines of constraints.txt.
