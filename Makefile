@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # One process a core; one that has nothing left to do takes half of what another has.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep gpu kernels-hub release clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub check format bench readme-figures traffic proofs sweep gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -24,6 +24,10 @@ test-transformers-4: $(VENV)-transformers-4/.ready
 # On the oldest versions that pyproject.toml allows, with PYTHON=python3.12; downloads 3 GB.
 test-oldest: $(VENV)-oldest/.ready
 	$(VENV)-oldest/bin/pytest $(PARALLEL)
+
+# That Hugging Face's kernels loads what `make kernels-hub` writes.
+test-kernels-hub: $(VENV)-kernels-hub/.ready
+	$(VENV)-kernels-hub/bin/python -m pytest tests/test_kernels_hub.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -66,11 +70,20 @@ release: $(VENV)/.ready
 	$(BIN)/python -m scripts.release $(if $(TAG),--tag $(TAG))
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,hub]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Where Hugging Face's kernels is installed, transformers works otherwise. So it has an environment of its own, which
+# finds all other packages in the first one.
+$(VENV)-kernels-hub/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first-environment.pth
+	$(@D)/bin/python -m pip install -c constraints.txt kernels
 	touch $@
 
 # constraints-NAME.txt takes the place of lines of constraints.txt.

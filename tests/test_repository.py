@@ -32,7 +32,7 @@ def commands(job):
         for entry in entries:
             text = step.get("run", "")
             for key, value in entry.items():
-                text = text.replace("${{ matrix.%s }}" % key, value)
+                text = text.replace(f"${{{{ matrix.{key} }}}}", value)
             yield text
 
 
