@@ -23,8 +23,8 @@ from .project import ROOT, metadata
 PACKAGE = ROOT / "fused_ignore_ce"
 #: The version that users ask `get_kernel` for. It is raised when a public name goes or changes its meaning.
 INTERFACE = 1
-#: `python -m` does not reach a package that `kernels` loaded.
-COMMANDS = {"__main__.py", "demo.py"}
+#: Beginnings of names. `python -m` does not reach a package that `kernels` loaded.
+COMMANDS = ("__main__", "demo")
 
 README = """\
 ---
@@ -76,7 +76,7 @@ def sources() -> Iterator[tuple[str, bytes]]:
     """(name inside the package, content) of every file that is loaded, the kernels' among them."""
     for path in sorted([*PACKAGE.rglob("*"), *(PACKAGE / "kernels").iterdir()]):
         name = path.relative_to(PACKAGE).as_posix()
-        if path.suffix in (".py", ".json") and name not in COMMANDS:
+        if path.suffix in (".py", ".json") and not name.startswith(COMMANDS):
             yield name, path.read_bytes()
 
 

@@ -68,7 +68,7 @@ def test_workflows_and_hooks_run_modules_that_exist():
     texts += (ROOT / "Makefile").read_text().splitlines()
     modules = {name for text in texts for name in re.findall(r"python -m ([\w.]+)", text)}
     assert {"fused_ignore_ce", "scripts.release", "bench.gpu"} <= modules
-    for name in modules - {"build", "venv", "pip"}:
+    for name in modules - {"build", "pip", "pytest", "venv"}:
         path = ROOT.joinpath(*name.split("."))
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
@@ -123,3 +123,16 @@ def test_contributing_names_every_verb_and_folder():
         assert command in VERBS, command
     for path in re.findall(r"`((?:bench|docs|examples|kernels|scripts|tests|\.github)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_contributing_names_every_part():
+    """Every file of the package and of scripts/, and every file and folder at the top of bench/."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", text)}
+    for folder in ("fused_ignore_ce", "kernels", "scripts"):
+        files = {path.name for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
+        assert files <= named, f"{folder}: {sorted(files - named)}"
+    bench = {path for path in (ROOT / "bench").iterdir() if not path.name.startswith(("_", "."))}
+    assert {path.name for path in bench if path.suffix == ".py"} <= named
+    for path in bench:
+        assert not path.is_dir() or f"{path.name}/" in text or f"`bench/{path.name}`" in text, path
