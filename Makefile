@@ -38,6 +38,18 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# On a machine with a GPU: tests, tuner, measurements and host times.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m bench.gpu
+
+# Writes build/kernels-hub, the package as Hugging Face's kernels loads it.
+kernels-hub: $(VENV)/.ready
+	$(BIN)/python -m scripts.kernels_hub
+
+# Says what keeps this commit from being released, or else builds dist/ and checks it.
+release: $(VENV)/.ready
+	$(BIN)/python -m scripts.release $(if $(TAG),--tag $(TAG))
+
 # Measures everything side by side on this machine, in nine minutes; writes bench/results.
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.run
@@ -56,18 +68,6 @@ proofs: $(VENV)/.ready
 # Compares every class of transformers' auto-mappings with its patched self; writes docs/transformers-coverage.md.
 sweep: $(VENV)/.ready
 	$(BIN)/python -m tests.transformers_coverage --out docs/transformers-coverage.md
-
-# On a machine with a GPU: tests, tuner, measurements and host times.
-gpu: $(VENV)/.ready
-	$(BIN)/python -m bench.gpu
-
-# Writes build/kernels-hub, the package as Hugging Face's kernels loads it.
-kernels-hub: $(VENV)/.ready
-	$(BIN)/python -m scripts.kernels_hub
-
-# Says what keeps this commit from being released, or else builds dist/ and checks it.
-release: $(VENV)/.ready
-	$(BIN)/python -m scripts.release $(if $(TAG),--tag $(TAG))
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
