@@ -7,7 +7,7 @@ PARALLEL := -n auto --dist worksteal
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest check format bench readme-figures traffic proofs sweep docs clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -27,6 +27,10 @@ test-transformers-4: $(VENV)-transformers-4/.ready
 test-oldest: $(VENV)-oldest/.ready
 	$(VENV)-oldest/bin/pytest $(PARALLEL)
 
+# That Hugging Face's kernels loads what `make kernels-hub` writes.
+test-kernels-hub: $(VENV)-kernels-hub/.ready
+	$(VENV)-kernels-hub/bin/python -m pytest tests/test_kernels_hub.py
+
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,6 +39,18 @@ check: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# On a machine with a GPU: tests, tuner, measurements and host times.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m bench.gpu
+
+# Writes build/kernels-hub, the package as Hugging Face's kernels loads it.
+kernels-hub: $(VENV)/.ready
+	$(BIN)/python -m scripts.kernels_hub
+
+# Says what keeps this commit from being released, or else builds dist/ and checks it.
+release: $(VENV)/.ready
+	$(BIN)/python -m scripts.release $(if $(TAG),--tag $(TAG))
 
 # Measures everything side by side on this machine, in nine minutes; writes bench/results.
 bench: $(VENV)/.ready
@@ -61,11 +77,20 @@ docs: $(VENV)/.ready
 	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Where Hugging Face's kernels is installed, transformers works otherwise. So it has an environment of its own, which
+# finds all other packages in the first one.
+$(VENV)-kernels-hub/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first-environment.pth
+	$(@D)/bin/python -m pip install -c constraints.txt kernels
 	touch $@
 
 # constraints-NAME.txt takes the place of lines of constraints.txt.

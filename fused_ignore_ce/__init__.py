@@ -20,4 +20,4 @@ __all__ = [
     "fused_linear_log_probs",
     "plan_linear_loss",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed, reference
-from .operators import is_plain, wants_grad
+from .operators import PACKAGE, is_plain, wants_grad
 from .options import LossOptions, flatten, schema_of, unflatten
 from .rows import Block, Logits, Rows, Saved, Upstream, zero_rows
 
@@ -100,7 +100,7 @@ _CALL_SCHEMA = schema_of(RowCall)
 
 
 @torch.library.custom_op(
-    "fused_ignore_ce::cross_entropy_forward",
+    f"{PACKAGE}::cross_entropy_forward",
     mutates_args=(),
     schema=f"({_LOGITS_SCHEMA}, {_CALL_SCHEMA}) -> {RESULTS_SCHEMA}",
 )
@@ -116,7 +116,7 @@ def _(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *c
 
 
 @torch.library.custom_op(
-    "fused_ignore_ce::cross_entropy_backward",
+    f"{PACKAGE}::cross_entropy_backward",
     mutates_args=(),
     schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {_LOGITS_SCHEMA}, Tensor shift, Tensor mass, "
     f"Tensor entropy, Tensor block, bool need_dx, bool need_dprobs, {_CALL_SCHEMA}) -> (Tensor, Tensor)",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from .operators import PACKAGE
 from .options import LossOptions, ignored_ids, out_of_bounds
 from .rows import Block, Logits, Rows
 
@@ -212,7 +213,7 @@ def _as_integer(bits: Tensor) -> Tensor:
     return bits.view(torch.int64 if bits.dtype == torch.float64 else torch.int32).long()
 
 
-@torch.library.custom_op("fused_ignore_ce::sum_over_ranks", mutates_args=())
+@torch.library.custom_op(f"{PACKAGE}::sum_over_ranks", mutates_args=())
 def sum_over_ranks(t: Tensor, group: str) -> Tensor:
     """The sum, of t's dtype; half precision is summed in float32."""
     wide = t.to(torch.promote_types(t.dtype, torch.float32), copy=True).contiguous()

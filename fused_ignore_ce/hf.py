@@ -18,6 +18,7 @@ from .collator import IgnoreTokens
 from .deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
 from .deferred.origin import Settings
 from .deferred.report import FusionReport
+from .extras import needed
 from .keywords import unknown_keyword
 from .options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
 
@@ -199,10 +200,9 @@ def _settings(
 
 def _transformers_models(model: Any) -> list[Any]:
     """The outermost transformers model, and those inside it that take labels, as some hand theirs on."""
-    from transformers import PreTrainedModel
-
+    base = needed("transformers", "hf").PreTrainedModel
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    models = [module for module in modules if isinstance(module, PreTrainedModel)]
+    models = [module for module in modules if isinstance(module, base)]
     if not models:
         raise TypeError(
             f"model: expected a transformers PreTrainedModel or a module that holds one, got {type(model).__name__}"
@@ -267,8 +267,7 @@ _PATCHED_CLASSES: list[tuple[type, str, Any]] = []
 
 def _patch_classes() -> None:
     """Patches forward in all classes of models there are, and in those that will be defined."""
-    from transformers import PreTrainedModel
-
+    PreTrainedModel = needed("transformers", "hf").PreTrainedModel
     if _PATCHED_CLASSES:
         return
     define = PreTrainedModel.__dict__.get("__init_subclass__")

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+#: The package's name, which is its operators' namespace too. What loads kernels from a hub imports the package under
+#: a name of its own, so that several versions can be in one process: their operators may not share a namespace.
+PACKAGE = __name__.partition(".")[0]
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether x is eager data: not traced, no tensor subclass, under no dispatch mode."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .deferred.forward import origin_in, recorder_of
 from .deferred.product import product_of
+from .extras import needed
 from .hf import patch_model, unpatch_model
 from .options import budget_bytes, check_backend
 from .per_token import Head, PerToken, per_token
@@ -204,16 +205,14 @@ def _per_token(
 
 def _trl_utils() -> Any:
     """TRL's module that has the head, of a version that is known."""
-    import trl
-    import trl.trainer.utils as utils
-
+    trl = needed("trl", "trl")
     if trl.__version__.rpartition(".")[0] not in KNOWN_VERSIONS:
         raise RuntimeError(
             f"trl: expected a release of {', '.join(KNOWN_VERSIONS)}, whose head is known, got {trl.__version__}; "
             "install one of them, or use patch_model(model, without_labels=True), which needs no known version "
             "where the trainer takes its loss of the model's logits"
         )
-    return utils
+    return needed("trl.trainer.utils", "trl")
 
 
 def _models_of(trainer: Any) -> list[Any]:

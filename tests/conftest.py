@@ -31,15 +31,16 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
-def _import_bench():
-    """Makes `bench` importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
-    folder = Path(__file__).parent.parent / "bench"
-    spec = importlib.util.spec_from_file_location("bench", folder / "__init__.py")
-    sys.modules["bench"] = module = importlib.util.module_from_spec(spec)
+def _import_from_root(name):
+    """Makes a package importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
+    file = Path(__file__).parent.parent / name / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
-_import_bench()
+_import_from_root("bench")
+_import_from_root("scripts")
 
 
 def pytest_addoption(parser):

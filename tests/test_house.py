@@ -12,7 +12,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.r
 
 #: From the leaves up: a file imports files of its own layer and of layers before it.
 LAYERS = [
-    ["options", "keywords", "rows", "operators", "torch_blocks", "reference", "measure", "demo_data"],
+    ["options", "extras", "keywords", "rows", "operators", "torch_blocks", "reference", "measure", "demo_data"],
     ["arguments", "torch_backend"],
     ["reduction", "backends"],
     ["distributed", "dtensor", "shards"],

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import fused_ignore_ce
+from fused_ignore_ce.extras import needed
+from scripts import project
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,26 +59,33 @@ def test_public_names_are_documented():
     assert (ROOT / "fused_ignore_ce" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_distributions_hold_the_kernels_and_nothing_else(kind, tmp_path):
-    """Built without isolation, from what the environment has."""
-    backend = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(tmp_path)!r}))"
-    copy = tmp_path / "copy"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
-    built = tmp_path / python(backend, cwd=copy).splitlines()[-1]
-    if kind == "wheel":
-        import zipfile
+@pytest.mark.parametrize(
+    ("missing", "extra", "call"),
+    [
+        ("transformers", "hf", "patch_model(torch.nn.Linear(1, 1))"),
+        ("transformers", "hf", "patch_transformers()"),
+        ("trl", "trl", "patch_trainer(object())"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_extra(missing, extra, call, tmp_path):
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None  # importing it fails
+import torch
+from fused_ignore_ce import {extra} as module
+try:
+    module.{call}
+except ModuleNotFoundError as e:
+    print(e.name, e)
+"""
+    expected = f"{missing}: needed here and not installed; pip install 'fused_ignore_ce[{extra}]'"
+    assert python(code, cwd=tmp_path) == f"{missing} {expected}"
+    assert any(missing in line for line in project.metadata()["optional-dependencies"][extra])
 
-        names = zipfile.ZipFile(built).namelist()
-        assert {n.split("/")[0] for n in names} == {"fused_ignore_ce", "fused_ignore_ce-0.1.0.dist-info"}
-        assert "fused_ignore_ce/kernels/forward.py" in names
-        assert "fused_ignore_ce/kernels/tables.json" in names
-        assert "fused_ignore_ce/py.typed" in names
-    else:
-        import tarfile
 
-        with tarfile.open(built) as archive:
-            names = archive.getnames()
-            assert all(
-                any(name.endswith(f"kernels/{file}") for name in names) for file in ("forward.py", "tables.json")
-            )
+def test_an_extra_is_not_blamed_for_what_its_package_lacks(tmp_path, monkeypatch):
+    (tmp_path / "broken_extra.py").write_text("import not_there_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        needed("broken_extra", "hf")
+    assert raised.value.name == "not_there_at_all"

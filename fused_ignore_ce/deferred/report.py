@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..operators import PACKAGE
+
 #: Packages whose frames are never the caller that a report names.
-_INTERNAL = ("torch", "fused_ignore_ce", "contextlib", "functools")
+_INTERNAL = ("torch", PACKAGE, "contextlib", "functools")
 
 
 @dataclass

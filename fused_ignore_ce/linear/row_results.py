@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import distributed
 from ..autograd import RESULTS_SCHEMA, RowResults, block_of, fake_results
 from ..distributed import Shard
-from ..operators import is_plain, wants_grad
+from ..operators import PACKAGE, is_plain, wants_grad
 from ..options import flatten, unflatten
 from ..rows import Rows, Saved, Upstream
 from .calls import (
@@ -54,7 +54,7 @@ def _rows_backward(
 
 
 @torch.library.custom_op(
-    "fused_ignore_ce::linear_cross_entropy_forward",
+    f"{PACKAGE}::linear_cross_entropy_forward",
     mutates_args=(),
     schema=f"({OPERANDS_SCHEMA}, {CALL_SCHEMA}) -> {RESULTS_SCHEMA}",
 )
@@ -69,7 +69,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "fused_ignore_ce::linear_cross_entropy_backward",
+    f"{PACKAGE}::linear_cross_entropy_backward",
     mutates_args=(),
     schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {OPERANDS_SCHEMA}, Tensor shift, Tensor mass, "
     f"Tensor entropy, Tensor block, bool need_dh, bool need_dw, bool need_db, bool need_dprobs, {CALL_SCHEMA}) -> "

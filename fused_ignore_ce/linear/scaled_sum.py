@@ -13,7 +13,7 @@ from torch import Tensor
 from ..autograd import RowResults, fake_results
 from ..backends import scaled
 from ..distributed import Merged
-from ..operators import is_plain, wants_grad
+from ..operators import PACKAGE, is_plain, wants_grad
 from ..options import flatten, unflatten
 from ..reduction import scaled_total
 from ..rows import Rows
@@ -72,7 +72,7 @@ def _summed(results: RowResults, scale: Scale, call: LinearCall, *gradients: Ten
 
 
 @torch.library.custom_op(
-    "fused_ignore_ce::linear_cross_entropy_sum",
+    f"{PACKAGE}::linear_cross_entropy_sum",
     mutates_args=(),
     schema=f"({OPERANDS_SCHEMA}, Tensor scale, Tensor? scale_z, bool need_dh, bool need_dw, bool need_db, "
     f"{CALL_SCHEMA}) -> (" + ", ".join(["Tensor"] * len(ScaledSum._fields)) + ")",

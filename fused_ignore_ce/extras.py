@@ -1,0 +1,18 @@
+"""Packages that only an extra installs: where one is missing, the error names the extra."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def needed(module: str, extra: str) -> Any:
+    """The module; if it is not installed, an error that says which extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name != module:  # it is there, and lacks something itself
+            raise
+        raise ModuleNotFoundError(
+            f"{module}: needed here and not installed; pip install 'fused_ignore_ce[{extra}]'", name=module
+        ) from e
