@@ -63,6 +63,14 @@ def _seeded_and_poisoned():
 
 
 @pytest.fixture
+def precision_of_its_own(monkeypatch):
+    """transformers 4 leaves a trainer's mixed precision in the environment, and accelerate in its state."""
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def device():
     return DEVICE
 

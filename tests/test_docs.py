@@ -65,7 +65,7 @@ STAND_INS = {
 
 
 @pytest.fixture
-def _as_a_reader(monkeypatch, tmp_path):
+def _as_a_reader(precision_of_its_own, monkeypatch, tmp_path):
     """An empty folder, the packages that guides name, and nothing that stays patched or connected."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

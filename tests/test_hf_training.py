@@ -18,11 +18,7 @@ STEPS, LR = 5, 0.3
 FP32, BF16 = 1e-5, 2e-2  # relative
 
 
-@pytest.fixture(autouse=True)
-def _precision_of_its_own(monkeypatch):
-    """transformers 4 leaves a trainer's mixed precision in the environment, and accelerate in its state."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 
 
 class Recorder(Trainer):
