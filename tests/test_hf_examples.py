@@ -22,7 +22,7 @@ NEEDS = {
     "fsdp2": ["tokenizers"],
 }
 #: What the examples import from each other.
-SHARED = {"data", "models"}
+SHARED = ["data", "models"]
 #: How the examples that need several processes are started.
 TORCHRUN = {name: ["--standalone", "--nproc-per-node", "2"] for name in ("tensor_parallel", "fsdp2")}
 LOSS = r"(?<!train_)(?<!eval_)loss\W+(-?\d+\.\d+)"
