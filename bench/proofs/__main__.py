@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from bench import machine
+
 from . import cases, chips, compiling, judging, peers, picture, predicting, reporting
 from .compiling import CUDA_TARGETS, HIP_TARGETS, Job, Proof, Target
 from .null_driver import header
@@ -88,6 +90,7 @@ def main() -> int:
     options = parser.parse_args()
 
     start = time.perf_counter()
+    about = {"header": machine.header(sys.argv[1:], "bench.proofs"), "quick": options.quick, "note": predicting.NOTE}
     proofs: list[Proof] = []
     for target in targets(options.arch, options.quick):
         proofs += run(jobs(target, options.quick, tuple(options.dtype or cases.DTYPES)), str(target))
@@ -107,7 +110,6 @@ def main() -> int:
     print("\n".join(f"FAULT {fault}" for fault in failed), end="\n" if failed else "")
     print(f"{len(proofs)} kernels in {time.perf_counter() - start:.0f} s, {len(wrong)} with faults")
 
-    about = {"versions": header(), "quick": options.quick, "note": predicting.NOTE}
     if options.summary:
         options.summary.write_text(json.dumps(reporting.totals(proofs, rows, failed, about), indent=1) + "\n")
     if options.json:
