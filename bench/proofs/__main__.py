@@ -1,7 +1,6 @@
 """Every kernel in every configuration that a launcher can choose, compiled and counted without a GPU.
 
-    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--summary FILE]
-        [--keep DIR] [--picture FILE]
+    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--summary FILE] [--keep DIR]
 
 Exit status 1 when a kernel does not compile, spills, accesses logits narrowly where it could be wide, or is over its
 budget of instructions, or when one pass over rows that fit the cache is predicted to read them twice. What is predicted
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from bench import machine
 
-from . import cases, chips, compiling, judging, peers, picture, predicting, reporting
+from . import cases, chips, compiling, judging, peers, predicting, reporting
 from .compiling import CUDA_TARGETS, HIP_TARGETS, Job, Proof, Target
 from .null_driver import header
 
@@ -86,7 +85,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--summary", type=Path, help="write counts, faults and predictions to this file")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write the compiled kernels into this folder")
-    parser.add_argument("--picture", type=Path, help="draw the predicted shares of the memory roof into this file")
     options = parser.parse_args()
 
     start = time.perf_counter()
@@ -116,8 +114,6 @@ def main() -> int:
         options.json.write_text(json.dumps(reporting.data(proofs, rows, about), indent=1) + "\n")
     if options.keep:
         compiling.keep(proofs, options.keep)
-    if options.picture:
-        picture.draw(rows, options.picture)
     return 1 if failed else 0
 
 
