@@ -47,28 +47,30 @@ def machine(results: Results) -> str:
 
 
 def headline(results: Results) -> str:
-    """The README's sentences about time and memory."""
+    """The README's table of time and memory."""
     name, result = results.newest("rows")
-    cells = []
-    for kind, what in (("logits", "of logits"), ("linear", "from hidden states")):
+    lines = []
+    for kind, what in (("logits", "loss of logits"), ("linear", "loss from hidden states")):
         rows = [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
         baseline, *_, ours = PROVIDERS[kind]
-        own = {p.name: find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, ours)}
-        plain, fused = own[baseline.name], own[ours.name]
-        if plain is None or fused is None:
-            raise SystemExit(f"{name} has no figures at {SHARE:.0%} ignored tokens: python -m bench.run")
-        cells.append(
-            f"the loss {what} takes {fused['ratio']:.0%} of the time and {peak(result, fused)} in place of "
-            f"{peak(result, plain)}"
-        )
-    shape = f"{rows[0]['N']} tokens, a vocabulary of {rows[0]['V']}, bfloat16, {SHARE:.0%} of the tokens ignored"
+        own = [find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, ours)]
+        times = [f"{row['ms']['p50']:.0f} ms" if row else "-" for row in own]
+        lines.append((what, *times, ratio(own[1]), *(peak(result, row) for row in own)))
     steps = results.newest("training step")[1]["training step"]
     step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
+    lines.append((f"training step of a patched Llama, V={steps[0]['V']}", "", "", "", step["plain"], step["patched"]))
+    head = (
+        f"{SHARE:.0%} of the tokens ignored",
+        "time, plain",
+        "this package",
+        "ratio",
+        "peak memory, plain",
+        "this package",
+    )
     return (
-        f"{where(result['header'])} ({link(name)}). With {shape}, {' and '.join(cells)}, compared with "
-        f"`F.cross_entropy(logits.float(), labels)`, forward and backward together. A training step of a small Llama "
-        f"with a vocabulary of {steps[0]['V']} needs {step['patched']} in place of {step['plain']}, beside the model "
-        f"and its gradients."
+        f"{table(head, lines)}\n\nForward and backward, N={rows[0]['N']} tokens, V={rows[0]['V']} classes, "
+        f"D={rows[0]['D']} features, bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. Measured on "
+        f"{where(result['header'])}: {link(name)}."
     )
 
 

@@ -98,7 +98,7 @@ def test_a_check_sees_what_is_wrong(row, kind, monkeypatch):
 
 def test_what_is_only_stated_is_marked():
     text = tables.long("name", RESULT)
-    lines = [line for line in text.splitlines() if line.startswith("| Its speed was measured on a GPU")]
+    lines = [line for line in text.splitlines() if line.startswith("| Speed was measured on a GPU")]
     assert len(lines) == 1
     assert lines[0].split("|")[2].strip() == f"no {tables.MARK}"
     assert f"{tables.MARK} From documentation or source, not run: CCE 25.1.1, QuACK 0.6.5" in text

@@ -65,7 +65,7 @@ ROWS = (
         logits={"QuACK": ("yes", "`inplace_backward` is off by default")},
     ),
     _row(
-        "Right gradients for any upstream gradient, also a second time", checks.upstream, short="linear",
+        "Right gradients for any upstream gradient, also in a second backward", checks.upstream, short="linear",
         logits={"QuACK": ("yes", "backward computes the gradient anew")},
         linear={
             "CCE": ("yes", "backward computes the gradient anew; it leaves out entries below a threshold"),
@@ -103,7 +103,7 @@ ROWS = (
         linear={"CCE": ("no", "targets are integers"), "QuACK": ("no", "targets are integers")},
     ),
     _row(
-        "Whether each token is predicted right, from the same pass", checks.accuracy,
+        "Token accuracy from the same pass", checks.accuracy,
         logits={"QuACK": NO_OPTION}, linear={"CCE": NO_OPTION, "QuACK": NO_OPTION},
     ),
     _row(
@@ -146,24 +146,24 @@ ROWS = (
 
 MODELS = (
     _row(
-        "`outputs.logits` can be read after a training forward", models.readable_logits, "models", short="models",
+        "Patched models: `outputs.logits` can be read after training forwards", models.readable_logits, "models", short="models",
         models={"CCE": ("no", "its README: `None` is returned instead")},
     ),
     _row(
-        "A model that the package does not name (here GPT-2)", models.any_model, "models", short="models",
+        "Patched models: any model, not those of a list (tried with GPT-2)", models.any_model, "models", short="models",
         models={"CCE": ("no", "its README: Llama, Phi3, Mistral and Gemma2")},
     ),
-    _row("A head with a bias", models.head_bias, "models"),
-    _row("LoRA on the head", models.adapted_head, "models", short="models"),
-    _row("More ignored ids beside -100", models.more_ids, "models"),
-    _row("One call takes the patch back", models.unpatched, "models", short="models"),
+    _row("Patched models: a head with a bias", models.head_bias, "models"),
+    _row("Patched models: LoRA on the head", models.adapted_head, "models", short="models"),
+    _row("Patched models: more ignored ids beside -100", models.more_ids, "models"),
+    _row("Patched models: one call takes the patch back", models.unpatched, "models", short="models"),
 )  # fmt: skip
 
 NOT_OURS = ("no", "not offered")
 #: What no check can decide on a CPU. Here every answer is from documentation or source, ours too.
 STATED = (
     _row(
-        "Its speed was measured on a GPU, and published", None, "package", short="package",
+        "Speed was measured on a GPU, and published", None, "package", short="package",
         package={
             "fused_ignore_ce": ("no", "only predicted from machine code; bench/gpu.py measures"),
             "Liger": ("yes", "its README and technical report"), "CCE": ("yes", "its README and paper"),
@@ -171,14 +171,14 @@ STATED = (
         },
     ),
     _row(
-        "Fused norms, rotary embeddings and activations too", None, "package", short="package",
+        "Also fuses norms, rotary embeddings and activations", None, "package", short="package",
         package={
             "fused_ignore_ce": NOT_OURS, "Liger": ("yes", "its main purpose"), "CCE": NOT_OURS, "TRL": NOT_OURS,
             "QuACK": ("yes", "norms, softmax, matrix products"),
         },
     ),
     _row(
-        "Preference losses that are fused whole (DPO, ORPO, KTO, GRPO)", None, "package", short="package",
+        "Whole preference losses are fused (DPO, ORPO, KTO, GRPO)", None, "package", short="package",
         package={
             "fused_ignore_ce": ("no", "log-probabilities and entropies for them, and TRL's trainers patched"),
             "Liger": ("yes", "`liger_kernel.chunked_loss`"), "CCE": NOT_OURS, "QuACK": NOT_OURS,
@@ -186,7 +186,7 @@ STATED = (
         },
     ),
     _row(
-        "No tile of logits is ever written to device memory", None, "package", short="package",
+        "Not even a tile of logits is written to device memory", None, "package", short="package",
         package={
             "fused_ignore_ce": ("no", "one tile at a time, of a size that you choose"),
             "PyTorch": ("no", "a chunk of tokens at a time"), "Liger": ("no", "a chunk of tokens at a time"),

@@ -8,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .peers import PACKAGES
-from .rows import ALL, MODELS, ROWS, STATED, Row
+from .rows import ALL, Row
 
 Result = dict[str, Any]
 
@@ -71,26 +71,30 @@ def versions(result: Result) -> str:
 def short(name: str, result: Result) -> str:
     """The README's rows."""
     rows = [(row, row.short) for row in ALL if row.short]
-    return f"{_table(result, rows, list(PACKAGES))}\n\n{versions(result)}"
+    torch = "PyTorch is `F.cross_entropy` in the row about logits, else `F.linear_cross_entropy` with `options`."
+    return f"{_table(result, rows, list(PACKAGES))}\n\n{versions(result)} {torch}"
 
 
 def long(name: str, result: Result) -> str:
     """Every row, and the reason of every no and of every answer that was not checked."""
     parts = [f"{versions(result)} The result file is [{name}](bench/results/{name}.json)."]
     for kind, title in TITLES.items():
-        rows = [(row, kind) for row in (*ROWS, *MODELS, *STATED) if kind in row.kinds]
+        rows = [(row, kind) for row in ALL if kind in row.kinds]
         packages = [p for p in PACKAGES if any(cell(result, row, kind, p) for row, kind in rows)]
         labels = [f"{_head(p)}: {LABELS[kind][p]}" for p in packages if p in LABELS[kind]]
+        reasons = [_reasons(result, row, kind, packages) for row, kind in rows]
         parts += [f"## {title}", *(["; ".join(labels) + "."] if labels else []), _table(result, rows, packages)]
-        reasons = [_reason(result, row, kind, package) for row, kind in rows for package in packages]
-        parts += ["Reasons:", "\n".join(filter(None, reasons))]
+        parts += ["What was found, or is said:", "\n".join(filter(None, reasons))]
     links = [f"[{package} {version}]({link})" for package, (version, link) in result["sources"].items()]
     return "\n\n".join([*parts, f"Documentation and source: {', '.join(links)}."])
 
 
-def _reason(result: Result, row: Row, kind: str, package: str) -> str:
-    found = cell(result, row, kind, package)
-    if found is None or not found["why"]:
-        return ""
-    why = found["why"] if found["basis"] == "stated" else f"`{found['why']}`"
-    return f"- {row.question}, {_head(package)}: {found['answer']}. {why}".rstrip(".") + "."
+def _reasons(result: Result, row: Row, kind: str, packages: Sequence[str]) -> str:
+    found = {package: cell(result, row, kind, package) for package in packages}
+    told = [f"{_head(package)}: {_why(answer)}" for package, answer in found.items() if answer and answer["why"]]
+    return f"- **{row.question}.** {'; '.join(told)}." if told else ""
+
+
+def _why(found: dict[str, str]) -> str:
+    """Errors and values that were found are set as code."""
+    return found["why"] if found["basis"] == "stated" else f"`{found['why'].rstrip('.')}`"
