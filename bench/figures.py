@@ -58,7 +58,7 @@ def headline(results: Results) -> str:
         lines.append((what, *times, ratio(own[1]), *(peak(result, row) for row in own)))
     steps = results.newest("training step")[1]["training step"]
     step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
-    lines.append((f"training step of a patched Llama, V={steps[0]['V']}", "", "", "", step["plain"], step["patched"]))
+    lines.append((f"training step, Llama, V={steps[0]['V']}, float32", "", "", "", step["plain"], step["patched"]))
     head = (
         f"{SHARE:.0%} of the tokens ignored",
         "time, plain",
@@ -68,9 +68,9 @@ def headline(results: Results) -> str:
         "this package",
     )
     return (
-        f"{table(head, lines)}\n\nForward and backward, N={rows[0]['N']} tokens, V={rows[0]['V']} classes, "
-        f"D={rows[0]['D']} features, bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. Measured on "
-        f"{where(result['header'])}: {link(name)}."
+        f"{table(head, lines)}\n\nThe losses: forward and backward, N={rows[0]['N']} tokens, V={rows[0]['V']} classes, "
+        f"D={rows[0]['D']} features, bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. Memory is counted "
+        f"beside inputs, parameters and their gradients. Measured on {where(result['header'])}: {link(name)}."
     )
 
 

@@ -261,8 +261,8 @@ def compiled(peer: Peer, kind: str) -> None:
 def bias(peer: Peer, kind: str) -> None:
     inputs, target = operands(kind)
     added = torch.linspace(-1, 1, V).requires_grad_()
-    exact = added.detach().double().requires_grad_()
-    F.cross_entropy(F.linear(*(tensor.detach().double() for tensor in inputs), exact), target).backward()
+    hidden, head, exact = (tensor.detach().double().requires_grad_() for tensor in (*inputs, added))
+    F.cross_entropy(F.linear(hidden, head, exact), target).backward()
     peer.call(*inputs, target, linear_bias=added).backward()
     close("the gradient of the bias", added.grad, exact.grad)  # type: ignore[arg-type]
 

@@ -162,8 +162,8 @@ def linear() -> Iterator[Peer]:
         yield Peer("Liger", name, call, _liger_accuracy(name), triton=True)
     if version("trl"):
         call = _trl()
-        outputs = (functools.partial(call, outputs=(name,)) for name in ("is_top1", "entropy"))
-        yield Peer("TRL", "ChunkedLogProbFunction", call, *outputs)
+        accuracy, entropy = (functools.partial(call, outputs=(name,)) for name in ("is_top1", "entropy"))
+        yield Peer("TRL", "ChunkedLogProbFunction", call, accuracy, entropy)
 
 
 PEERS: dict[str, Callable[[], Iterator[Peer]]] = {"logits": logits, "linear": linear}

@@ -94,7 +94,7 @@ ROWS = (
         },
     ),
     _row(
-        "z-loss", checks.z_loss, short="linear",
+        "z-loss", checks.z_loss,
         logits={"QuACK": NO_OPTION}, linear={"CCE": NO_OPTION, "QuACK": NO_OPTION},
     ),
     _row(
@@ -146,7 +146,8 @@ ROWS = (
 
 MODELS = (
     _row(
-        "Patched models: `outputs.logits` can be read after training forwards", models.readable_logits, "models", short="models",
+        "Patched models: `outputs.logits` can be read after training forwards", models.readable_logits, "models",
+        short="models",
         models={"CCE": ("no", "its README: `None` is returned instead")},
     ),
     _row(
@@ -156,7 +157,7 @@ MODELS = (
     _row("Patched models: a head with a bias", models.head_bias, "models"),
     _row("Patched models: LoRA on the head", models.adapted_head, "models", short="models"),
     _row("Patched models: more ignored ids beside -100", models.more_ids, "models"),
-    _row("Patched models: one call takes the patch back", models.unpatched, "models", short="models"),
+    _row("Patched models: one call takes the patch back", models.unpatched, "models"),
 )  # fmt: skip
 
 NOT_OURS = ("no", "not offered")
