@@ -63,7 +63,8 @@ def versions(result: Result) -> str:
     checked = [f"{package} {found[name]}" for package, name in PACKAGES.items() if found.get(name)]
     stated = [f"{name} {result['sources'][name][0]}" for name in ("CCE", "QuACK")]
     return (
-        f"Checked by code on a CPU, {result['header']['date']}: {', '.join(checked)}. {MARK} From documentation or "
+        f"Checked by code on a CPU, {result['header']['date']}: {', '.join(checked)}; with transformers "
+        f"{found['transformers']}. {MARK} From documentation or "
         f"source, not run: {', '.join(stated)}, and every {MARK} of the others. -: not offered, or not stated."
     )
 
