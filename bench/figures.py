@@ -40,9 +40,9 @@ def machine(results: Results) -> str:
     name, result = results.newest("rows")
     header = result["header"]
     return (
-        f"Everything below was measured by `{header['command']}` on one machine: {where(header)} "
-        f"({header['simd']}). The result file has every figure with its spread, the machine's own roof and a list of "
-        f"what was left out: {link(name)}."
+        f"Times and peak memory come from one run of `{header['command']}`, where no other file is named: "
+        f"{where(header)} ({header['simd']}). Its result file has every figure with its spread, the machine's own roof "
+        f"and a list of what was left out: {link(name)}."
     )
 
 

@@ -17,8 +17,7 @@ import fused_ignore_ce.linear.log_probs
 import fused_ignore_ce.linear.plan
 import fused_ignore_ce.modules
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -43,13 +42,6 @@ def test_snippet(code):
 def test_what_the_first_snippet_prints(capsys):
     exec(compile(SNIPPETS[0], "README.md", "exec"), {})
     assert f"```text\n{capsys.readouterr().out}```" in README
-
-
-def test_links_lead_to_files():
-    links = re.findall(r"\]\(([^)#\s]+)\)", README)
-    assert len(links) > 20
-    missing = [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
-    assert missing == []
 
 
 MODULES = [

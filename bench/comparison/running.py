@@ -38,7 +38,7 @@ def answer(row: Row, arguments: tuple[Any, ...]) -> tuple[str, str]:
             return "no", "there is no such option"
         return "no", line if isinstance(e, AssertionError) else f"{type(e).__name__}: {line}"
     told = [str(warning.message) for warning in caught if "options`` ignored" in str(warning.message)]
-    return "yes", told[0].partition(".")[0].replace("``", "") if told else ""
+    return "yes", told[0].partition(";")[0].replace("``", "") if told else ""
 
 
 def cells(rows: tuple[Row, ...] = ALL) -> Iterator[Cell]:
