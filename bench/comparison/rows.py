@@ -206,10 +206,7 @@ STATED = (
     ),
     _row(
         "Plugs into Megatron-LM", None, "package",
-        package={
-            "fused_ignore_ce": NOT_OURS, "Liger": ("yes", "`liger_kernel.megatron`"), "CCE": NOT_OURS,
-            "QuACK": NOT_OURS, "TRL": NOT_OURS,
-        },
+        package={"fused_ignore_ce": NOT_OURS, "Liger": ("yes", "`liger_kernel.megatron`")},
     ),
     _row(
         "The same bits from run to run on a GPU", None, "package",

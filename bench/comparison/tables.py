@@ -25,7 +25,7 @@ LABELS = {
         "QuACK": "`cross_entropy`",
     },
     "linear": {
-        "fused_ignore_ce": "`fused_linear_cross_entropy`", "PyTorch": "`F.linear_cross_entropy` with `options`",
+        "fused_ignore_ce": "`fused_linear_cross_entropy`", "PyTorch": "`F.linear_cross_entropy` with `options` that allow a second backward",
         "Liger": "`liger_fused_linear_cross_entropy`", "TRL": "`ChunkedLogProbFunction`, as its trainers call it",
         "CCE": "`linear_cross_entropy`", "QuACK": "`chunked_linear_cross_entropy`",
     },
