@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.machine import ROOT, environment
 
-from .peers import PEERS, Peer
+from .peers import PEERS, NotOfferedError, Peer
 
 N, V, D = 16, 100, 64
 IGNORED = [1, 2, 6, 7, 8, 13]
@@ -164,7 +164,8 @@ def _kept(values: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(peer: Peer, kind: str) -> None:
-    assert peer.accuracy is not None, "not offered"
+    if peer.accuracy is None:
+        raise NotOfferedError("not offered")
     inputs, target = operands(kind)
     with torch.no_grad():
         logits = inputs[0] if kind == "logits" else F.linear(*inputs)
@@ -176,7 +177,8 @@ def accuracy(peer: Peer, kind: str) -> None:
 
 
 def entropy(peer: Peer, kind: str) -> None:
-    assert peer.entropy is not None, "not offered"
+    if peer.entropy is None:
+        raise NotOfferedError("not offered")
     inputs, target = operands(kind)
     kept = target != -100
 

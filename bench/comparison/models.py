@@ -13,7 +13,7 @@ import torch
 from bench.speed.providers import version
 
 from .checks import close
-from .peers import as_in_kernels
+from .peers import NotOfferedError, as_in_kernels
 
 V, D, T = 96, 32, 12
 
@@ -33,7 +33,7 @@ def _liger(model: Any, **options: Any) -> Any:
     from liger_kernel.transformers import monkey_patch
 
     if options:
-        raise TypeError(f"no option {next(iter(options))}")
+        raise NotOfferedError("there is no such option")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kernels = {"rope": False, "rms_norm": False, "swiglu": False, "fused_linear_cross_entropy": True}
     if base.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -133,7 +133,8 @@ def more_ids(patcher: Patcher) -> None:
 
 
 def unpatched(patcher: Patcher) -> None:
-    assert patcher.unpatch is not None, "there is no function that takes the patch back"
+    if patcher.unpatch is None:
+        raise NotOfferedError("there is no function that takes the patch back")
     model = llama()
     forward = type(model).forward
     patcher.unpatch(patcher.patch(model))

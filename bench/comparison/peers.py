@@ -29,6 +29,10 @@ PACKAGES = {
 }
 
 
+class NotOfferedError(Exception):
+    """The package has nothing of the kind. Nothing was run, and the answer is not marked as checked."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """A loss. `call(x, y, **options)` or `call(h, w, y, **options)`; what it does not offer raises an error."""
@@ -117,10 +121,14 @@ def _trl() -> Callable[..., Any]:
     def call(
         h: Tensor, w: Tensor, y: Tensor, *,
         ignore_index: int = -100, reduction: str = "mean", linear_bias: Tensor | None = None,
-        softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = (),
+        softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = (), **options: Any,
     ) -> Any:  # fmt: skip
+        if options:
+            raise NotOfferedError("there is no such option")
         if not isinstance(ignore_index, int):
-            raise TypeError("the trainers ignore one id, -100")
+            raise NotOfferedError("the trainers ignore one id, -100")
+        if y.is_floating_point():
+            raise NotOfferedError("targets are integers")
         kept = y != ignore_index
         log_probs, *more = apply(h[kept], w, linear_bias, y[kept], 1.0, TRL_CHUNK, softcap, logit_scale, outputs)
         if outputs:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .models import patchers
-from .peers import PEERS
+from .peers import PEERS, NotOfferedError
 from .rows import ALL, Row
 
 Cell = dict[str, str]
@@ -24,7 +24,7 @@ def subjects(kind: str) -> list[tuple[str, tuple[Any, ...]]]:
     return [(peer.package, (peer, kind)) for peer in PEERS[kind]()]
 
 
-def answer(row: Row, arguments: tuple[Any, ...]) -> tuple[str, str]:
+def answer(row: Row, arguments: tuple[Any, ...]) -> Cell:
     """A "yes", with the warning of a loss that takes another way; or a "no" and the reason."""
     assert row.check is not None
     torch.manual_seed(0)
@@ -32,13 +32,18 @@ def answer(row: Row, arguments: tuple[Any, ...]) -> tuple[str, str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             row.check(*arguments)
+    except NotOfferedError as e:
+        return {"answer": "no", "why": str(e), "basis": "stated"}
     except Exception as e:
         line = (str(e).strip().splitlines() or [""])[0]
         if "unexpected keyword argument" in line:
-            return "no", "there is no such option"
-        return "no", line if isinstance(e, AssertionError) else f"{type(e).__name__}: {line}"
+            line = "there is no such option"
+        elif not isinstance(e, AssertionError):
+            line = f"{type(e).__name__}: {line}"
+        return {"answer": "no", "why": line, "basis": "checked"}
     told = [str(warning.message) for warning in caught if "options`` ignored" in str(warning.message)]
-    return "yes", told[0].partition(";")[0].replace("``", "") if told else ""
+    why = told[0].partition(";")[0].replace("``", "") if told else ""
+    return {"answer": "yes", "why": why, "basis": "checked"}
 
 
 def cells(rows: tuple[Row, ...] = ALL) -> Iterator[Cell]:
@@ -47,7 +52,6 @@ def cells(rows: tuple[Row, ...] = ALL) -> Iterator[Cell]:
         for kind in row.kinds:
             about = {"question": row.question, "kind": kind}
             for package, arguments in every[kind]:
-                found, why = answer(row, arguments)
-                yield about | {"package": package, "answer": found, "why": why, "basis": "checked"}
+                yield about | {"package": package} | answer(row, arguments)
             for package, (found, why) in row.stated.get(kind, {}).items():
                 yield about | {"package": package, "answer": found, "why": why, "basis": "stated"}

@@ -25,7 +25,7 @@ LABELS = {
         "QuACK": "`cross_entropy`",
     },
     "linear": {
-        "fused_ignore_ce": "`fused_linear_cross_entropy`", "PyTorch": "`F.linear_cross_entropy` with `options` that allow a second backward",
+        "fused_ignore_ce": "`fused_linear_cross_entropy`", "PyTorch": "`F.linear_cross_entropy(options=...)`",
         "Liger": "`liger_fused_linear_cross_entropy`", "TRL": "`ChunkedLogProbFunction`, as its trainers call it",
         "CCE": "`linear_cross_entropy`", "QuACK": "`chunked_linear_cross_entropy`",
     },
@@ -93,7 +93,7 @@ def long(name: str, result: Result) -> str:
 def _reasons(result: Result, row: Row, kind: str, packages: Sequence[str]) -> str:
     found = {package: cell(result, row, kind, package) for package in packages}
     told = [f"{_head(package)}: {_why(answer)}" for package, answer in found.items() if answer and answer["why"]]
-    return f"- **{row.question}.** {'; '.join(told)}." if told else ""
+    return f"- **{row.question}.** {' · '.join(told)}." if told else ""
 
 
 def _why(found: dict[str, str]) -> str:
