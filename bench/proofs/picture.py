@@ -12,7 +12,8 @@ VOCABULARIES = (32000, 128256)
 
 PREDICTIONS = "predictions, not measurements"
 
-COLOURS = {"fused_ignore_ce": (OURS, "#e69f00", "#f0c987"), "others": (PEERS[0], PEERS[1], "#7f7f7f")}
+#: Of this package's kernels: forward, backward, one pass.
+SHADES = (OURS, "#e69f00", "#f0c987")
 
 
 def rows(proofs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,8 +33,9 @@ def draw(proofs: dict[str, Any], about: str, file: Path) -> None:
         "PREDICTION from machine code and data sheets, NOT A MEASUREMENT\n"
         f"share of the memory roof, bfloat16; {about}", fontsize=10,
     )  # fmt: skip
-    left = {name: list(colours) for name, colours in COLOURS.items()}
-    colours = {kernel: left["fused_ignore_ce" if "fused" in kernel else "others"].pop(0) for kernel in kernels}
+    ours = [kernel for kernel in kernels if kernel.startswith("fused_ignore_ce")]
+    others = [kernel for kernel in kernels if kernel not in ours]
+    colours = {**dict(zip(ours, SHADES, strict=False)), **dict(zip(others, PEERS, strict=False))}
     width = 0.85 / len(kernels)
     panels = figure.subplots(len(vocabularies), 1, sharex=True, squeeze=False)[:, 0]
     for axes, V in zip(panels, vocabularies, strict=True):
