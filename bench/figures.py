@@ -77,19 +77,16 @@ def headline(results: Results) -> str:
 def coverage(results: Results) -> str:
     """A line about the classes of transformers, from the page that `make sweep` writes."""
     text = COVERAGE.read_text()
-    written = re.search(
-        r"^Written by .*; (torch \S+), (transformers \S+), CPU(?:, (\d{4}-\d{2}-\d{2}))?", text, re.MULTILINE
-    )
+    written = re.search(r"^Written by .*; (torch \S+), (transformers \S+), CPU, (\S+)\.$", text, re.MULTILINE)
     rows = re.findall(r"^\| ([A-Z_0-9]+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
     if written is None or not rows:
         raise SystemExit(f"{COVERAGE.name} has no table of classes: make sweep")
-    run, equal = (sum(int(row[column]) for row in rows) for column in (2, 3))
+    named, run, equal = (sum(int(row[column]) for row in rows) for column in (1, 2, 3))
     _, _, causal, same = next(row for row in rows if row[0] == "CAUSAL_LM")
-    date = f", {written[3]}" if written[3] else ""
     return (
-        f"**{same} of {causal} causal language models and {equal} of {run} classes in all have the same loss and the "
-        f"same gradients after `patch_model`** ({written[2]}, {written[1]}{date}): "
-        f"[the list](docs/transformers-coverage.md)."
+        f"**{same} of {causal} causal language models, and {equal} of {run} classes in all, have the same loss and the "
+        f"same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}; {named - run} classes more "
+        f"could not be run, patched or not): [the list](docs/transformers-coverage.md)."
     )
 
 
