@@ -19,6 +19,7 @@ from .machine import ROOT
 from .proofs import picture
 from .reading import RESULTS, Results, Row, code, embedded, find, link, peak, ratio, size, table, where
 from .speed import plots
+from .speed.memory import WAYS
 from .speed.providers import PROVIDERS
 from .speed.scaling import VARIED
 from .speed.workload import MODELS
@@ -58,20 +59,17 @@ def headline(results: Results) -> str:
         lines.append((what, *times, ratio(own[1]), *(peak(result, row) for row in own)))
     steps = results.newest("training step")[1]["training step"]
     step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
-    lines.append((f"training step, Llama, V={steps[0]['V']}, float32", "", "", "", step["plain"], step["patched"]))
-    head = (
-        f"{SHARE:.0%} of the tokens ignored",
-        "time, plain",
-        "this package",
-        "ratio",
-        "peak memory, plain",
-        "this package",
+    lines.append(
+        (f"training step, Llama, V={steps[0]['V']}, float32", "", "", "", *(step.get(way, "-") for way in WAYS))
     )
-    return (
-        f"{table(head, lines)}\n\nThe losses: forward and backward, N={rows[0]['N']} tokens, V={rows[0]['V']} classes, "
-        f"D={rows[0]['D']} features, bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. Memory is counted "
-        f"beside inputs, parameters and their gradients. Measured on {where(result['header'])}: {link(name)}."
+    head = ("", "time, plain", "time, fused", "ratio", "peak memory, plain", "peak memory, fused")
+    sizes = f"N={rows[0]['N']} tokens, V={rows[0]['V']} classes, D={rows[0]['D']} features"
+    text = (
+        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, {sizes}, bfloat16. Plain is "
+        f"`F.cross_entropy(logits.float(), labels)`. Memory is counted beside inputs, parameters and their gradients. "
+        f"Measured on {where(result['header'])}: {link(name)}."
     )
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def coverage(results: Results) -> str:
