@@ -88,7 +88,7 @@ def peak(result: Row, row: Row | None) -> str:
 
 
 def link(name: str) -> str:
-    """To a result file."""
+    """A link to a result file."""
     return f"[{name}](bench/results/{name}.json)"
 
 

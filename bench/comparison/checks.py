@@ -56,7 +56,7 @@ def close(name: str, found: Tensor | None, wanted: Tensor, tolerance: float = 1e
 
 
 def is_right(peer: Peer, kind: str, truth: Truth, **options: Any) -> None:
-    """Loss and gradients."""
+    """Compares loss and gradients with the truth."""
     inputs, target = operands(kind)
     wanted = expected(inputs, target, truth)
     loss = peer.call(*inputs, target, **options)
@@ -159,7 +159,7 @@ def probabilities(peer: Peer, kind: str) -> None:
 
 
 def _kept(values: Tensor, target: Tensor) -> Tensor:
-    """A peer may return the kept tokens alone."""
+    """The values of kept tokens; a peer may return these alone."""
     return values if values.numel() < target.numel() else values[target != -100]
 
 
@@ -193,7 +193,7 @@ def entropy(peer: Peer, kind: str) -> None:
 
 
 def masked_vocabulary(peer: Peer, kind: str) -> None:
-    """A masked part of the vocabulary that is longer than a kernel's block."""
+    """Masks a part of the vocabulary that is longer than a kernel's block."""
     x = torch.randn(3, 40000, generator=torch.Generator().manual_seed(0))
     x[0, :36000] = -float("inf")
     target = torch.tensor([39999, 5, -100])
@@ -215,7 +215,7 @@ def all_ignored(peer: Peer, kind: str) -> None:
 
 
 def loss_scale(peer: Peer, kind: str) -> None:
-    """Gradients that float16 cannot hold before the scale of the loss is applied, and can hold after it."""
+    """Asks for gradients that float16 cannot hold before the scale of the loss is applied, and can hold after it."""
     scale = 16384.0
     x = torch.zeros(8, 256, dtype=torch.float16)
     x[:, 0] = 17.0
@@ -250,7 +250,7 @@ def transposed(peer: Peer, kind: str) -> None:
 
 
 def compiled(peer: Peer, kind: str) -> None:
-    """Traced as one graph, without a break; not compiled further."""
+    """Traces the loss as one graph, without a break, and compiles it no further."""
     torch.compiler.reset()
     inputs, target = operands(kind)
     wanted = expected(inputs, target, F.cross_entropy)

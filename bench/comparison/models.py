@@ -1,4 +1,4 @@
-"""The same for patched models: what a way of patching has to do for a "yes"."""
+"""What a way of patching transformers models has to do for a "yes". A check raises where it does something else."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _liger_accuracy(name: str) -> Callable[..., Tensor]:
 
 
 def _trl() -> Callable[..., Any]:
-    """As TRL's trainers call it: of the kept tokens alone, which are reduced afterwards."""
+    """TRL's loss as its trainers call it: for the kept tokens alone, which are reduced afterwards."""
     apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
 
     def call(

@@ -31,7 +31,7 @@ class Row:
     question: str
     check: Callable[..., None] | None = None
     kinds: tuple[str, ...] = ("logits", "linear")
-    #: By kind, then by package.
+    #: Answers by kind, then by package.
     stated: dict[str, dict[str, Stated]] = field(default_factory=dict)
     short: str = ""  # the kind of which the README has the row
 

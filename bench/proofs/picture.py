@@ -7,12 +7,12 @@ from typing import Any
 
 from bench.speed.plots import OURS, PEERS, save
 
-#: Of all for which there are predictions.
+#: The vocabularies that the picture shows, some of those that have predictions.
 VOCABULARIES = (32000, 128256)
 
 PREDICTIONS = "predictions, not measurements"
 
-#: Of this package's kernels: forward, backward, one pass.
+#: The colours of this package's kernels: forward, backward, one pass.
 SHADES = (OURS, "#e69f00", "#f0c987")
 
 

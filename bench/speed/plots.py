@@ -47,7 +47,7 @@ def pictures(result: Row) -> dict[str, list[list[Panel]]]:
 
 
 def digest(data: Any) -> str:
-    """Of what a picture shows. The picture carries it, so that a test sees whether it is the newest result's."""
+    """A digest of what a picture shows. The picture carries it, so that a test sees whether the picture is up to date."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
