@@ -47,7 +47,7 @@ def pictures(result: Row) -> dict[str, list[list[Panel]]]:
 
 
 def digest(data: Any) -> str:
-    """A digest of what a picture shows. The picture carries it, so that a test sees whether the picture is up to date."""
+    """A digest of what a picture shows. The picture carries it, and a test compares it with the newest results."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
