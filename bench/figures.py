@@ -177,9 +177,10 @@ def _compiled(name: str, found: Row) -> str:
     which = "shapes of models" if found["quick"] else "every tile that a launch can choose"
     return (
         f"{found['kernels']} kernels ({which}) were compiled for {', '.join(found['targets'])} in "
-        f"{', '.join(found['dtypes'])}: {found['spilling'] or 'none'} with spills, {found['narrow'] or 'none'} with "
-        f"accesses to logits narrower than they could be, {len(found['faults']) or 'no'} faults in all "
-        f"({found['header']['date']}, commit {found['header']['commit'][:7]}, {link(name)})."
+        f"{', '.join(found['dtypes'])}, without a GPU. {found['spilling'] or 'None'} of them spill registers, "
+        f"{found['narrow'] or 'none'} access logits more narrowly than they could. The result file lists all "
+        f"{len(found['faults'])} faults ({found['header']['date']}, commit {found['header']['commit'][:7]}, "
+        f"{link(name)})."
     )
 
 

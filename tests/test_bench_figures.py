@@ -103,9 +103,10 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
         (tmp_path / f"{name}.json").write_text(json.dumps({"header": header, "proofs": proofs}))
     text = figures.proofs(reading.Results(tmp_path))
     assert text.startswith(
-        "4000 kernels (every tile that a launch can choose) were compiled for sm_90 in bfloat16: none with spills, 2"
+        "4000 kernels (every tile that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. None "
+        "of them spill registers, 2 access logits more narrowly"
     )
-    assert "1 faults in all (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
+    assert "lists all 1 faults (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
     assert "Predictions, not measurements." in text
     assert "0.88, issue slots" in text
     assert "bytes" not in text
