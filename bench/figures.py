@@ -1,92 +1,90 @@
-"""Writes the README's figures, which are taken from committed result files: `python -m bench.figures`.
+"""Writes the figures of README and docs and draws their pictures, from result files: `python -m bench.figures`.
 
-In the README, a generated block stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is the name of one of
-the functions below.
+In a page, a generated block stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is the name of one of the
+functions below. They write links as the README has them; those of the pages in docs/ are rewritten.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from fused_ignore_ce.cost import linear_cost
 
+from .comparison import tables as comparison
 from .machine import ROOT
+from .proofs import picture
+from .reading import RESULTS, Results, Row, code, embedded, find, link, peak, ratio, size, table, where
+from .speed import plots
+from .speed.memory import WAYS
 from .speed.providers import PROVIDERS
 from .speed.scaling import VARIED
 from .speed.workload import MODELS
 
-Row = dict[str, Any]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "comparison.md")
+PICTURES = ROOT / "docs" / "pictures"
+COVERAGE = ROOT / "docs" / "transformers-coverage.md"
 
-RESULTS = ROOT / "bench" / "results"
-#: Beginnings of the names of result files of `bench.tune` and `bench.gpu`.
-NO_RUNS = ("tune-", "gpu-")
-
-#: The vocabulary at which the README has predictions.
+#: The vocabulary at which the pages have predictions.
 PREDICTED_V = 128256
 
+#: The share of ignored tokens of which the README's sentences speak.
+SHARE = 0.75
+
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-class Results:
-    """The result files of full runs by name, the newest first, and apart from them those of `bench.distributed`."""
-
-    def __init__(self, folder: Path = RESULTS) -> None:
-        self.distributed = sorted(folder.glob("distributed-*.json"))
-        others = ("distributed-", *NO_RUNS)
-        paths = [p for p in folder.glob("*.json") if not p.stem.endswith("-quick") and not p.stem.startswith(others)]
-        read = {path.stem: json.loads(path.read_text()) for path in paths}
-        self.files = dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
-
-    def newest(self, section: str) -> tuple[str, Row]:
-        """Name and content of the newest result in which a section is not empty."""
-        for name, result in self.files.items():
-            if result[section]:
-                return name, result
-        raise SystemExit(f"no result in bench/results has {section}: python -m bench.run")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
-
-
-def size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _code(name: str) -> str:
-    """A loss's name, set as code where it is an expression."""
-    return f"`{name}`" if "(" in name else name
-
-
-def _find(rows: list[Row], **values: Any) -> Row | None:
-    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
-
-
-def _ratio(row: Row | None) -> str:
-    return f"{row['ratio']:.2f}" if row and "ratio" in row else "-"
-
-
-def _peak(result: Row, row: Row | None) -> str:
-    """The peak memory that was measured for the loss and the sizes of a row."""
-    keys = ("kind", "N", "V", "D", "ignored", "dtype", "direction", "provider")
-    held = row and _find(result["memory"], **{key: row[key] for key in keys})
-    return size(held["bytes"]) if held else "-"
 
 
 def machine(results: Results) -> str:
     name, result = results.newest("rows")
     header = result["header"]
-    cores = f"{header['cores']} cores of an {header['device']}" if header["kind"] == "cpu" else header["device"]
     return (
-        f"All of it by `{header['command']}` on one machine: {cores} ({header['simd']}), PyTorch "
-        f"{header['versions']['torch']}, commit {header['commit'][:7]}, {header['date']}; every figure with its "
-        f"spread, the machine's own roof and what was left out: [{name}](bench/results/{name}.json)."
+        f"Times and peak memory come from one run of `{header['command']}`, where no other file is named: "
+        f"{where(header)} ({header['simd']}). Its result file has every figure with its spread, the machine's own roof "
+        f"and a list of what was left out: {link(name)}."
+    )
+
+
+def headline(results: Results) -> str:
+    """The README's table of time and memory."""
+    name, result = results.newest("rows")
+    lines = []
+    for kind, what in (("logits", "loss of logits"), ("linear", "loss from hidden states")):
+        rows = [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
+        baseline, *_, ours = PROVIDERS[kind]
+        own = [find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, ours)]
+        times = [f"{row['ms']['p50']:.0f} ms" if row else "-" for row in own]
+        lines.append((what, *times, ratio(own[1]), *(peak(result, row) for row in own)))
+    steps = results.newest("training step")[1]["training step"]
+    step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
+    lines.append(
+        (f"training step, Llama, V={steps[0]['V']}, float32", "", "", "", *(step.get(way, "-") for way in WAYS))
+    )
+    head = ("", "time, plain", "time, fused", "ratio", "peak memory, plain", "peak memory, fused")
+    sizes = f"N={rows[0]['N']} tokens, V={rows[0]['V']} classes, D={rows[0]['D']} features"
+    text = (
+        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, {sizes}, bfloat16. Plain is "
+        f"`F.cross_entropy(logits.float(), labels)`. Memory is counted beside inputs, parameters and their gradients. "
+        f"Measured on {where(result['header'])}: {link(name)}."
+    )
+    return f"{table(head, lines)}\n\n{text}"
+
+
+def coverage(results: Results) -> str:
+    """A line about the classes of transformers, from the page that `make sweep` writes."""
+    text = COVERAGE.read_text()
+    written = re.search(r"^Written by .*; (torch \S+), (transformers \S+), CPU, (\S+)\.$", text, re.MULTILINE)
+    rows = re.findall(r"^\| ([A-Z_0-9]+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    if written is None or not rows:
+        raise SystemExit(f"{COVERAGE.name} has no table of classes: make sweep")
+    named, run, equal = (sum(int(row[column]) for row in rows) for column in (1, 2, 3))
+    _, _, causal, same = next(row for row in rows if row[0] == "CAUSAL_LM")
+    return (
+        f"**{same} of {causal} causal language models, and {equal} of {run} classes in all, have the same loss and the "
+        f"same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}; {named - run} classes more "
+        f"could not be run, patched or not): [the list](docs/transformers-coverage.md)."
     )
 
 
@@ -96,9 +94,9 @@ def _base(result: Row, kind: str, columns: list[tuple[str, float]]) -> str:
     sizes = f"N={rows[0]['N']}, V={rows[0]['V']}" + (f", D={rows[0]['D']}" if rows[0]["D"] else "")
     lines = []
     for provider in PROVIDERS[kind]:
-        own = [_find(rows, provider=provider.name, dtype=dtype, ignored=ignored) for dtype, ignored in columns]
+        own = [find(rows, provider=provider.name, dtype=dtype, ignored=ignored) for dtype, ignored in columns]
         if any(own):
-            lines.append((_code(provider.name), *map(_ratio, own), _peak(result, own[0])))
+            lines.append((code(provider.name), *map(ratio, own), peak(result, own[0])))
     dtype, *others = sorted({dtype for dtype, _ in columns})
     names = [f"{dtype} {ignored:.0%} ignored" if others else f"{ignored:.0%} ignored" for dtype, ignored in columns]
     text = f"{sizes}, {'' if others else f'{dtype}, '}ratios of medians to the first:"
@@ -112,7 +110,7 @@ def logits(results: Results) -> str:
 def linear(results: Results) -> str:
     _, result = results.newest("rows")
     slow = [gate for gate in result["gates"] if gate["status"] == "slow"]
-    notes = "".join(f"\n\n{_code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
+    notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
     columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
     return _base(result, "linear", columns) + notes
 
@@ -127,8 +125,8 @@ def models(results: Results) -> str:
         tokens: list[str] = []
         for (kind, providers), D in zip(PROVIDERS.items(), (0, model.D), strict=True):
             own = {"kind": kind, "V": model.V, "D": D, "provider": providers[-1].name}
-            found = [_find(rows, **own, ignored=share) for share in (0.0, 0.75)]
-            cells += map(_ratio, found)
+            found = [find(rows, **own, ignored=share) for share in (0.0, 0.75)]
+            cells += map(ratio, found)
             tokens.append(str(found[0]["N"]) if found[0] else "-")
         lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(tokens), *cells))
     head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0% ignored", "75%")
@@ -140,8 +138,8 @@ def scaling(results: Results) -> str:
     lines = []
     for kind, (baseline, *_, ours) in PROVIDERS.items():
         for provider in (baseline, ours):
-            own = [_find(fits, kind=kind, provider=provider.name, varied=varied) for varied in VARIED]
-            lines.append((_code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
+            own = [find(fits, kind=kind, provider=provider.name, varied=varied) for varied in VARIED]
+            lines.append((code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
     return table(("", "tokens", "vocabulary", "features", "kept tokens of a batch"), lines)
 
 
@@ -155,45 +153,58 @@ def training_step(results: Results) -> str:
     shares = sorted({row["ignored"] for row in rows})
     lines = []
     for way, name in (("plain", "transformers"), ("patched", "`patch_model(model)`")):
-        own = [_find(rows, way=way, ignored=share) for share in shares]
+        own = [find(rows, way=way, ignored=share) for share in shares]
         lines.append((name, *(size(row["bytes"]) if row else "-" for row in own)))
-    return f"{text}\n\n{table(('', *(f'{share:.0%} ignored' for share in shares)), lines)}"
+    drawn = embedded("training-step", "Peak memory of a training step, plain and patched")
+    return f"{text}\n\n{table(('', *(f'{share:.0%} ignored' for share in shares)), lines)}\n\n{drawn}"
 
 
 def traffic(results: Results) -> str:
     rows = [row for row in results.newest("traffic")[1]["traffic"] if row["ignored"] == 0.5]
     case, lines = rows[0]["case"], []
     for passes in ("forward", "backward"):
-        row = _find(rows, case=case, passes=f"ours, {passes}")
+        row = find(rows, case=case, passes=f"ours, {passes}")
         assert row is not None
         moved = (row["kept"], row["of ignored"])
         lines.append((passes, *(f"{rows['read']:.3f} reads, {rows['written']:.3f} writes" for rows in moved)))
     return f"{case}, half of the rows ignored:\n\n{table(('', 'kept row', 'ignored row'), lines)}"
 
 
-def proofs(results: Results) -> str:
-    """The newest run that compiled all kernels; where there is none, the newest that compiled some."""
-    runs = [(name, result["proofs"]) for name, result in results.files.items() if result.get("proofs")]
-    if not runs:
-        return "No committed result has them yet: `make bench`."
-    name, found = next((run for run in runs if not run[1]["quick"]), runs[0])
+NO_PROOFS = "No committed result has them yet: `make proofs`."
+
+
+def _compiled(name: str, found: Row) -> str:
     which = "shapes of models" if found["quick"] else "every tile that a launch can choose"
-    text = (
-        f"{found['kernels']} kernels ({which}), for {', '.join(found['targets'])} in {', '.join(found['dtypes'])}: "
-        f"{found['spilling'] or 'none'} with spills, {found['narrow'] or 'none'} with accesses to logits narrower than "
-        f"they could be, {len(found['faults']) or 'no'} faults in all ([{name}](bench/results/{name}.json))."
+    return (
+        f"{found['kernels']} kernels ({which}) were compiled for {', '.join(found['targets'])} in "
+        f"{', '.join(found['dtypes'])}, without a GPU. {found['spilling'] or 'None'} of them spill registers, "
+        f"{found['narrow'] or 'none'} access logits more narrowly than they could. The result file lists all "
+        f"{len(found['faults'])} faults ({found['header']['date']}, commit {found['header']['commit'][:7]}, "
+        f"{link(name)})."
     )
-    rows = [row for row in found["predictions, not measurements"] if row["V"] == PREDICTED_V]
+
+
+def compiled(results: Results) -> str:
+    found = results.newest_proofs()
+    return _compiled(*found) if found else NO_PROOFS
+
+
+def proofs(results: Results) -> str:
+    newest = results.newest_proofs()
+    if newest is None:
+        return NO_PROOFS
+    name, found = newest
+    rows = [row for row in found[picture.PREDICTIONS] if row["V"] == PREDICTED_V]
     kernels = dict.fromkeys(row["kernel"] for row in rows)
     lines = []
     for chip in dict.fromkeys(row["chip"] for row in rows):
-        own = [_find(rows, chip=chip, kernel=kernel) for kernel in kernels]
+        own = [find(rows, chip=chip, kernel=kernel) for kernel in kernels]
         shares = [f"{row['share of the memory roof']:.2f}, {row['bound']}" if row else "-" for row in own]
         lines.append((chip, *shares))
     head = ("", *(kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in kernels))
-    return f"{text}\n\n{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:\n\n" + table(
-        head, lines
-    )
+    text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:"
+    drawn = embedded("predicted-roof", "A prediction, not a measurement: shares of the memory roof")
+    return "\n\n".join([_compiled(name, found), text, table(head, lines), drawn])
 
 
 def distributed(results: Results) -> str:
@@ -215,9 +226,25 @@ def distributed(results: Results) -> str:
     return f"{text}\n\n{table(('', *(f'sent, {n}' for n in ranks), *(f'held, {n}' for n in ranks)), lines)}"
 
 
-def plots(results: Results) -> str:
-    pictures = results.newest("plots")[1]["plots"]
-    return "\n".join(f"![{name.removesuffix('.png')}](bench/results/{name})" for name in pictures)
+def ignored(results: Results) -> str:
+    return embedded("ignored", "Time and peak memory of the losses against the share of ignored tokens")
+
+
+def growth(results: Results) -> str:
+    return (
+        f"{embedded('tokens', 'Time and peak memory of the losses against the number of tokens')}\n"
+        f"{embedded('bandwidth', 'Bandwidth of the loss of logits against the vocabulary')}"
+    )
+
+
+def compared(results: Results) -> str:
+    """The README's table."""
+    return comparison.short(*results.comparison())
+
+
+def comparisons(results: Results) -> str:
+    """Every row, with its reasons."""
+    return comparison.long(*results.comparison())
 
 
 def memory(results: Results) -> str:
@@ -246,17 +273,44 @@ def memory(results: Results) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    "machine": machine, "logits": logits, "linear": linear, "models": models, "scaling": scaling,
-    "training-step": training_step, "traffic": traffic, "proofs": proofs, "plots": plots, "memory": memory,
-    "distributed": distributed,
+    "machine": machine, "headline": headline, "coverage": coverage, "ignored": ignored, "logits": logits,
+    "linear": linear, "models": models, "scaling": scaling, "growth": growth, "training-step": training_step,
+    "traffic": traffic, "compiled": compiled, "proofs": proofs, "memory": memory, "distributed": distributed,
+    "compared": compared, "comparisons": comparisons,
 }  # fmt: skip
 
 
-def rewritten(text: str, results: Results) -> str:
-    """The text with every block generated anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](results)}\n{found[3]}", text)
+def rewritten(page: Path, text: str, results: Results) -> str:
+    """A page's text with every block generated anew."""
+
+    def block(found: re.Match[str]) -> str:
+        new = BLOCKS[found[2]](results)
+        if page.parent.name == "docs":
+            new = new.replace("](docs/", "](").replace("](bench/", "](../bench/")
+        return f"{found[1]}{new}\n{found[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def shown(results: Results) -> dict[str, Any]:
+    """What each picture shows, by its name."""
+    found: dict[str, Any] = dict(plots.pictures(results.newest("rows")[1]))
+    found["training-step"] = results.newest("training step")[1]["training step"]
+    newest = results.newest_proofs()
+    return found | ({"predicted-roof": picture.rows(newest[1])} if newest else {})
+
+
+def draw(results: Results, folder: Path = PICTURES) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.draw(results.newest("rows")[1], folder)
+    plots.draw_training_step(results.newest("training step")[1], folder / "training-step.png")
+    newest = results.newest_proofs()
+    if newest:
+        picture.draw(newest[1], f"commit {newest[1]['header']['commit'][:7]}", folder / "predicted-roof.png")
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rewritten(readme.read_text(), Results()))
+    found = Results()
+    draw(found)
+    for page in PAGES:
+        page.write_text(rewritten(page, page.read_text(), found))

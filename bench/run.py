@@ -3,8 +3,8 @@
     python -m bench.run [--minutes 9] [--quick] [--out DIR]
 
 It runs the gate, then measures losses side by side, memory, a model's training step, bytes that the kernels move and
-kernels compiled without a GPU; it fits how cost grows and draws plots. It writes DIR/<device>-<date>.json and the
-plots. The most important figures come first. When the time is up, nothing more is started, and the file lists what was
+kernels compiled without a GPU, and fits how cost grows. It writes DIR/<device>-<date>.json, which `bench.figures`
+draws. The most important figures come first. When the time is up, nothing more is started, and the file lists what was
 left out. To run it without an install, set PYTHONPATH=. before it.
 """
 
@@ -24,7 +24,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from . import machine
-from .speed import memory, plots
+from .speed import memory
 from .speed.providers import PROVIDERS, Provider
 from .speed.scaling import fits
 from .speed.workload import DEVICE, Case, cases
@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"{machine.slug(result['header']['device'])}-{result['header']['date']}"
     if options.quick:
         name += "-quick"
-    result["plots"] = [path.name for path in plots.draw(result, options.out, name)]
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(summary(result), f"\n{options.out / name}.json", sep="\n")
     return 1 if result["failed"] or any(gate["status"] == "red" for gate in result["gates"]) else 0

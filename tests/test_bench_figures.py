@@ -1,84 +1,159 @@
-"""The README's figures are those of the committed result files."""
+"""The figures and pictures of README and docs are those of the committed result files."""
 
 import json
-from pathlib import Path
+import re
 
 import pytest
 
-from bench import figures
+pytest.importorskip("PIL")
+pytest.importorskip("tabulate")
+pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from PIL import Image
+
+from bench import figures, reading
+from bench.proofs import picture
+from bench.speed import plots
+from bench.speed.providers import LINEAR, LOGITS
+
+LINK = re.compile(r"\]\(([^)#\s]+)\)")
+PAGES = pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
 
 
-def test_the_readme_says_what_the_results_say():
-    """If it does not: make readme-figures."""
-    assert README == figures.rewritten(README, figures.Results())
+@PAGES
+def test_pages_say_what_the_results_say(page):
+    """If they do not: make readme-figures."""
+    text = page.read_text()
+    assert text == figures.rewritten(page, text, reading.Results())
 
 
-def test_every_block_is_there_once():
-    assert sorted(found[1] for found in figures.BLOCK.findall(README)) == sorted(figures.BLOCKS)
+def test_every_block_is_on_a_page_once():
+    found = {page: [block[1] for block in figures.BLOCK.findall(page.read_text())] for page in figures.PAGES}
+    assert set(figures.BLOCKS) == {name for names in found.values() for name in names}
+    assert all(len(names) == len(set(names)) for names in found.values())
 
 
-def test_a_changed_number_is_seen():
-    block = figures.BLOCK.search(README)
+@PAGES
+def test_a_changed_number_is_seen(page):
+    text = page.read_text()
+    block = figures.BLOCK.search(text)
     assert block
-    changed = README.replace(block[0], block[0].replace("1", "2"), 1)
-    assert changed != README
-    assert figures.rewritten(changed, figures.Results()) == README
+    changed = text.replace(block[0], block[0].replace("1", "2"), 1)
+    assert changed != text
+    assert figures.rewritten(page, changed, reading.Results()) == text
 
 
-@pytest.mark.parametrize("path", sorted(figures.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_pictures_show_the_newest_results():
+    """If they do not: make readme-figures."""
+    shown = figures.shown(reading.Results())
+    assert {path.stem for path in figures.PICTURES.iterdir()} == set(shown)
+    for name, data in shown.items():
+        assert Image.open(figures.PICTURES / f"{name}.png").text["Data"] == plots.digest(data), name
+
+
+@PAGES
+def test_links_of_generated_blocks_lead_to_files(page):
+    links = [link for block in figures.BLOCK.finditer(page.read_text()) for link in LINK.findall(block[0])]
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+@pytest.mark.parametrize("path", sorted(reading.RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_results_are_of_a_known_commit(path):
-    """And the plots that belong to them are there."""
     result = json.loads(path.read_text())
     assert result["header"]["commit"]
     assert result["header"]["dirty"] is False
-    if path.stem.startswith("distributed-"):
+    if path.stem.startswith(reading.DISTRIBUTED):
         assert len(result["rows"]) == 6 * len(result["ranks"])
-        return
-    if not path.stem.startswith(figures.NO_RUNS):
-        assert all((path.parent / name).exists() for name in result["plots"])
 
 
 def test_looks_are_no_source(tmp_path):
-    others = [f"{name}machine-2026-03-01" for name in figures.NO_RUNS]
-    for name in (
-        *others,
-        "machine-2026-01-01-quick",
-        "machine-2025-01-01",
-        "machine-2025-06-01",
-        "distributed-2026-02-01",
-    ):
+    others = [f"{name}machine-2026-03-01" for name in reading.NO_RUNS]
+    for name in (*others, "machine-2026-01-01-quick", "machine-2025-01-01", "machine-2025-06-01"):
         date = name.removesuffix("-quick")[-10:]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"header": {"date": date}, "rows": [1], "fits": []}))
-    results = figures.Results(tmp_path)
+        found = {"header": {"date": date}, "rows": [1], "fits": [], "quick": False}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    results = reading.Results(tmp_path)
     assert results.newest("rows")[0] == "machine-2025-06-01"
-    assert [path.stem for path in results.distributed] == ["distributed-2026-02-01"]
+    assert [path.stem for path in results.distributed] == ["distributed-machine-2026-03-01"]
+    assert results.comparison()[0] == "comparison-machine-2026-03-01"
+    assert list(results.proofs) == ["proofs-machine-2026-03-01"]
     with pytest.raises(SystemExit, match="no result in bench/results has fits"):
         results.newest("fits")
 
 
+HEADER = {"device": "Chip", "kind": "cuda", "cores": 2, "date": "2026-01-01", "commit": "0123456789"}
+
+
+def row(chip="H200", V=128256, kernel="fused_ignore_ce forward", share=0.876, bound="bytes"):
+    return {"chip": chip, "V": V, "kernel": kernel, "share of the memory roof": share, "bound": bound}
+
+
 def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp_path):
-    row = {"chip": "H200", "V": 128256, "kernel": "fused_ignore_ce forward", "share of the memory roof": 0.876}
     found = {"kernels": 49, "targets": ["sm_90"], "dtypes": ["bfloat16"], "spilling": 0, "narrow": 2}
     found |= {"faults": ["one"], "note": "Predictions, not measurements.", "quick": True}
-    found |= {"predictions, not measurements": [row | {"bound": "issue slots"}, row | {"V": 32000, "bound": "bytes"}]}
+    found |= {picture.PREDICTIONS: [row(bound="issue slots"), row(V=32000)]}
     for name, date, proofs in (
         ("old", "2026-01-01", found | {"quick": False, "kernels": 4000}),
         ("new", "2026-02-01", found),
         ("without", "2026-03-01", None),
     ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"header": {"date": date}, "proofs": proofs}))
-    text = figures.proofs(figures.Results(tmp_path))
+        header = HEADER | {"date": date}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"header": header, "proofs": proofs}))
+    text = figures.proofs(reading.Results(tmp_path))
     assert text.startswith(
-        "4000 kernels (every tile that a launch can choose), for sm_90 in bfloat16: none with spills, 2"
+        "4000 kernels (every tile that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. None "
+        "of them spill registers, 2 access logits more narrowly"
     )
-    assert "1 faults in all ([old](bench/results/old.json))" in text
+    assert "lists all 1 faults (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
     assert "Predictions, not measurements." in text
     assert "0.88, issue slots" in text
     assert "bytes" not in text
+    newer = HEADER | {"date": "2026-04-01"}
+    (tmp_path / "proofs-2026-04-01.json").write_text(json.dumps(found | {"header": newer, "quick": False}))
+    assert figures.compiled(reading.Results(tmp_path)).startswith("49 kernels (every tile")
+    (tmp_path / "proofs-2026-04-01.json").unlink()
     (tmp_path / "old.json").unlink()
-    assert figures.proofs(figures.Results(tmp_path)).startswith("49 kernels (shapes of models)")
+    assert figures.proofs(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
     (tmp_path / "new.json").unlink()
-    assert figures.proofs(figures.Results(tmp_path)) == "No committed result has them yet: `make bench`."
+    assert figures.proofs(reading.Results(tmp_path)) == figures.NO_PROOFS
+
+
+def run(**tables):
+    return {"header": HEADER, "rows": [], "memory": [], "training step": []} | tables
+
+
+def measured(*more, shapes=(("base", 8, 8, 0.0), ("base", 8, 8, 0.5), ("N", 16, 8, 0.0), ("V", 8, 16, 0.0)), **values):
+    values = {"dtype": "bfloat16", "direction": "both", "D": 8} | values
+    return [
+        values | {"kind": kind, "provider": provider, "shape": shape, "N": N, "V": V, "ignored": ignored}
+        for kind, provider in (("logits", LOGITS[-1].name), ("linear", LINEAR[-1].name))
+        for shape, N, V, ignored in shapes
+    ]
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path):
+    assert plots.draw(run(), tmp_path) == []
+    rows = measured(ms={"p50": 1.0}, rate=1.0, roof=2.0)
+    drawn = plots.draw(run(rows=rows, memory=measured(bytes=2**20)), tmp_path)
+    assert [path.name for path in drawn] == ["ignored.png", "tokens.png", "bandwidth.png"]
+    assert plots.pictures(run(memory=measured(bytes=2**20))).keys() == {"ignored", "tokens"}
+    steps = [
+        {"way": way, "ignored": share, "bytes": 2**30, "V": 8, "T": 8, "D": 8, "layers": 1}
+        for way in ("plain", "patched")
+        for share in (0.0, 0.75)
+    ]
+    plots.draw_training_step(run(**{"training step": steps}), tmp_path / "step.png")
+    kernels = ("fused_ignore_ce forward", "other forward")
+    predictions = [row(chip, V, kernel) for chip in ("A", "B") for V in picture.VOCABULARIES for kernel in kernels]
+    picture.draw({picture.PREDICTIONS: predictions}, "here", tmp_path / "roof.png")
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert Image.open(tmp_path / "step.png").text["Data"] == plots.digest(steps)
+
+
+def test_a_picture_of_other_numbers_has_another_digest():
+    one, other = (plots.pictures(run(memory=measured(bytes=size * 2**20)))["ignored"] for size in (1, 2))
+    assert plots.digest(one) != plots.digest(other)
+    assert plots.digest(one) == plots.digest(json.loads(json.dumps(one)))

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
-pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from bench import machine, run
-from bench.speed import gate, plots
+from bench.speed import gate
 from bench.speed.gate import judge
 from bench.speed.providers import LINEAR, LOGITS, Provider
 from bench.speed.workload import DEVICE, cases
@@ -162,7 +161,7 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
     assert path.stem == f"{machine.slug(found['header']['device'])}-{found['header']['date']}"
-    assert [found[name] for name in ("gates", "rows", "memory", "traffic", "failed", "plots")] == [[]] * 6
+    assert [found[name] for name in ("gates", "rows", "memory", "traffic", "failed")] == [[]] * 5
     left_out = found["left out"]
     assert {f"speed: {case}" for case in cases(DEVICE)} <= set(left_out)
     assert "traffic: python -m bench.proofs.traffic" in left_out
@@ -179,19 +178,6 @@ def test_a_crash_is_a_failure(monkeypatch):
     found = empty()
     run._speed(found, time.time() + 10)
     assert found["failed"][0].startswith("speed: exit status 3")
-
-
-def test_plots_are_drawn_of_what_there_is(tmp_path):
-    assert plots.draw(empty(), tmp_path, "name") == []
-    figures = {"dtype": "bfloat16", "direction": "both", "D": 8, "ms": {"p50": 1.0}, "rate": 1.0, "roof": 2.0}
-    rows = [
-        figures | {"kind": kind, "provider": provider, "shape": shape, "N": N, "V": V, "ignored": ignored}
-        for kind, provider in (("logits", OURS), ("linear", LINEAR[-1].name))
-        for shape, N, V, ignored in (("base", 8, 8, 0.0), ("base", 8, 8, 0.5), ("N", 16, 8, 0.0), ("V", 8, 16, 0.0))
-    ]
-    drawn = plots.draw(empty() | {"rows": rows}, tmp_path, "name")
-    assert [path.name for path in drawn] == ["name-bandwidth.png", "name-tokens.png", "name-ignored.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 @pytest.mark.parametrize("provider", [*LOGITS, *LINEAR], ids=lambda provider: f"{provider.kind}-{provider.name}")

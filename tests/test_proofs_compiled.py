@@ -11,6 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytest.importorskip("matplotlib")
+
+from bench.proofs import picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,12 +108,14 @@ def test_kernels_get_what_was_passed_to_their_launch(tmp_path):
 
 
 def test_quick_run_is_green(tmp_path):
-    run = python(
-        "-m", "bench.proofs", "--quick", "--json", tmp_path / "proofs.json", "--picture", tmp_path / "roof.png"
-    )
+    files = {flag: tmp_path / f"{flag}.json" for flag in ("json", "summary")}
+    run = python("-m", "bench.proofs", "--quick", "--json", files["json"], "--summary", files["summary"])
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    proofs = json.loads((tmp_path / "proofs.json").read_text())
+    proofs = json.loads(files["json"].read_text())
     assert {kernel["target"] for kernel in proofs["kernels"]} == {"sm_90", "gfx942"}
     assert all(kernel["registers" if kernel["target"] == "sm_90" else "vgpr_count"] > 0 for kernel in proofs["kernels"])
     assert all(0 < row["share of the memory roof"] <= 1 for row in proofs["predictions, not measurements"])
+    summary = json.loads(files["summary"].read_text())
+    assert {"commit", "dirty", "date", "versions"} <= summary["header"].keys()
+    picture.draw(summary, "here", tmp_path / "roof.png")
     assert (tmp_path / "roof.png").stat().st_size > 10_000

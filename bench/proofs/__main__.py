@@ -1,7 +1,6 @@
 """Every kernel in every configuration that a launcher can choose, compiled and counted without a GPU.
 
-    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--summary FILE]
-        [--keep DIR] [--picture FILE]
+    python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--summary FILE] [--keep DIR]
 
 Exit status 1 when a kernel does not compile, spills, accesses logits narrowly where it could be wide, or is over its
 budget of instructions, or when one pass over rows that fit the cache is predicted to read them twice. What is predicted
@@ -19,7 +18,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from . import cases, chips, compiling, judging, peers, picture, predicting, reporting
+from bench import machine
+
+from . import cases, chips, compiling, judging, peers, predicting, reporting
 from .compiling import CUDA_TARGETS, HIP_TARGETS, Job, Proof, Target
 from .null_driver import header
 
@@ -84,10 +85,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--summary", type=Path, help="write counts, faults and predictions to this file")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write the compiled kernels into this folder")
-    parser.add_argument("--picture", type=Path, help="draw the predicted shares of the memory roof into this file")
     options = parser.parse_args()
 
     start = time.perf_counter()
+    about = {"header": machine.header(sys.argv[1:], "bench.proofs"), "quick": options.quick, "note": predicting.NOTE}
     proofs: list[Proof] = []
     for target in targets(options.arch, options.quick):
         proofs += run(jobs(target, options.quick, tuple(options.dtype or cases.DTYPES)), str(target))
@@ -107,15 +108,12 @@ def main() -> int:
     print("\n".join(f"FAULT {fault}" for fault in failed), end="\n" if failed else "")
     print(f"{len(proofs)} kernels in {time.perf_counter() - start:.0f} s, {len(wrong)} with faults")
 
-    about = {"versions": header(), "quick": options.quick, "note": predicting.NOTE}
     if options.summary:
         options.summary.write_text(json.dumps(reporting.totals(proofs, rows, failed, about), indent=1) + "\n")
     if options.json:
         options.json.write_text(json.dumps(reporting.data(proofs, rows, about), indent=1) + "\n")
     if options.keep:
         compiling.keep(proofs, options.keep)
-    if options.picture:
-        picture.draw(rows, options.picture)
     return 1 if failed else 0
 
 

@@ -1,79 +1,189 @@
-"""Draws bandwidth against vocabulary, time and memory against tokens, and time against the share of ignored tokens."""
+"""Pictures of a run of `bench.run`: time and peak memory against ignored tokens and sizes, and of a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .memory import WAYS
 from .providers import PROVIDERS
 from .scaling import sweep
 
 Row = dict[str, Any]
+Lines = dict[str, list[tuple[float, float]]]
 
-TITLES = {"logits": "loss of logits", "linear": "linear loss"}
+TITLES = {"logits": "Loss of logits", "linear": "Loss from hidden states"}
 
-ROOF = {"color": "black", "linestyle": ":"}
+#: Ours is drawn thick in the first colour, its peers in the others; all of them differ for colour-blind readers too.
+OURS = "#d55e00"
+PEERS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f", "#5b4b8a", "#a0522d")
+MARKERS = "svD^P<>X"
+
+ROOF = "copy of memory, the roof"
+
+PERCENT = "ignored tokens, %"
+PEAK = "peak MiB beside operands\nand their gradients"
+RATE = "GB/s of the fewest bytes"
 
 
-def draw(result: Row, folder: Path, name: str) -> list[Path]:
-    """Saves the plots for which a run has figures; returns their paths."""
-    from matplotlib.figure import Figure
+class Panel(NamedTuple):
+    """What one part of a picture shows: lines against an axis."""
 
-    device = result["header"]["device"]
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Lines
+    logarithmic: bool = False
+
+
+def pictures(result: Row) -> dict[str, list[list[Panel]]]:
+    """Rows of panels by the picture's name. What the run did not measure is left out."""
+    found = {"ignored": _ignored(result), "tokens": _tokens(result), "bandwidth": _bandwidth(result)}
+    kept = {name: [[panel for panel in row if panel.lines] for row in rows] for name, rows in found.items()}
+    return {name: [row for row in rows if row] for name, rows in kept.items() if any(rows)}
+
+
+def digest(data: Any) -> str:
+    """A digest of what a picture shows. The picture carries it, and a test compares it with the newest results."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+
+
+def save(figure: Any, path: Path, data: Any) -> None:
+    figure.savefig(path, dpi=110, facecolor="white", metadata={"Data": digest(data), "Software": None})
+
+
+def draw(result: Row, folder: Path) -> list[Path]:
+    """Saves the pictures for which a run has figures; returns their paths."""
     paths = []
-    for what, panels in (("bandwidth", _bandwidth), ("tokens", _tokens), ("ignored", _ignored)):
-        drawn = [panel for panel in panels(result) if panel[1]]
-        if not drawn:
-            continue
-        figure = Figure(figsize=(5.5 * len(drawn), 4.2), layout="constrained")
-        figure.suptitle(f"{device}, bfloat16, forward and backward", fontsize=10)
-        every = figure.subplots(1, len(drawn), squeeze=False)[0]
-        for axes, (labels, lines, logarithmic) in zip(every, drawn, strict=True):
-            for number, (label, points) in enumerate(lines.items()):
-                xs, ys = zip(*sorted(points), strict=True)
-                axes.plot(xs, ys, label=label, **(ROOF if label == "roof" else {"color": f"C{number}", "marker": "o"}))
-            axes.set(**labels)
-            if logarithmic:
-                axes.set_xscale("log", base=2)
-                axes.set_yscale("log")
-            else:
-                axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-        paths.append(folder / f"{name}-{what}.png")
-        figure.savefig(paths[-1], dpi=110)
+    for name, rows in pictures(result).items():
+        paths.append(folder / f"{name}.png")
+        save(_figure(rows, heading(result)), paths[-1], rows)
     return paths
 
 
-def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:
+def draw_training_step(result: Row, file: Path) -> None:
+    save(_training_step(result["training step"], heading(result)), file, result["training step"])
+
+
+def heading(result: Row) -> str:
+    header = result["header"]
+    cores = f"{header['cores']} cores of an " if header["kind"] == "cpu" else ""
+    return f"{cores}{header['device']}, {header['date']}, commit {header['commit'][:7]}"
+
+
+def _figure(rows: list[list[Panel]], about: str) -> Any:
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(max(5.2 * columns, 6.5), 3.1 * len(rows) + 1.3), layout="constrained")
+    better = "Higher" if rows[0][0].ylabel == RATE else "Lower"
+    figure.suptitle(f"Forward and backward, bfloat16. {better} is better.\n{about}", fontsize=10)
+    every = figure.subplots(len(rows), columns, squeeze=False)
+    for number, row in enumerate(rows):
+        for axes in every[number, len(row) :]:
+            axes.remove()
+        for axes, panel in zip(every[number], row, strict=False):
+            _panel(axes, panel)
+            if number == len(rows) - 1:  # the panels of a column have the same lines
+                axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
+def _panel(axes: Any, panel: Panel) -> None:
+    peers = 0
+    for label, points in panel.lines.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        if label == ROOF:
+            style: dict[str, Any] = {"color": "black", "linestyle": ":"}
+        elif "fused_" in label:
+            style = {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}
+        else:
+            style = {"color": PEERS[peers % len(PEERS)], "marker": MARKERS[peers % len(MARKERS)]}
+            peers += 1
+        axes.plot(xs, ys, label=label, **style)
+    axes.set_title(panel.title, fontsize=11)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.logarithmic:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0, top=1.08 * max(y for points in panel.lines.values() for _, y in points))
+    if panel.xlabel == PERCENT:
+        axes.set_xlim(-3, 100)
+    axes.grid(alpha=0.3)
+
+
+def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> Lines:
     """The points of every loss that has at least two."""
     lines = {p.name: [(r[x], y(r)) for r in rows if r["provider"] == p.name] for p in PROVIDERS[kind]}
     return {name: points for name, points in lines.items() if len(points) > 1}
 
 
-def _bandwidth(result: Row) -> list[tuple]:
+def _sizes(rows: list[Row], *names: str) -> str:
+    """The sizes that all rows share."""
+    return ", ".join(f"{name}={rows[0][name]}" for name in names if rows and rows[0][name])
+
+
+def _ignored(result: Row) -> list[list[Panel]]:
+    percent: list[list[Panel]] = [[], []]
+    for kind, title in TITLES.items():
+        times = [r | {"percent": 100 * r["ignored"]} for r in sweep(result["rows"], kind, "kept")]
+        peaks = [r | {"percent": 100 * r["ignored"]} for r in sweep(result["memory"], kind, "kept")]
+        name = f"{title}: {_sizes(times or peaks, 'N', 'V', 'D')}"
+        percent[0].append(
+            Panel(name, PERCENT, "milliseconds", _lines(times, kind, "percent", lambda r: r["ms"]["p50"]))
+        )
+        held = _lines(peaks, kind, "percent", lambda r: r["bytes"] / 2**20)
+        percent[1].append(Panel("", PERCENT, PEAK, held))
+    return percent
+
+
+def _tokens(result: Row) -> list[list[Panel]]:
+    times, held = [], []
+    for kind, title in TITLES.items():
+        rows = sweep(result["rows"], kind, "N")
+        lines = _lines(rows, kind, "N", lambda r: r["ms"]["p50"])
+        times.append(Panel(f"{title}: {_sizes(rows, 'V', 'D')}", "tokens", "milliseconds", lines, True))
+        lines = _lines(sweep(result["memory"], kind, "N"), kind, "N", lambda r: r["bytes"] / 2**20)
+        held.append(Panel("", "tokens", PEAK, lines, True))
+    return [times, held]
+
+
+def _bandwidth(result: Row) -> list[list[Panel]]:
     rows = sweep(result["rows"], "logits", "V")
     lines = _lines(rows, "logits", "V", lambda r: r["rate"])
     roof = {r["V"]: r["roof"] for r in rows if "roof" in r}
-    lines |= {"roof": list(roof.items())} if lines else {}
-    return [({"title": "loss of logits", "xlabel": "vocabulary", "ylabel": "GB/s of the fewest bytes"}, lines, False)]
+    lines |= {ROOF: list(roof.items())} if lines else {}
+    return [[Panel(TITLES["logits"], "vocabulary", RATE, lines)]]
 
 
-def _tokens(result: Row) -> list[tuple]:
-    panels = []
-    for kind, title in TITLES.items():
-        lines = _lines(sweep(result["rows"], kind, "N"), kind, "N", lambda r: r["ms"]["p50"])
-        panels.append(({"title": title, "xlabel": "tokens", "ylabel": "ms"}, lines, True))
-    lines = _lines(sweep(result["memory"], "linear", "N"), "linear", "N", lambda r: r["bytes"] / 2**20)
-    labels = {"title": "linear loss", "xlabel": "tokens", "ylabel": "MiB beside operands and gradients"}
-    return [*panels, (labels, lines, True)]
+def _training_step(rows: Sequence[Row], about: str) -> Any:
+    from matplotlib.figure import Figure
 
-
-def _ignored(result: Row) -> list[tuple]:
-    panels = []
-    for kind, title in TITLES.items():
-        rows = [r | {"percent": 100 * r["ignored"]} for r in sweep(result["rows"], kind, "kept")]
-        lines = _lines(rows, kind, "percent", lambda r: r["ms"]["p50"])
-        panels.append(({"title": title, "xlabel": "ignored, %", "ylabel": "ms"}, lines, False))
-    return panels
+    first = rows[0]
+    figure = Figure(figsize=(6.5, 3.9), layout="constrained")
+    figure.suptitle(
+        f"Peak memory of a training step above model and gradients, float32\nLlama of {first['layers']} layers, "
+        f"{first['T']} tokens, V={first['V']}, D={first['D']}\n{about}", fontsize=10,
+    )  # fmt: skip
+    axes = figure.subplots()
+    shares = sorted({row["ignored"] for row in rows})
+    for number, (way, label, colour) in enumerate(
+        zip(WAYS, ("transformers", "patch_model(model)"), (PEERS[0], OURS), strict=True)
+    ):
+        own = {row["ignored"]: row["bytes"] / 2**20 for row in rows if row["way"] == way}
+        places = [shares.index(share) + (number - 0.5) * 0.36 for share in own]
+        bars = axes.bar(places, list(own.values()), 0.34, label=label, color=colour)
+        axes.bar_label(bars, fmt="{:.0f} MiB", padding=2, fontsize=9)
+    logits = 4 * first["T"] * first["V"] / 2**20
+    axes.axhline(logits, color="black", linestyle=":", label=f"the logits alone, {logits:.0f} MiB")
+    axes.set_xticks(range(len(shares)), [f"{share:.0%} of the tokens ignored" for share in shares])
+    axes.set_ylabel("MiB")
+    axes.set_ylim(top=1.12 * max(row["bytes"] for row in rows) / 2**20)
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    return figure

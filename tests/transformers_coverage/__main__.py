@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import os
 import re
 import sys
@@ -50,10 +51,11 @@ def sweep(only: str, mappings: tuple[str, ...], jobs: int) -> list[Outcome]:
 
 def document(outcomes: list[Outcome], seconds: float) -> str:
     versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     lines = [
         "# `patch_model` on every class of transformers",
         "",
-        f"Written by `python -m tests.transformers_coverage` in {seconds / 60:.0f} minutes; {versions}, CPU.",
+        f"Written by `python -m tests.transformers_coverage` in {seconds / 60:.0f} minutes; {versions}, CPU, {today}.",
         "",
         "Each class that the auto-mappings name is built tiny with random weights and trained for one step with and",
         "without `patch_model`, on the same batch, some of whose labels are ignored.",

@@ -1,0 +1,308 @@
+"""What a loss has to do for a "yes". A check raises where the loss does something else.
+
+The truth is PyTorch's own `F.cross_entropy` of float64 logits, differentiated by autograd. Every check that compares
+numbers uses float32 operands unless it says otherwise, and allows for rounding only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.machine import ROOT, environment
+
+from .peers import PEERS, NotOfferedError, Peer
+
+N, V, D = 16, 100, 64
+IGNORED = [1, 2, 6, 7, 8, 13]
+
+Truth = Callable[[Tensor, Tensor], Tensor]
+
+
+def operands(kind: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    """Logits, or hidden states and head; and targets, some of which are -100."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, V, (N,), generator=generator)
+    target[IGNORED] = -100
+    shapes = [(N, V)] if kind == "logits" else [(N, D), (V, D)]
+    found = [torch.randn(shape, generator=generator) * scale for shape, scale in zip(shapes, (1.0, 0.2), strict=False)]
+    return [tensor.to(dtype).requires_grad_() for tensor in found], target
+
+
+def expected(inputs: Sequence[Tensor], target: Tensor, truth: Truth, upstream: Tensor | float = 1.0) -> list[Tensor]:
+    """The loss and the gradients in float64."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    logits = exact[0] if len(exact) == 1 else F.linear(*exact)
+    loss = truth(logits, target)
+    gradients = torch.autograd.grad(loss, exact, torch.as_tensor(upstream, dtype=torch.float64).expand_as(loss))
+    return [loss.detach(), *gradients]
+
+
+def close(name: str, found: Tensor | None, wanted: Tensor, tolerance: float = 1e-4) -> None:
+    assert found is not None, f"{name} is None"
+    error = (found.detach().double() - wanted).abs().max().item()
+    assert not math.isnan(error), f"{name} is NaN"
+    largest = max(wanted.abs().max().item(), 1e-3)
+    assert error <= tolerance * largest, f"{name} is wrong by {error / largest:.0%} of its largest value"
+
+
+def is_right(peer: Peer, kind: str, truth: Truth, **options: Any) -> None:
+    """Compares loss and gradients with the truth."""
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target, truth)
+    loss = peer.call(*inputs, target, **options)
+    loss.backward()
+    compare(loss, inputs, wanted)
+
+
+def compare(loss: Tensor, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    names = ("the loss", "the gradient", "the gradient of the head")
+    for name, found, value in zip(names, [loss, *(tensor.grad for tensor in inputs)], wanted, strict=False):
+        close(name, found, value)
+
+
+def several_ids(peer: Peer, kind: str) -> None:
+    _, target = operands(kind)
+    second = int(target[0])
+    is_right(peer, kind, lambda x, y: F.cross_entropy(x, y.masked_fill(y == second, -100)), ignore_index=[-100, second])
+
+
+def ignored_nan(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target, F.cross_entropy)
+    with torch.no_grad():
+        inputs[0][IGNORED] = float("nan")
+    loss = peer.call(*inputs, target)
+    loss.backward()
+    compare(loss, inputs, wanted)
+
+
+def skipped(peer: Peer, kind: str) -> None:
+    """Counts the operations of all matrix products, forward and backward, with and without ignored tokens."""
+    counted = []
+    for share in (0.0, 0.75):
+        inputs, _ = operands(kind)
+        target = torch.arange(N)
+        target[: round(N * share)] = -100
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+            peer.call(*inputs, target).backward()
+        counted.append(sum(event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm")))
+    assert counted[0] > 0, "no matrix product was counted"
+    left = counted[1] / counted[0]
+    assert left < 0.5, f"with 75% of the tokens ignored, {left:.0%} of the operations are left"
+
+
+def untouched(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    before = inputs[0].detach().clone()
+    peer.call(*inputs, target).backward()
+    assert torch.equal(inputs[0].detach(), before), "the logits were overwritten"
+
+
+def upstream(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target, F.cross_entropy, 3.0)[1:]
+    loss = peer.call(*inputs, target)
+    for turn in ("first", "second"):
+        found = torch.autograd.grad(loss, inputs, torch.tensor(3.0), retain_graph=True)
+        for ours, value in zip(found, wanted, strict=True):
+            close(f"the gradient of the {turn} backward", ours, value)
+
+
+def per_token(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    weights = torch.linspace(-1, 2, N)
+    wanted = expected(inputs, target, lambda x, y: F.cross_entropy(x, y, reduction="none"), weights)
+    loss = peer.call(*inputs, target, reduction="none")
+    close("the loss", loss, wanted[0])
+    for found, value in zip(torch.autograd.grad(loss, inputs, weights), wanted[1:], strict=True):
+        close("the gradient", found, value)
+
+
+def smoothing(peer: Peer, kind: str) -> None:
+    is_right(peer, kind, lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), label_smoothing=0.1)
+
+
+def class_weights(peer: Peer, kind: str) -> None:
+    weight = torch.linspace(0.5, 2, V)
+    is_right(peer, kind, lambda x, y: F.cross_entropy(x, y, weight.double()), weight=weight)
+
+
+def softcap(peer: Peer, kind: str) -> None:
+    is_right(peer, kind, lambda x, y: F.cross_entropy(1.5 * torch.tanh(x / 1.5), y), softcap=1.5)
+
+
+def z_loss(peer: Peer, kind: str) -> None:
+    def truth(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(x, y) + 0.1 * x.logsumexp(-1)[y != -100].square().mean()
+
+    is_right(peer, kind, truth, z_loss=0.1)
+
+
+def probabilities(peer: Peer, kind: str) -> None:
+    inputs, _ = operands(kind)
+    target = torch.softmax(torch.randn(N, V, generator=torch.Generator().manual_seed(1)), -1)
+    wanted = expected(inputs, target, lambda x, y: F.cross_entropy(x, y.double()))
+    loss = peer.call(*inputs, target)
+    loss.backward()
+    close("the loss", loss, wanted[0])
+    close("the gradient", inputs[0].grad, wanted[1])
+
+
+def _kept(values: Tensor, target: Tensor) -> Tensor:
+    """The values of kept tokens; a peer may return these alone."""
+    return values if values.numel() < target.numel() else values[target != -100]
+
+
+def accuracy(peer: Peer, kind: str) -> None:
+    if peer.accuracy is None:
+        raise NotOfferedError("not offered")
+    inputs, target = operands(kind)
+    with torch.no_grad():
+        logits = inputs[0] if kind == "logits" else F.linear(*inputs)
+    kept = target != -100
+    target[kept] = torch.where(torch.arange(int(kept.sum())) % 2 == 0, logits.argmax(-1)[kept], target[kept])
+    wanted = logits.argmax(-1)[kept] == target[kept]
+    found = _kept(peer.accuracy(*inputs, target), target)
+    assert torch.equal(found.bool(), wanted), "the accuracy is wrong"
+
+
+def entropy(peer: Peer, kind: str) -> None:
+    if peer.entropy is None:
+        raise NotOfferedError("not offered")
+    inputs, target = operands(kind)
+    kept = target != -100
+
+    def truth(x: Tensor, y: Tensor) -> Tensor:
+        return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)[kept]
+
+    wanted = expected(inputs, target, truth)
+    found = _kept(peer.entropy(*inputs, target), target)
+    close("the entropy", found, wanted[0])
+    for ours, value in zip(torch.autograd.grad(found.sum(), inputs), wanted[1:], strict=True):
+        close("the gradient of the entropy", ours, value)
+
+
+def masked_vocabulary(peer: Peer, kind: str) -> None:
+    """Masks a part of the vocabulary that is longer than a kernel's block."""
+    x = torch.randn(3, 40000, generator=torch.Generator().manual_seed(0))
+    x[0, :36000] = -float("inf")
+    target = torch.tensor([39999, 5, -100])
+    inputs = [x.requires_grad_()]
+    wanted = expected(inputs, target, F.cross_entropy)
+    loss = peer.call(x, target)
+    loss.backward()
+    close("the loss", loss, wanted[0])
+    close("the gradient", x.grad, wanted[1])
+
+
+def all_ignored(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    peer.call(*inputs, torch.full_like(target, -100)).backward()
+    for tensor in inputs:
+        assert tensor.grad is not None, "a gradient is None"
+        assert not tensor.grad.isnan().any(), "gradients are NaN"
+        assert not tensor.grad.any(), "gradients are not zero"
+
+
+def loss_scale(peer: Peer, kind: str) -> None:
+    """Asks for gradients that float16 cannot hold before the scale of the loss is applied, and can hold after it."""
+    scale = 16384.0
+    x = torch.zeros(8, 256, dtype=torch.float16)
+    x[:, 0] = 17.0
+    x.requires_grad_()
+    target = torch.zeros(8, dtype=torch.int64)
+    wanted = expected([x], target, F.cross_entropy, scale)[1]
+    (peer.call(x, target).float() * scale).backward()
+    assert x.grad is not None
+    worst = (x.grad.double() / wanted - 1)[:, 1:].abs().max().item()
+    assert worst < 0.02, f"gradients are wrong by up to {worst:.0%} of their value"
+
+
+def out_of_range(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    target[0] = V  # of the first row: a wrong access stays within the tensor
+    try:
+        peer.call(*inputs, target)
+    except (AssertionError, IndexError, RuntimeError, ValueError):
+        return
+    raise AssertionError("a target that is out of range gives a loss and no error")
+
+
+def transposed(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target, F.cross_entropy)
+    columns = inputs[0].detach().t().contiguous().requires_grad_()
+    loss = peer.call(columns.t(), target)
+    loss.backward()
+    close("the loss", loss, wanted[0])
+    assert columns.grad is not None
+    close("the gradient", columns.grad.t(), wanted[1])
+
+
+def compiled(peer: Peer, kind: str) -> None:
+    """Traces the loss as one graph, without a break, and compiles it no further."""
+    torch.compiler.reset()
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target, F.cross_entropy)
+    loss = torch.compile(peer.call, backend="aot_eager", fullgraph=True)(*inputs, target)
+    loss.backward()
+    close("the loss", loss, wanted[0])
+    close("the gradient", inputs[0].grad, wanted[1])
+
+
+def bias(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    added = torch.linspace(-1, 1, V).requires_grad_()
+    hidden, head, exact = (tensor.detach().double().requires_grad_() for tensor in (*inputs, added))
+    F.cross_entropy(F.linear(hidden, head, exact), target).backward()
+    peer.call(*inputs, target, linear_bias=added).backward()
+    close("the gradient of the bias", added.grad, exact.grad)  # type: ignore[arg-type]
+
+
+def frozen_hidden(peer: Peer, kind: str) -> None:
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target, F.cross_entropy)[2]
+    inputs[0].requires_grad_(False)
+    peer.call(*inputs, target).backward()
+    close("the gradient of the head", inputs[1].grad, wanted)
+
+
+def on_cpu(peer: Peer, kind: str) -> None:
+    if peer.triton:
+        why = without_interpreter(peer.package)[kind]
+        assert why is None, why
+    else:
+        is_right(peer, kind, F.cross_entropy)
+
+
+@functools.cache
+def without_interpreter(package: str) -> dict[str, str | None]:
+    """Why a package's losses do not run on a CPU, in a process of its own without Triton's interpreter."""
+    code = f"from bench.comparison import checks; checks.report({package!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(package: str) -> None:
+    found: dict[str, str | None] = {}
+    for kind, peers in PEERS.items():
+        for peer in peers():
+            if peer.package == package:
+                try:
+                    is_right(peer, kind, F.cross_entropy)
+                    found[kind] = None
+                except Exception as e:
+                    found[kind] = str(e)
+    print(json.dumps(found))

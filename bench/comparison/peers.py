@@ -1,0 +1,183 @@
+"""The losses that are compared: each is called with this package's names for operands and options."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.speed.providers import TRL_CHUNK, version
+
+#: Names of packages as the tables have them, and of the distributions that contain them.
+PACKAGES = {
+    "fused_ignore_ce": "fused_ignore_ce",
+    "PyTorch": "torch",
+    "Liger": "liger-kernel",
+    "TRL": "trl",
+    "CCE": "cut-cross-entropy",
+    "QuACK": "quack-kernels",
+}
+
+
+class NotOfferedError(Exception):
+    """The package has nothing of the kind. Nothing was run, and the answer is not marked as checked."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A loss. `call(x, y, **options)` or `call(h, w, y, **options)`; what it does not offer raises an error."""
+
+    package: str
+    label: str
+    call: Callable[..., Tensor]
+    #: Whether each token's prediction is correct, and each token's entropy, from the pass that computes the loss.
+    accuracy: Callable[..., Tensor] | None = None
+    entropy: Callable[..., Tensor] | None = None
+    #: Loss and gradients need Triton, which runs on a CPU only in its interpreter.
+    triton: bool = False
+
+
+def _ours_logits_stats(name: str) -> Callable[..., Tensor]:
+    from fused_ignore_ce import fused_cross_entropy
+
+    return lambda x, y: getattr(fused_cross_entropy(x, y, return_stats="differentiable")[1], name)
+
+
+def _ours_linear_accuracy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    from fused_ignore_ce import fused_linear_cross_entropy
+
+    return fused_linear_cross_entropy(h, w, y, return_stats=True)[1].correct
+
+
+def _ours_linear_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    from fused_ignore_ce import fused_linear_log_probs
+
+    return fused_linear_log_probs(h, w, y, return_entropy=True)[1]
+
+
+def _torch_linear(h: Tensor, w: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """The path that saves memory. Where it is not implemented, PyTorch warns and computes all logits at once."""
+    chunked = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    return F.linear_cross_entropy(h, w, y, options=chunked, **options)
+
+
+@contextmanager
+def as_in_kernels() -> Iterator[None]:
+    """Two things that Liger's kernels use, and that Triton's interpreter lacks.
+
+    A floating point argument is a scalar in a compiled kernel, and remains Python's number in the interpreter. `tanh`
+    of NVIDIA's device library is replaced by a formula.
+    """
+    from liger_kernel.ops import cross_entropy
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def converted(argument: Any) -> Any:
+        if isinstance(argument, float):
+            scalar = interpreter.TensorHandle(numpy.array([argument], numpy.float32), interpreter.tl.float32)
+            return interpreter.tl.tensor(scalar, interpreter.tl.float32)
+        return convert(argument)
+
+    def tanh(x: Any) -> Any:
+        return 2 * interpreter.tl.sigmoid(2 * x) - 1
+
+    with mock.patch.object(interpreter, "_implicit_cvt", converted), mock.patch.object(cross_entropy, "tanh", tanh):
+        yield
+
+
+def _liger(name: str, **names: str) -> Callable[..., Any]:
+    function = getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+
+    def call(*operands: Tensor, **options: Any) -> Any:
+        renamed = {{"z_loss": "lse_square_scale", **names}.get(key, key): value for key, value in options.items()}
+        if "TRITON_INTERPRET" not in os.environ or torch.compiler.is_compiling():
+            return function(*operands, **renamed)
+        with as_in_kernels():
+            return function(*operands, **renamed)
+
+    return call
+
+
+def _liger_accuracy(name: str) -> Callable[..., Tensor]:
+    call = _liger(name)
+    return lambda *operands: call(*operands, reduction="none", return_token_accuracy=True).token_accuracy
+
+
+def _trl() -> Callable[..., Any]:
+    """TRL's loss as its trainers call it: for the kept tokens alone, which are reduced afterwards."""
+    apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
+
+    def call(
+        h: Tensor, w: Tensor, y: Tensor, *,
+        ignore_index: int = -100, reduction: str = "mean", linear_bias: Tensor | None = None,
+        softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = (), **options: Any,
+    ) -> Any:  # fmt: skip
+        if options:
+            raise NotOfferedError("there is no such option")
+        if not isinstance(ignore_index, int):
+            raise NotOfferedError("the trainers ignore one id, -100")
+        if y.is_floating_point():
+            raise NotOfferedError("targets are integers")
+        kept = y != ignore_index
+        log_probs, *more = apply(h[kept], w, linear_bias, y[kept], 1.0, TRL_CHUNK, softcap, logit_scale, outputs)
+        if outputs:
+            return next(value for value in more if value is not None)
+        if reduction == "none":
+            return torch.zeros(y.shape).masked_scatter(kept, -log_probs)
+        return -log_probs.sum() if reduction == "sum" else -log_probs.sum() / kept.sum().clamp(min=1)
+
+    return call
+
+
+def logits() -> Iterator[Peer]:
+    """The losses of logits that are installed."""
+    from fused_ignore_ce import fused_cross_entropy
+
+    yield Peer(
+        "fused_ignore_ce", "fused_cross_entropy", fused_cross_entropy,
+        _ours_logits_stats("correct"), _ours_logits_stats("entropy"),
+    )  # fmt: skip
+    yield Peer("PyTorch", "F.cross_entropy", F.cross_entropy)
+    if version("liger-kernel"):
+        name = "liger_cross_entropy"
+        yield Peer("Liger", name, _liger(name), _liger_accuracy(name), triton=True)
+
+
+def linear() -> Iterator[Peer]:
+    """The losses from hidden states that are installed."""
+    from fused_ignore_ce import fused_linear_cross_entropy
+
+    yield Peer(
+        "fused_ignore_ce", "fused_linear_cross_entropy", fused_linear_cross_entropy,
+        _ours_linear_accuracy, _ours_linear_entropy,
+    )  # fmt: skip
+    if hasattr(F, "linear_cross_entropy"):  # from PyTorch 2.13 on
+        yield Peer("PyTorch", "F.linear_cross_entropy(options=...)", _torch_linear)
+    if version("liger-kernel"):
+        name = "liger_fused_linear_cross_entropy"
+        call = _liger(name, linear_bias="bias", weight="ce_weight")
+        yield Peer("Liger", name, call, _liger_accuracy(name), triton=True)
+    if version("trl"):
+        call = _trl()
+        accuracy, entropy = (functools.partial(call, outputs=(name,)) for name in ("is_top1", "entropy"))
+        yield Peer("TRL", "ChunkedLogProbFunction", call, accuracy, entropy)
+
+
+PEERS: dict[str, Callable[[], Iterator[Peer]]] = {"logits": logits, "linear": linear}
+
+#: Losses that need a GPU. Their cells come from their documentation and source.
+DOCUMENTED = {
+    "logits": {"QuACK": "cross_entropy"},
+    "linear": {"CCE": "linear_cross_entropy", "QuACK": "chunked_linear_cross_entropy"},
+}
