@@ -20,6 +20,7 @@ from .launch import (
     MERGE_AND_REDUCE_ROWS,
     MERGE_ROWS,
     ONE_PASS_GENERAL,
+    ONE_PASS_PLAIN,
     ONE_PASS_SIMPLE,
     REDUCE_BLOCK,
     REDUCE_PROGRAMS,
@@ -216,15 +217,17 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
         return rows
     chip = chip_of(x.device)
     scalars, present = scalars_of(options, probs)
-    simple = not (with_stats or (present[0] and weight is not None) or x.dtype == torch.float64)
-    launch = launch or one_pass_launch(N, V, x.itemsize, layout(weight, x, dx)[1], simple, chip)
+    variant = ONE_PASS_SIMPLE if any(present) else ONE_PASS_PLAIN
+    if with_stats or (present[0] and weight is not None) or x.dtype == torch.float64:
+        variant = ONE_PASS_GENERAL
+    launch = launch or one_pass_launch(N, V, x.itemsize, layout(weight, x, dx)[1], variant, chip)
     pointers = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
     with on(x.device):
         one_pass_kernel[(launch.programs,)](
             x, dx, target, weight, row_pointers(rows, with_stats), pointers, N, T, V,
             (x.stride(), dx.stride(), strides_of_rows(pointers)),
             options.ignore_index, *scalars, options.z_loss, launch.TILE, (*present, with_stats),
-            num_warps=launch.num_warps, **ASSERTS, **chip.options((ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL)[1]),
+            num_warps=launch.num_warps, **ASSERTS, **chip.options(variant.registers),
         )  # fmt: skip
     return rows
 

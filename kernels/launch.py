@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,8 +29,19 @@ REUSE = 3
 #: next step of occupancy; told a number, it spills none on any architecture.
 FEW_REGISTERS, MAX_REGISTERS = 40, 255
 
-#: The one pass: threads of a multiprocessor, and registers of each; of a kernel of few features, and of many.
-ONE_PASS_SIMPLE, ONE_PASS_GENERAL = (1024, 64), (512, 128)
+
+class OnePass(NamedTuple):
+    """A variant of the one pass: threads of a multiprocessor, and the registers and logits at a time of each thread.
+
+    The more features a kernel has, the fewer threads and logits leave it without a spill.
+    """
+
+    threads: int
+    registers: int
+    thread_logits: int
+
+
+ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(1024, 64, 16), OnePass(1024, 64, 8), OnePass(512, 128, 8)
 
 #: Rows per program of the kernel that merges the splits; and at most as many as the reduction merges on its way.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
@@ -158,20 +170,19 @@ def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, ali
     )
 
 
-def one_pass_program(V: int, itemsize: int, simple: bool, chip: Chip) -> Program:
+def one_pass_program(V: int, itemsize: int, variant: OnePass, chip: Chip) -> Program:
     """The program of the chip's table; without one, as many as leave the second read of their rows in the cache."""
-    if chip.table.one_pass and simple:
+    if chip.table.one_pass and variant is ONE_PASS_PLAIN:
         return fitting(chip.table.one_pass, V * itemsize)
-    threads, _ = ONE_PASS_SIMPLE if simple else ONE_PASS_GENERAL
     cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)
     programs = 1 << min(3, max(1, cached).bit_length() - 1)
-    return Program(threads // programs // chip.warp_size, programs=programs)
+    return Program(variant.threads // programs // chip.warp_size, variant.thread_logits, programs=programs)
 
 
 @lru_cache(maxsize=4096)
-def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, simple: bool, chip: Chip) -> Launch:
+def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePass, chip: Chip) -> Launch:
     """The one-pass launch: a program has one row at a time."""
-    program = one_pass_program(V, itemsize, simple, chip)
+    program = one_pass_program(V, itemsize, variant, chip)
     launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 

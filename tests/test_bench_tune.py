@@ -70,7 +70,7 @@ def test_what_is_written_is_what_the_launchers_take(tmp_path):
             chosen = {
                 "forward": launch.forward_launch(1, N, V, 2, True, True, chip),
                 "backward": launch.backward_launch(1, N, V, 2, True, True, chip),
-                "one_pass": launch.one_pass_launch(N, V, 2, True, True, chip),
+                "one_pass": launch.one_pass_launch(N, V, 2, True, launch.ONE_PASS_PLAIN, chip),
             }
             for operation, own in chosen.items():
                 point = Point(operation, N, V)

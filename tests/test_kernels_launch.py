@@ -54,7 +54,7 @@ def test_long_rows_give_every_thread_a_lane(V, chip):
         for chosen in (
             launch.forward_launch(1, 8192, V, itemsize, True, aligned, chip),
             launch.backward_launch(1, 8192, V, itemsize, True, aligned, chip),
-            launch.one_pass_launch(8192, V, itemsize, aligned, True, chip),
+            launch.one_pass_launch(8192, V, itemsize, aligned, launch.ONE_PASS_PLAIN, chip),
         ):
             assert chosen.BLOCK_N * chosen.LANES == chosen.num_warps * chip.warp_size
             assert chosen.WIDTH * itemsize == (16 if aligned else itemsize)
@@ -64,14 +64,15 @@ def test_long_rows_give_every_thread_a_lane(V, chip):
 def test_rows_in_flight_fit_into_the_cache(chip):
     """With what is read and written between the two reads, wherever one row a multiprocessor does."""
     for V in (1024, 8192, 32000, 60000):
-        chosen = launch.one_pass_launch(2**20, V, 2, True, True, chip)
+        chosen = launch.one_pass_launch(2**20, V, 2, True, launch.ONE_PASS_PLAIN, chip)
         assert chosen.programs * V * 2 * launch.REUSE <= chip.l2_bytes
-    for V, simple in product((1024, 32000, 262144), (True, False)):
-        chosen = launch.one_pass_launch(2**20, V, 2, True, simple, chip)
-        threads, registers = launch.ONE_PASS_SIMPLE if simple else launch.ONE_PASS_GENERAL
-        assert chosen.programs // chip.multiprocessors * chosen.num_warps * chip.warp_size == threads
-        assert threads * registers <= 65536
-    assert launch.one_pass_launch(5, 32000, 2, True, True, chip).programs == 5
+    variants = launch.ONE_PASS_PLAIN, launch.ONE_PASS_SIMPLE, launch.ONE_PASS_GENERAL
+    for V, variant in product((1024, 32000, 262144), variants):
+        chosen = launch.one_pass_launch(2**20, V, 2, True, variant, chip)
+        assert chosen.programs // chip.multiprocessors * chosen.num_warps * chip.warp_size == variant.threads
+        assert chosen.CHUNKS * chosen.WIDTH <= variant.thread_logits
+        assert variant.threads * variant.registers <= 65536
+    assert launch.one_pass_launch(5, 32000, 2, True, variants[0], chip).programs == 5
 
 
 def test_a_measured_table_goes_before_arithmetic():
@@ -84,13 +85,14 @@ def test_a_measured_table_goes_before_arithmetic():
     chip = replace(INTERPRETED, table=table)
     forward = launch.forward_launch(1, 8192, 32000, 2, True, True, chip)
     backward = launch.backward_launch(1, 8192, 32000, 2, True, True, chip)
-    one_pass = launch.one_pass_launch(8192, 32000, 2, True, True, chip)
+    one_pass = launch.one_pass_launch(8192, 32000, 2, True, launch.ONE_PASS_PLAIN, chip)
     assert (forward.num_warps, forward.CHUNKS) == (8, 1)
     assert (backward.num_warps, backward.split_tiles) == (4, 2)
     assert (one_pass.num_warps, one_pass.programs) == (16, 264)
     assert chip.table.one_pass
-    general = launch.one_pass_launch(8192, 32000, 2, True, False, chip)
-    assert general == launch.one_pass_launch(8192, 32000, 2, True, False, INTERPRETED)
+    for variant in (launch.ONE_PASS_SIMPLE, launch.ONE_PASS_GENERAL):
+        arithmetic = launch.one_pass_launch(8192, 32000, 2, True, variant, INTERPRETED)
+        assert launch.one_pass_launch(8192, 32000, 2, True, variant, chip) == arithmetic
 
 
 def test_programs_of_a_table_say_when_rows_are_split():

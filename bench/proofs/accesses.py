@@ -8,13 +8,14 @@ from functools import cache
 from math import prod
 
 
-def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
+def access_widths(ptx: str, parameters: list[str], several_rows: bool = False) -> dict[str, int]:
     """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
 
     Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value, or was
     chosen by one, is a gather, such as the target's logit, and left out. What comes from shared memory may be such a
     value, or a row that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest
-    is taken, and only where a tensor has no others.
+    is taken, and only where a tensor has no others. With `several_rows`, the widest of all is taken: where such a tile
+    is the only one of its rows, the class that is looked up again for the argmax does not depend on a loaded value.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, int, str]] = []
@@ -56,7 +57,7 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, int]:
         origin = origins(address)
         for name in origin if "global" not in origin else ():
             access = f"{kind} {name}"
-            if "shared" in origin:
+            if "shared" in origin or several_rows:
                 unsure[access] = max(width, unsure.get(access, 0))
             else:
                 sure[access] = min(width, sure.get(access, width))

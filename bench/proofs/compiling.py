@@ -145,7 +145,7 @@ def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
     facts |= {"num_warps": kernel.metadata.num_warps, "tile": tile(kernel.constants)}
     if job.target.backend == "hip":
         return Proof(job, amd=amd_usage(kernel.stage("amdgcn")), **facts)
-    widths = access_widths(kernel.stage("ptx"), kernel.parameters)
+    widths = access_widths(kernel.stage("ptx"), kernel.parameters, several_rows=facts["tile"][0] > 1)
     facts |= {"widths": widths, "rows_together": rows_together(kernel.stage("ttgir"))}
     return Proof(job, code=machine_code.read(kernel.binary), **facts)
 

@@ -73,7 +73,7 @@ def points(free_bytes: int) -> list[Point]:
 def arithmetic(operation: str, V: int, chip: Chip) -> Program:
     """What a device without a table gets."""
     if operation == "one_pass":
-        return launches.one_pass_program(V, ITEMSIZE, True, replace(chip, table=ARITHMETIC))
+        return launches.one_pass_program(V, ITEMSIZE, launches.ONE_PASS_PLAIN, replace(chip, table=ARITHMETIC))
     return fitting(getattr(ARITHMETIC, operation), V * ITEMSIZE)
 
 
@@ -83,7 +83,7 @@ def candidates(operation: str, V: int, chip: Chip) -> list[Program]:
     tiles = (1, 2, 4, 8, None) if operation == "backward" else (None,)
     found = [Program(*each) for each in itertools.product(warps, (8, 16, 32), tiles, (1, 2, 4, 8))]
     if operation == "one_pass":  # more threads than that have no room on a multiprocessor
-        room = launches.ONE_PASS_SIMPLE[0]
+        room = launches.ONE_PASS_PLAIN.threads
         found = [program for program in found if program.num_warps * chip.warp_size * program.programs <= room]
     return list(dict.fromkeys([arithmetic(operation, V, chip), *found]))
 
@@ -94,7 +94,7 @@ def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
     on = replace(chip, table=Table(ladder, ladder, ladder, "a candidate"))
     aligned = point.V % 8 == 0
     if point.operation == "one_pass":
-        return launches.one_pass_launch(point.N, point.V, ITEMSIZE, aligned, True, on)
+        return launches.one_pass_launch(point.N, point.V, ITEMSIZE, aligned, launches.ONE_PASS_PLAIN, on)
     choose = launches.forward_launch if point.operation == "forward" else launches.backward_launch
     return choose(1, point.N, point.V, ITEMSIZE, True, aligned, on)
 
