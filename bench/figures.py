@@ -51,23 +51,24 @@ def headline(results: Results) -> str:
     """The README's table of time and memory."""
     name, result = results.newest("rows")
     lines = []
-    for kind, what in (("logits", "loss of logits"), ("linear", "loss from hidden states")):
+    for kind, what in (("logits", "loss from logits"), ("linear", "loss from hidden states")):
         rows = [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
-        baseline, *_, ours = PROVIDERS[kind]
-        own = [find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, ours)]
-        times = [f"{row['ms']['p50']:.0f} ms" if row else "-" for row in own]
-        lines.append((what, *times, ratio(own[1]), *(peak(result, row) for row in own)))
+        baseline, *others, ours = PROVIDERS[kind]
+        compiled = next(provider for provider in others if provider.compiled)
+        own = [find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, compiled, ours)]
+        lines.append((f"{what}: time", *(f"{row['ms']['p50']:.0f} ms" if row else "-" for row in own)))
+        lines.append((f"{what}: peak memory", *(peak(result, row) for row in own)))
     steps = results.newest("training step")[1]["training step"]
     step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
-    lines.append(
-        (f"training step, Llama, V={steps[0]['V']}, float32", "", "", "", *(step.get(way, "-") for way in WAYS))
-    )
-    head = ("", "time, plain", "time, fused", "ratio", "peak memory, plain", "peak memory, fused")
+    plain, fused = (step.get(way, "-") for way in WAYS)
+    lines.append(("training step of a model: peak memory", plain, "not measured", fused))
+    head = ("", "plain", "torch.compile of it", "this package")
     sizes = f"N={rows[0]['N']} tokens, V={rows[0]['V']} classes, D={rows[0]['D']} features"
+    of_step = f"a Llama of {steps[0]['layers']} layers, {steps[0]['T']} tokens, V={steps[0]['V']}, D={steps[0]['D']}"
     text = (
-        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, {sizes}, bfloat16. Plain is "
-        f"`F.cross_entropy(logits.float(), labels)`. Memory is counted beside inputs, parameters and their gradients. "
-        f"Measured on {where(result['header'])}: {link(name)}."
+        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, {sizes}, bfloat16; plain is "
+        f"`F.cross_entropy(logits.float(), labels)`. The training step: {of_step}, float32. Memory does not include "
+        f"inputs, parameters and their gradients. Measured on {where(result['header'])}: {link(name)}."
     )
     return f"{table(head, lines)}\n\n{text}"
 
@@ -83,8 +84,8 @@ def coverage(results: Results) -> str:
     _, _, causal, same = next(row for row in rows if row[0] == "CAUSAL_LM")
     return (
         f"**{same} of {causal} causal language models, and {equal} of {run} classes in all, have the same loss and the "
-        f"same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}; {named - run} classes more "
-        f"could not be run, patched or not): [the list](docs/transformers-coverage.md)."
+        f"same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}; another {named - run} "
+        f"could not be run even unpatched): [the list](docs/transformers-coverage.md)."
     )
 
 
@@ -174,13 +175,17 @@ NO_PROOFS = "No committed result has them yet: `make proofs`."
 
 
 def _compiled(name: str, found: Row) -> str:
-    which = "shapes of models" if found["quick"] else "every tile that a launch can choose"
+    which = "shapes of models" if found["quick"] else "every tile size that a launch can choose"
+    judged = "Every one keeps its budget of instructions, none spills registers, and none uses narrow loads."
+    if found["faults"]:
+        judged = (
+            f"{found['spilling'] or 'None'} of them spill registers, {found['narrow'] or 'none'} use narrower loads than "
+            f"possible; the result file lists all {len(found['faults'])} that cost speed."
+        )
     return (
         f"{found['kernels']} kernels ({which}) were compiled for {', '.join(found['targets'])} in "
-        f"{', '.join(found['dtypes'])}, without a GPU. {found['spilling'] or 'None'} of them spill registers, "
-        f"{found['narrow'] or 'none'} access logits more narrowly than they could. The result file lists all "
-        f"{len(found['faults'])} faults ({found['header']['date']}, commit {found['header']['commit'][:7]}, "
-        f"{link(name)})."
+        f"{', '.join(found['dtypes'])}, without a GPU. {judged} ({found['header']['date']}, commit "
+        f"{found['header']['commit'][:7]}, {link(name)})."
     )
 
 

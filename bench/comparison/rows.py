@@ -61,11 +61,11 @@ ROWS = (
         },
     ),
     _row(
-        "The caller's logits stay as they are", checks.untouched, "logits", short="logits",
+        "The caller's logits are not overwritten", checks.untouched, "logits", short="logits",
         logits={"QuACK": ("yes", "`inplace_backward` is off by default")},
     ),
     _row(
-        "Right gradients for any upstream gradient, also in a second backward", checks.upstream, short="linear",
+        "Correct gradients of a scaled loss, also in a second backward", checks.upstream, short="linear",
         logits={"QuACK": ("yes", "backward computes the gradient anew")},
         linear={
             "CCE": ("yes", "backward computes the gradient anew; it leaves out entries below a threshold"),
@@ -86,7 +86,7 @@ ROWS = (
         logits={"QuACK": ("yes", "`weight`")}, linear={"CCE": NO_OPTION, "QuACK": NO_OPTION},
     ),
     _row(
-        "Softcap, right for any size of the vocabulary", checks.softcap, short="linear",
+        "Softcap, correct for any size of the vocabulary", checks.softcap, short="linear",
         logits={"QuACK": NO_OPTION},
         linear={
             "CCE": ("no", "the cap is applied after the mask: lanes past the vocabulary count as -cap, not as -inf"),
@@ -151,7 +151,7 @@ MODELS = (
         models={"CCE": ("no", "its README: `None` is returned instead")},
     ),
     _row(
-        "Patched models: any model, not those of a list (tried with GPT-2)", models.any_model, "models", short="models",
+        "Patched models: not limited to a list (tried with GPT-2)", models.any_model, "models", short="models",
         models={"CCE": ("no", "its README: Llama, Phi3, Mistral and Gemma2")},
     ),
     _row("Patched models: a head with a bias", models.head_bias, "models"),

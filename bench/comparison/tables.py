@@ -64,7 +64,7 @@ def versions(result: Result) -> str:
     stated = [f"{name} {result['sources'][name][0]}" for name in ("CCE", "QuACK")]
     return (
         f"Checked by code on a CPU, {result['header']['date']}: {', '.join(checked)}; with transformers "
-        f"{found['transformers']}. {MARK} From documentation or "
+        f"{found['transformers']}; Triton kernels in Triton's interpreter. {MARK} From documentation or "
         f"source, not run: {', '.join(stated)}, and every {MARK} of the others. -: not offered, or not stated."
     )
 
