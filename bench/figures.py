@@ -179,8 +179,8 @@ def _compiled(name: str, found: Row) -> str:
     judged = "Every one keeps its budget of instructions, none spills registers, and none uses narrow loads."
     if found["faults"]:
         judged = (
-            f"{found['spilling'] or 'None'} of them spill registers, {found['narrow'] or 'none'} use narrower loads than "
-            f"possible; the result file lists all {len(found['faults'])} that cost speed."
+            f"{found['spilling'] or 'None'} of them spill registers, {found['narrow'] or 'none'} use narrower loads "
+            f"than possible; the result file lists all {len(found['faults'])} that cost speed."
         )
     return (
         f"{found['kernels']} kernels ({which}) were compiled for {', '.join(found['targets'])} in "

@@ -103,16 +103,18 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
         (tmp_path / f"{name}.json").write_text(json.dumps({"header": header, "proofs": proofs}))
     text = figures.proofs(reading.Results(tmp_path))
     assert text.startswith(
-        "4000 kernels (every tile that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. None "
-        "of them spill registers, 2 access logits more narrowly"
+        "4000 kernels (every tile size that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. None "
+        "of them spill registers, 2 use narrower loads than possible"
     )
-    assert "lists all 1 faults (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
+    assert "lists all 1 that cost speed. (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
     assert "Predictions, not measurements." in text
     assert "0.88, issue slots" in text
     assert "bytes" not in text
-    newer = HEADER | {"date": "2026-04-01"}
-    (tmp_path / "proofs-2026-04-01.json").write_text(json.dumps(found | {"header": newer, "quick": False}))
-    assert figures.compiled(reading.Results(tmp_path)).startswith("49 kernels (every tile")
+    newer = found | {"header": HEADER | {"date": "2026-04-01"}, "quick": False, "faults": []}
+    (tmp_path / "proofs-2026-04-01.json").write_text(json.dumps(newer))
+    text = figures.compiled(reading.Results(tmp_path))
+    assert text.startswith("49 kernels (every tile")
+    assert "none spills registers" in text
     (tmp_path / "proofs-2026-04-01.json").unlink()
     (tmp_path / "old.json").unlink()
     assert figures.proofs(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
