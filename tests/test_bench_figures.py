@@ -103,8 +103,8 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
         (tmp_path / f"{name}.json").write_text(json.dumps({"header": header, "proofs": proofs}))
     text = figures.proofs(reading.Results(tmp_path))
     assert text.startswith(
-        "4000 kernels (every tile size that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. None "
-        "of them spill registers, 2 use narrower loads than possible"
+        "4000 kernels (every tile size that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. "
+        "None of them spill registers, 2 use narrower loads than possible"
     )
     assert "lists all 1 that cost speed. (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
     assert "Predictions, not measurements." in text

@@ -25,7 +25,7 @@ MARKERS = "svD^P<>X"
 ROOF = "copy of memory, the roof"
 
 PERCENT = "ignored tokens, %"
-PEAK = "peak MiB beside operands\nand their gradients"
+PEAK = "peak MiB without operands\nand their gradients"
 RATE = "GB/s of the fewest bytes"
 
 
