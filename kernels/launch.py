@@ -33,7 +33,8 @@ FEW_REGISTERS, MAX_REGISTERS = 40, 255
 class OnePass(NamedTuple):
     """A variant of the one pass: threads of a multiprocessor, and the registers and logits at a time of each thread.
 
-    The more features a kernel has, the fewer threads and logits leave it without a spill.
+    The more features a kernel has, the fewer threads and logits leave it without a spill. The tail of a vocabulary that
+    is no multiple of 16 counts as a feature.
     """
 
     threads: int
