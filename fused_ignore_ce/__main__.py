@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name}", type=_positive, metavar="N", default=getattr(demo.Options, name), help=text)
     command.add_argument("--seed", type=int, metavar="N", default=demo.Options.seed, help="seed of data and weights")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    command.add_argument("--device", default=default_device, help="cpu or cuda")
+    command.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help="where it trains")
     command.add_argument(
         "--out", type=Path, metavar="PNG", default=demo.Options.out, help="picture of loss curves, time and memory"
     )
@@ -120,7 +120,10 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
     return value
@@ -141,10 +144,9 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)
 
 
 def environment() -> str:

@@ -69,7 +69,7 @@ def check_logits(input: Tensor, target: Tensor, weight: Tensor | None, *, classe
     With `classes_dim=-1`, the logits are (..., C).
     """
     _check_tensors(input=input, target=target, weight=weight)
-    _check_floats(input)
+    _check_floats(input, target)
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (C), (N, C) or (N, C, d1, ..., dK), got a 0-d tensor")
     _check_devices(input, target=target, weight=weight)
@@ -85,7 +85,7 @@ def check_linear(
 ) -> Sizes:
     """Checks input (..., D), linear_weight (C, d1, ..., dK, D) and what belongs to them; returns the logits' sizes."""
     _check_tensors(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
-    _check_floats(input)
+    _check_floats(input, target)
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (D) or (..., D), got a 0-d tensor")
     if linear_weight.dim() < 2:
@@ -116,12 +116,14 @@ def check_linear(
 def _check_tensors(**tensors: Any) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor) and not (t is None and name in ("linear_bias", "weight")):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+            hint = "; pass its weight" if isinstance(t, torch.nn.Module) else ""
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}{hint}")
 
 
-def _check_floats(input: Tensor) -> None:
+def _check_floats(input: Tensor, target: Tensor) -> None:
     if input.dtype not in FLOATS:
-        raise NotImplementedError(f"input: expected one of {FLOATS}, got {input.dtype}")
+        hint = "; input and target seem to be swapped" if target.is_floating_point() else ""
+        raise NotImplementedError(f"input: expected one of {FLOATS}, got {input.dtype}{hint}")
 
 
 def _check_devices(input: Tensor, **others: Tensor | None) -> None:
@@ -150,7 +152,9 @@ def _check_target(sizes: Sizes, target: Tensor, input: Tensor, linear_weight: Te
     if target.shape == sizes.logits:
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
     if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"target: expected dtype int64 or uint8 for class indices, got {target.dtype}")
+        raise RuntimeError(
+            f"target: expected dtype int64 or uint8 for class indices, got {target.dtype}; pass target.long()"
+        )
     if target.shape == sizes.rows or (not sizes.batch and target.dim() == 1 and target.numel() == 1):
         return
     if sizes.batch and target.dim() and target.shape[0] != sizes.batch[0]:

@@ -9,12 +9,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
 from .arguments import LogitsTensors, check_inplace, check_token_weight
 from .functional import logits_problem
 from .keywords import explains_keywords, meaning, unknown_keyword
 from .linear.cross_entropy import fused_linear_cross_entropy
+from .operators import overridden
 from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import LossStats
 from .shards import local_logits
@@ -69,6 +71,11 @@ def fused_causal_lm_loss(
             f"logits and labels (or shift_labels): expected Tensors, got {type(logits).__name__} and "
             f"{type(targets).__name__}"
         )
+    if overridden(logits):
+        return handle_torch_function(
+            fused_causal_lm_loss, (logits,), logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels,
+            **given,
+        )  # fmt: skip
     inplace_backward, backend = given.get("inplace_backward", False), given.get("backend", "auto")
     tensors = LogitsTensors(logits, targets, given.get("weight"), given.get("token_weight"))
     with local_logits(given.get("process_group"), tensors, classes_dim=-1) as (group, tensors):
@@ -82,14 +89,14 @@ def fused_causal_lm_loss(
         ).checked()
         reducing = ReductionOptions(
             given.get("reduction", "mean"),
-            _as_normalizer(num_items_in_batch, tensors.input.device),
+            as_normalizer(num_items_in_batch, tensors.input.device),
             given.get("return_stats", False),
             given.get("loss_dtype") or torch.promote_types(logits.dtype, torch.float32),
             given.get("zero_if_all_ignored", False),
         ).checked()
-        if group is None and vocab_size is not None and vocab_size != logits.shape[-1]:
-            raise ValueError(f"vocab_size: expected the last dimension of logits, {logits.shape[-1]}, got {vocab_size}")
-        tensors, shape = _aligned_with_logits(tensors, ids[0], shifted=shift_labels is not None)
+        if group is None:
+            check_vocab_size(vocab_size, logits)
+        tensors, shape = aligned_with_logits(tensors, ids[0], shifted=shift_labels is not None)
         problem = logits_problem(tensors, ids, options, reducing, backend, group, classes_dim=-1)
         if inplace_backward:
             check_inplace(problem.logits.x)
@@ -160,19 +167,24 @@ def fused_linear_causal_lm_loss(
         targets,
         ignore_index=ids,
         token_weight=token_weight,
-        normalizer=_as_normalizer(num_items_in_batch, hidden_states.device),
+        normalizer=as_normalizer(num_items_in_batch, hidden_states.device),
         return_stats=return_stats,
         **options,
     )
 
 
-def _as_normalizer(num_items_in_batch: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+def check_vocab_size(vocab_size: int | None, logits: Tensor) -> None:
+    if vocab_size is not None and vocab_size != logits.shape[-1]:
+        raise ValueError(f"vocab_size: expected the last dimension of logits, {logits.shape[-1]}, got {vocab_size}")
+
+
+def as_normalizer(num_items_in_batch: float | Tensor | None, device: torch.device) -> float | Tensor | None:
     if isinstance(num_items_in_batch, Tensor):
         return num_items_in_batch.reshape(()).to(device)
     return num_items_in_batch
 
 
-def _aligned_with_logits(tensors: LogitsTensors, ignored: int, *, shifted: bool) -> tuple[LogitsTensors, torch.Size]:
+def aligned_with_logits(tensors: LogitsTensors, ignored: int, *, shifted: bool) -> tuple[LogitsTensors, torch.Size]:
     """Labels shifted and shaped as the logits' rows, and the shape that they came in."""
     logits, targets, weight, token_weight = tensors
     targets = targets.to(logits.device)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
 from . import backends
@@ -15,7 +16,7 @@ from .autograd import RowCall, cross_entropy_rows
 from .grad_in_forward import can_compute_in_forward, total_with_gradient
 from .kernel_reduction import can_reduce, reduced_by_kernel
 from .keywords import explains_keywords
-from .operators import refuse_transforms
+from .operators import overridden, refuse_transforms
 from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import (
     LossStats,
@@ -150,6 +151,14 @@ def fused_cross_entropy(
         >>> fused_cross_entropy(logits, torch.tensor([1, -100, 2])).item()
         1.3862943649291992
     """
+    if overridden(input):
+        return handle_torch_function(
+            fused_cross_entropy, (input,), input, target, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss,
+            token_weight=token_weight, normalizer=normalizer, inplace_backward=inplace_backward,
+            grad_in_forward=grad_in_forward, return_stats=return_stats, loss_dtype=loss_dtype,
+            zero_if_all_ignored=zero_if_all_ignored, process_group=process_group, backend=backend,
+        )  # fmt: skip
     with local_logits(process_group, LogitsTensors(input, target, weight, token_weight)) as (group, tensors):
         ids = ignored_ids(ignore_index)
         options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()

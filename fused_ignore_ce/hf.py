@@ -204,9 +204,12 @@ def _transformers_models(model: Any) -> list[Any]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     models = [module for module in modules if isinstance(module, base)]
     if not models:
-        raise TypeError(
-            f"model: expected a transformers PreTrainedModel or a module that holds one, got {type(model).__name__}"
-        )
+        what, hint = f"got {type(model).__name__}", ""
+        if isinstance(model, type):
+            what, hint = f"got the class {model.__name__}", "; pass an instance, or call patch_transformers()"
+        elif isinstance(getattr(model, "model", None), base):
+            hint = "; pass its .model"
+        raise TypeError(f"model: expected a transformers PreTrainedModel or a module that holds one, {what}{hint}")
     return models[:1] + [m for m in models[1:] if _takes_labels(m)]
 
 

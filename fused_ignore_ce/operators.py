@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_unary
 
 #: The package's name, which is its operators' namespace too. What loads kernels from a hub imports the package under
 #: a name of its own, so that several versions can be in one process: their operators may not share a namespace.
@@ -23,6 +24,11 @@ def is_plain(x: Tensor) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def overridden(x: Tensor) -> bool:
+    """Whether a tensor subclass or a torch function mode takes the call, as deferred logits and patched models do."""
+    return has_torch_function_unary(x) and not torch.compiler.is_compiling()
 
 
 def may_wait(x: Tensor) -> bool:

@@ -416,7 +416,8 @@ def test_copies_and_files_hold_real_logits():
     for copied in (pickle.loads(pickle.dumps(defer(*leaves).detach())), copy.deepcopy(defer(*leaves).detach())):
         assert type(copied) is torch.Tensor
         assert torch.equal(copied, plain)
-    assert repr(defer(*leaves)) == f"DeferredLogits(shape=({B}, {T}, {V}), dtype=torch.float32, device='cpu')"
+    about = f"shape=({B}, {T}, {V}), dtype=torch.float32, device='cpu'"
+    assert repr(defer(*leaves)) == f"DeferredLogits({about}; .detach().clone() computes them)"
 
 
 def test_compiled_functions_take_deferred_logits():

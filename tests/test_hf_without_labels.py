@@ -16,6 +16,7 @@ from transformers import (
 )  # fmt: skip
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fused_ignore_ce import FusedCrossEntropyLoss, fused_causal_lm_loss, fused_cross_entropy
 from fused_ignore_ce.deferred import DeferredLogits
 from fused_ignore_ce.hf import fusion_report, patch_model, patch_transformers
 
@@ -31,6 +32,22 @@ def criterion(logits, labels):
 
 def functional(logits, labels):
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:])
+
+
+def ours(logits, labels):
+    return FusedCrossEntropyLoss(ignore_index=[-100])(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def ours_by_row(logits, labels):
+    """Options that `F.cross_entropy` does not have, and statistics."""
+    options = {"ignore_index": [-100], "reduction": "none", "z_loss": 1e-4, "return_stats": True}
+    losses, stats = fused_cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], **options)
+    assert losses.shape == stats.correct.shape == labels[:, 1:].shape
+    return losses.sum() / stats.num_tokens
+
+
+def ours_shifted(logits, labels):
+    return fused_causal_lm_loss(logits, labels, label_smoothing=0.1)
 
 
 def masked(logits, labels):
@@ -86,6 +103,9 @@ LOSSES = {
     selective: ["gather(logits)", "logsumexp(logits)"],
     with_entropy: ["sum(mul(exp(log_softmax(logits)), log_softmax(logits)))", "nll_loss(log_softmax)"],
     in_chunks: ["cross_entropy"],
+    ours: ["fused_cross_entropy"],
+    ours_by_row: ["fused_cross_entropy"],
+    ours_shifted: ["fused_causal_lm_loss"],
     with_z: ["cross_entropy", "logsumexp(logits)"],
 }
 
@@ -118,6 +138,39 @@ def test_a_loop_of_ones_own(loss_of, context):
     assert report.bytes_not_allocated == size * STEPS * 3 * T * V
     for kind in report.fused.values():
         assert kind.calls >= STEPS
+
+
+def test_a_loss_function_of_ours_in_the_forward_is_fused():
+    """`model.loss_function = fused_causal_lm_loss`, and patched later: the options of both reach the loss."""
+    expected = patch_model(llama(), label_smoothing=0.1)
+    model = llama()
+    model.loss_function = fused_causal_lm_loss
+    patch_model(model, label_smoothing=0.1)
+    for batch in batches(2):
+        for one in (expected, model):
+            one.zero_grad()
+        losses = [one(**batch, num_items_in_batch=11).loss for one in (expected, model)]
+        losses[0].backward()
+        losses[1].backward()
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        for a, b in zip(expected.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    report = fusion_report(model)
+    assert list(report.fused) == ["fused_causal_lm_loss"]
+    assert report.reads == {}
+
+
+def test_a_loss_of_ours_never_misses_the_models_options():
+    model = patch_model(llama(), without_labels=True, ignore_index=9)
+    batch = batches(1)[0]
+    batch["labels"][:, 3] = 9
+    logits = model(batch["input_ids"]).logits
+    expected = fused_causal_lm_loss(llama()(batch["input_ids"]).logits, batch["labels"], ignore_index=[-100, 9])
+    torch.testing.assert_close(fused_causal_lm_loss(logits, batch["labels"]), expected)
+    with pytest.raises(ValueError, match="asked for with a normalizer"):
+        fused_causal_lm_loss(logits, batch["labels"], num_items_in_batch=20)
+    with pytest.raises(ValueError, match="vocab_size: expected the last dimension"):
+        fused_causal_lm_loss(logits, batch["labels"], vocab_size=V + 1)
 
 
 def test_the_report_counts_tokens():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .logits import as_tensor
 from .mode import LossMode
 from .origin import Origin, Settings
-from .report import Recorder
+from .report import COMPILED, Recorder
 from .traced import TracedLogits
 
 
@@ -249,14 +249,14 @@ def _as_tensors(outputs: Any, model: nn.Module, settings: Settings, used: bool, 
     return _outside(outputs, model, settings, used, stats) if traced or stats is not None else outputs
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="a patched model breaks the graph once, at its end: compile it without fullgraph=True")
 def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
     def as_deferred(value: Any) -> Any:
         if not isinstance(value, TracedLogits):
             return value
         made = as_tensor(value, Origin(settings, recorder_of(model)))
         if used:
-            made._origin.took("cross_entropy (compiled)", value._product.rows)
+            made._origin.took(f"cross_entropy {COMPILED}", value._product.rows)
         return made
 
     if not isinstance(outputs, dict):

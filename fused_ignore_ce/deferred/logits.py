@@ -247,7 +247,8 @@ class DeferredLogits(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
         if self._value is not None:
             return repr(self._value)
-        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+        about = f"shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
+        return f"DeferredLogits({about}; .detach().clone() computes them)"
 
 
 def make(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import LogitsTensors
+from ..causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
 from ..functional import fused_cross_entropy
+from ..options import ignored_ids
+from ..reduction import LossStats
 from .origin import Origin
 
 
@@ -69,14 +75,70 @@ def nll_loss(
     return torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
 
 
+def own_cross_entropy(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    origin: Origin,
+    kind: str = "fused_cross_entropy",
+    **options: Any,
+) -> Any:
+    """`fused_cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
+    changed = {n: value for n, value in options.items() if isinstance(value, Tensor) or value != _DEFAULTS[n]}
+    options = origin.settings.extend({"ignore_index": -100, **changed, "weight": weight}, target)
+    if hasattr(input, "_product"):
+        if options.get("process_group") is None:
+            linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
+            loss = _linear(input, input._usable_product(), target, linear, origin, kind)
+            if loss is not None:
+                return loss
+        input = input.materialize(kind)
+    options.pop("memory_budget", None)
+    origin.took_of_logits(kind, target.numel(), _ignored(target, options))
+    loss = fused_cross_entropy(input, target, **(origin.asked_stats() | options))
+    return loss if "return_stats" in options else origin.without_stats(loss)
+
+
+def causal_lm_loss(
+    logits: Any,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    ignore_index: Any = -100,
+    shift_labels: Tensor | None = None,
+    *,
+    origin: Origin,
+    **options: Any,
+) -> Any:
+    """`fused_causal_lm_loss(logits, labels, ...)` with the options of the model that `origin` stands for."""
+    check_vocab_size(vocab_size, logits)
+    ids, shifted = ignored_ids(ignore_index), shift_labels is not None
+    labels = shift_labels if shift_labels is not None else labels
+    assert labels is not None, "checked by the function that was called"
+    weight, token_weight = options.pop("weight", None), options.pop("token_weight", None)
+    tensors = LogitsTensors(logits, labels, weight, token_weight)
+    (logits, target, _, token_weight), shape = aligned_with_logits(tensors, ids[0], shifted=shifted)
+    options["loss_dtype"] = options.get("loss_dtype") or torch.promote_types(logits.dtype, torch.float32)
+    options["normalizer"] = as_normalizer(num_items_in_batch, logits.device)
+    options["token_weight"] = None if token_weight is None else token_weight.flatten()
+    options |= {"ignore_index": ids, "origin": origin, "kind": "fused_causal_lm_loss"}
+    found = own_cross_entropy(logits.flatten(0, -2), target.flatten(), weight, **options)
+    loss, stats = found if isinstance(found, tuple) else (found, None)
+    loss = loss.view(shape) if loss.dim() else loss
+    return loss if stats is None else (loss, LossStats(*(t.view(shape) if t.dim() else t for t in stats)))
+
+
 def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
     if product is None:
         return None
-    loss = product.cross_entropy(target, options | origin.asked_stats())
+    loss = product.cross_entropy(target, origin.asked_stats() | options)
     if loss is None:
         return None
     origin.took(kind, product.rows, _ignored(target, options))
+    if "return_stats" in options:
+        return input._connected(loss[0]), loss[1]
     return input._connected(origin.without_stats(loss))
 
 
@@ -84,12 +146,24 @@ def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:
     """How many targets are ignored, on their device; None where nobody counts them."""
     if target.is_floating_point() or torch.compiler.is_compiling():
         return None
-    ids = options["ignore_index"]
     found = None
-    for index in ids if isinstance(ids, tuple) else (ids,):
+    for index in ignored_ids(options["ignore_index"]):
         found = target == index if found is None else found | (target == index)
     return None if found is None else found.sum()
 
 
-#: What is computed here, by the function of PyTorch's whose calls it takes.
-LOSSES = {torch.nn.functional.cross_entropy: cross_entropy, torch.nn.functional.nll_loss: nll_loss}
+#: The options of `fused_cross_entropy` and their defaults, and those of them that only a loss of logits has.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(fused_cross_entropy).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+_OF_LOGITS = ("inplace_backward", "grad_in_forward")
+
+#: What is computed here, by the function whose calls it takes.
+LOSSES: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.cross_entropy: cross_entropy,
+    torch.nn.functional.nll_loss: nll_loss,
+    fused_cross_entropy: own_cross_entropy,
+    fused_causal_lm_loss: causal_lm_loss,
+}

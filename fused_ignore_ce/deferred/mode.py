@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..causal_lm import fused_causal_lm_loss
 from .logits import defer
 from .loss import LOSSES
 from .origin import Origin
@@ -54,8 +55,8 @@ class LossMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             return self._linear(func, *args, **kwargs)
-        if func is torch.nn.functional.cross_entropy or (
-            func is torch.nn.functional.nll_loss and _are_log_probs(args[0] if args else kwargs["input"])
+        if func in LOSSES and (
+            func is not torch.nn.functional.nll_loss or _are_log_probs(args[0] if args else kwargs["input"])
         ):
             return self._loss(func, *args, **kwargs)
         if self.classes is not None and getattr(func, "__name__", "") in _MATMULS and not kwargs:
@@ -86,7 +87,8 @@ class LossMode(TorchFunctionMode):
 
     def _loss(self, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         deferred = hasattr(input, "_product")
-        is_head = deferred or self.classes is None or input.shape[input.dim() > 1] == self.classes
+        classes = input.shape[-1 if func is fused_causal_lm_loss else input.dim() > 1]
+        is_head = deferred or self.classes is None or classes == self.classes
         if not is_head:
             return func(input, *args, **kwargs)
         self.origin.used = True

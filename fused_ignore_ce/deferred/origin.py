@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..options import ignored_ids
 from .report import Recorder
 
 
@@ -33,13 +34,15 @@ class Settings(NamedTuple):
                 raise ValueError("weight: given to patch_model, but the model's own cross entropy has class weights")
             given["weight"] = given["weight"].to(target.device)
         if self.ignore_index:
-            own = options.get("ignore_index", -100)
-            given["ignore_index"] = tuple(dict.fromkeys((own, *self.ignore_index)))
+            own = ignored_ids(options.get("ignore_index", -100))
+            given["ignore_index"] = tuple(dict.fromkeys((*own, *self.ignore_index)))
             if options.get("reduction", "mean") != "mean":
-                self._check_nothing_more_is_ignored(options["reduction"], target, own)
+                self._check_nothing_more_is_ignored(f"reduction={options['reduction']!r}", target, own)
+            elif options.get("normalizer") is not None:
+                self._check_nothing_more_is_ignored("a normalizer", target, own)
         return {**options, **given}
 
-    def _check_nothing_more_is_ignored(self, reduction: str, target: Tensor, own: int) -> None:
+    def _check_nothing_more_is_ignored(self, asked: str, target: Tensor, own: tuple[int, ...]) -> None:
         """Raises an error where a caller will divide a sum by a count that leaves `ignore_index` out.
 
         This looks at the targets, so that it waits for the device, right before the linear loss does. While
@@ -49,11 +52,11 @@ class Settings(NamedTuple):
             return
         more = torch.zeros((), dtype=torch.bool, device=target.device)
         for index in self.ignore_index:
-            if index != own:
+            if index not in own:
                 more = more | (target == index).any()
         message = (
             f"ignore_index: patch_model was given {list(self.ignore_index)}, and labels hold such ids, but the loss "
-            f"is asked for with reduction={reduction!r}, so that its divisor (num_items_in_batch, for instance) is "
+            f"is asked for with {asked}, so that its divisor (num_items_in_batch, for instance) is "
             "counted by the caller, who counts those tokens. Set their labels to -100 before anything counts them: "
             "wrap the data collator as fused_ignore_ce.hf.IgnoreTokens(collator, ids)"
         )

@@ -213,6 +213,7 @@ class Product(NamedTuple):
         dtype = torch.promote_types(self.dtype, target.dtype) if is_probs else self.dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.float32
+        dtype = options.get("loss_dtype") or dtype
         if is_probs and self.classes_second:
             target = target.movedim(1, -1)
         found = self._linear_loss(fused_linear_cross_entropy, target, options)

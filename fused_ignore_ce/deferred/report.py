@@ -12,6 +12,9 @@ from torch import Tensor
 from ..operators import PACKAGE
 
 #: Packages whose frames are never the caller that a report names.
+#: The end of the name of a loss that was taken while torch.compile traced: its ignored tokens are not counted.
+COMPILED = "(compiled)"
+
 _INTERNAL = ("torch", PACKAGE, "contextlib", "functools")
 
 
@@ -61,12 +64,15 @@ class FusionReport:
         lines = []
         for title, kinds in (("fused", self.fused), ("on logits", self.on_logits)):
             for kind, count in kinds.items():
-                lines.append(
-                    f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {count.ignored} of them ignored"
-                )
+                ignored = "ignored ones" if kind.endswith(COMPILED) else f"{count.ignored} of them ignored"
+                ignored += " not counted" * kind.endswith(COMPILED)
+                lines.append(f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {ignored}")
         lines += [f"logits read by {reader}: {times} times" for reader, times in self.reads.items()]
         if not lines:
-            return "no loss was taken of this model's logits, and nothing read them"
+            return (
+                "no loss was taken of this model's logits, and nothing read them "
+                "(is it patched? a loss after a forward without labels needs without_labels=True)"
+            )
         if not self.reads:
             lines.append("logits read: never")
         return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])
