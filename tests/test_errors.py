@@ -183,3 +183,13 @@ class TestCausalLM:
     def test_label_out_of_range(self):
         with pytest.raises(IndexError, match="target 5 is out of bounds"):
             fused_causal_lm_loss(self.logits, torch.tensor([[1, 5, 3]]))
+
+
+def test_likely_mistakes_are_named():
+    logits, target = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    with pytest.raises(NotImplementedError, match="input and target seem to be swapped"):
+        fused_cross_entropy(target, logits)
+    with pytest.raises(RuntimeError, match=r"got torch\.int32; pass target\.long\(\)"):
+        fused_cross_entropy(logits, target.int())
+    with pytest.raises(TypeError, match="linear_weight: expected a Tensor, got Linear; pass its weight"):
+        fused_linear_cross_entropy(logits, torch.nn.Linear(5, 7), target)

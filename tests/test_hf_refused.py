@@ -228,3 +228,15 @@ def test_a_patched_training_run_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trajectory(patch_model(llama(), ignore_index=PAD), batches(2))
+
+
+def test_what_is_no_model_is_told_what_to_pass():
+    class Holder:
+        model = llama()
+
+    with pytest.raises(TypeError, match=r"got Holder; pass its \.model"):
+        patch_model(Holder())
+    with pytest.raises(
+        TypeError, match=r"the class LlamaForCausalLM; pass an instance, or call patch_transformers\(\)"
+    ):
+        patch_model(LlamaForCausalLM)

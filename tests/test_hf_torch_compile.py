@@ -60,6 +60,7 @@ def test_statistics_and_the_report():
     assert (backend.graphs, backend.linear) == (1, 1)
     report = fusion_report(model)
     assert [*report.fused] == ["cross_entropy (compiled)"]
+    assert "tokens, ignored ones not counted" in str(report)
     assert report.bytes_not_allocated == outputs.logits.numel() * 4
     assert report.reads == {}
     assert [str(break_) for break_ in torch._dynamo.utils.counters["graph_break"] if "disable" not in str(break_)] == []
