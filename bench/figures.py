@@ -135,13 +135,17 @@ def models(results: Results) -> str:
 
 
 def scaling(results: Results) -> str:
-    fits = results.newest("fits")[1]["fits"]
-    lines = []
+    """The exponents of the newest run that had time for all sizes, or else of the newest."""
+    runs = [(name, result) for name, result in results.files.items() if result["fits"]]
+    complete = [run for run in runs if {fit["varied"] for fit in run[1]["fits"]} >= {*VARIED}]
+    name, result = complete[0] if complete else results.newest("fits")
+    fits, lines = result["fits"], []
     for kind, (baseline, *_, ours) in PROVIDERS.items():
         for provider in (baseline, ours):
             own = [find(fits, kind=kind, provider=provider.name, varied=varied) for varied in VARIED]
             lines.append((code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
-    return table(("", "tokens", "vocabulary", "features", "kept tokens of a batch"), lines)
+    head = ("", "tokens", "vocabulary", "features", "kept tokens of a batch")
+    return f"{table(head, lines)}\n\n{where(result['header'])}: {link(name)}."
 
 
 def training_step(results: Results) -> str:
@@ -299,7 +303,9 @@ def rewritten(page: Path, text: str, results: Results) -> str:
 
 def shown(results: Results) -> dict[str, Any]:
     """What each picture shows, by its name."""
-    found: dict[str, Any] = dict(plots.pictures(results.newest("rows")[1]))
+    found: dict[str, Any] = {}
+    for result in reversed(results.files.values()):  # each picture is of the newest run that has its figures
+        found |= plots.pictures(result)
     found["training-step"] = results.newest("training step")[1]["training step"]
     newest = results.newest_proofs()
     return found | ({"predicted-roof": picture.rows(newest[1])} if newest else {})
@@ -307,7 +313,8 @@ def shown(results: Results) -> dict[str, Any]:
 
 def draw(results: Results, folder: Path = PICTURES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    plots.draw(results.newest("rows")[1], folder)
+    for result in reversed(results.files.values()):
+        plots.draw(result, folder)
     plots.draw_training_step(results.newest("training step")[1], folder / "training-step.png")
     newest = results.newest_proofs()
     if newest:
