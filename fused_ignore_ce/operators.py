@@ -27,8 +27,12 @@ def is_plain(x: Tensor) -> bool:
 
 
 def overridden(x: Tensor) -> bool:
-    """Whether a tensor subclass or a torch function mode takes the call, as deferred logits and patched models do."""
-    return has_torch_function_unary(x) and not torch.compiler.is_compiling()
+    """Whether deferred logits, or the torch function mode of a patched model, take the losses of x.
+
+    Other subclasses of Tensor do not take them: PyTorch would convert every result to their class.
+    """
+    ours = type(x) is Tensor or getattr(type(x), "takes_losses", False)
+    return has_torch_function_unary(x) and ours and not torch.compiler.is_compiling()
 
 
 def may_wait(x: Tensor) -> bool:

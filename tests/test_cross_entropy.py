@@ -135,3 +135,15 @@ def test_runs_are_bitwise_equal(backend, device):
     first = run(lambda *a, **k: fused_cross_entropy(*a, **k, backend=backend), x, target, None)
     second = run(lambda *a, **k: fused_cross_entropy(*a, **k, backend=backend), x, target, None)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_other_subclasses_of_tensor_are_tensors():
+    """PyTorch converts what a subclass's function returns to that subclass, which a tuple of statistics is not."""
+
+    class Named(torch.Tensor):
+        pass
+
+    x, y = torch.randn(4, 7), torch.tensor([1, -100, 3, 6])
+    loss, stats = fused_cross_entropy(x.as_subclass(Named), y, return_stats=True)
+    torch.testing.assert_close(torch.Tensor(loss), F.cross_entropy(x, y))
+    assert stats.num_tokens == 3

@@ -28,6 +28,8 @@ class DeferredLogits(Tensor):
     (by an optimizer's step) reading raises RuntimeError: the logits of the forward cannot be had any more.
     """
 
+    takes_losses = True  # this package's functions ask, see `operators.overridden`
+
     _product: Any  # a Product or an Expression
     _versions: list[int]
     _value: Tensor | None
