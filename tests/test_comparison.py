@@ -70,7 +70,8 @@ WRONG = peers.Peer(
 )
 
 
-def damaged(model, **options):
+def damaged(model, monkeypatch):
+    """A model whose loss is wrong, and whose class is changed until the test is over."""
     forward = model.forward
 
     def other(*arguments, **keywords):
@@ -78,7 +79,7 @@ def damaged(model, **options):
         return type(outputs)(loss=outputs.loss * 1.5)
 
     model.forward = other
-    type(model).forward = other
+    monkeypatch.setattr(type(model), "forward", other)
     return model
 
 
@@ -88,10 +89,11 @@ def test_a_check_sees_what_is_wrong(row, kind, monkeypatch):
         arguments = (WRONG, kind)
     else:
         pytest.importorskip("peft")
-        from transformers import LlamaForCausalLM
 
-        monkeypatch.setattr(LlamaForCausalLM, "forward", LlamaForCausalLM.forward)
-        arguments = (models.Patcher("wrong", "wrong", damaged, lambda model: model),)
+        def patch(model, **options):
+            return damaged(model, monkeypatch)
+
+        arguments = (models.Patcher("wrong", "wrong", patch, lambda model: model),)
     found = running.answer(row, arguments)
     assert (found["answer"], found["basis"]) == ("no", "checked")
     assert found["why"]
