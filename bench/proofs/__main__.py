@@ -51,7 +51,8 @@ def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) ->
             for case in [cases.Case("", *cases.MODELS[0])]
             for budget in judging.BUDGETS
         ]  # fmt: skip
-        return compiling.jobs([*budgeted, *cases.every(QUICK_DTYPES, quick=True)], target)
+        tight = [replace(budgeted[0], operation="one pass", features=(f,)) for f in ("smoothing", "softcap")]
+        return compiling.jobs([*budgeted, *tight, *cases.every(QUICK_DTYPES, quick=True)], target)
     return compiling.jobs([*cases.every(dtypes, quick=False), *peers.every(128256)], target)
 
 

@@ -195,16 +195,15 @@ def fullest(operation: str) -> list[tuple[str, ...]]:
 def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
     """Models' shapes with every set of features, and all other shapes with the fullest; with `quick`, models' alone.
 
-    The one pass has few registers to spare with any feature, so that all of its shapes come with every set.
+    The one pass has few registers to spare with any feature: without `quick`, all of its shapes come with every set.
     """
     for operation, dtype in itertools.product(OPERATIONS, dtypes):
-        one_pass = operation == "one pass"
-        sets = [(), *fullest(operation)] if quick and not one_pass else feature_sets(operation)
+        sets = [(), *fullest(operation)] if quick else feature_sets(operation)
         for (B, T, V), features in itertools.product(MODELS, sets):
             yield Case(operation, B, T, V, dtype, features)
         if operation not in ROW_OPERATIONS:
             continue
-        for features in feature_sets(operation) if one_pass and not quick else fullest(operation):
+        for features in feature_sets(operation) if operation == "one pass" and not quick else fullest(operation):
             yield Case(operation, 4, 65536, 32, dtype, features, contiguous=False)
             for (B, T), V, contiguous in itertools.product(() if quick else ROWS, VOCABULARIES, (True, False)):
                 yield Case(operation, B, T, V, dtype, features, contiguous)
