@@ -114,7 +114,7 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
     (tmp_path / "proofs-2026-04-01.json").write_text(json.dumps(newer))
     text = figures.compiled(reading.Results(tmp_path))
     assert text.startswith("49 kernels (every tile")
-    assert "none spills registers" in text
+    assert "No kernel spills registers to memory." in text
     (tmp_path / "proofs-2026-04-01.json").unlink()
     (tmp_path / "old.json").unlink()
     assert figures.proofs(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
