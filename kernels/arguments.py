@@ -1,6 +1,7 @@
 """Prepares the arguments of the kernels from tensors and options."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,26 @@ def on(device):
     return contextlib.nullcontext()
 
 
-def strides_of(x):
-    return NO_STRIDES if x is None else x.stride()
+class Form(NamedTuple):
+    """All that a launch depends on of a tensor (B, T, V), or (V,)."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    begins_aligned: bool  # whether an access may begin where the tensor does
+
+    @property
+    def itemsize(self):
+        return self.dtype.itemsize
+
+    @property
+    def contiguous(self):
+        """Whether classes are neighbours."""
+        return self.strides[-1] == 1
+
+
+def form_of(x):
+    return None if x is None else Form(x.shape, x.stride(), x.dtype, x.data_ptr() % ACCESS == 0)
 
 
 def strides_of_rows(tensors):
@@ -29,15 +48,14 @@ def acc_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def layout(weight, x, *others):
-    """(contiguous, aligned): whether x's classes are neighbours, and all tensors' rows start where an access may."""
-    aligned = weight is None or weight.data_ptr() % ACCESS == 0
-    for tensor in (x, *others):
-        if tensor is not None:
-            stride_b, stride_t, _ = tensor.stride()
-            per_access = ACCESS // tensor.itemsize
-            aligned &= not (stride_b % per_access or stride_t % per_access or tensor.data_ptr() % ACCESS)
-    return x.stride(2) == 1, aligned
+def aligned(*forms):
+    """Whether the rows of all these tensors begin where an access may; None is no tensor."""
+    for form in forms:
+        if form is not None:
+            per_access = ACCESS // form.itemsize
+            if not form.begins_aligned or any(stride % per_access for stride in form.strides[:-1]):
+                return False
+    return True
 
 
 def scalars_of(options, probs):

@@ -8,38 +8,12 @@ from collections import namedtuple
 
 import torch
 import triton
-import triton.language as tl
 
-from .arguments import acc_dtype, is_simple, layout, new_rows, on, row_pointers, scalars_of, strides_of, strides_of_rows
-from .backward import backward_kernel
+from . import prepare
+from .arguments import acc_dtype, form_of, new_rows, on, row_pointers, strides_of_rows
 from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel
-from .launch import (
-    FEW_REGISTERS,
-    MAX_REGISTERS,
-    MERGE_AND_REDUCE_ROWS,
-    MERGE_ROWS,
-    ONE_PASS_GENERAL,
-    ONE_PASS_PLAIN,
-    ONE_PASS_SIMPLE,
-    REDUCE_BLOCK,
-    REDUCE_PROGRAMS,
-    REDUCE_ROWS,
-    REDUCE_THREADS,
-    backward_launch,
-    chip_of,
-    forward_launch,
-    one_pass_launch,
-    part_launch,
-    scale_launch,
-)
-from .merge import merge_kernel
-from .one_pass import one_pass_kernel
-from .reduce import reduce_kernel, total_kernel
-from .scale import scale_kernel
-
-# `debug` switches device_assert on; without the second, it would also check every integer addition.
-ASSERTS = {"debug": True, "sanitize_overflow": False}
+from .launch import MERGE_AND_REDUCE_ROWS, chip_of
 
 #: What `backward` needs of the rows, as callers have it in an object of their own.
 Saved = namedtuple("Saved", "shift mass entropy")
@@ -50,36 +24,21 @@ def interpreted():
     return not isinstance(forward_kernel, triton.JITFunction)
 
 
-def _forward(x, target, weight, probs, rows, parts, first_part, first_class, classes, launch, options, with_stats):
-    """Launches the forward kernel, into `rows` or, if there are `parts`, into those from `first_part` on."""
-    B, T, V = x.shape
-    scalars, present = scalars_of(options, probs)
-    simple = is_simple(launch, weight, probs, present) and not (with_stats or any(present) or parts)
-    out = into = None
-    if parts is None:
-        out = row_pointers(rows, with_stats)
-    else:
-        partial, argmax = parts if first_part == 0 else (parts[0][:, first_part:], parts[1][first_part:])
-        into = partial, argmax, partial.stride(0)
-    with on(x.device):
-        forward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
-            x, probs, target, weight, out, into, B * T, T, V,
-            (launch.splits, launch.split_tiles, first_class, classes),
-            x.stride(), strides_of(probs), options.ignore_index, *scalars, launch.TILE, (*present, with_stats),
-            num_warps=launch.num_warps, **ASSERTS,
-            **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
-        )  # fmt: skip
-
-
 def _split_forward(x, target, weight, probs, options, with_stats, launch):
     """(rows, parts): the kernel has filled one of them, and parts are None or what is to be merged into the rows."""
-    B, T, V = x.shape
-    rows = new_rows(x, B * T, acc_dtype(x.dtype), with_stats)
-    if B * T == 0:
+    N = x.shape[0] * x.shape[1]
+    rows = new_rows(x, N, acc_dtype(x.dtype), with_stats)
+    if N == 0:
         return rows, None
-    launch = launch or forward_launch(B, T, V, x.itemsize, *layout(weight, x, probs), chip_of(x.device))
-    parts = new_parts(x, launch.splits, with_stats) if launch.splits > 1 else None
-    _forward(x, target, weight, probs, rows, parts, 0, 0, V, launch, options, with_stats)
+    forward_rows = prepare.forward(
+        form_of(x), form_of(probs), form_of(weight), options, with_stats, None, launch, chip_of(x.device)
+    )
+    parts = new_parts(x, forward_rows.splits, with_stats) if forward_rows.splits > 1 else None
+    with on(x.device):
+        if parts is None:
+            forward_rows(x, probs, target, weight, row_pointers(rows, with_stats), None)
+        else:
+            forward_rows(x, probs, target, weight, None, (*parts, parts[0].stride(0)))
     return rows, parts
 
 
@@ -120,11 +79,15 @@ def forward_part(x, target, weight, probs, options, *, parts, part, block, with_
 
     `x`, `weight` and `probs` are the block's, which begins at `block.first_class` of `block.classes`.
     """
-    B, T, V = x.shape
-    if B * T == 0:
+    if x.shape[0] * x.shape[1] == 0:
         return
-    launch = launch or part_launch(T, V, x.itemsize, *layout(weight, x, probs), chip_of(x.device))
-    _forward(x, target, weight, probs, None, parts, part, *block, launch, options, with_stats)
+    partial, argmax = parts
+    into = partial[:, part:], argmax[part:], partial.stride(0)
+    forward_block = prepare.forward(
+        form_of(x), form_of(probs), form_of(weight), options, with_stats, tuple(block), launch, chip_of(x.device)
+    )
+    with on(x.device):
+        forward_block(x, probs, target, weight, None, into)
 
 
 def combine(parts):
@@ -161,12 +124,9 @@ def _parts(parts):
 
 
 def _merge(target, parts, rows, options, with_stats):
-    N = len(target)
+    merge_rows = prepare.merge(len(target), options.ignore_index, with_stats, chip_of(target.device))
     with on(target.device):
-        merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
-            target, row_pointers(rows, with_stats), _parts(parts), N, options.ignore_index,
-            BLOCK_N=MERGE_ROWS, HAS_STATS=with_stats, num_warps=MERGE_ROWS // chip_of(target.device).warp_size,
-        )  # fmt: skip
+        merge_rows(target, row_pointers(rows, with_stats), _parts(parts))
 
 
 def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, block=None, launch=None):
@@ -175,22 +135,19 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
     `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
     `saved` has shift, mass and entropy of the rows, `block` is as in `forward_part`: without it, `x` has all classes.
     """
-    B, T, V = x.shape
     if x.numel() == 0:
         return
-    launch = launch or backward_launch(B, T, V, x.itemsize, *layout(weight, x, probs, dx, dprobs), chip_of(x.device))
-    scalars, present = scalars_of(options, probs)
-    simple = is_simple(launch, weight, probs, present) and upstream.dentropy is None and not present[2]
     dloss = x.new_zeros((), dtype=saved.mass.dtype) if upstream.dloss is None else upstream.dloss
-    pointers = dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
+    of_rows = dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
+    has_dentropy = upstream.dentropy is not None
+    gradients = prepare.backward(
+        form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(weight), strides_of_rows(of_rows),
+        has_dentropy, options, block and tuple(block), launch, chip_of(x.device),
+    )  # fmt: skip
     with on(x.device):
-        backward_kernel[(B * triton.cdiv(T, launch.BLOCK_N) * launch.splits,)](
+        gradients(
             x, probs, dx, dprobs, target, weight,
-            (saved.shift, saved.mass, None if upstream.dentropy is None else saved.entropy), pointers, B * T, T, V,
-            (launch.splits, launch.split_tiles, *(block or (0, V))),
-            (x.stride(), strides_of(probs), strides_of(dx), strides_of(dprobs), strides_of_rows(pointers)),
-            options.ignore_index, *scalars, launch.TILE, present,
-            num_warps=launch.num_warps, **chip_of(x.device).options(FEW_REGISTERS if simple else MAX_REGISTERS),
+            (saved.shift, saved.mass, saved.entropy if has_dentropy else None), of_rows,
         )  # fmt: skip
 
 
@@ -210,25 +167,16 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
         upstream = upstream._replace(dlse=None if dz is None else 2.0 * options.z_loss * rows[1] * dz)
         backward(upstream, x, target, weight, probs, Saved(rows[2], rows[3], None), options, dx=dx, dprobs=None)
         return rows
-    B, T, V = x.shape
-    N = B * T
-    rows = new_rows(x, N, acc_dtype(x.dtype), with_stats)
-    if N == 0:
+    rows = new_rows(x, x.shape[0] * x.shape[1], acc_dtype(x.dtype), with_stats)
+    if len(target) == 0:
         return rows
-    chip = chip_of(x.device)
-    scalars, present = scalars_of(options, probs)
-    variant = ONE_PASS_SIMPLE if any(present) or V % 16 else ONE_PASS_PLAIN  # Triton compiles in that V % 16 == 0
-    if with_stats or (present[0] and weight is not None) or x.dtype == torch.float64:
-        variant = ONE_PASS_GENERAL
-    launch = launch or one_pass_launch(N, V, x.itemsize, layout(weight, x, dx)[1], variant, chip)
-    pointers = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
+    of_rows = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
+    both = prepare.one_pass(
+        form_of(x), form_of(dx), form_of(weight), strides_of_rows(of_rows), options, with_stats, launch,
+        chip_of(x.device),
+    )  # fmt: skip
     with on(x.device):
-        one_pass_kernel[(launch.programs,)](
-            x, dx, target, weight, row_pointers(rows, with_stats), pointers, N, T, V,
-            (x.stride(), dx.stride(), strides_of_rows(pointers)),
-            options.ignore_index, *scalars, options.z_loss, launch.TILE, (*present, with_stats),
-            num_warps=launch.num_warps, **ASSERTS, **chip.options(variant.registers),
-        )  # fmt: skip
+        both(x, dx, target, weight, row_pointers(rows, with_stats), of_rows)
     return rows
 
 
@@ -262,23 +210,15 @@ def _reduce(
     number = float(normalizer) if has_number else 1.0
     present = bool(mean), has_number, z_loss != 0.0, with_stats
     weights = (weight if mean else None, target_weight if mean else None, token_weight)
-    stride_tw = 0 if token_weight is None else token_weight.stride(0)
-    programs = 1 if N <= REDUCE_ROWS else min(REDUCE_PROGRAMS, triton.cdiv(N, REDUCE_BLOCK))
+    place = first_class, 0 if weight is None else len(weight), 0 if token_weight is None else token_weight.stride(0)
+    programs = prepare.reduce_programs(N)
     sums = None if programs == 1 else (loss.new_empty((4, programs)), target.new_empty(programs))
-    block = min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
+    reduce_rows = prepare.reduce(N, place, z_loss, present, options.ignore_index, chip_of(loss.device))
+    into = rows[:2] if parts is None else row_pointers(rows, with_stats)
     with on(loss.device):
-        reduce_kernel[(programs,)](
-            rows[:2] if parts is None else row_pointers(rows, with_stats),
-            None if parts is None else _parts(parts),
-            target, weights, tensor, sums, out, N, triton.cdiv(N, programs),
-            (first_class, 0 if weight is None else len(weight), stride_tw), options.ignore_index, number, z_loss,
-            BLOCK_N=block, OPTIONS=present,
-            num_warps=min(block, REDUCE_THREADS) // chip_of(loss.device).warp_size,
-        )  # fmt: skip
+        reduce_rows(into, parts and _parts(parts), target, weights, tensor, sums, out, number)
         if sums:
-            total_kernel[(1,)](
-                *sums, tensor, out, programs, number, z_loss, BLOCK=REDUCE_PROGRAMS, OPTIONS=present, num_warps=4
-            )
+            prepare.total(programs, z_loss, present)(*sums, tensor, out, number)
     return out
 
 
@@ -292,13 +232,6 @@ def scale(dx, factor, dloss, *, out=None):
     into = dx if out is None else out
     if dx.dim() != 3:
         dx, into = (t.view(1, -1, t.shape[-1] if t.dim() else 1) for t in (dx, into))
-    B, T, V = dx.shape
-    chip = chip_of(dx.device)
-    launch = scale_launch(T, V, dx.itemsize, *layout(None, dx, into), chip)
-    blocks = B * triton.cdiv(T, launch.BLOCK_N)
+    multiply = prepare.scale(form_of(dx), form_of(into), out is None, chip_of(dx.device))
     with on(dx.device):
-        scale_kernel[(min(blocks, launch.programs),)](
-            dx, into, dloss, factor, blocks, T, V, (dx.stride(), into.stride()), launch.TILE,
-            INPLACE=out is None, ACC=tl.float64 if dx.dtype == torch.float64 else tl.float32,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+        multiply(dx, into, dloss, factor)

@@ -30,6 +30,11 @@ REUSE = 3
 FEW_REGISTERS, MAX_REGISTERS = 40, 255
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Triton's own `cdiv` takes microseconds on the host."""
+    return -(-a // b)
+
+
 class OnePass(NamedTuple):
     """A variant of the one pass: threads of a multiprocessor, and the registers and logits at a time of each thread.
 
@@ -122,7 +127,7 @@ def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, progra
     WIDTH = ACCESS // itemsize if aligned else 1
     if V * itemsize <= SHORT_ROW:
         threads = SHORT_WARPS * chip.warp_size
-        LANES = min(chip.warp_size, triton.next_power_of_2(triton.cdiv(max(V, 1), WIDTH)))
+        LANES = min(chip.warp_size, triton.next_power_of_2(ceil_div(max(V, 1), WIDTH)))
         BLOCK_N = threads // LANES
         if T >= BLOCK_N:
             return Launch(BLOCK_N, 1, LANES, WIDTH, SHORT_WARPS)
@@ -135,23 +140,21 @@ def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, progra
 
 def _split(launch: Launch, V: int, splits: int) -> Launch:
     """The launch with its rows in (at most) so many parts of whole tiles."""
-    tiles = triton.cdiv(max(V, 1), launch.BLOCK_V)
-    split_tiles = triton.cdiv(tiles, max(1, min(splits, tiles)))
-    return replace(launch, splits=triton.cdiv(tiles, split_tiles), split_tiles=split_tiles)
+    tiles = ceil_div(max(V, 1), launch.BLOCK_V)
+    split_tiles = ceil_div(tiles, max(1, min(splits, tiles)))
+    return replace(launch, splits=ceil_div(tiles, split_tiles), split_tiles=split_tiles)
 
 
 def _splits_to_fill(chip: Chip, program: Program, B: int, T: int, launch: Launch) -> int:
     """Into how many parts each row has to be split for every multiprocessor to have its programs; 0 where it has."""
-    return chip.multiprocessors * program.programs // max(B * triton.cdiv(T, launch.BLOCK_N), 1)
+    return chip.multiprocessors * program.programs // max(B * ceil_div(T, launch.BLOCK_N), 1)
 
 
-@lru_cache(maxsize=4096)
 def part_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     """The forward launch for a block of the vocabulary, which is not split again."""
     return _split(_tile(T, V, itemsize, contiguous, aligned, fitting(chip.table.forward, V * itemsize), chip), V, 1)
 
 
-@lru_cache(maxsize=4096)
 def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     """The forward launch: when rows are few and long, their vocabulary is split until the programs fill the chip."""
     launch = part_launch(T, V, itemsize, contiguous, aligned, chip)
@@ -160,15 +163,12 @@ def forward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, alig
     return _split(launch, V, _splits_to_fill(chip, fitting(chip.table.forward, V * itemsize), B, T, launch))
 
 
-@lru_cache(maxsize=4096)
 def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     """The backward launch: a program has several tiles, and fewer where rows are few."""
     program = fitting(chip.table.backward, V * itemsize)
     launch = _tile(T, V, itemsize, contiguous, aligned, program, chip)
-    tiles = triton.cdiv(max(V, 1), launch.BLOCK_V)
-    return _split(
-        launch, V, max(_splits_to_fill(chip, program, B, T, launch), triton.cdiv(tiles, program.tiles or tiles))
-    )
+    tiles = ceil_div(max(V, 1), launch.BLOCK_V)
+    return _split(launch, V, max(_splits_to_fill(chip, program, B, T, launch), ceil_div(tiles, program.tiles or tiles)))
 
 
 def one_pass_program(V: int, itemsize: int, variant: OnePass, chip: Chip) -> Program:
@@ -180,7 +180,6 @@ def one_pass_program(V: int, itemsize: int, variant: OnePass, chip: Chip) -> Pro
     return Program(variant.threads // programs // chip.warp_size, variant.thread_logits, programs=programs)
 
 
-@lru_cache(maxsize=4096)
 def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePass, chip: Chip) -> Launch:
     """The one-pass launch: a program has one row at a time."""
     program = one_pass_program(V, itemsize, variant, chip)
@@ -188,7 +187,6 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 
 
-@lru_cache(maxsize=4096)
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     launch = _tile(T, V, itemsize, contiguous, aligned, Program(8), chip)
     return replace(launch, programs=chip.multiprocessors * chip.threads // (launch.num_warps * chip.warp_size))

@@ -43,11 +43,11 @@ def reduce_kernel(
     normalizer_ptr,  # a scalar or None
     sums,  # pointers to (4, programs) and (programs,) int64; or None, for the only program
     out,  # see `store_total`
+    number: tl.float64,
     N: tl.int64,
     rows,  # of a program
     place,  # (first_class, classes, stride of the token weights)
     ignore_index: tl.int64,
-    number: tl.float64,
     z_loss: tl.float64,
     BLOCK_N: tl.constexpr,
     OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_Z, HAS_STATS)
@@ -110,8 +110,8 @@ def total_kernel(
     count_ptr,  # (programs,) int64
     normalizer_ptr,  # a scalar or None
     out,  # see `store_total`
-    programs,
     number: tl.float64,
+    programs,
     z_loss: tl.float64,
     BLOCK: tl.constexpr,
     OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_Z, HAS_STATS)

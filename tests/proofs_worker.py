@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import torch
 import triton
@@ -82,20 +83,26 @@ def liger():
 
 
 def launched():
-    """The kernels that Triton's launcher got, all that there are, and what is said of arguments in another order."""
-    from fused_ignore_ce.kernels import cross_entropy
+    """The kernels that Triton's launcher got, all that there are, and what is said of wrong arguments and kernels."""
+    from fused_ignore_ce.kernels import prepare
 
     checked = launcher.check(90)
-    assert launcher.check(90) == checked
     straight = launcher.flat
-    launcher.flat = lambda kinds, values: reversed(list(straight(kinds, values)))
+    with mock.patch.object(launcher, "flat", lambda kinds, values: reversed(list(straight(kinds, values)))):
+        arguments = error_of(launcher.check, 90)
+    with mock.patch.object(prepare, "kinds", len):
+        kernels = error_of(launcher.check, 90)
+    every = [name for name, value in vars(prepare).items() if isinstance(value, triton.JITFunction)]
+    return {"checked": checked, "kernels": every, "wrong arguments": arguments, "wrong kernels": kernels}
+
+
+def error_of(function, *arguments):
+    """What an AssertionError of a function says."""
     try:
-        launcher.check(90)
-        wrong = ""
+        function(*arguments)
     except AssertionError as error:
-        wrong = str(error)
-    kernels = [name for name, value in vars(cross_entropy).items() if isinstance(value, triton.JITFunction)]
-    return {"checked": checked, "kernels": kernels, "wrong": wrong}
+        return str(error)
+    return ""
 
 
 def tiles():

@@ -172,10 +172,14 @@ def test_launch_options_are_the_chips(chip, known):
 def test_rows_are_accessed_as_their_alignment_allows():
     """16 bytes at a time only where every row of every tensor starts at a multiple of them."""
     x = torch.empty(2, 3, 64, dtype=torch.bfloat16)
-    assert arguments.layout(None, x, None, x) == (True, True)
-    assert arguments.layout(None, x[..., 8:]) == (True, True)
-    assert arguments.layout(None, x[..., 1:]) == (True, False)
-    assert arguments.layout(None, x, torch.empty(2, 3, 63, dtype=torch.bfloat16)) == (True, False)
-    assert arguments.layout(x[0, 0, 1:], x) == (True, False)
-    assert arguments.layout(None, x.transpose(1, 2).contiguous().transpose(1, 2))[0] is False
-    assert arguments.layout(None, x, x[..., :1].expand(2, 3, 64)) == (True, True)  # each access is one element
+
+    def aligned(*tensors):
+        return arguments.aligned(*map(arguments.form_of, tensors))
+
+    assert aligned(None, x, None, x)
+    assert aligned(x[..., 8:])
+    assert not aligned(x[..., 1:])
+    assert not aligned(x, torch.empty(2, 3, 63, dtype=torch.bfloat16))
+    assert not aligned(x[0, 0, 1:], x)
+    assert aligned(x, x[..., :1].expand(2, 3, 64))  # each access is one element
+    assert not arguments.form_of(x.transpose(1, 2).contiguous().transpose(1, 2)).contiguous

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from bench.proofs.meter import Traffic
 from fused_ignore_ce import reference
-from fused_ignore_ce.kernels import cross_entropy
+from fused_ignore_ce.kernels import cross_entropy, prepare
 from fused_ignore_ce.kernels.launch import Launch
 from fused_ignore_ce.options import LossOptions
 from fused_ignore_ce.rows import Upstream
@@ -199,7 +199,9 @@ def test_reduce(mean, weighted, token_weighted, normalizer, programs, N, device)
     if normalizer is not None:
         divisor = divisor_z = torch.as_tensor(normalizer, dtype=torch.float64)
     wanted = (token * loss).sum() / divisor + 0.1 * (token * lse**2).sum() / divisor_z
-    with mock.patch.multiple(cross_entropy, REDUCE_ROWS=4 if programs == "several" else 65536, REDUCE_BLOCK=128):
+    rows = 4 if programs == "several" else 65536
+    prepare.reduce.cache_clear()
+    with mock.patch.multiple(prepare, REDUCE_ROWS=rows, REDUCE_BLOCK=128):
         total, num_tokens, factor = cross_entropy.reduce(
             loss, lse, target, weight, token_weight, normalizer, options(), mean=mean, z_loss=0.1
         )

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fused_ignore_ce.options import LossOptions
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 #: Shapes (B, T, V) of language models: many rows, and so few that each is split over several programs.
@@ -80,12 +82,10 @@ class Arguments:
         self.weight = self.x.new_empty(case.V) if "weight" in has else None
         self.probs = torch.empty_like(self.x) if "probs" in has else None
         self.stats = "stats" in has
-        self.options = SimpleNamespace(
-            ignore_index=-100,
+        self.options = LossOptions(
             label_smoothing=0.1 if "smoothing" in has else 0.0,
             softcap=30.0 if "softcap" in has else None,
             logit_scale=0.5 if "scale" in has else 1.0,
-            z_loss=0.0,
         )
         self.values = self.x.new_empty(self.N, dtype=torch.float32)  # one a row
         self.scalar = self.values.new_empty(())

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends import nvidia
@@ -145,7 +146,7 @@ class CheckingLauncher:
         threads = self.metadata.num_warps * 32
         if (*last.grid, last.threads, last.shared) != (x, y, z, threads, self.metadata.shared):
             raise AssertionError(f"{self.name}: a grid of {(x, y, z)} or {threads} threads became another")
-        self.driver.checked.append(self.name)
+        self.driver.checked.append((self.name, id(self)))
 
 
 def flat(kinds: Any, values: Any) -> Iterator[bytes]:
@@ -160,13 +161,13 @@ def flat(kinds: Any, values: Any) -> Iterator[bytes]:
 
 
 class StubDriver(NullDriver):
-    """The null driver, with Triton's launcher for CUDA; `checked` has the names of the kernels that were launched."""
+    """The null driver, with Triton's launcher for CUDA; `checked` has every kernel launched, by name and identity."""
 
     launcher_cls = CheckingLauncher
 
     def __init__(self, arch: int) -> None:
         super().__init__("cuda", arch)
-        self.checked: list[str] = []
+        self.checked: list[tuple[str, int]] = []
         self.last, cuda = loaded()
         self.utils = StubUtils(cuda)
 
@@ -213,19 +214,39 @@ def launch_all() -> None:
     for budget in (None, 10**6):
         linear = fused_linear_cross_entropy(h, w, torch.arange(40), memory_budget=budget, z_loss=1e-4, **plain)
         torch.autograd.grad(linear, (h, w), torch.tensor(2.0, dtype=linear.dtype))
+    for unaligned in (False, True):  # calls that differ in nothing else
+        x, target = tensor(41, 512), torch.zeros(41, dtype=torch.long)
+        weights = torch.ones(82)[int(unaligned) : 40 + int(unaligned)]
+        target = target[int(unaligned) :][:40]
+        differentiate(fused_cross_entropy(x[:40], target, token_weight=weights, return_stats=True, **plain), x)
     log_probs, entropy = fused_linear_log_probs(h, w, torch.arange(40), return_entropy=True, backend="triton")
     torch.autograd.grad(log_probs.sum() + entropy.sum(), (h, w))
 
 
 def check(arch: int) -> list[str]:
-    """The names of the kernels that were launched and checked, once for every launch."""
+    """The names of the kernels that were launched and checked, once for every launch.
+
+    Launches are prepared by their first call (`kernels/prepare.py`). So every loss is called three times: with Triton
+    choosing every kernel, with what is then remembered of it, and with the launches of the call before.
+    """
+    from fused_ignore_ce.kernels import prepare
+
     from .host import pretend
 
     with ExitStack() as stack:
         driver = stack.enter_context(StubDriver(arch))
         pretend(stack)
-        launch_all()
-        return driver.checked
+        found = []
+        for kinds in (lambda _: object(), prepare.kinds, prepare.kinds):
+            with mock.patch.object(prepare, "kinds", kinds):
+                launch_all()
+            found.append(driver.checked.copy())
+            driver.checked.clear()
+    for other in found[1:]:
+        for launched, wanted in zip(other, found[0], strict=True):
+            if launched != wanted:
+                raise AssertionError(f"{launched[0]}: expected the kernel that Triton chooses, got another")
+    return [name for each in found for name, _ in each]
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from triton.errors import TritonError
 from bench.speed.workload import Case, tensors
 from fused_ignore_ce.kernels import cross_entropy
 from fused_ignore_ce.kernels.launch import Launch
+from fused_ignore_ce.options import LossOptions
 from fused_ignore_ce.rows import Upstream
 
 from .search import Point
 
-OPTIONS = SimpleNamespace(ignore_index=-100, label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0)
+OPTIONS = LossOptions()
 
 #: A launch is timed so often, and gets the median.
 ROUNDS = 12

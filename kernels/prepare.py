@@ -1,0 +1,187 @@
+"""Prepares launches: which kernel, which grid and which arguments, but for the tensors, that calls of one form share.
+
+A call's form is all that its launch depends on: sizes, strides and dtypes of tensors, and options. What follows from
+it is worked out once and remembered, so that training steps of one shape pay for it in the first of them only.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .arguments import NO_STRIDES, Form, aligned, is_simple, scalars_of
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .launch import (
+    FEW_REGISTERS,
+    MAX_REGISTERS,
+    MERGE_ROWS,
+    ONE_PASS_GENERAL,
+    ONE_PASS_PLAIN,
+    ONE_PASS_SIMPLE,
+    REDUCE_BLOCK,
+    REDUCE_PROGRAMS,
+    REDUCE_ROWS,
+    REDUCE_THREADS,
+    backward_launch,
+    ceil_div,
+    forward_launch,
+    one_pass_launch,
+    part_launch,
+    scale_launch,
+)
+from .merge import merge_kernel
+from .one_pass import one_pass_kernel
+from .reduce import reduce_kernel, total_kernel
+from .scale import scale_kernel
+
+# `debug` switches device_assert on; without the second, it would also check every integer addition.
+ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+remembered = lru_cache(maxsize=4096)
+
+
+class Prepared:
+    """A launch of a kernel: called with the kernel's first arguments, it adds those that are fixed.
+
+    At every launch, Triton looks at each argument to find the compiled kernel. That takes ten microseconds for thirty
+    arguments. Here the kernel is found by its first arguments alone.
+    """
+
+    def __init__(self, kernel, programs, *fixed, splits=1, **options):
+        self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options
+        self.splits = splits  # of the vocabulary of a row
+        self.compiled = {}
+
+    def __call__(self, *first):
+        if not isinstance(self.kernel, triton.JITFunction):  # interpreted
+            self.kernel[self.grid](*first, *self.fixed, **self.options)
+            return
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key = device, kinds(first)
+        launch = self.compiled.get(key)
+        if launch is not None:
+            launch(*first, *self.fixed, stream=driver.get_current_stream(device))
+            return
+        kernel = self.kernel[self.grid](*first, *self.fixed, **self.options)
+        # For AMD, Triton compiles by the size of a tensor's storage too, so it is asked at every launch.
+        if kernel is not None and kernel.metadata.target.backend == "cuda":
+            self.compiled[key] = kernel[self.grid]
+
+
+def kinds(arguments):
+    """What a kernel is compiled for: of tensors the dtype and whether the address is aligned, of integers the value."""
+    found = []
+    for value in arguments:
+        if value is None or isinstance(value, int):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found.append(kinds(value))
+        elif isinstance(value, float):
+            found.append(float)
+        else:
+            found.append((value.dtype, value.data_ptr() % 16 == 0))
+    return tuple(found)
+
+
+def strides_of(form):
+    return NO_STRIDES if form is None else form.strides
+
+
+@remembered
+def forward(x: Form, probs, weight, options, with_stats, block, launch, chip):
+    """The forward kernel; (x, probs, target, weight, rows, parts).
+
+    `block` is None for a call that leaves rows, or parts that it splits them into; (first class, classes) for a call
+    that leaves a part.
+    """
+    B, T, V = x.shape
+    scalars, present = scalars_of(options, probs)
+    if launch is None:
+        of_x = (x.itemsize, x.contiguous, aligned(weight, x, probs), chip)
+        launch = part_launch(T, V, *of_x) if block else forward_launch(B, T, V, *of_x)
+    into_rows = block is None and launch.splits == 1
+    simple = into_rows and is_simple(launch, weight, probs, present) and not (with_stats or any(present))
+    return Prepared(
+        forward_kernel, B * ceil_div(T, launch.BLOCK_N) * launch.splits,
+        B * T, T, V, (launch.splits, launch.split_tiles, *(block or (0, V))), x.strides, strides_of(probs),
+        options.ignore_index, *scalars, launch.TILE, (*present, with_stats), splits=launch.splits,
+        num_warps=launch.num_warps, **ASSERTS, **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
+    )  # fmt: skip
+
+
+@remembered
+def merge(N, ignore_index, with_stats, chip):
+    """The kernel that merges parts; (target, rows, parts)."""
+    return Prepared(
+        merge_kernel, ceil_div(N, MERGE_ROWS), N, ignore_index, MERGE_ROWS, with_stats,
+        num_warps=MERGE_ROWS // chip.warp_size,
+    )  # fmt: skip
+
+
+@remembered
+def backward(x: Form, probs, dx, dprobs, weight, row_strides, has_dentropy, options, block, launch, chip):
+    """The backward kernel; (x, probs, dx, dprobs, target, weight, saved, upstream)."""
+    B, T, V = x.shape
+    launch = launch or backward_launch(
+        B, T, V, x.itemsize, x.contiguous, aligned(weight, x, probs, dx, dprobs), chip
+    )  # fmt: skip
+    scalars, present = scalars_of(options, probs)
+    simple = is_simple(launch, weight, probs, present) and not has_dentropy and not present[2]
+    return Prepared(
+        backward_kernel, B * ceil_div(T, launch.BLOCK_N) * launch.splits,
+        B * T, T, V, (launch.splits, launch.split_tiles, *(block or (0, V))),
+        (x.strides, strides_of(probs), strides_of(dx), strides_of(dprobs), row_strides),
+        options.ignore_index, *scalars, launch.TILE, present,
+        num_warps=launch.num_warps, **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
+    )  # fmt: skip
+
+
+@remembered
+def one_pass(x: Form, dx, weight, row_strides, options, with_stats, launch, chip):
+    """The kernel of loss and gradient; (x, dx, target, weight, rows, upstream)."""
+    B, T, V = x.shape
+    scalars, present = scalars_of(options, None)
+    variant = ONE_PASS_SIMPLE if any(present) or V % 16 else ONE_PASS_PLAIN  # Triton compiles in that V % 16 == 0
+    if with_stats or (present[0] and weight is not None) or x.dtype == torch.float64:
+        variant = ONE_PASS_GENERAL
+    launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
+    return Prepared(
+        one_pass_kernel, launch.programs, B * T, T, V, (x.strides, dx.strides, row_strides),
+        options.ignore_index, *scalars, options.z_loss, launch.TILE, (*present, with_stats),
+        num_warps=launch.num_warps, **ASSERTS, **chip.options(variant.registers),
+    )  # fmt: skip
+
+
+def reduce_programs(N):
+    return 1 if N <= REDUCE_ROWS else min(REDUCE_PROGRAMS, ceil_div(N, REDUCE_BLOCK))
+
+
+@remembered
+def reduce(N, place, z_loss, options, ignore_index, chip):
+    """The kernel that reduces rows; (rows, parts, target, weights, normalizer, sums, out, number)."""
+    programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
+    return Prepared(
+        reduce_kernel, programs, N, ceil_div(N, programs), place, ignore_index, z_loss, block, options,
+        num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
+    )  # fmt: skip
+
+
+@remembered
+def total(programs, z_loss, options):
+    """The kernel that adds the sums of several programs; (partial, count, normalizer, out, number)."""
+    return Prepared(total_kernel, 1, programs, z_loss, REDUCE_PROGRAMS, options, num_warps=4)
+
+
+@remembered
+def scale(x: Form, out, inplace, chip):
+    """The kernel that multiplies a gradient; (x, out, dloss, factor)."""
+    B, T, V = x.shape
+    launch = scale_launch(T, V, x.itemsize, x.contiguous, aligned(None, x, out), chip)
+    blocks = B * ceil_div(T, launch.BLOCK_N)
+    return Prepared(
+        scale_kernel, min(blocks, launch.programs), blocks, T, V, (x.strides, out.strides), launch.TILE, inplace,
+        tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=launch.num_warps,
+    )  # fmt: skip
