@@ -29,8 +29,7 @@ class RowResults(NamedTuple):
     lse: Tensor
     entropy: Tensor
     predicted: Tensor
-    shift: Tensor
-    mass: Tensor
+    norm: Tensor
     # What only all ranks of a group know together; empty without a group, or where it does not exist.
     target_weight: Tensor  # (N,) class weights of index targets
     likeliest: Tensor  # (N,) int64 class of the largest target probability, with statistics
@@ -44,7 +43,7 @@ class RowResults(NamedTuple):
 
     @classmethod
     def of_group(cls, rows: Rows, target_weight: Tensor, likeliest: Tensor, place: Tensor) -> RowResults:
-        of_rows = (rows.loss, rows.lse, rows.entropy, rows.predicted, rows.shift, rows.mass)
+        of_rows = (rows.loss, rows.lse, rows.entropy, rows.predicted, rows.norm)
         return cls(*of_rows, target_weight, likeliest, place)
 
     def constants(self, with_stats: bool) -> tuple[Tensor, ...]:
@@ -118,13 +117,13 @@ def _(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *c
 @torch.library.custom_op(
     f"{PACKAGE}::cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {_LOGITS_SCHEMA}, Tensor shift, Tensor mass, "
+    schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {_LOGITS_SCHEMA}, Tensor norm, "
     f"Tensor entropy, Tensor block, bool need_dx, bool need_dprobs, {_CALL_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _backward_operator(*args: Any) -> tuple[Tensor, Tensor]:
     """(dx, dprobs); one that is not needed is empty."""
-    upstream, logits, saved, place = Upstream(*args[:3]), Logits(*args[3:7]), Saved(*args[7:10]), args[10]
-    need_dx, need_dprobs, *call = args[11:]
+    upstream, logits, saved, place = Upstream(*args[:3]), Logits(*args[3:7]), Saved(*args[7:9]), args[9]
+    need_dx, need_dprobs, *call = args[10:]
     dx, dprobs = _gradients_like(logits, need_dx, need_dprobs)
     _backward(upstream, logits, saved, place, unflatten(RowCall, tuple(call)), (dx, dprobs))
     empty = logits.x.new_empty(0)
@@ -133,7 +132,7 @@ def _backward_operator(*args: Any) -> tuple[Tensor, Tensor]:
 
 @_backward_operator.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    logits, (need_dx, need_dprobs, *_) = Logits(*args[3:7]), args[11:]
+    logits, (need_dx, need_dprobs, *_) = Logits(*args[3:7]), args[10:]
     dx, dprobs = _gradients_like(logits, need_dx, need_dprobs)
     empty = logits.x.new_empty(0)
     return empty if dx is None else dx, empty if dprobs is None else dprobs
@@ -145,7 +144,7 @@ def _gradients_like(logits: Logits, need_dx: bool, need_dprobs: bool) -> tuple[T
 
 
 def _save(ctx: Any, logits: Logits, results: RowResults, with_stats: bool) -> None:
-    ctx.save_for_backward(*logits, results.shift, results.mass, results.entropy, results.block)
+    ctx.save_for_backward(*logits, results.norm, results.entropy, results.block)
     ctx.mark_non_differentiable(*results.constants(with_stats))
     ctx.set_materialize_grads(False)
 
@@ -193,7 +192,7 @@ class CrossEntropyRows(torch.autograd.Function):
             need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
             # Asked for once: activation checkpointing recomputes them for the first access only.
             tensors = ctx.saved_tensors
-            logits, saved, place = Logits(*tensors[:4]), Saved(*tensors[4:7]), tensors[7]
+            logits, saved, place = Logits(*tensors[:4]), Saved(*tensors[4:6]), tensors[6]
             upstream = Upstream(dloss, dlse, dentropy)
             if torch.is_grad_enabled():  # create_graph=True
                 _refuse_create_graph(place)

@@ -11,12 +11,20 @@ from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
 from . import backends
-from .arguments import LogitsTensors, check_inplace, check_logits, holds_probabilities
+from .arguments import (
+    LogitsTensors,
+    Sizes,
+    check_ignored,
+    check_inplace,
+    check_logits,
+    check_token_weight,
+    holds_probabilities,
+)
 from .autograd import RowCall, cross_entropy_rows
 from .grad_in_forward import can_compute_in_forward, total_with_gradient
 from .kernel_reduction import can_reduce, reduced_by_kernel
 from .keywords import explains_keywords
-from .operators import overridden, refuse_transforms
+from .operators import is_plain, overridden, refuse_transforms
 from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
 from .reduction import (
     LossStats,
@@ -29,7 +37,7 @@ from .reduction import (
     statistics,
     weight_of_target,
 )
-from .rows import Logits, acc_dtype
+from .rows import Logits, acc_dtype, classes_last
 from .shards import local_logits
 
 
@@ -161,7 +169,7 @@ def fused_cross_entropy(
         )  # fmt: skip
     with local_logits(process_group, LogitsTensors(input, target, weight, token_weight)) as (group, tensors):
         ids = ignored_ids(ignore_index)
-        options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
+        options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss)
         reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored).checked()
         problem = logits_problem(tensors, ids, options, reducing, backend, group)
         if inplace_backward:
@@ -173,41 +181,76 @@ def fused_cross_entropy(
 class LogitsProblem(NamedTuple):
     """All that the loss of logits depends on, checked."""
 
-    logits: Logits
+    tensors: LogitsTensors
     targets: Targets
     call: RowCall
     reduction: ReductionOptions
     loss_dtype: torch.dtype
+    classes_dim: int  # of input and of probability targets
+
+    @property
+    def probs(self) -> Tensor | None:
+        target = self.tensors.target
+        return target if holds_probabilities(target) else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        weight = self.tensors.weight
+        return None if weight is None else weight.contiguous()
+
+    @property
+    def logits(self) -> Logits:
+        probs = self.probs
+        return Logits(
+            classes_last(self.tensors.input, self.classes_dim),
+            self.targets.target,
+            self.weight,
+            None if probs is None else classes_last(probs, self.classes_dim),
+        )
 
     def loss(self, inplace_backward: bool = False, grad_in_forward: bool = False) -> Any:
         """The loss, or (loss, LossStats)."""
-        logits, targets, call, reduction, loss_dtype = self
-        refuse_transforms(logits.x, logits.probs)
+        tensors, targets, call, reduction, loss_dtype, _ = self
+        probs = self.probs
+        refuse_transforms(tensors.input, probs)
         num_tokens = None
-        if grad_in_forward and can_compute_in_forward(logits, targets, reduction, call):
-            scale = scales(
-                targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, logits.probs)
-            )
+        if grad_in_forward and can_compute_in_forward(tensors.input, probs, targets, reduction, call):
+            logits = self.logits
+            scale = scales(targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, probs))
             loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
             loss = loss if scale.nothing is None else loss + scale.nothing
-        elif can_reduce(logits, targets, reduction, call):
-            loss, found = reduced_by_kernel(logits, targets, reduction, call, loss_dtype, inplace_backward)
+        elif can_reduce(tensors.input, targets, reduction, call):
+            loss, found = reduced_by_kernel(self, inplace_backward)
             if not found:
                 return finished(loss, targets, reduction, loss_dtype)
             num_tokens, lse, predicted, entropy = found
         else:
+            logits = self.logits
             rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
             target_weight: Tensor | None = rows.target_weight
             if call.group is None:
-                target_weight = weight_of_target(targets, logits.weight, logits.probs)
+                target_weight = weight_of_target(targets, logits.weight, probs)
             loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
             lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
-            if call.group is not None and call.with_stats and logits.probs is not None:
+            if call.group is not None and call.with_stats and probs is not None:
                 targets = targets.with_classes(rows.likeliest)
         loss = finished(loss, targets, reduction, loss_dtype)
         if not call.with_stats:
             return loss
         return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)
+
+
+class CheckedCall(NamedTuple):
+    """What follows from the sizes, dtypes and devices of a call's tensors and from its options, all of them checked."""
+
+    call: RowCall
+    sizes: Sizes
+    loss_dtype: torch.dtype
+
+
+#: The calls that were checked, by all that was looked at; training steps of one shape check it once.
+_CHECKED: dict[Any, CheckedCall] = {}
+_MOST_CHECKED = 1024
 
 
 def logits_problem(
@@ -220,29 +263,48 @@ def logits_problem(
     *,
     classes_dim: int = 1,
 ) -> LogitsProblem:
-    """Checks the tensors, and brings them into the form of the backends."""
+    """Checks options and tensors, and brings them into the form of the backends."""
     input, target, weight, token_weight = tensors
-    sizes = check_logits(input, target, weight, classes_dim=classes_dim)
-    is_probs, with_stats = holds_probabilities(target), bool(reduction.return_stats)
+    key = None
+    if is_plain(input):
+        how = (ids, options, reduction.return_stats, reduction.loss_dtype, backend, group, classes_dim)
+        state = torch.is_grad_enabled(), torch.is_autocast_enabled(input.device.type)
+        key = (form_of(input), form_of(target), form_of(weight), form_of(token_weight), how, state)
+    checked = _CHECKED.get(key)
+    if checked is None:
+        checked = check_call(tensors, ids, options, reduction, backend, group, classes_dim)
+        if key is not None:
+            if len(_CHECKED) == _MOST_CHECKED:
+                _CHECKED.clear()
+            _CHECKED[key] = checked
+    call, sizes, loss_dtype = checked
     # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
     targets = prepare_targets(
-        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=call.with_stats and group is None
     )
-    logits = Logits(
-        _classes_last(input, len(sizes.batch)),
-        targets.target,
-        None if weight is None else weight.contiguous(),
-        _classes_last(target, len(sizes.batch)) if is_probs else None,
-    )
-    backend = backends.choose(backend, input.device)
-    call = RowCall(options, with_stats, backend, group)
-    return LogitsProblem(logits, targets, call, reduction, loss_dtype_of(reduction, input, target, weight))
+    return LogitsProblem(tensors, targets, call, reduction, loss_dtype, len(sizes.batch))
 
 
-def _classes_last(t: Tensor, dim: int) -> Tensor:
-    """(*batch, C, *positions), with C at `dim`, as (B, T, C): a view unless several dimensions cannot be merged."""
-    if t.dim() == 1:
-        return t.view(1, 1, -1)
-    if dim == t.dim() - 1:
-        return t.unsqueeze(0) if t.dim() == 2 else t.flatten(0, -3)
-    return t.movedim(1, -1).flatten(1, -2)
+def check_call(
+    tensors: LogitsTensors,
+    ids: tuple[int, ...],
+    options: LossOptions,
+    reduction: ReductionOptions,
+    backend: str,
+    group: str | None,
+    classes_dim: int,
+) -> CheckedCall:
+    input, target, weight, token_weight = tensors
+    options = options.checked()
+    sizes = check_logits(input, target, weight, classes_dim=classes_dim)
+    check_ignored(ids, target)
+    check_token_weight(token_weight, sizes.rows, target.device)
+    call = RowCall(options, bool(reduction.return_stats), backends.choose(backend, input.device), group)
+    return CheckedCall(call, sizes, loss_dtype_of(reduction, input, target, weight))
+
+
+def form_of(t: Tensor | None) -> Any:
+    """What is checked of a tensor; of what should be one and is not, the type, which is never found right."""
+    if t is None:
+        return None
+    return (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)

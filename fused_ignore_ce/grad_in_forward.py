@@ -69,14 +69,16 @@ def total_with_gradient(
     return found
 
 
-def can_compute_in_forward(logits: Logits, targets: Targets, reduction: ReductionOptions, call: RowCall) -> bool:
+def can_compute_in_forward(
+    input: Tensor, probs: Tensor | None, targets: Targets, reduction: ReductionOptions, call: RowCall
+) -> bool:
     """Whether the scale of every row is known in forward, and logits are all that the loss is differentiated in."""
-    constants = (logits.probs, targets.token_weight, reduction.normalizer)
+    constants = (probs, targets.token_weight, reduction.normalizer)
     return (
         call.group is None
         and reduction.reduction != "none"
         and reduction.return_stats != "differentiable"
-        and is_plain(logits.x)
-        and wants_grad(logits.x)
+        and is_plain(input)
+        and wants_grad(input)
         and not any(isinstance(t, Tensor) and t.requires_grad for t in constants)
     )

@@ -15,89 +15,93 @@ from .autograd import RowCall, differentiable_backward
 from .operators import is_plain
 from .options import ReductionOptions
 from .reduction import Targets
-from .rows import Logits, Rows, Saved, Upstream
+from .rows import Logits, Saved, Upstream, classes_back, classes_last
 
 
 class _ReducedByKernel(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        probs: Tensor | None,
-        logits: Logits,
-        targets: Targets,
-        call: RowCall,
-        reducing: tuple[ReductionOptions, torch.dtype, bool],
-    ) -> Tensor | tuple[Tensor, ...]:
-        reduction, loss_dtype, ctx.inplace = reducing
-        kernels: Any = backends.implementation(call.backend, x.device)
+    def forward(ctx: Any, input: Tensor, probs: Tensor | None, problem: Any, inplace: bool) -> Any:
+        _, targets, call, reduction, loss_dtype, classes_dim = problem
+        options, with_stats, backend, _ = call
+        target, weight = targets.target, problem.weight
+        kernels: Any = backends.implementation(backend, input.device)
         if probs is None:
-            backends.check_targets(logits.target, call.options.ignore_index, x.shape[-1])
-        found, (total, num_tokens, factor) = kernels.forward_reduce(
-            *logits, targets.token_weight, reduction.normalizer, call.options, mean=reduction.reduction == "mean",
-            out_dtype=loss_dtype, with_stats=call.with_stats,
+            backends.check_targets(target, options.ignore_index, input.shape[classes_dim])
+        rows, (loss, factor, num_tokens) = kernels.forward_reduce(
+            _rows(input, classes_dim), target, weight, _rows(probs, classes_dim), targets.token_weight,
+            reduction.normalizer, options, mean=reduction.reduction == "mean", out_dtype=loss_dtype,
+            with_stats=with_stats,
         )  # fmt: skip
-        loss: Tensor = total
-        rows = Rows(*found)
-        ctx.save_for_backward(*logits, rows.shift, rows.mass, factor, targets.token_weight)
-        ctx.call = call
-        if not call.with_stats:
+        _, lse, norm, predicted, entropy = rows
+        ctx.save_for_backward(input, probs, target, weight, norm, factor, targets.token_weight)
+        ctx.call = kernels, options, classes_dim, inplace
+        if not with_stats:
             return loss
-        statistics = (num_tokens, rows.lse, rows.predicted, rows.entropy)
-        ctx.mark_non_differentiable(*statistics)
+        ctx.mark_non_differentiable(num_tokens, lse, predicted, entropy)
         ctx.set_materialize_grads(False)
-        return loss, *statistics
+        return loss, num_tokens, lse, predicted, entropy
 
     @staticmethod
     def backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        need_dx, need_dprobs, *_ = ctx.needs_input_grad
         if dtotal is None:
-            return (None,) * 6
-        x, target, weight, probs, shift, mass, factor, token_weight = ctx.saved_tensors
+            return None, None, None, None
+        need_dx, need_dprobs, *_ = ctx.needs_input_grad
+        kernels, options, classes_dim, inplace = ctx.call
+        input, probs, target, weight, norm, factor, token_weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             dloss = dtotal * factor if token_weight is None else dtotal * factor * token_weight
-            upstream = Upstream(dloss.to(shift.dtype).expand(len(target)))
-            logits = Logits(x, target, weight, probs)
-            found = differentiable_backward(upstream, logits, ctx.call.options, need_dx, need_dprobs)
-            return *found, None, None, None, None
-        overwrites = need_dx and ctx.inplace
-        dx = (x.detach() if overwrites else torch.empty_like(x)) if need_dx else None
-        dprobs = torch.empty_like(probs) if need_dprobs else None
-        backends.implementation(ctx.call.backend, x.device).backward(
-            Upstream(dtotal, factor=factor, token_weight=token_weight), x, target, weight, probs,
-            Saved(shift, mass, mass), ctx.call.options, dx=dx, dprobs=dprobs, block=None,
+            upstream = Upstream(dloss.to(norm.dtype).expand(len(target)))
+            q = None if probs is None else classes_last(probs, classes_dim)
+            logits = Logits(classes_last(input, classes_dim), target, weight, q)
+            dx, dprobs = differentiable_backward(upstream, logits, options, need_dx, need_dprobs)
+            dx = None if dx is None else classes_back(dx, input.shape, classes_dim)
+            return dx, None if dprobs is None else classes_back(dprobs, input.shape, classes_dim), None, None
+        x, q = _rows(input, classes_dim), _rows(probs, classes_dim)
+        dx = dprobs = None
+        if need_dx:
+            dx = x.detach() if inplace else torch.empty_like(x)
+        if need_dprobs:
+            dprobs = torch.empty_like(q)
+        kernels.backward(
+            Upstream(dtotal, None, None, factor, token_weight), x, target, weight, q, Saved(norm, None), options,
+            dx=dx, dprobs=dprobs,
         )  # fmt: skip
-        if overwrites:
-            torch.autograd.graph.increment_version(x)
-        return dx, dprobs, None, None, None, None
+        if need_dx and inplace:
+            torch.autograd.graph.increment_version(input)
+        return _as_given(dx, input.shape, classes_dim), _as_given(dprobs, input.shape, classes_dim), None, None
 
 
-def can_reduce(logits: Logits, targets: Targets, reduction: ReductionOptions, call: RowCall) -> bool:
+def _rows(t: Tensor | None, classes_dim: int) -> Any:
+    """Logits as the kernels take them: (C) and (N, C) as they are, others as (B, T, C)."""
+    return t if t is None or t.dim() <= 2 else classes_last(t, classes_dim)
+
+
+def _as_given(gradient: Tensor | None, shape: torch.Size, classes_dim: int) -> Tensor | None:
+    return gradient if gradient is None or len(shape) <= 2 else classes_back(gradient, shape, classes_dim)
+
+
+def can_reduce(input: Tensor, targets: Targets, reduction: ReductionOptions, call: RowCall) -> bool:
     """Whether the kernel's reduction is the one that is wanted: a plain scalar, differentiable in the logits alone."""
-    weights = (targets.token_weight, reduction.normalizer)
     return (
         call.backend == "triton"
         and call.group is None
         and reduction.reduction != "none"
         and reduction.return_stats != "differentiable"
         and call.options.z_loss == 0.0
-        and is_plain(logits.x)
-        and not any(isinstance(t, Tensor) and t.requires_grad for t in weights)
+        and is_plain(input)
+        and not _differentiable(targets.token_weight)
+        and not _differentiable(reduction.normalizer)
     )
 
 
-def reduced_by_kernel(
-    logits: Logits,
-    targets: Targets,
-    reduction: ReductionOptions,
-    call: RowCall,
-    loss_dtype: torch.dtype,
-    inplace_backward: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _differentiable(factor: Any) -> bool:
+    return isinstance(factor, Tensor) and factor.requires_grad
+
+
+def reduced_by_kernel(problem: Any, inplace_backward: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(loss, (number of kept rows, lse, predicted, entropy)); the latter are there if the call is with statistics.
 
     The loss is differentiable in logits and probabilities.
     """
-    reducing = (reduction, loss_dtype, inplace_backward)
-    found = _ReducedByKernel.apply(logits.x, logits.probs, logits, targets, call, reducing)
-    return (found[0], found[1:]) if call.with_stats else (found, ())
+    found = _ReducedByKernel.apply(problem.tensors.input, problem.probs, problem, inplace_backward)
+    return (found[0], found[1:]) if problem.call.with_stats else (found, ())

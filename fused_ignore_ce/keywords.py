@@ -97,12 +97,12 @@ def explains_keywords(function: _Function, also: Iterable[str] = ()) -> _Functio
     """
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     known = (*(name for name in names if name != "self"), *also)
-    called = function.__qualname__
+    every, called = frozenset(known), function.__qualname__
 
     @functools.wraps(function)
     def explained(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            if name not in known:
+            if name not in every:
                 raise TypeError(unknown_keyword(called, name, known))
         return function(*args, **kwargs)
 

@@ -31,8 +31,9 @@ def overridden(x: Tensor) -> bool:
 
     Other subclasses of Tensor do not take them: PyTorch would convert every result to their class.
     """
-    ours = type(x) is Tensor or getattr(type(x), "takes_losses", False)
-    return has_torch_function_unary(x) and ours and not torch.compiler.is_compiling()
+    if not has_torch_function_unary(x) or torch.compiler.is_compiling():
+        return False
+    return type(x) is Tensor or bool(getattr(type(x), "takes_losses", False))
 
 
 def may_wait(x: Tensor) -> bool:

@@ -154,6 +154,8 @@ def _check_normalizer(reduction: str, normalizer: Any) -> None:
 
 def ignored_ids(ignore_index: int | Collection[int] | None) -> tuple[int, ...]:
     """`ignore_index` as a tuple of ints without repetitions; None means -100, as in `nn.LinearCrossEntropyLoss`."""
+    if type(ignore_index) is int:
+        return (ignore_index,)
     given: Any = -100 if ignore_index is None else ignore_index
     if not isinstance(given, Collection) or isinstance(given, (Tensor, str, bytes)):
         given = (given,)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Sizes, check_ignored, check_token_weight, holds_probabilities
+from .arguments import Sizes, holds_probabilities
 from .options import ReductionOptions
 
 
@@ -70,8 +70,6 @@ def prepare_targets(
 
     `target` are indices or probabilities of `sizes`. With probabilities, the class of the largest counts as correct.
     """
-    check_ignored(ids, target)
-    check_token_weight(token_weight, sizes.rows, target.device)
     if not holds_probabilities(target):
         index = target.reshape(-1).long().contiguous()
     elif with_stats and sizes.classes:

@@ -17,27 +17,43 @@ class Logits(NamedTuple):
     probs: Tensor | None  # (B, T, V)
 
 
+def classes_last(t: Tensor, dim: int) -> Tensor:
+    """(*batch, C, *positions), with C at `dim`, as (B, T, C): a view unless several dimensions cannot be merged."""
+    if t.dim() == 1:
+        return t.view(1, 1, -1)
+    if dim == t.dim() - 1:
+        return t.unsqueeze(0) if t.dim() == 2 else t.flatten(0, -3)
+    rows: Tensor = t.movedim(1, -1)
+    return rows.flatten(1, -2)
+
+
+def classes_back(t: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """The inverse of `classes_last`, for the shape that it was given."""
+    if dim == len(shape) - 1:
+        return t.view(shape)
+    given: Tensor = t.unflatten(1, shape[2:])
+    return given.movedim(-1, 1)
+
+
 class Rows(NamedTuple):
     """The results of N rows of logits; all are 0 (or False) at ignored rows."""
 
     loss: Tensor  # (N,) cross entropy, without z-loss
     lse: Tensor  # (N,) log(sum(exp(used logits))) in nats
-    shift: Tensor  # (2, N) the same as an unevaluated sum of two numbers, in the backend's own unit
-    mass: Tensor  # (N,) the sum of the target distribution: 1 without class weights
+    norm: Tensor  # (3, N) lse as two numbers in the backend's own unit; the sum of the target distribution
     predicted: Tensor  # (N,) int64 class of the largest used logit, the first of equals; empty without statistics
     entropy: Tensor  # (N,) entropy of the softmax in nats; empty without statistics
 
     @property
     def saved(self) -> Saved:
-        return Saved(self.shift, self.mass, self.entropy)
+        return Saved(self.norm, self.entropy)
 
 
 class Saved(NamedTuple):
     """The results of rows that backward needs."""
 
-    shift: Tensor
-    mass: Tensor
-    entropy: Tensor  # read only where the entropy's own gradient is wanted
+    norm: Tensor
+    entropy: Tensor | None  # read only where the entropy's own gradient is wanted
 
 
 class Upstream(NamedTuple):
@@ -72,8 +88,7 @@ def zero_rows(like: Tensor, N: int, with_stats: bool) -> Rows:
     return Rows(
         loss=like.new_zeros(N, dtype=dtype),
         lse=like.new_zeros(N, dtype=dtype),
-        shift=like.new_zeros((2, N), dtype=dtype),
-        mass=like.new_zeros(N, dtype=dtype),
+        norm=like.new_zeros((3, N), dtype=dtype),
         predicted=like.new_zeros(stats, dtype=torch.int64),
         entropy=like.new_zeros(stats, dtype=dtype),
     )

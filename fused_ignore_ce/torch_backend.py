@@ -130,7 +130,7 @@ def _row_sums(inputs: _Inputs, with_stats: bool) -> Iterator[tuple[slice | Tenso
 def _finish(sums: _Sums, with_stats: bool) -> tuple[Tensor, ...]:
     """The fields of `Rows`; without statistics, those that there are."""
     c, log_s = _finite_or_zero(sums.m), sums.s.log()
-    found = (sums.mass * log_s - sums.r, c + log_s, torch.stack((c, log_s)), sums.mass)
+    found = (sums.mass * log_s - sums.r, c + log_s, torch.stack((c, log_s, sums.mass)))
     return (*found, sums.argmax.long(), log_s - sums.d / sums.s) if with_stats else found
 
 
@@ -219,11 +219,12 @@ def backward(
         return
     x, (probs, dx, dprobs) = aligned(x, probs, dx, dprobs)
     inputs = _inputs(x, target, weight, probs, options, block)
-    scratch = new_scratch(x, saved.mass.dtype)
-    g_rows = _upstream_of_rows(upstream, saved.mass)
+    mass = saved.norm[2]
+    scratch = new_scratch(x, mass.dtype)
+    g_rows = _upstream_of_rows(upstream, mass)
     for at in kept_blocks(x, target, options.ignore_index):
         g = g_rows[at.out].unsqueeze(1)
-        c, log_s = saved.shift[:, at.out].unsqueeze(2)
+        c, log_s = saved.norm[:2, at.out].unsqueeze(2)
         z = read(x, at, scratch)
         slope = None
         if options.softcap is not None and dx is not None:
@@ -279,7 +280,7 @@ def _gradient(
 ) -> Tensor:
     """The gradient of logits, over the shifted used logits z (count, V); g (count, 1) is that of the rows' losses."""
     options, soft = inputs.options, inputs.probs is not None or inputs.options.label_smoothing != 0.0
-    log_s = saved.shift[1, at.out].unsqueeze(1)
+    log_s = saved.norm[1, at.out].unsqueeze(1)
     masked = z == -torch.inf if soft or upstream.dlse is not None or upstream.dentropy is not None else None
     if inputs.probs is None:
         index, w = _target_class(inputs, at, g.new_zeros(at.size))
@@ -289,6 +290,7 @@ def _gradient(
     # rounded at the size of p.
     factor_p = None if upstream.dlse is None else upstream.dlse[at.out].unsqueeze(1).to(z.dtype)
     if upstream.dentropy is not None:  # -p (log p + H)
+        assert saved.entropy is not None  # it is known where it has a gradient
         log_p_and_entropy = z + (saved.entropy[at.out].unsqueeze(1) - log_s)
         of_entropy = log_p_and_entropy.mul_(-upstream.dentropy[at.out].unsqueeze(1).to(z.dtype))
         factor_p = of_entropy if factor_p is None else of_entropy.add_(factor_p)
@@ -296,7 +298,7 @@ def _gradient(
     inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
     z.exp_()
     added_last = None if factor_p is None else z * (factor_p * inverse_s)
-    z.mul_(saved.mass[at.out].unsqueeze(1) * g * inverse_s)
+    z.mul_(saved.norm[2, at.out].unsqueeze(1) * g * inverse_s)
     if soft:
         q = _soft_target(inputs, at, z.dtype)
         z.sub_(q.mul_(g) if isinstance(q, Tensor) and inputs.probs is not None else q * g)

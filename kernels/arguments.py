@@ -1,29 +1,32 @@
 """Prepares the arguments of the kernels from tensors and options."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 
 from .launch import ACCESS
 
-NO_STRIDES = (0, 0, 0)
 
-
-def on(device):
-    """A context for a launch: Triton launches on the current device, which need not be the tensors'."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+def form_of(x):
+    """All that a launch depends on of logits, their gradient or class weights: the fields of a `Form`."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % ACCESS == 0)
 
 
 class Form(NamedTuple):
-    """All that a launch depends on of a tensor (B, T, V), or (V,)."""
+    """A tensor's form, of which (V,) and (N, V) are as (1, 1, V) and (1, N, V)."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
     begins_aligned: bool  # whether an access may begin where the tensor does
+
+    @classmethod
+    def of(cls, form):
+        if form is None:
+            return None
+        shape, strides, *others = form
+        missing = 3 - len(shape)
+        return cls((1,) * missing + tuple(shape), (0,) * missing + strides, *others)
 
     @property
     def itemsize(self):
@@ -32,20 +35,7 @@ class Form(NamedTuple):
     @property
     def contiguous(self):
         """Whether classes are neighbours."""
-        return self.strides[-1] == 1
-
-
-def form_of(x):
-    return None if x is None else Form(x.shape, x.stride(), x.dtype, x.data_ptr() % ACCESS == 0)
-
-
-def strides_of_rows(tensors):
-    """The strides of tensors (N,); 0 for scalars and for None."""
-    return tuple(0 if x is None or x.dim() == 0 else x.stride(0) for x in tensors)
-
-
-def acc_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        return self.strides[2] == 1
 
 
 def aligned(*forms):
@@ -53,9 +43,22 @@ def aligned(*forms):
     for form in forms:
         if form is not None:
             per_access = ACCESS // form.itemsize
-            if not form.begins_aligned or any(stride % per_access for stride in form.strides[:-1]):
+            if not form.begins_aligned or any(stride % per_access for stride in form.strides[:2]):
                 return False
     return True
+
+
+def strides_of(form):
+    return (0, 0, 0) if form is None else form.strides
+
+
+def row_stride(x):
+    """The stride of a tensor (N,); 0 for a scalar and for None."""
+    return 0 if x is None or x.dim() == 0 else x.stride(0)
+
+
+def acc_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scalars_of(options, probs):
@@ -73,11 +76,11 @@ def is_simple(launch, weight, probs, present):
 
 
 def new_rows(x, N, dtype, with_stats):
-    """New tensors for the results of rows: (loss, lse, shift, mass, predicted, entropy)."""
+    """New tensors for the results of rows: (loss, lse, norm, predicted, entropy)."""
     stats = N if with_stats else 0
-    loss, lse, mass, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, N, stats))
-    return loss, lse, x.new_empty((2, N), dtype=dtype), mass, x.new_empty(stats, dtype=torch.int64), entropy
+    loss, lse, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, stats))
+    return loss, lse, x.new_empty((3, N), dtype=dtype), x.new_empty(stats, dtype=torch.int64), entropy
 
 
 def row_pointers(rows, with_stats):
-    return rows if with_stats else (*rows[:4], None, None)
+    return rows if with_stats else (*rows[:3], None, None)

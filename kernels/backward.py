@@ -17,7 +17,7 @@ def backward_kernel(
     dprobs_ptr,  # (B, T, V) or None
     target_ptr,  # (B * T,) int64
     weight_ptr,  # (V,) or None
-    saved,  # shift (2, B * T), mass (B * T,), entropy (B * T,) or None
+    saved,  # norm (3, B * T), entropy (B * T,) or None
     upstream,  # see `loss_gradient`
     N: tl.int64,
     T,
@@ -56,10 +56,10 @@ def backward_kernel(
 
     soft, curve, steep = loss_options(classes, smoothing, scale, cap, ACC, OPTIONS)
     g = loss_gradient(upstream, strides_upstream, row, keep, ACC)
-    shift_ptr, mass_ptr, entropy_ptr = saved
-    c = tl.load(shift_ptr + row, mask=keep, other=0.0)
-    s = tl.load(shift_ptr + N + row, mask=keep, other=1.0)
-    mass = tl.load(mass_ptr + row, mask=keep, other=0.0)
+    norm_ptr, entropy_ptr = saved
+    c = tl.load(norm_ptr + row, mask=keep, other=0.0)
+    s = tl.load(norm_ptr + N + row, mask=keep, other=1.0)
+    mass = tl.load(norm_ptr + 2 * N + row, mask=keep, other=0.0)
     dlse, dentropy, entropy = 0.0, 0.0, 0.0
     if upstream[3] is not None:
         dlse = load_upstream(upstream[3], strides_upstream[3], row, keep, ACC)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import NO_STRIDES, Form, aligned, is_simple, scalars_of
+from .arguments import Form, aligned, is_simple, scalars_of, strides_of
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .launch import (
@@ -55,48 +55,57 @@ class Prepared:
         self.compiled = {}
 
     def __call__(self, *first):
+        """Launches on the device of the first argument, a tensor."""
         if not isinstance(self.kernel, triton.JITFunction):  # interpreted
             self.kernel[self.grid](*first, *self.fixed, **self.options)
             return
-        driver = triton.runtime.driver.active
-        device = driver.get_current_device()
-        key = device, kinds(first)
-        launch = self.compiled.get(key)
-        if launch is not None:
-            launch(*first, *self.fixed, stream=driver.get_current_stream(device))
+        driver, device = triton.runtime.driver.active, first[0].device
+        current = driver.get_current_device()
+        if device.type == "cuda" and device.index != current:
+            with torch.cuda.device(device):
+                self(*first)
             return
-        kernel = self.kernel[self.grid](*first, *self.fixed, **self.options)
+        key = current, kinds(first)
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            launch(compiled, self.grid, driver.get_current_stream(current), (*first, *self.fixed))
+            return
+        compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
         # For AMD, Triton compiles by the size of a tensor's storage too, so it is asked at every launch.
-        if kernel is not None and kernel.metadata.target.backend == "cuda":
-            self.compiled[key] = kernel[self.grid]
+        if compiled is not None and compiled.metadata.target.backend == "cuda":
+            self.compiled[key] = compiled
 
 
 def kinds(arguments):
     """What a kernel is compiled for: of tensors the dtype and whether the address is aligned, of integers the value."""
     found = []
     for value in arguments:
-        if value is None or isinstance(value, int):
-            found.append(value)
+        if value is None:
+            found.append(None)
         elif isinstance(value, tuple):
             found.append(kinds(value))
-        elif isinstance(value, float):
-            found.append(float)
+        elif isinstance(value, (int, float)):
+            found.append(float if isinstance(value, float) else value)
         else:
-            found.append((value.dtype, value.data_ptr() % 16 == 0))
+            found += value.dtype, value.data_ptr() % 16 == 0
     return tuple(found)
 
 
-def strides_of(form):
-    return NO_STRIDES if form is None else form.strides
+def launch(compiled, grid, stream, arguments):
+    """What calling `compiled[grid]` does, which prepares for a profiler's hooks whether there are any or not."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    metadata = compiled.launch_metadata(grid, stream, *arguments) if enter is not None and enter.calls else None
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
 
 
 @remembered
-def forward(x: Form, probs, weight, options, with_stats, block, launch, chip):
+def forward(x, probs, weight, options, with_stats, block, launch, chip):
     """The forward kernel; (x, probs, target, weight, rows, parts).
 
     `block` is None for a call that leaves rows, or parts that it splits them into; (first class, classes) for a call
     that leaves a part.
     """
+    x, probs, weight = map(Form.of, (x, probs, weight))
     B, T, V = x.shape
     scalars, present = scalars_of(options, probs)
     if launch is None:
@@ -122,8 +131,9 @@ def merge(N, ignore_index, with_stats, chip):
 
 
 @remembered
-def backward(x: Form, probs, dx, dprobs, weight, row_strides, has_dentropy, options, block, launch, chip):
+def backward(x, probs, dx, dprobs, weight, row_strides, has_dentropy, options, block, launch, chip):
     """The backward kernel; (x, probs, dx, dprobs, target, weight, saved, upstream)."""
+    x, probs, dx, dprobs, weight = map(Form.of, (x, probs, dx, dprobs, weight))
     B, T, V = x.shape
     launch = launch or backward_launch(
         B, T, V, x.itemsize, x.contiguous, aligned(weight, x, probs, dx, dprobs), chip
@@ -140,8 +150,9 @@ def backward(x: Form, probs, dx, dprobs, weight, row_strides, has_dentropy, opti
 
 
 @remembered
-def one_pass(x: Form, dx, weight, row_strides, options, with_stats, launch, chip):
+def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     """The kernel of loss and gradient; (x, dx, target, weight, rows, upstream)."""
+    x, dx, weight = map(Form.of, (x, dx, weight))
     B, T, V = x.shape
     scalars, present = scalars_of(options, None)
     variant = ONE_PASS_SIMPLE if any(present) or V % 16 else ONE_PASS_PLAIN  # Triton compiles in that V % 16 == 0
@@ -160,24 +171,25 @@ def reduce_programs(N):
 
 
 @remembered
-def reduce(N, place, z_loss, options, ignore_index, chip):
-    """The kernel that reduces rows; (rows, parts, target, weights, normalizer, sums, out, number)."""
+def reduce(N, classes, stride_tw, present, ignore_index, chip):
+    """The kernel that reduces rows; (target, weight, token_weight, normalizer, number, rows, parts, sums, out)."""
     programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
     return Prepared(
-        reduce_kernel, programs, N, ceil_div(N, programs), place, ignore_index, z_loss, block, options,
+        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block, present,
         num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
     )  # fmt: skip
 
 
 @remembered
-def total(programs, z_loss, options):
-    """The kernel that adds the sums of several programs; (partial, count, normalizer, out, number)."""
-    return Prepared(total_kernel, 1, programs, z_loss, REDUCE_PROGRAMS, options, num_warps=4)
+def total(programs, present):
+    """The kernel that adds the sums of several programs; (partial, count, normalizer, number, out)."""
+    return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, present, num_warps=4)
 
 
 @remembered
-def scale(x: Form, out, inplace, chip):
+def scale(x, out, inplace, chip):
     """The kernel that multiplies a gradient; (x, out, dloss, factor)."""
+    x, out = map(Form.of, (x, out))
     B, T, V = x.shape
     launch = scale_launch(T, V, x.itemsize, x.contiguous, aligned(None, x, out), chip)
     blocks = B * ceil_div(T, launch.BLOCK_N)

@@ -180,13 +180,14 @@ def cross_entropy(s, r, mass):
 
 @triton.jit
 def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entropy):
-    """`rows_out` is pointers to loss (N,), lse (N,), shift (2, N), mass (N,), predicted and entropy (N,) or None."""
-    loss_ptr, lse_ptr, shift_ptr, mass_ptr, predicted_ptr, entropy_ptr = rows_out
+    """`rows_out` is pointers to loss (N,), lse (N,) or None, norm (3, N), predicted and entropy (N,) or None."""
+    loss_ptr, lse_ptr, norm_ptr, predicted_ptr, entropy_ptr = rows_out
     tl.store(loss_ptr + row, loss, mask=inside)
-    tl.store(lse_ptr + row, lse, mask=inside)
-    tl.store(shift_ptr + row, c, mask=inside)
-    tl.store(shift_ptr + N + row, s, mask=inside)
-    tl.store(mass_ptr + row, mass, mask=inside)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse, mask=inside)
+    tl.store(norm_ptr + row, c, mask=inside)
+    tl.store(norm_ptr + N + row, s, mask=inside)
+    tl.store(norm_ptr + 2 * N + row, mass, mask=inside)
     if entropy_ptr is not None:
         tl.store(predicted_ptr + row, predicted, mask=inside)
         tl.store(entropy_ptr + row, entropy, mask=inside)

@@ -57,7 +57,7 @@ def test_one_pass(given, tile, programs, device):
     wanted = reference.rows(leaf, target.view(2, 3), weight, **given)
     total = (g * factor * token_weight * wanted.loss.flatten()).sum() + 0.05 * (dz * wanted.lse.flatten() ** 2).sum()
     (dx,) = torch.autograd.grad(total, leaf)
-    loss, lse, shift, mass, predicted, entropy = cross_entropy.forward_backward(
+    loss, lse, norm, predicted, entropy = cross_entropy.forward_backward(
         upstream(g, factor, token_weight), x, target, weight, None, options(**given, z_loss=0.05), dx=x, dz=dz,
         with_stats=True, launch=Launch(*tile, 4, programs=programs),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_one_pass(given, tile, programs, device):
     torch.testing.assert_close(x, dx)
     assert (x.view(6, V)[4] == 0).all()
     rows = cross_entropy.forward(leaf.detach(), target, weight, None, options(**given), with_stats=True)
-    for one, other in zip((shift, mass, predicted), rows[2:5], strict=True):
+    for one, other in zip((norm, predicted), rows[2:4], strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -84,7 +84,7 @@ def test_one_pass_is_forward_and_backward_bit_for_bit(device):
         target,
         None,
         None,
-        cross_entropy.Saved(rows[2], rows[3], None),
+        cross_entropy.Saved(rows[2], None),
         options(),
         dx=two,
         dprobs=None,
@@ -173,9 +173,9 @@ def test_scaled_ignored_rows_stay_zero(device):
 def rows_to_reduce(device, N, dtype):
     target = torch.randint(0, 50, (N,), device=device)
     target[::3] = -100
-    loss, lse = torch.randn(2, N, device=device, dtype=dtype).where(target != -100, 0.0)
+    loss = torch.randn(N, device=device, dtype=dtype).where(target != -100, 0.0)
     weights = torch.rand(50, device=device, dtype=dtype), torch.randn(2 * N, device=device, dtype=dtype)[::2]
-    return loss, lse, target, *weights
+    return loss, target, *weights
 
 
 @pytest.mark.parametrize("N", [1, 7, 1000])
@@ -189,22 +189,23 @@ def rows_to_reduce(device, N, dtype):
     ],
 )
 def test_reduce(mean, weighted, token_weighted, normalizer, programs, N, device):
-    loss, lse, target, weight, token_weight = rows_to_reduce(device, N, torch.float64)
+    loss, target, weight, token_weight = rows_to_reduce(device, N, torch.float64)
     weight, token_weight = weight if weighted else None, token_weight if token_weighted else None
     normalizer = torch.tensor(3, device=device) if normalizer == "tensor" else normalizer
     keep = target != -100
     token = keep.double() if token_weight is None else token_weight.where(keep, 0.0)
     share = token if weight is None else token * weight[target.clamp(min=0)]
-    divisor, divisor_z = (share.sum(), token.sum()) if mean else (torch.ones(()), torch.ones(()))
+    divisor = share.sum() if mean else torch.ones(())
     if normalizer is not None:
-        divisor = divisor_z = torch.as_tensor(normalizer, dtype=torch.float64)
-    wanted = (token * loss).sum() / divisor + 0.1 * (token * lse**2).sum() / divisor_z
+        divisor = torch.as_tensor(normalizer, dtype=torch.float64)
+    wanted = (token * loss).sum() / divisor
     rows = 4 if programs == "several" else 65536
     prepare.reduce.cache_clear()
     with mock.patch.multiple(prepare, REDUCE_ROWS=rows, REDUCE_BLOCK=128):
-        total, num_tokens, factor = cross_entropy.reduce(
-            loss, lse, target, weight, token_weight, normalizer, options(), mean=mean, z_loss=0.1
+        total, factor, num_tokens = cross_entropy.reduce(
+            (loss,), target, weight, token_weight, normalizer, options(), mean=mean, with_stats=True
         )
+    prepare.reduce.cache_clear()
     assert total.shape == num_tokens.shape == factor.shape == ()
     assert num_tokens == keep.sum()
     torch.testing.assert_close(total, wanted, equal_nan=True)
@@ -222,12 +223,10 @@ def test_forward_and_reduce(splits, at_most, mean, probs, device):
     launch = Launch(1, 2, 16, 4, 4, splits=splits, split_tiles=8 // splits)
     rows = cross_entropy.forward(x, target, weight, q, options(), with_stats=True, launch=launch)
     class_weight = None if probs else weight
-    total = cross_entropy.reduce(
-        *rows[:2], target, class_weight, token_weight, None, options(), mean=mean, z_loss=0.1
-    )  # fmt: skip
+    total = cross_entropy.reduce(rows, target, class_weight, token_weight, None, options(), mean=mean, with_stats=True)
     with mock.patch.object(cross_entropy, "MERGE_AND_REDUCE_ROWS", at_most):
         both = cross_entropy.forward_reduce(
-            x, target, weight, q, token_weight, None, options(), mean=mean, z_loss=0.1, with_stats=True, launch=launch
+            x, target, weight, q, token_weight, None, options(), mean=mean, with_stats=True, launch=launch
         )
     for ours, other in zip((*both[0], *both[1]), (*rows, *total), strict=True):
         assert torch.equal(ours, other)
@@ -243,29 +242,21 @@ def test_forward_and_reduce_are_two_launches(N):
     assert [launch.kernel for launch in traffic.launches] == ["forward_kernel", "reduce_kernel"]
 
 
-def test_reduce_to_another_dtype_and_with_weights_of_a_part(device):
-    """Class weights of the targets may be given row by row, or of the classes from `first_class` on."""
-    loss, lse, target, weight, _ = rows_to_reduce(device, 100, torch.float32)
-    keep = target != -100
-    whole = cross_entropy.reduce(loss, lse, target, weight, None, None, options(), mean=True)
-    of_target = weight[target.clamp(min=0)]
-    rows = cross_entropy.reduce(loss, lse, target, None, None, None, options(), mean=True, target_weight=of_target)
-    assert torch.equal(whole[0], rows[0])
-    part = cross_entropy.reduce(loss, lse, target, weight[20:30], None, None, options(), mean=True, first_class=20)
-    here = keep & (target >= 20) & (target < 30)
-    torch.testing.assert_close(part[2], 1 / of_target[here].sum())
-    half = cross_entropy.reduce(loss, lse, target, weight, None, None, options(), mean=True, out_dtype=torch.float16)
+def test_reduce_to_another_dtype(device):
+    loss, target, *_ = rows_to_reduce(device, 100, torch.float32)
+    whole = cross_entropy.reduce((loss,), target, None, None, None, options(), mean=True)
+    half = cross_entropy.reduce((loss,), target, None, None, None, options(), mean=True, out_dtype=torch.float16)
     assert half[0].dtype == torch.float16
     torch.testing.assert_close(half[0], whole[0].half())
 
 
 def test_reduce_of_nothing(device):
     """All rows ignored: NaN for "mean", 0 for a sum or with a normalizer."""
-    loss = lse = torch.zeros(5, device=device)
+    loss = torch.zeros(5, device=device)
     target = torch.full((5,), -100, device=device)
 
     def total(**how):
-        return cross_entropy.reduce(loss, lse, target, None, None, how.pop("normalizer", None), options(), **how)[0]
+        return cross_entropy.reduce((loss,), target, None, None, how.pop("normalizer", None), options(), **how)[0]
 
     assert total(mean=True).isnan()
     assert total(mean=False) == 0
@@ -274,6 +265,6 @@ def test_reduce_of_nothing(device):
 
 
 def test_reduce_is_the_same_every_time(device):
-    loss, lse, target, *_ = rows_to_reduce(device, 5000, torch.float32)
-    totals = [cross_entropy.reduce(loss, lse, target, None, None, None, options(), mean=True) for _ in range(3)]
+    loss, target, *_ = rows_to_reduce(device, 5000, torch.float32)
+    totals = [cross_entropy.reduce((loss,), target, None, None, None, options(), mean=True) for _ in range(3)]
     assert len({float(total) for total, _, _ in totals}) == 1

@@ -121,12 +121,12 @@ def _merge(kernels: Any, a: Arguments) -> None:
 
 
 def _backward(kernels: Any, a: Arguments) -> None:
-    shift = a.values.new_empty((2, a.N))
+    norm = a.values.new_empty((3, a.N))
     dprobs = None if a.probs is None else torch.empty_like(a.probs)
     kernels.backward(
         a.upstream,
         *a.inputs,
-        kernels.Saved(shift, a.values, a.values),
+        kernels.Saved(norm, a.values),
         a.options,
         dx=torch.empty_like(a.x),
         dprobs=dprobs,
@@ -140,9 +140,8 @@ def _one_pass(kernels: Any, a: Arguments) -> None:
 
 def _reduce(kernels: Any, a: Arguments) -> None:
     kernels.reduce(
-        a.values, a.values, a.target, a.weight, a.upstream.token_weight, None, a.options,
-        mean=True, z_loss=0.0, out_dtype=a.x.dtype,
-    )  # fmt: skip
+        (a.values,), a.target, a.weight, a.upstream.token_weight, None, a.options, mean=True, out_dtype=a.x.dtype
+    )
 
 
 def _scale(kernels: Any, a: Arguments) -> None:

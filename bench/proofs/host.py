@@ -84,9 +84,9 @@ def ours(**options: Any) -> Loss:
 
 
 def liger() -> Loss:
-    from liger_kernel.ops import LigerCrossEntropyFunction  # type: ignore[import-untyped]  # has no annotations
+    from liger_kernel.transformers.functional import liger_cross_entropy  # type: ignore[import-untyped]  # untyped
 
-    return lambda x, target: LigerCrossEntropyFunction.apply(x, target, None, -100, 0.0, 0.0, "mean", None, False)[0]
+    return lambda x, target: liger_cross_entropy(x, target)
 
 
 def libraries() -> dict[str, Loss]:

@@ -40,8 +40,8 @@ class Rows:
         logits, self.target = tensors(Case("tune", "logits", N, V, 0, 0.0, "bfloat16", "both"), device)
         self.x = logits.detach()[None]
         self.dx = torch.empty_like(self.x)
-        _, _, shift, mass, *_ = cross_entropy.forward(self.x, self.target, None, None, OPTIONS)
-        self.saved = cross_entropy.Saved(shift, mass, None)
+        _, _, norm, *_ = cross_entropy.forward(self.x, self.target, None, None, OPTIONS)
+        self.saved = cross_entropy.Saved(norm, None)
         self.scale = torch.full((), 1 / N, dtype=torch.float32, device=device)
 
     def function(self, operation: str, launch: Launch) -> Callable[[], Any]:

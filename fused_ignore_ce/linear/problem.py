@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..arguments import LinearTensors, check_linear, holds_probabilities
+from ..arguments import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
 from ..autograd import RowResults
 from ..distributed import Replicated
 from ..operators import is_plain, may_wait, refuse_transforms
@@ -128,6 +128,8 @@ def linear_problem(
     """Checks the tensors, and selects the rows that are computed."""
     input, linear_weight, target, linear_bias, weight, token_weight, _ = tensors
     sizes = check_linear(input, linear_weight, target, linear_bias, weight)
+    check_ignored(ids, target)
+    check_token_weight(token_weight, sizes.rows, target.device)
     refuse_transforms(input, linear_weight, linear_bias, target if holds_probabilities(target) else None)
     with_stats = bool(reduction.return_stats)
     # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.

@@ -71,14 +71,14 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     f"{PACKAGE}::linear_cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {OPERANDS_SCHEMA}, Tensor shift, Tensor mass, "
+    schema=f"(Tensor? dloss, Tensor? dlse, Tensor? dentropy, {OPERANDS_SCHEMA}, Tensor norm, "
     f"Tensor entropy, Tensor block, bool need_dh, bool need_dw, bool need_db, bool need_dprobs, {CALL_SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
 )
 def _rows_backward_operator(*args: Any) -> tuple[Tensor, ...]:
     """(dh, dw, db, dprobs); one that is not needed is empty."""
-    upstream, operands, saved, place = Upstream(*args[:3]), Operands(*args[3:9]), Saved(*args[9:12]), args[12]
-    wanted, call = Wanted(*args[13:17]), unflatten(LinearCall, args[17:])
+    upstream, operands, saved, place = Upstream(*args[:3]), Operands(*args[3:9]), Saved(*args[9:11]), args[11]
+    wanted, call = Wanted(*args[12:16]), unflatten(LinearCall, args[16:])
     found = _rows_backward(upstream, operands, saved, place, call, wanted)
     return tuple(operands.h.new_empty(0) if each is None else each for each in found)
 
@@ -86,7 +86,7 @@ def _rows_backward_operator(*args: Any) -> tuple[Tensor, ...]:
 @_rows_backward_operator.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     h, w, b, _, _, probs = args[3:9]
-    need_dh, need_dw, need_db, need_dprobs = args[13:17]
+    need_dh, need_dw, need_db, need_dprobs = args[12:16]
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(h, memory_format=contiguous) if need_dh else h.new_empty(0),
@@ -98,7 +98,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     results = RowResults(*output)
-    saved = (results.shift, results.mass, results.entropy, results.block)
+    saved = (results.norm, results.entropy, results.block)
     ctx.save_for_backward(*inputs[:OPERANDS], *saved)
     ctx.call = inputs[OPERANDS:]
     call = ctx.call[0] if isinstance(ctx.call[0], LinearCall) else unflatten(LinearCall, ctx.call)

@@ -86,7 +86,8 @@ def _part(upstream: Upstream, rows: slice) -> Upstream:
 
 
 def _saved_part(saved: Saved, rows: slice) -> Saved:
-    return Saved(saved.shift[:, rows].contiguous(), saved.mass[rows], saved.entropy[rows])
+    entropy = None if saved.entropy is None else saved.entropy[rows]
+    return Saved(saved.norm[:, rows].contiguous(), entropy)
 
 
 def _joined(found: Rows | None, part: Rows, rows: slice, N: int) -> Rows:
