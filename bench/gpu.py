@@ -11,7 +11,6 @@ without an install, set PYTHONPATH=. before it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -95,10 +94,9 @@ def find_program(name: str) -> str | None:
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
     """Returns 1 if a part failed, or ran out of time."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser = machine.parser("bench.gpu", __doc__)
     names = [part.name for part in parts]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these parts, in their usual order")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where the files go")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit(

@@ -1,9 +1,11 @@
-"""Describes the machine and the versions that a figure was measured with, for the header of every result file."""
+"""What all commands that measure share: --out, result files, and their header with the machine and the versions."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
+import json
 import os
 import platform
 import re
@@ -19,6 +21,22 @@ from .speed.providers import PROVIDERS, version
 from .speed.workload import DEVICE, limits
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of a command that writes a result file; the first line of its module's docstring describes it."""
+    found = argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
+    found.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the result file")
+    return found
+
+
+def write(folder: Path, stem: str, result: dict[str, Any]) -> Path:
+    """Writes a result file; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> dict[str, Any]:

@@ -6,12 +6,12 @@ pytest-benchmark times every turn. This module adds that rounds of several funct
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -192,7 +192,7 @@ def row(case: Case, provider: Provider, seconds: Seconds) -> dict[str, Any]:
     """One row of the result file. Rates are GB/s for logits, TFLOP/s for the linear loss."""
     own = seconds[provider.name]
     assert isinstance(own, list)
-    p20, p50, p80 = percentiles(own)
+    p20, p50, p80 = numpy.percentile(own, (20, 50, 80)).tolist()
     unit = 1e12 if case.D else 1e9
     found = case._asdict() | {
         "provider": provider.name,
@@ -202,14 +202,8 @@ def row(case: Case, provider: Provider, seconds: Seconds) -> dict[str, Any]:
     }
     roof, baseline = seconds[ROOF], seconds.get(PROVIDERS[case.kind][0].name)
     if isinstance(roof, list):
-        found["roof"] = roof_work(case) / percentiles(roof)[1] / unit
+        found["roof"] = roof_work(case) / numpy.median(roof) / unit
         found["share_of_roof"] = found["rate"] / found["roof"]
     if isinstance(baseline, list):
-        found["ratio"] = p50 / percentiles(baseline)[1]
+        found["ratio"] = p50 / numpy.median(baseline)
     return found
-
-
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile, interpolated."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[3]
