@@ -13,7 +13,7 @@ from bench.speed.providers import version
 
 from .conftest import DEVICE
 
-_, RESULT = reading.Results().comparison()
+_, RESULT = reading.Results().newest("comparison", "cells")
 CHECKED = [(row, kind) for row in rows.ALL for kind in row.kinds if row.check]
 
 

@@ -31,7 +31,11 @@ def sweep(rows: list[Row], kind: str, varied: str) -> list[Row]:
     """
     whole = [r for r in rows if (r["kind"], r["direction"], r["dtype"]) == (kind, "both", "bfloat16")]
     if varied == "kept":
-        return [r | {"kept": r["N"] - round(r["N"] * r["ignored"])} for r in whole if r["shape"] == "base"]
+        return [
+            r | {"kept": r["N"] - round(r["N"] * r["ignored"]), "percent": 100 * r["ignored"]}
+            for r in whole
+            if r["shape"] == "base"
+        ]
     return [r for r in whole if r["shape"] in (varied, "base") and r["ignored"] == 0]
 
 
