@@ -115,19 +115,16 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
 def turn_of(loss: Loss, case: Case, inputs: list[Tensor], target: Tensor, original: Tensor | None = None) -> Turn:
     """Forward, backward or both of a loss in training. Logits that it overwrites are restored from `original`."""
 
-    def restore() -> None:
+    def prepare() -> Any:
         if original is not None:
             inputs[0].data.copy_(original)
+        return loss(*inputs, target) if case.direction == "backward" else None
 
-    def forward() -> Any:
-        restore()
-        return loss(*inputs, target)
+    def run(value: Any) -> Any:
+        value = loss(*inputs, target) if value is None else value
+        return value if case.direction == "forward" else torch.autograd.grad(value, inputs)
 
-    if case.direction == "forward":
-        return Turn(restore, lambda _: loss(*inputs, target))
-    if case.direction == "backward":
-        return Turn(forward, lambda value: torch.autograd.grad(value, inputs))
-    return Turn(restore, lambda _: torch.autograd.grad(loss(*inputs, target), inputs))
+    return Turn(prepare, run)
 
 
 def roof_of(case: Case, device: torch.device) -> Turn:
