@@ -253,7 +253,7 @@ def growth(results: Results) -> str:
 
 def compared(results: Results) -> str:
     """The README's table."""
-    return comparison.short(*results.newest("comparison", "cells"))
+    return comparison.short(results.newest("comparison", "cells")[1])
 
 
 def comparisons(results: Results) -> str:
