@@ -128,18 +128,17 @@ def linear(results: Results) -> str:
 
 def models(results: Results) -> str:
     """Ratios of this package's losses at the sizes of models. Models of one vocabulary share their logits' figures."""
-    names = {model.name for model in MODELS}
-    rows = [r for r in results.newest("run", "rows")[1]["rows"] if r["direction"] == "both" and r["shape"] in names]
+    rows = [r for r in results.newest("run", "rows")[1]["rows"] if r["direction"] == "both" and r["shape"] in MODELS]
     lines = []
-    for model in MODELS:
+    for name, (V, D) in MODELS.items():
         cells: list[str] = []
         tokens: list[str] = []
-        for (kind, providers), D in zip(PROVIDERS.items(), (0, model.D), strict=True):
-            own = {"kind": kind, "V": model.V, "D": D, "provider": providers[-1].name}
+        for kind, providers in PROVIDERS.items():
+            own = {"kind": kind, "V": V, "D": D if kind == "linear" else 0, "provider": providers[-1].name}
             found = [find(rows, **own, ignored=share) for share in (0.0, 0.75)]
             cells += map(ratio, found)
             tokens.append(str(found[0]["N"]) if found[0] else "-")
-        lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(tokens), *cells))
+        lines.append((f"{name}, {V} x {D}", " / ".join(tokens), *cells))
     head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0% ignored", "75%")
     return table(head, lines)
 

@@ -110,9 +110,9 @@ def test_every_model_share_and_direction_has_its_case():
     assert len(every) == len(set(every))
     linear = {(c.V, c.D, c.ignored, c.direction) for c in every if c.kind == "linear"}
     logits = {(c.V, c.ignored, c.direction) for c in every if c.kind == "logits"}
-    for model, share, direction in itertools.product(MODELS, SHARES, DIRECTIONS):
-        assert (model.V, model.D, share, direction) in linear
-        assert (model.V, share, direction) in logits
+    for (V, D), share, direction in itertools.product(MODELS.values(), SHARES, DIRECTIONS):
+        assert (V, D, share, direction) in linear
+        assert (V, share, direction) in logits
 
 
 def test_training_steps_are_measured_where_there_is_a_gpu(monkeypatch):

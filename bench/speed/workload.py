@@ -18,19 +18,14 @@ DIRECTIONS = ("both", "forward", "backward")
 SHARES = (0.0, 0.75, 0.5, 0.95)
 
 
-class Model(NamedTuple):
-    name: str
-    V: int
-    D: int
-
-
-MODELS = (
-    Model("Llama 3 8B", 128256, 4096),
-    Model("Gemma 2 2B", 256000, 2304),
-    Model("Qwen 2.5 0.5B", 151936, 896),
-    Model("Qwen 3 8B", 151936, 4096),
-    Model("GPT-2", 50257, 768),
-)
+#: Classes and features.
+MODELS = {
+    "Llama 3 8B": (128256, 4096),
+    "Gemma 2 2B": (256000, 2304),
+    "Qwen 2.5 0.5B": (151936, 896),
+    "Qwen 3 8B": (151936, 4096),
+    "GPT-2": (50257, 768),
+}
 
 
 class Case(NamedTuple):
@@ -139,7 +134,7 @@ def _case(shape: str, kind: str, sizes: Base, ignored: float, dtype: str, direct
 def _models(kind: str, within: Limits) -> Iterator[tuple[str, Base]]:
     """The models' shapes. Of models whose losses have the same operands, only the first is there."""
     seen = set()
-    for name, V, D in MODELS:
+    for name, (V, D) in MODELS.items():
         D = D if kind == "linear" else 0
         N = within.tokens_for(V, D)
         if N and (V, D) not in seen:
