@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from .providers import PROVIDERS, Loss, Provider
-from .workload import Case, tensors
+from .workload import Base, case_of, tensors
 
 #: Largest error, relative to the largest true value: what PyTorch's own loss in that dtype may have, and a margin.
 TOLERANCE = {"bfloat16": 2**-7, "float32": 1e-4}
@@ -23,9 +23,8 @@ NO_ROOM = "the device has too little memory"
 #: A loss whose time in the probe is more than this multiple of the baseline's is not measured at full size.
 SLOWEST = 8.0
 
-#: (N, V, D) of the comparison, which every peer accepts, and of the probe of cost.
-SMALL = {"logits": (64, 1000, 0), "linear": (64, 1000, 64)}
-PROBE = {"logits": (256, 8192, 0), "linear": (256, 8192, 256)}
+#: The sizes of the comparison, which every peer accepts, and of the probe of cost.
+SMALL, PROBE = Base(64, 1000, 64), Base(256, 8192, 256)
 
 
 class Verdict(NamedTuple):
@@ -53,7 +52,7 @@ def judge(provider: Provider, device: torch.device, dtype: str) -> Verdict:
     except Exception as e:
         return Verdict(*subject, "red", one_line(e))
     if ratio > SLOWEST:
-        sizes = "x".join(str(size) for size in PROBE[provider.kind] if size)
+        sizes = "x".join(map(str, PROBE if provider.kind == "linear" else PROBE[:2]))
         return Verdict(*subject, "slow", f"{ratio:.0f} times the plain path's time at {sizes}", ratio)
     return Verdict(*subject, "green", probe=ratio)
 
@@ -65,7 +64,7 @@ def one_line(error: Exception) -> str:
 
 def fault(provider: Provider, device: torch.device, dtype: str) -> str | None:
     """Says how the loss or a gradient differs from float64; None if neither does."""
-    *inputs, target = tensors(_case(provider, SMALL, dtype), device)
+    *inputs, target = tensors(case_of("gate", provider.kind, SMALL, 0.5, dtype, "both"), device)
     wide = [x.detach().double().requires_grad_() for x in inputs]  # copied before a loss can overwrite them
     true_loss = F.cross_entropy(wide[0] if len(wide) == 1 else F.linear(*wide), target)
     true = (true_loss, *torch.autograd.grad(true_loss * UPSTREAM, wide))
@@ -84,7 +83,7 @@ def _probe(provider: Provider, device: torch.device, dtype: str) -> float:
     baseline = PROVIDERS[provider.kind][0]
     if provider == baseline:
         return 1.0
-    *inputs, target = tensors(_case(provider, PROBE, dtype), device)
+    *inputs, target = tensors(case_of("gate", provider.kind, PROBE, 0.5, dtype, "both"), device)
 
     def seconds(loss: Loss) -> float:
         names = {"run": lambda: torch.autograd.grad(loss(*inputs, target), inputs)}
@@ -92,7 +91,3 @@ def _probe(provider: Provider, device: torch.device, dtype: str) -> float:
         return min(timer.timeit(1).median for _ in range(3))
 
     return seconds(provider.build()) / seconds(baseline.build())
-
-
-def _case(provider: Provider, sizes: dict[str, tuple[int, int, int]], dtype: str) -> Case:
-    return Case("gate", provider.kind, *sizes[provider.kind], 0.5, dtype, "both")

@@ -91,6 +91,10 @@ class Base(NamedTuple):
     D: int
 
 
+def case_of(shape: str, kind: str, sizes: Base, ignored: float, dtype: str, direction: str) -> Case:
+    return Case(shape, kind, sizes.N, sizes.V, sizes.D if kind == "linear" else 0, ignored, dtype, direction)
+
+
 #: On CUDA these are a model's sizes; on a CPU they are smaller in the same ratios.
 BASES = {"cpu": Base(1024, 32768, 1024), "cuda": Base(8192, 131072, 4096)}
 FACTORS = (0.25, 0.5, 2.0)
@@ -114,21 +118,17 @@ def cases(device: torch.device) -> list[Case]:
     shapes += [("training", kind, sizes) for kind in KINDS for sizes in TRAINING[device.type]]
     shapes += [(name, kind, sizes) for kind in KINDS for name, sizes in _models(kind, limits(device))]
     found = [
-        _case(*shape, ignored, "bfloat16", direction)
+        case_of(*shape, ignored, "bfloat16", direction)
         for shape in shapes
         for direction, ignored in itertools.product(DIRECTIONS, SHARES)
     ]
     if device.type == "cpu":
-        found += [_case("base", "linear", base, ignored, "float32", "both") for ignored in SHARES]
+        found += [case_of("base", "linear", base, ignored, "float32", "both") for ignored in SHARES]
     for kind, name, factor in itertools.product(KINDS, Base._fields, FACTORS):
         if (kind, name) != ("logits", "D"):
             sizes = base._replace(**{name: round(factor * getattr(base, name))})
-            found.append(_case(name, kind, sizes, 0.0, "bfloat16", "both"))
+            found.append(case_of(name, kind, sizes, 0.0, "bfloat16", "both"))
     return sorted(found, key=_importance)
-
-
-def _case(shape: str, kind: str, sizes: Base, ignored: float, dtype: str, direction: str) -> Case:
-    return Case(shape, kind, sizes.N, sizes.V, sizes.D if kind == "linear" else 0, ignored, dtype, direction)
 
 
 def _models(kind: str, within: Limits) -> Iterator[tuple[str, Base]]:
