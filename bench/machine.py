@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
     } | more
 
 
+def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """Runs this interpreter with this checkout importable."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
+
+
 def environment() -> dict[str, str]:
     """The environment of a new process: this checkout is importable, Triton compiles, and pytest-benchmark measures."""
     unwanted = ("TRITON_INTERPRET", "PYTEST_XDIST")
@@ -77,10 +83,8 @@ def device_name() -> str:
     """The device's name, as the CUDA driver or the operating system gives it."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 

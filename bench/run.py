@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,15 @@ def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
     return result
 
 
-def _python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
-    """Runs this interpreter with this checkout importable."""
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=machine.ROOT, env=machine.environment(), text=True, **keywords)
-
-
 def _speed(result: Result, deadline: float) -> None:
     """Has pytest run the suite in its own process: a loss that crashes it takes only what comes after."""
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder, "records")
         records.touch()
-        command = ["pytest", "bench/speed", "--benchmark-only", "--benchmark-quiet", "-p", "no:cacheprovider"]
+        command = ["-m", "pytest", "bench/speed", "--benchmark-only", "--benchmark-quiet", "-p", "no:cacheprovider"]
         command += ["--deadline", str(deadline), "--records", str(records)]
         try:
-            status = _python(*command, timeout=deadline + GRACE - time.time()).returncode
+            status = machine.python(*command, timeout=deadline + GRACE - time.time()).returncode
         except subprocess.TimeoutExpired:
             result["failed"].append(f"speed: ended {GRACE:.0f} s after its time")
         else:
@@ -101,7 +96,8 @@ def _memory(result: Result, deadline: float) -> None:
         if status in ("green", "not judged"):  # for the others, the gate has the reason
             fields = case._asdict() | {"provider": provider.name}
             until = deadline if status == "green" else 0.0
-            _peak(result, until, "memory", f"{provider.name}, {case}", fields, memory.of_loss, provider.name, case)
+            measure = partial(memory.of_loss, provider.name, case)
+            _peak(result, until, "memory", f"{provider.name}, {case}", fields, measure)
 
 
 def memory_cases() -> list[tuple[Case, Provider]]:
@@ -115,19 +111,17 @@ def _training_step(result: Result, deadline: float) -> None:
     pairs = [(way, share) for share in memory.SHARES for way in memory.WAYS]
     for way, share in tqdm(pairs, desc="training step", unit="process"):
         fields = memory.SIZES | {"way": way, "ignored": share}
-        label = f"{way}, {share:.0%} ignored"
-        _peak(result, deadline, "training step", label, fields, memory.of_training_step, way, share)
+        measure = partial(memory.of_training_step, way, share)
+        _peak(result, deadline, "training step", f"{way}, {share:.0%} ignored", fields, measure)
 
 
-def _peak(
-    result: Result, deadline: float, table: str, label: str, fields: Result, of: Callable[..., int], *arguments: Any
-) -> None:
+def _peak(result: Result, deadline: float, table: str, label: str, fields: Result, measure: Callable[[], int]) -> None:
     """Adds a figure of peak memory to a table, or says that it was left out or failed."""
     if time.time() >= deadline:
         result["left out"].append(f"{table}: {label}")
         return
     try:
-        result[table].append(fields | {"bytes": of(*arguments)})
+        result[table].append(fields | {"bytes": measure()})
     except ProcessException as e:
         reason = _last_line(str(e))
         if "OutOfMemoryError" in reason:
@@ -155,7 +149,7 @@ def _proof(result: Result, deadline: float, module: str, flag: str, *more: str) 
     print(f"{name}: python -m {module}", *more, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
-        done = _python(module, flag, str(path), *more, capture_output=True)
+        done = machine.python("-m", module, flag, str(path), *more, capture_output=True)
         if done.returncode:
             faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
             result["failed"].append(f"{name}: {'; '.join(faults) or _last_line(done.stderr)}")

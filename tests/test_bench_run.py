@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,8 +121,8 @@ def test_peak_memory_of_what_has_too_little_is_left_out():
         raise ProcessRaisedException(f"Traceback\n{error}: of the device\n", 0, 1)
 
     found = empty()
-    run._peak(found, time.time() + 9, "memory", "a loss", {}, peak, "torch.OutOfMemoryError")
-    run._peak(found, time.time() + 9, "memory", "a loss", {}, peak, "ValueError")
+    for error in ("torch.OutOfMemoryError", "ValueError"):
+        run._peak(found, time.time() + 9, "memory", "a loss", {}, partial(peak, error))
     assert found["left out"] == ["memory: a loss: the device has too little memory"]
     assert found["failed"] == ["memory: a loss: ValueError: of the device"]
 
@@ -176,7 +177,7 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
 
 
 def test_a_crash_is_a_failure(monkeypatch):
-    monkeypatch.setattr(run, "_python", lambda *_, **k: subprocess.run([sys.executable, "-c", "exit(3)"], **k))
+    monkeypatch.setattr(machine, "python", lambda *_, **k: subprocess.run([sys.executable, "-c", "exit(3)"], **k))
     found = empty()
     run._speed(found, time.time() + 10)
     assert found["failed"][0].startswith("speed: exit status 3")

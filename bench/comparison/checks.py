@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.machine import ROOT, environment
+from bench import machine
 
 from .peers import PEERS, NotOfferedError, Peer
 
@@ -272,9 +270,7 @@ def on_cpu(peer: Peer, kind: str) -> None:
 def without_interpreter(package: str) -> dict[str, str | None]:
     """Why a package's losses do not run on a CPU, in a process of its own without Triton's interpreter."""
     code = f"from bench.comparison import checks; checks.report({package!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
-    )
+    done = machine.python("-c", code, capture_output=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

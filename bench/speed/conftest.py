@@ -21,14 +21,9 @@ from bench.speed.workload import DEVICE
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption(
-        "--deadline", type=float, default=math.inf, help="no measurement is started after these seconds since the epoch"
+        "--deadline", type=float, default=math.inf, help="nothing is started after these seconds since the epoch"
     )
     group.addoption("--records", type=Path, help="append a line of JSON for everything measured, skipped or left out")
-
-
-@pytest.fixture(scope="session")
-def deadline(pytestconfig: pytest.Config) -> float:
-    return pytestconfig.getoption("--deadline", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from .memory import WAYS
 from .providers import PROVIDERS
 from .scaling import sweep
@@ -60,7 +62,7 @@ def draw(name: str, data: Any, about: str, folder: Path) -> None:
     save(figure, folder / f"{name}.png", data)
 
 
-def save(figure: Any, path: Path, data: Any) -> None:
+def save(figure: Figure, path: Path, data: Any) -> None:
     figure.savefig(path, dpi=110, facecolor="white", metadata={"Data": digest(data), "Software": None})
 
 
@@ -97,9 +99,7 @@ def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> Lin
     return {name: points for name, points in lines.items() if len(points) > 1}
 
 
-def _figure(rows: list[list[Panel]], about: str) -> Any:
-    from matplotlib.figure import Figure
-
+def _figure(rows: list[list[Panel]], about: str) -> Figure:
     columns = max(map(len, rows))
     figure = Figure(figsize=(max(5.2 * columns, 6.5), 3.1 * len(rows) + 1.3), layout="constrained")
     better = "Higher" if rows[0][0].ylabel == RATE else "Lower"
@@ -141,9 +141,7 @@ def _panel(axes: Any, panel: Panel) -> None:
     axes.grid(alpha=0.3)
 
 
-def _training_step(rows: Sequence[Row], about: str) -> Any:
-    from matplotlib.figure import Figure
-
+def _training_step(rows: Sequence[Row], about: str) -> Figure:
     first = rows[0]
     figure = Figure(figsize=(6.5, 3.9), layout="constrained")
     figure.suptitle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -15,8 +16,8 @@ from bench.speed.workload import DEVICE, Base, cases
 
 @pytest.mark.benchmark(timer=timer_of(DEVICE))
 @pytest.mark.parametrize("case", cases(DEVICE), ids=str)
-def test_speed(benchmark, case, verdict, deadline, record):
-    if time.time() >= deadline:
+def test_speed(benchmark, case, verdict, record, pytestconfig):
+    if time.time() >= pytestconfig.getoption("--deadline", math.inf):
         record("left out", f"speed: {case}")
         pytest.skip("left out: the time was up")
     # Where one size is varied, every shape would be compiled anew.
