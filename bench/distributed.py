@@ -10,10 +10,8 @@ of the rank's own part. Nothing is timed, because processes that share one machi
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,12 +26,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
-from fused_ignore_ce.measure import PeakMemory
 
 from . import machine
+from .speed.memory import peak_bytes
 
 #: Tokens, classes of the whole vocabulary, features; three quarters of the tokens are ignored.
 N, V, D, IGNORED = 2048, 32768, 512, 0.75
@@ -45,48 +45,45 @@ SENT: dict[str, Callable[[int], float]] = {
 TYPES = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "unsigned char": 1}
 
 
-def sharded(x: Tensor, dim: int, mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(x, mesh, [Shard(dim)], run_check=False)
+Loss = Callable[..., None]
 
 
-def replicated(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-
-
-def torch_loss_parallel(x: Tensor, target: Tensor, mesh: DeviceMesh) -> None:
-    with loss_parallel():
-        F.cross_entropy(sharded(x, 1, mesh), replicated(target, mesh)).backward()
-
-
-def gathered(x: Tensor, target: Tensor, mesh: DeviceMesh) -> None:
-    F.cross_entropy(sharded(x, 1, mesh).redistribute(placements=[Replicate()]).to_local(), target).backward()
-
-
-def linear_loss_parallel(h: Tensor, w: Tensor, target: Tensor, mesh: DeviceMesh) -> None:
-    with loss_parallel():
-        logits = F.linear(replicated(h, mesh), sharded(w, 0, mesh))
-        F.cross_entropy(logits, replicated(target, mesh)).backward()
-
-
-def linear_gathered(h: Tensor, w: Tensor, target: Tensor, mesh: DeviceMesh) -> None:
-    logits = F.linear(replicated(h, mesh), sharded(w, 0, mesh))
+def sharded_logits(mesh: DeviceMesh, x: Tensor, weight: Tensor | None = None) -> DTensor:
+    """Logits of which this rank holds `x`, or those of hidden states `x` and of this rank's shard of the head."""
+    if weight is None:
+        return DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+    hidden = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    logits = F.linear(hidden, DTensor.from_local(weight, mesh, [Shard(0)], run_check=False))
     assert isinstance(logits, DTensor)
+    return logits
+
+
+def gathered(mesh: DeviceMesh, *operands: Tensor) -> None:
+    *given, target = operands
+    logits = sharded_logits(mesh, *given)
     F.cross_entropy(logits.redistribute(placements=[Replicate()]).to_local(), target).backward()
 
 
-LOGITS: dict[str, Callable[..., Any]] = {
+def parallel(mesh: DeviceMesh, *operands: Tensor) -> None:
+    *given, target = operands
+    with loss_parallel():
+        logits = sharded_logits(mesh, *given)
+        F.cross_entropy(logits, DTensor.from_local(target, mesh, [Replicate()], run_check=False)).backward()
+
+
+def fused(loss: Callable[..., Any]) -> Loss:
+    return lambda mesh, *operands: loss(*operands, process_group=mesh.get_group()).backward()
+
+
+LOGITS: dict[str, Loss] = {
     "gathered logits, F.cross_entropy": gathered,
-    "loss_parallel, F.cross_entropy": torch_loss_parallel,
-    "fused_cross_entropy(process_group)": lambda x, y, mesh: fused_cross_entropy(
-        x, y, process_group=mesh.get_group()
-    ).backward(),
+    "loss_parallel, F.cross_entropy": parallel,
+    "fused_cross_entropy(process_group)": fused(fused_cross_entropy),
 }
-LINEAR: dict[str, Callable[..., Any]] = {
-    "gathered logits, F.linear": linear_gathered,
-    "loss_parallel, F.linear": linear_loss_parallel,
-    "fused_linear_cross_entropy(process_group)": lambda h, w, y, mesh: fused_linear_cross_entropy(
-        h, w, y, process_group=mesh.get_group()
-    ).backward(),
+LINEAR: dict[str, Loss] = {
+    "gathered logits, F.linear": gathered,
+    "loss_parallel, F.linear": parallel,
+    "fused_linear_cross_entropy(process_group)": fused(fused_linear_cross_entropy),
 }
 
 
@@ -103,26 +100,22 @@ def operands(name: str, rank: int, ranks: int, tokens: int = N) -> list[Tensor]:
     return [h.requires_grad_(), (torch.randn(V // ranks, D) / D**0.5).requires_grad_(), target]
 
 
-def measure(name: str, rank: int, ranks: int, store: str) -> dict[str, float]:
+def measure(rank: int, name: str, ranks: int, store: str, returned: Any) -> None:
     """One rank's figures: bytes sent per token, and bytes at the peak above its operands and their gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
-    loss = {**LOGITS, **LINEAR}[name]
-    loss(*operands(name, rank, ranks, tokens=64), mesh)  # allocates thread pools and lazy imports before measuring
+    loss = (LOGITS | LINEAR)[name]
+    loss(mesh, *operands(name, rank, ranks, tokens=64))  # allocates thread pools and lazy imports before measuring
     given = operands(name, rank, ranks)
     dist.barrier()
-    with PeakMemory(torch.device("cpu")) as memory:
-        loss(*given, mesh)
-    own = sum(t.numel() * t.element_size() for t in given if t.requires_grad)
-    if memory.bytes is None:
-        raise SystemExit("peak memory can be measured on Linux or on CUDA only")
+    peak = peak_bytes(torch.device("cpu"), lambda: loss(mesh, *given))
+    own = sum(t.nbytes for t in given if t.requires_grad)
     given = operands(name, rank, ranks)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        loss(*given, mesh)
-    sent = bytes_sent(profile, ranks)
+        loss(mesh, *given)
+    returned.put({"bytes_per_token": bytes_sent(profile, ranks) / N, "peak_bytes": peak - own})
     dist.destroy_process_group()
-    return {"bytes_per_token": sent / N, "peak_bytes": memory.bytes - own}
 
 
 def bytes_sent(profile: Any, ranks: int) -> float:
@@ -143,39 +136,24 @@ def bytes_sent(profile: Any, ranks: int) -> float:
 
 def on_ranks(name: str, ranks: int) -> dict[str, float]:
     """The largest figures of all ranks, each of which runs `measure` in a fresh process."""
+    returned = get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench.distributed", "--measure", name, f"{folder}/store"]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(ranks)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for rank in range(ranks)
-        ]
-        outputs = [process.communicate() for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{name} on {ranks} ranks failed: {errors}")
-    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+        spawn(measure, (name, ranks, f"{folder}/store", returned), nprocs=ranks)
+    found = [returned.get() for _ in range(ranks)]
     return {key: max(each[key] for each in found) for key in found[0]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=(__doc__ or "").splitlines()[0])
+    parser = machine.parser("bench.distributed", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where the file goes")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.measure:
-        name, store, rank, ranks = given.measure
-        print(json.dumps(measure(name, int(rank), int(ranks), store)))
-        return
     print(f"N={N}, V={V}, D={D}, float32, {IGNORED:.0%} ignored, PyTorch {torch.__version__}, gloo on one machine")
     header = machine.header(sys.argv[1:], module="bench.distributed")
     todo = [(name, ranks) for name in [*LOGITS, *LINEAR] for ranks in given.ranks]
     rows = [{"name": name, "ranks": ranks, **on_ranks(name, ranks)} for name, ranks in tqdm(todo, unit="measurement")]
     print(tabulate(rows, headers="keys", floatfmt=".1f"))
     result = {"header": header, "N": N, "V": V, "D": D, "ignored": IGNORED, "ranks": given.ranks, "rows": rows}
-    (given.out / f"distributed-{header['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    machine.write(given.out, f"distributed-{header['date']}", result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ functions below. They write links as the README has them; those of the pages in 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from fused_ignore_ce.cost import linear_cost
 from .comparison import tables as comparison
 from .machine import ROOT
 from .proofs import picture
-from .reading import RESULTS, Results, Row, code, embedded, find, link, peak, ratio, size, table, where
+from .reading import Results, Row, code, embedded, find, heading, link, peak, ratio, size, table, where
 from .speed import plots
 from .speed.memory import WAYS
 from .speed.providers import PROVIDERS
@@ -31,6 +30,9 @@ COVERAGE = ROOT / "docs" / "transformers-coverage.md"
 #: The vocabulary at which the pages have predictions.
 PREDICTED_V = 128256
 
+#: The name of the picture of predictions.
+PREDICTED = "predicted-roof"
+
 #: The share of ignored tokens of which the README's sentences speak.
 SHARE = 0.75
 
@@ -38,7 +40,7 @@ BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def machine(results: Results) -> str:
-    name, result = results.newest("rows")
+    name, result = results.newest("run", "rows")
     header = result["header"]
     return (
         f"Times and peak memory come from one run of `{header['command']}`, where no other file is named: "
@@ -49,26 +51,25 @@ def machine(results: Results) -> str:
 
 def headline(results: Results) -> str:
     """The README's table of time and memory."""
-    name, result = results.newest("rows")
+    name, result = results.newest("run", "rows")
     lines = []
     for kind, what in (("logits", "loss from logits"), ("linear", "loss from hidden states")):
-        rows = [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
+        rows = _base_rows(result, kind)
         baseline, *others, ours = PROVIDERS[kind]
         compiled = next(provider for provider in others if provider.compiled)
         own = [find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, compiled, ours)]
         lines.append((f"{what}: time", *(f"{row['ms']['p50']:.0f} ms" if row else "-" for row in own)))
         lines.append((f"{what}: peak memory", *(peak(result, row) for row in own)))
-    steps = results.newest("training step")[1]["training step"]
+    steps = results.newest("run", "training step")[1]["training step"]
     step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
     plain, fused = (step.get(way, "-") for way in WAYS)
     lines.append(("training step of a model: peak memory", plain, "not measured", fused))
     head = ("", "plain", "torch.compile of it", "this package")
     sizes = f"N={rows[0]['N']} tokens, V={rows[0]['V']} classes, D={rows[0]['D']} features"
-    of_step = f"a Llama of {steps[0]['layers']} layers, {steps[0]['T']} tokens, V={steps[0]['V']}, D={steps[0]['D']}"
     text = (
         f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, {sizes}, bfloat16; plain is "
-        f"`F.cross_entropy(logits.float(), labels)`. The training step: {of_step}, float32. Memory does not include "
-        f"inputs, parameters and their gradients. Measured on {where(result['header'])}: {link(name)}."
+        f"`F.cross_entropy(logits.float(), labels)`. The training step: {_model(steps[0])}, float32. Memory "
+        f"does not include inputs, parameters and their gradients. Measured on {where(result['header'])}: {link(name)}."
     )
     return f"{table(head, lines)}\n\n{text}"
 
@@ -89,9 +90,18 @@ def coverage(results: Results) -> str:
     )
 
 
+def _model(step: Row) -> str:
+    return f"a Llama of {step['layers']} layers, {step['T']} tokens, V={step['V']}, D={step['D']}"
+
+
+def _base_rows(result: Row, kind: str) -> list[Row]:
+    """Forward and backward at the base shape."""
+    return [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
+
+
 def _base(result: Row, kind: str, columns: list[tuple[str, float]]) -> str:
     """Ratios at the base shape by (dtype, ignored), and peak memory in the first of these columns."""
-    rows = [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
+    rows = _base_rows(result, kind)
     sizes = f"N={rows[0]['N']}, V={rows[0]['V']}" + (f", D={rows[0]['D']}" if rows[0]["D"] else "")
     lines = []
     for provider in PROVIDERS[kind]:
@@ -105,11 +115,11 @@ def _base(result: Row, kind: str, columns: list[tuple[str, float]]) -> str:
 
 
 def logits(results: Results) -> str:
-    return _base(results.newest("rows")[1], "logits", [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)])
+    return _base(results.newest("run", "rows")[1], "logits", [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)])
 
 
 def linear(results: Results) -> str:
-    _, result = results.newest("rows")
+    _, result = results.newest("run", "rows")
     slow = [gate for gate in result["gates"] if gate["status"] == "slow"]
     notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
     columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
@@ -118,27 +128,25 @@ def linear(results: Results) -> str:
 
 def models(results: Results) -> str:
     """Ratios of this package's losses at the sizes of models. Models of one vocabulary share their logits' figures."""
-    names = {model.name for model in MODELS}
-    rows = [r for r in results.newest("rows")[1]["rows"] if r["direction"] == "both" and r["shape"] in names]
+    rows = [r for r in results.newest("run", "rows")[1]["rows"] if r["direction"] == "both" and r["shape"] in MODELS]
     lines = []
-    for model in MODELS:
+    for name, (V, D) in MODELS.items():
         cells: list[str] = []
         tokens: list[str] = []
-        for (kind, providers), D in zip(PROVIDERS.items(), (0, model.D), strict=True):
-            own = {"kind": kind, "V": model.V, "D": D, "provider": providers[-1].name}
+        for kind, providers in PROVIDERS.items():
+            own = {"kind": kind, "V": V, "D": D if kind == "linear" else 0, "provider": providers[-1].name}
             found = [find(rows, **own, ignored=share) for share in (0.0, 0.75)]
             cells += map(ratio, found)
             tokens.append(str(found[0]["N"]) if found[0] else "-")
-        lines.append((f"{model.name}, {model.V} x {model.D}", " / ".join(tokens), *cells))
+        lines.append((f"{name}, {V} x {D}", " / ".join(tokens), *cells))
     head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0% ignored", "75%")
     return table(head, lines)
 
 
 def scaling(results: Results) -> str:
     """The exponents of the newest run that had time for all sizes, or else of the newest."""
-    runs = [(name, result) for name, result in results.files.items() if result["fits"]]
-    complete = [run for run in runs if {fit["varied"] for fit in run[1]["fits"]} >= {*VARIED}]
-    name, result = complete[0] if complete else results.newest("fits")
+    complete = (run for run in results.files["run"].items() if {fit["varied"] for fit in run[1]["fits"]} >= {*VARIED})
+    name, result = next(complete, None) or results.newest("run", "fits")
     fits, lines = result["fits"], []
     for kind, (baseline, *_, ours) in PROVIDERS.items():
         for provider in (baseline, ours):
@@ -149,11 +157,10 @@ def scaling(results: Results) -> str:
 
 
 def training_step(results: Results) -> str:
-    rows = results.newest("training step")[1]["training step"]
-    r = rows[0]
+    rows = results.newest("run", "training step")[1]["training step"]
     text = (
-        f"a Llama of {r['layers']} layers, {r['T']} tokens, V={r['V']}, D={r['D']}, float32, forward and backward; "
-        f"peak memory above the model and its gradients. The logits alone would be {size(4 * r['T'] * r['V'])}."
+        f"{_model(rows[0])}, float32, forward and backward; peak memory above the model and its gradients. The logits "
+        f"alone would be {size(4 * rows[0]['T'] * rows[0]['V'])}."
     )
     shares = sorted({row["ignored"] for row in rows})
     lines = []
@@ -165,7 +172,7 @@ def training_step(results: Results) -> str:
 
 
 def traffic(results: Results) -> str:
-    rows = [row for row in results.newest("traffic")[1]["traffic"] if row["ignored"] == 0.5]
+    rows = [row for row in results.newest("run", "traffic")[1]["traffic"] if row["ignored"] == 0.5]
     case, lines = rows[0]["case"], []
     for passes in ("forward", "backward"):
         row = find(rows, case=case, passes=f"ours, {passes}")
@@ -215,15 +222,12 @@ def proofs(results: Results) -> str:
         lines.append((chip, *shares))
     head = ("", *(kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in kernels))
     text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:"
-    drawn = embedded("predicted-roof", "A prediction, not a measurement: shares of the memory roof")
+    drawn = embedded(PREDICTED, "A prediction, not a measurement: shares of the memory roof")
     return "\n\n".join([_compiled(name, found), text, table(head, lines), drawn])
 
 
 def distributed(results: Results) -> str:
-    if not results.distributed:
-        raise SystemExit(f"no results in {RESULTS}: python -m bench.distributed")
-    path = results.distributed[-1]
-    found = json.loads(path.read_text())
+    file, found = results.newest("distributed", "rows")
     lines = []
     for name in dict.fromkeys(row["name"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["name"] == name]
@@ -231,10 +235,7 @@ def distributed(results: Results) -> str:
         cells = [f"{n / 1024:.0f} KiB" if n >= 10240 else f"{n:.0f} B" for n in sent]
         lines.append((f"`{name}`", *cells, *(size(row["peak_bytes"]) for row in own)))
     ranks = [f"{ranks} ranks" for ranks in found["ranks"]]
-    text = (
-        f"N={found['N']}, V={found['V']}, D={found['D']}, float32, {found['ignored']:.0%} ignored "
-        f"([{path.stem}](bench/results/{path.name})):"
-    )
+    text = f"N={found['N']}, V={found['V']}, D={found['D']}, float32, {found['ignored']:.0%} ignored ({link(file)}):"
     return f"{text}\n\n{table(('', *(f'sent, {n}' for n in ranks), *(f'held, {n}' for n in ranks)), lines)}"
 
 
@@ -251,12 +252,12 @@ def growth(results: Results) -> str:
 
 def compared(results: Results) -> str:
     """The README's table."""
-    return comparison.short(*results.comparison())
+    return comparison.short(results.newest("comparison", "cells")[1])
 
 
 def comparisons(results: Results) -> str:
     """Every row, with its reasons."""
-    return comparison.long(*results.comparison())
+    return comparison.long(*results.newest("comparison", "cells"))
 
 
 def memory(results: Results) -> str:
@@ -284,12 +285,11 @@ def memory(results: Results) -> str:
     return table(("", "held at the peak", f"N={N}, V={V}, D={D}, bf16"), lines)
 
 
-BLOCKS: dict[str, Callable[[Results], str]] = {
-    "machine": machine, "headline": headline, "coverage": coverage, "ignored": ignored, "logits": logits,
-    "linear": linear, "models": models, "scaling": scaling, "growth": growth, "training-step": training_step,
-    "traffic": traffic, "compiled": compiled, "proofs": proofs, "memory": memory, "distributed": distributed,
-    "compared": compared, "comparisons": comparisons,
-}  # fmt: skip
+FUNCTIONS = (
+    machine, headline, coverage, ignored, logits, linear, models, scaling, growth, training_step, traffic, compiled,
+    proofs, memory, distributed, compared, comparisons,
+)  # fmt: skip
+BLOCKS: dict[str, Callable[[Results], str]] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 
 
 def rewritten(page: Path, text: str, results: Results) -> str:
@@ -304,24 +304,24 @@ def rewritten(page: Path, text: str, results: Results) -> str:
     return BLOCK.sub(block, text)
 
 
-def shown(results: Results) -> dict[str, Any]:
-    """What each picture shows, by its name."""
-    found: dict[str, Any] = {}
-    for result in reversed(results.files.values()):  # each picture is of the newest run that has its figures
-        found |= plots.pictures(result)
-    found["training-step"] = results.newest("training step")[1]["training step"]
+def shown(results: Results) -> dict[str, tuple[Any, str]]:
+    """What each picture shows, and the newest run that has its figures, by the picture's name."""
+    found: dict[str, tuple[Any, str]] = {}
+    for result in results.files["run"].values():
+        found = {name: (data, heading(result["header"])) for name, data in plots.pictures(result).items()} | found
     newest = results.newest_proofs()
-    return found | ({"predicted-roof": picture.rows(newest[1])} if newest else {})
+    if newest:
+        found[PREDICTED] = picture.rows(newest[1]), f"commit {newest[1]['header']['commit'][:7]}"
+    return found
 
 
 def draw(results: Results, folder: Path = PICTURES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for result in reversed(results.files.values()):
-        plots.draw(result, folder)
-    plots.draw_training_step(results.newest("training step")[1], folder / "training-step.png")
-    newest = results.newest_proofs()
-    if newest:
-        picture.draw(newest[1], f"commit {newest[1]['header']['commit'][:7]}", folder / "predicted-roof.png")
+    for name, (data, about) in shown(results).items():
+        if name == PREDICTED:
+            picture.draw({picture.PREDICTIONS: data}, about, folder / f"{name}.png")
+        else:
+            plots.draw(name, data, about, folder)
 
 
 if __name__ == "__main__":

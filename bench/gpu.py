@@ -11,7 +11,6 @@ without an install, set PYTHONPATH=. before it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -72,7 +71,7 @@ class Part:
 
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q")
 PARALLEL = ("-n", "8") if find_spec("xdist") else ()
-BENCH = ("pytest", "pytest_benchmark", "tabulate", "tqdm", "matplotlib")
+BENCH = ("pytest", "pytest_benchmark", "tabulate", "tqdm", "numpy")
 
 PARTS = (
     Part("correctness", 6.0, (*PYTEST, *PARALLEL, *(f"tests/{name}" for name in TESTS)), ("pytest",), is_gate=True),
@@ -95,27 +94,26 @@ def find_program(name: str) -> str | None:
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
     """Returns 1 if a part failed, or ran out of time."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser = machine.parser("bench.gpu", __doc__)
     names = [part.name for part in parts]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these parts, in their usual order")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where the files go")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit(
             "bench.gpu: PyTorch finds no CUDA device here (torch.cuda.is_available() is False). Nothing was started. "
             "Without a GPU, python -m bench.run measures the CPU, and python -m bench.proofs examines the kernels."
         )
-    options.out.mkdir(parents=True, exist_ok=True)
     about = machine.header(arguments, "bench.gpu")
-    path = options.out / f"gpu-{machine.slug(about['device'])}-{about['date']}.json"
-    result = run([part for part in parts if part.name in options.only], options.out.resolve(), about, path)
+    result, path = run([part for part in parts if part.name in options.only], options.out.resolve(), about)
     print(f"{summary(result)}\n{path}")
     return 1 if any(part["status"] in ("failed", "out of time") for part in result["parts"]) else 0
 
 
-def run(parts: Sequence[Part], out: Path, about: dict[str, Any], path: Path) -> dict[str, Any]:
+def run(parts: Sequence[Part], out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """Runs one part after the other. The file is written after each, so that an interrupt loses nothing."""
     result: dict[str, Any] = {"header": about, "parts": []}
+    stem = f"gpu-{machine.slug(about['device'])}-{about['date']}"
+    path = machine.write(out, stem, result)
     deadline = time.time() + 60 * MINUTES
     failed_gate = None
     for part in parts:
@@ -130,8 +128,8 @@ def run(parts: Sequence[Part], out: Path, about: dict[str, Any], path: Path) -> 
         if part.is_gate and done["status"] != "passed":
             failed_gate = failed_gate or part.name
         result["parts"].append({"name": part.name} | done)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+        machine.write(out, stem, result)
+    return result, path
 
 
 def one(part: Part, out: Path, seconds: float) -> dict[str, Any]:

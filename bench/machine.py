@@ -1,14 +1,17 @@
-"""Describes the machine and the versions that a figure was measured with, for the header of every result file."""
+"""What all commands that measure share: --out, result files, and their header with the machine and the versions."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
+import json
 import os
 import platform
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,22 @@ from .speed.providers import PROVIDERS, version
 from .speed.workload import DEVICE, limits
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of a command that writes a result file; the first line of its module's docstring describes it."""
+    found = argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
+    found.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the result file")
+    return found
+
+
+def write(folder: Path, stem: str, result: dict[str, Any]) -> Path:
+    """Writes a result file; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> dict[str, Any]:
@@ -47,6 +66,11 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
     } | more
 
 
+def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """Runs this interpreter with this checkout importable."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
+
+
 def environment() -> dict[str, str]:
     """The environment of a new process: this checkout is importable, Triton compiles, and pytest-benchmark measures."""
     unwanted = ("TRITON_INTERPRET", "PYTEST_XDIST")
@@ -59,10 +83,8 @@ def device_name() -> str:
     """The device's name, as the CUDA driver or the operating system gives it."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 

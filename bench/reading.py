@@ -9,54 +9,44 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .machine import ROOT
+from .machine import RESULTS
 
 Row = dict[str, Any]
 
-RESULTS = ROOT / "bench" / "results"
-
-#: Beginnings of the names of result files that `bench.run` did not write.
-DISTRIBUTED, PROOFS, COMPARISON = "distributed-", "proofs-", "comparison-"
-NO_RUNS = (DISTRIBUTED, PROOFS, COMPARISON, "tune-", "gpu-")
+#: Commands whose result files have their name at the beginning. The others are those of `bench.run`.
+COMMANDS = ("distributed", "proofs", "comparison", "tune", "gpu")
 
 
 class Results:
-    """The result files of full runs by name, the newest first, and apart from them those of other commands."""
+    """Result files by command and then by name, the newest first. Quick runs are not among them."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
-        self.distributed = sorted(folder.glob(f"{DISTRIBUTED}*.json"))
-        self.comparisons = sorted(folder.glob(f"{COMPARISON}*.json"))
-        paths = [p for p in folder.glob("*.json") if not p.stem.endswith("-quick")]
-        self.files = _newest_first(p for p in paths if not p.stem.startswith(NO_RUNS))
-        #: What `bench.proofs` found, by itself or as a part of a full run.
-        self.proofs = _newest_first(p for p in paths if p.stem.startswith(PROOFS))
-        self.proofs |= {
-            name: result["proofs"] | {"header": result["header"]}
-            for name, result in self.files.items()
-            if result.get("proofs")
-        }
+        read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        self.files: dict[str, dict[str, Row]] = {command: {} for command in ("run", *COMMANDS)}
+        for name, result in sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True):
+            if not name.endswith("-quick"):
+                first = name.partition("-")[0]
+                self.files[first if first in COMMANDS else "run"][name] = result
 
-    def newest(self, section: str) -> tuple[str, Row]:
-        """Name and content of the newest result in which a section is not empty."""
-        for name, result in self.files.items():
+    def newest(self, command: str, section: str) -> tuple[str, Row]:
+        """Name and content of a command's newest result in which a section is not empty."""
+        for name, result in self.files[command].items():
             if result[section]:
                 return name, result
-        raise SystemExit(f"no result in bench/results has {section}: python -m bench.run")
+        raise SystemExit(f"no result in bench/results has {section}: python -m bench.{command}")
 
     def newest_proofs(self) -> tuple[str, Row] | None:
-        """The newest run that compiled all kernels; where there is none, the newest that compiled some."""
-        runs = sorted(self.proofs.items(), key=lambda run: (not run[1]["quick"], run[1]["header"]["date"]))
-        return runs[-1] if runs else None
+        """What `bench.proofs` found, by itself or as a part of a full run: the newest that compiled all kernels.
 
-    def comparison(self) -> tuple[str, Row]:
-        if not self.comparisons:
-            raise SystemExit(f"no result in {RESULTS} compares packages: python -m bench.comparison")
-        return self.comparisons[-1].stem, json.loads(self.comparisons[-1].read_text())
-
-
-def _newest_first(paths: Iterable[Path]) -> dict[str, Row]:
-    read = {path.stem: json.loads(path.read_text()) for path in paths}
-    return dict(sorted(read.items(), key=lambda item: item[1]["header"]["date"], reverse=True))
+        Where there is none, it is the newest that compiled some.
+        """
+        parts = {
+            name: result["proofs"] | {"header": result["header"]}
+            for name, result in self.files["run"].items()
+            if result.get("proofs")
+        }
+        runs = (self.files["proofs"] | parts).items()
+        return max(runs, key=lambda run: (not run[1]["quick"], run[1]["header"]["date"]), default=None)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -99,6 +89,10 @@ def embedded(name: str, text: str) -> str:
 
 def where(header: Row) -> str:
     """The machine, the software and the age of a run."""
-    cores = f"{header['cores']} cores of an {header['device']}" if header["kind"] == "cpu" else header["device"]
-    versions = f"PyTorch {header['versions']['torch']}"
-    return f"{cores}, {versions}, {header['date']}, commit {header['commit'][:7]}"
+    return heading(header, f"PyTorch {header['versions']['torch']}")
+
+
+def heading(header: Row, *more: str) -> str:
+    """The machine and the age of a run, and whatever `more` says of it."""
+    cores = f"{header['cores']} cores of an " if header["kind"] == "cpu" else ""
+    return ", ".join([f"{cores}{header['device']}", *more, header["date"], f"commit {header['commit'][:7]}"])

@@ -10,21 +10,23 @@ left out. To run it without an install, set PYTHONPATH=. before it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+from torch.multiprocessing.spawn import ProcessException
 from tqdm import tqdm
 
 from . import machine
 from .speed import memory
+from .speed.gate import NO_ROOM
 from .speed.providers import PROVIDERS, Provider
 from .speed.scaling import fits
 from .speed.workload import DEVICE, Case, cases
@@ -43,19 +45,15 @@ Result = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a loss is wrong or a measurement failed."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").splitlines()[0])
+    parser = machine.parser("bench.run", __doc__)
     parser.add_argument("--minutes", type=float, help="start nothing after so many minutes (9)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:.0f} minutes, fewer kernels")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where the files go")
     options = parser.parse_args(arguments)
     minutes = options.minutes if options.minutes is not None else QUICK_MINUTES if options.quick else 9.0
     result = run(minutes, options.quick, arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{machine.slug(result['header']['device'])}-{result['header']['date']}"
-    if options.quick:
-        name += "-quick"
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(summary(result), f"\n{options.out / name}.json", sep="\n")
+    stem = f"{machine.slug(result['header']['device'])}-{result['header']['date']}"
+    path = machine.write(options.out, stem + "-quick" * options.quick, result)
+    print(summary(result), f"\n{path}", sep="\n")
     return 1 if result["failed"] or any(gate["status"] == "red" for gate in result["gates"]) else 0
 
 
@@ -65,134 +63,96 @@ def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
     result |= {"gates": [], "rows": [], "memory": [], "training step": [], "traffic": [], "proofs": None}
     result |= {"left out": [], "failed": []}
     start = time.time()
-    steps: tuple[tuple[float, Callable[[Result, float], None]], ...] = (
-        (0.65, _speed), (0.82, _memory), (0.88, _training_step), (0.94, _traffic), (1.0, _proofs),
-    )  # fmt: skip
-    for share, step in steps:
-        try:
-            step(result, start + 60 * minutes * share)
-        except KeyboardInterrupt:
-            result["failed"].append(f"{step.__name__.strip('_')}: interrupted")
-            break
+    for share, step in ((0.65, _speed), (0.82, _memory), (0.88, _training_step), (0.94, _traffic), (1.0, _proofs)):
+        step(result, start + 60 * minutes * share)
     result["fits"] = fits(result["rows"])
     result["header"]["seconds"] = round(time.time() - start)
     return result
 
 
-def _python(*arguments: str, **keywords: Any) -> subprocess.Popen:
-    """Starts this interpreter with this checkout importable."""
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=machine.ROOT, env=machine.environment(), text=True, **keywords
-    )
-
-
 def _speed(result: Result, deadline: float) -> None:
     """Has pytest run the suite in its own process: a loss that crashes it takes only what comes after."""
-    command = ["-m", "pytest", "bench/speed", "--benchmark-only", "-p", "no:cacheprovider", "--deadline", str(deadline)]
-    with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
+    with tempfile.TemporaryDirectory() as folder:
         records = Path(folder, "records")
         records.touch()
-        process = _python(*command, "--records", str(records), stdout=log, stderr=subprocess.STDOUT)
+        command = ["-m", "pytest", "bench/speed", "--benchmark-only", "--benchmark-quiet", "-p", "no:cacheprovider"]
+        command += ["--deadline", str(deadline), "--records", str(records)]
         try:
-            with tqdm(total=len(cases(DEVICE)), desc="speed", unit="case") as bar:
-                while process.poll() is None and time.time() < deadline + GRACE:
-                    time.sleep(0.2)
-                    done = records.read_text().count('"table": "case"')
-                    if done > bar.n:
-                        bar.update(done - bar.n)
-            if process.poll() is None:
-                result["failed"].append(f"speed: ended {GRACE:.0f} s after its time")
-        finally:  # also keeps what was measured before an interrupt
-            process.kill()  # does nothing to a process that has ended
-            _collect(result, records.read_text())
-        if process.wait() not in (0, 1) or not records.read_text():
-            log.seek(0)
-            result["failed"].append(f"speed: exit status {process.returncode}: {log.read()[-500:]}")
-
-
-def _collect(result: Result, records: str) -> None:
-    """Sorts the suite's records, one a line, into the result's tables."""
-    tables = {"gate": "gates", "row": "rows"}
-    for line in records.splitlines():
-        record = json.loads(line)
-        table = record.pop("table")
-        if table == "failed":
-            result["failed"].append("speed: {provider}, {case}: {reason}".format(**record))
-        elif table == "left out":
-            result["left out"].append(f"speed: {record['case']}")
-        elif table in tables:
-            result[tables[table]].append(record)
-
-
-def _memory_cases() -> Iterator[tuple[Case, Provider]]:
-    """Every loss at the base shape, then at other numbers of tokens, then at the models' shapes."""
-    whole = [c for c in cases(DEVICE) if c.direction == "both" and c.ignored in (0.0, 0.75) and c.shape not in "VD"]
-    for case in sorted(whole, key=lambda case: {"base": 0, "N": 1}.get(case.shape, 2)):
-        for provider in PROVIDERS[case.kind]:
-            if not (case.shape == "N" and provider.compiled):
-                yield case, provider
+            status = machine.python(*command, timeout=deadline + GRACE - time.time()).returncode
+        except subprocess.TimeoutExpired:
+            result["failed"].append(f"speed: ended {GRACE:.0f} s after its time")
+        else:
+            if status not in (0, 1) or not records.stat().st_size:
+                result["failed"].append(f"speed: exit status {status}")
+        for line in records.read_text().splitlines():
+            table, entry = json.loads(line)
+            result[table].append(entry)
 
 
 def _memory(result: Result, deadline: float) -> None:
     judged = {(gate["kind"], gate["provider"], gate["dtype"]): gate["status"] for gate in result["gates"]}
-    for case, provider in tqdm(list(_memory_cases()), desc="memory", unit="process"):
+    for case, provider in tqdm(memory_cases(), desc="memory", unit="process"):
         status = judged.get((case.kind, provider.name, case.dtype), "not judged")
         if status in ("green", "not judged"):  # for the others, the gate has the reason
             fields = case._asdict() | {"provider": provider.name}
             until = deadline if status == "green" else 0.0
-            _peak(result, until, "memory", f"{provider.name}, {case}", fields, memory.of_loss, provider.name, case)
+            measure = partial(memory.of_loss, provider.name, case)
+            _peak(result, until, "memory", f"{provider.name}, {case}", fields, measure)
+
+
+def memory_cases() -> list[tuple[Case, Provider]]:
+    """Every loss at the base shape, then at other numbers of tokens, then at the models' shapes."""
+    whole = [c for c in cases(DEVICE) if c.direction == "both" and c.ignored in (0.0, 0.75) and c.shape not in "VD"]
+    whole.sort(key=lambda case: {"base": 0, "N": 1}.get(case.shape, 2))
+    return [(case, p) for case in whole for p in PROVIDERS[case.kind] if not (case.shape == "N" and p.compiled)]
 
 
 def _training_step(result: Result, deadline: float) -> None:
     pairs = [(way, share) for share in memory.SHARES for way in memory.WAYS]
     for way, share in tqdm(pairs, desc="training step", unit="process"):
         fields = memory.SIZES | {"way": way, "ignored": share}
-        label = f"{way}, {share:.0%} ignored"
-        _peak(result, deadline, "training step", label, fields, memory.of_training_step, way, share)
+        measure = partial(memory.of_training_step, way, share)
+        _peak(result, deadline, "training step", f"{way}, {share:.0%} ignored", fields, measure)
 
 
-def _peak(
-    result: Result, deadline: float, table: str, label: str, fields: Result, of: Callable[..., int], *arguments: Any
-) -> None:
+def _peak(result: Result, deadline: float, table: str, label: str, fields: Result, measure: Callable[[], int]) -> None:
     """Adds a figure of peak memory to a table, or says that it was left out or failed."""
     if time.time() >= deadline:
         result["left out"].append(f"{table}: {label}")
         return
     try:
-        result[table].append(fields | {"bytes": of(*arguments)})
-    except subprocess.CalledProcessError as e:
-        reason = _last_line(e.stderr)
+        result[table].append(fields | {"bytes": measure()})
+    except ProcessException as e:
+        reason = _last_line(str(e))
         if "OutOfMemoryError" in reason:
-            result["left out"].append(f"{table}: {label}: the device has too little memory")
+            result["left out"].append(f"{table}: {label}: {NO_ROOM}")
         else:
             result["failed"].append(f"{table}: {label}: {reason}")
 
 
 def _traffic(result: Result, deadline: float) -> None:
     quick = ["--quick"] if result["header"]["quick"] else []
-    result["traffic"] = _proof(result, deadline, "proofs.traffic", "--json", *quick) or []
+    result["traffic"] = _proof(result, deadline, "bench.proofs.traffic", "--json", *quick) or []
 
 
 def _proofs(result: Result, deadline: float) -> None:
     quick = ["--quick"] if deadline - time.time() < FULL_PROOFS_SECONDS else []
-    result["proofs"] = _proof(result, deadline, "proofs", "--summary", *quick)
+    result["proofs"] = _proof(result, deadline, "bench.proofs", "--summary", *quick)
 
 
 def _proof(result: Result, deadline: float, module: str, flag: str, *more: str) -> Any:
     """What `bench.proofs` or a module of it writes to the file that follows its flag."""
     name = module.rpartition(".")[2]
     if time.time() >= deadline:
-        result["left out"].append(" ".join([f"{name}: python -m bench.{module}", *more]))
+        result["left out"].append(" ".join([f"{name}: python -m {module}", *more]))
         return None
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=1, desc=name, unit="report") as bar:
+    print(f"{name}: python -m {module}", *more, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
-        command = ["-m", f"bench.{module}", flag, str(path), *more]
-        process = _python(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        output, errors = process.communicate()
-        bar.update()
-        if process.returncode:
-            faults = [line for line in output.splitlines() if line.startswith("FAULT")]
-            result["failed"].append(f"{name}: {'; '.join(faults) or _last_line(errors)}")
+        done = machine.python("-m", module, flag, str(path), *more, capture_output=True)
+        if done.returncode:
+            faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
+            result["failed"].append(f"{name}: {'; '.join(faults) or _last_line(done.stderr)}")
         return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -202,16 +162,15 @@ def _last_line(text: str) -> str:
 
 def summary(result: Result) -> str:
     """The text for the terminal: forward and backward at the base shape, losses that are wrong, failures and counts."""
-    rows = [row for row in result["rows"] if row["shape"] == "base" and row["direction"] == "both" and "ratio" in row]
     lines = [
         (row["kind"], row["dtype"], f"{row['ignored']:.0%}", row["provider"], row["ms"]["p50"], row["ratio"])
-        for row in rows
+        for row in result["rows"]
+        if row["shape"] == "base" and row["direction"] == "both" and "ratio" in row
     ]
     head = ("", "dtype", "ignored", "loss", "ms", "ratio to the first")
     red = [f"RED {g['provider']}, {g['dtype']}: {g['reason']}" for g in result["gates"] if g["status"] == "red"]
     counts = f"{len(result['rows'])} figures, {len(result['left out'])} left out, {len(result['failed'])} failed"
-    table = tabulate(lines, head, floatfmt=".2f")
-    return "\n".join([table, *red, *result["failed"], counts])
+    return "\n".join([tabulate(lines, head, floatfmt=".2f"), *red, *result["failed"], counts])
 
 
 if __name__ == "__main__":

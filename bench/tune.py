@@ -10,7 +10,6 @@ what was measured is kept, and the rest keeps the arithmetic program.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -41,10 +40,9 @@ MEMORY_SHARE = 0.7
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").splitlines()[0])
+    parser = machine.parser("bench.tune", __doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="stop measuring after so many minutes (8)")
     parser.add_argument("--table", type=Path, default=TABLE, help="the file that gets the device's entry")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="where all times go")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit(
@@ -59,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine.header(arguments, "bench.tune", minutes=options.minutes)
     found = tuned(todo, chip, Trials(device, cuda_timer), 60 * options.minutes, about, time.time)
     write(options.table, torch.cuda.get_device_name(device), found["table"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"tune-{machine.slug(about['device'])}-{about['date']}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path = machine.write(options.out, f"tune-{machine.slug(about['device'])}-{about['date']}", found)
     print(f"{summary(found)}\n{options.table}\n{path}")
     return 1 if found["failed"] else 0
 

@@ -10,17 +10,12 @@ pytest.importorskip("pytest_benchmark")
 
 from bench.machine import slug
 from bench.speed import scaling, side_by_side, workload
-from bench.speed.side_by_side import ROOF, Turn, in_turns, least_work, percentiles, roof_work, row, turn_of
+from bench.speed.side_by_side import ROOF, Turn, in_turns, least_work, roof_work, row, turn_of
 from bench.speed.workload import DIRECTIONS, MODELS, SHARES, Case, Limits, cases, tensors
 
 CPU = torch.device("cpu")
 LOGITS = Case("base", "logits", 8, 100, 0, 0.75, "bfloat16", "both")
 LINEAR = Case("base", "linear", 8, 100, 10, 0.75, "bfloat16", "both")
-
-
-def test_percentiles_interpolate():
-    assert percentiles([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx((1.8, 3.0, 4.2))
-    assert percentiles([7.0, 7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_least_work_by_hand():
@@ -41,6 +36,9 @@ def test_a_row_by_hand(case, unit):
     assert found["rate"] == pytest.approx(least_work(case) / 2 / unit)
     assert found["share_of_roof"] == pytest.approx(found["rate"] / (roof_work(case) / 0.5 / unit))
     assert found["rounds"] == 3
+    interpolated = row(case, ours, seconds | {ours.name: [4.0, 1.0, 2.0, 3.0, 5.0]})["ms"]
+    assert interpolated == pytest.approx({"p20": 1800, "p50": 3000, "p80": 4200})
+    assert set(row(case, ours, seconds | {ours.name: [7.0, 7.0]})["ms"].values()) == {7000}
     assert "ratio" not in row(case, ours, seconds | {baseline.name: "out of memory"})
 
 
@@ -100,11 +98,11 @@ def test_what_is_overwritten_is_restored_before_every_turn(direction):
 
 def test_the_most_tokens_that_fit():
     within = Limits(tokens=1000, logits=10_000, products=400_000, bytes=10**6)
-    assert within.tokens_for(V=100, D=0, itemsize=2) == 64  # 128 would be 12800 logits
-    assert within.tokens_for(V=100, D=100, itemsize=2) == 32  # 64 would be 640000 multiply-adds
-    assert within.tokens_for(V=1, D=0, itemsize=2) == 512
-    assert within._replace(bytes=16 * 3200).tokens_for(V=100, D=0, itemsize=2) == 32
-    assert within.tokens_for(V=20_000, D=0, itemsize=2) == 0
+    assert within.tokens_for(V=100, D=0) == 64  # 128 would be 12800 logits
+    assert within.tokens_for(V=100, D=100) == 32  # 64 would be 640000 multiply-adds
+    assert within.tokens_for(V=1, D=0) == 512
+    assert within._replace(bytes=16 * 3200).tokens_for(V=100, D=0) == 32
+    assert within.tokens_for(V=20_000, D=0) == 0
 
 
 def test_every_model_share_and_direction_has_its_case():
@@ -112,9 +110,9 @@ def test_every_model_share_and_direction_has_its_case():
     assert len(every) == len(set(every))
     linear = {(c.V, c.D, c.ignored, c.direction) for c in every if c.kind == "linear"}
     logits = {(c.V, c.ignored, c.direction) for c in every if c.kind == "logits"}
-    for model, share, direction in itertools.product(MODELS, SHARES, DIRECTIONS):
-        assert (model.V, model.D, share, direction) in linear
-        assert (model.V, share, direction) in logits
+    for (V, D), share, direction in itertools.product(MODELS.values(), SHARES, DIRECTIONS):
+        assert (V, D, share, direction) in linear
+        assert (V, share, direction) in logits
 
 
 def test_training_steps_are_measured_where_there_is_a_gpu(monkeypatch):
@@ -159,7 +157,8 @@ def test_fits_find_the_exponents_that_were_put_in():
     found = {fit["varied"]: fit for fit in scaling.fits(rows)}
     assert {varied: round(fit["exponent"], 9) for varied, fit in found.items()} == {"N": 1.0, "V": 1.5, "kept": 1.0}
     assert (found["N"]["from"], found["N"]["to"], found["N"]["points"]) == (512, 2048, 3)
-    assert scaling.exponent([2, 4, 8], [5, 5, 5]) == pytest.approx(0)
+    [constant] = scaling.fits([fake("logits", "N", N=N, ms=5) for N in (2, 4, 8)])
+    assert constant["exponent"] == pytest.approx(0)
 
 
 def test_names_of_files():

@@ -47,7 +47,7 @@ def test_pictures_show_the_newest_results():
     """If they do not: make readme-figures."""
     shown = figures.shown(reading.Results())
     assert {path.stem for path in figures.PICTURES.iterdir()} == set(shown)
-    for name, data in shown.items():
+    for name, (data, _) in shown.items():
         assert Image.open(figures.PICTURES / f"{name}.png").text["Data"] == plots.digest(data), name
 
 
@@ -64,23 +64,27 @@ def test_committed_results_are_of_a_known_commit(path):
     result = json.loads(path.read_text())
     assert result["header"]["commit"]
     assert result["header"]["dirty"] is False
-    if path.stem.startswith(reading.DISTRIBUTED):
+    if path.stem.startswith("distributed-"):
         assert len(result["rows"]) == 6 * len(result["ranks"])
 
 
 def test_looks_are_no_source(tmp_path):
-    others = [f"{name}machine-2026-03-01" for name in reading.NO_RUNS]
+    others = [f"{name}-machine-2026-03-01" for name in reading.COMMANDS]
     for name in (*others, "machine-2026-01-01-quick", "machine-2025-01-01", "machine-2025-06-01"):
         date = name.removesuffix("-quick")[-10:]
         found = {"header": {"date": date}, "rows": [1], "fits": [], "quick": False}
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     results = reading.Results(tmp_path)
-    assert results.newest("rows")[0] == "machine-2025-06-01"
-    assert [path.stem for path in results.distributed] == ["distributed-machine-2026-03-01"]
-    assert results.comparison()[0] == "comparison-machine-2026-03-01"
-    assert list(results.proofs) == ["proofs-machine-2026-03-01"]
-    with pytest.raises(SystemExit, match="no result in bench/results has fits"):
-        results.newest("fits")
+    assert list(results.files["run"]) == ["machine-2025-06-01", "machine-2025-01-01"]
+    for command in reading.COMMANDS:
+        assert list(results.files[command]) == [f"{command}-machine-2026-03-01"]
+    assert results.newest("run", "rows")[0] == "machine-2025-06-01"
+    assert results.newest("comparison", "rows")[0] == "comparison-machine-2026-03-01"
+    proofs = results.newest_proofs()
+    assert proofs
+    assert proofs[0] == "proofs-machine-2026-03-01"
+    with pytest.raises(SystemExit, match="no result in bench/results has fits: python -m bench.run"):
+        results.newest("run", "fits")
 
 
 HEADER = {"device": "Chip", "kind": "cuda", "cores": 2, "date": "2026-01-01", "commit": "0123456789"}
@@ -136,23 +140,25 @@ def measured(*more, shapes=(("base", 8, 8, 0.0), ("base", 8, 8, 0.5), ("N", 16, 
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
-    assert plots.draw(run(), tmp_path) == []
+    assert plots.pictures(run()) == {}
     rows = measured(ms={"p50": 1.0}, rate=1.0, roof=2.0)
-    drawn = plots.draw(run(rows=rows, memory=measured(bytes=2**20)), tmp_path)
-    assert [path.name for path in drawn] == ["ignored.png", "tokens.png", "bandwidth.png"]
     assert plots.pictures(run(memory=measured(bytes=2**20))).keys() == {"ignored", "tokens"}
     steps = [
         {"way": way, "ignored": share, "bytes": 2**30, "V": 8, "T": 8, "D": 8, "layers": 1}
         for way in ("plain", "patched")
         for share in (0.0, 0.75)
     ]
-    plots.draw_training_step(run(**{"training step": steps}), tmp_path / "step.png")
+    every = plots.pictures(run(rows=rows, memory=measured(bytes=2**20), **{"training step": steps}))
+    assert list(every) == ["ignored", "tokens", "bandwidth", "training-step"]
+    for name, data in every.items():
+        plots.draw(name, data, "here", tmp_path)
     kernels = ("fused_ignore_ce forward", "other forward")
     predictions = [row(chip, V, kernel) for chip in ("A", "B") for V in picture.VOCABULARIES for kernel in kernels]
     picture.draw({picture.PREDICTIONS: predictions}, "here", tmp_path / "roof.png")
-    for path in tmp_path.glob("*.png"):
+    assert {path.stem for path in tmp_path.iterdir()} == {*every, "roof"}
+    for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert Image.open(tmp_path / "step.png").text["Data"] == plots.digest(steps)
+    assert Image.open(tmp_path / "training-step.png").text["Data"] == plots.digest(steps)
 
 
 def test_a_picture_of_other_numbers_has_another_digest():

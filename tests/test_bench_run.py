@@ -6,13 +6,16 @@ in place of the real ones.
 
 import json
 import statistics
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("tqdm")
@@ -115,11 +118,11 @@ def test_what_has_too_little_memory_is_left_out_and_no_failure(result):
 
 def test_peak_memory_of_what_has_too_little_is_left_out():
     def peak(error):
-        raise run.subprocess.CalledProcessError(1, "python", stderr=f"Traceback\n{error}: of the device\n")
+        raise ProcessRaisedException(f"Traceback\n{error}: of the device\n", 0, 1)
 
     found = empty()
-    run._peak(found, time.time() + 9, "memory", "a loss", {}, peak, "torch.OutOfMemoryError")
-    run._peak(found, time.time() + 9, "memory", "a loss", {}, peak, "ValueError")
+    for error in ("torch.OutOfMemoryError", "ValueError"):
+        run._peak(found, time.time() + 9, "memory", "a loss", {}, partial(peak, error))
     assert found["left out"] == ["memory: a loss: the device has too little memory"]
     assert found["failed"] == ["memory: a loss: ValueError: of the device"]
 
@@ -174,7 +177,7 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
 
 
 def test_a_crash_is_a_failure(monkeypatch):
-    monkeypatch.setattr(run, "_python", lambda *_, **k: run.subprocess.Popen([sys.executable, "-c", "exit(3)"], **k))
+    monkeypatch.setattr(machine, "python", lambda *_, **k: subprocess.run([sys.executable, "-c", "exit(3)"], **k))
     found = empty()
     run._speed(found, time.time() + 10)
     assert found["failed"][0].startswith("speed: exit status 3")
@@ -184,7 +187,7 @@ def test_a_crash_is_a_failure(monkeypatch):
 def test_every_loss_is_right_here_or_says_why_not(provider):
     if provider.compiled:
         pytest.skip("compiles for half a minute; the bench's own gate sees it")
-    verdict = judge(provider, torch.device("cpu"), torch.float32)
+    verdict = judge(provider, torch.device("cpu"), "float32")
     assert verdict.status in ("green", "slow", "skipped")
     if verdict.status == "skipped":
         assert verdict.reason
@@ -207,7 +210,7 @@ def test_the_gate_sees_a_wrong_gradient_of_a_right_loss():
                 x = x.detach().requires_grad_()
                 return torch.autograd.grad(torch.nn.functional.cross_entropy(x, y), x)[0], None
 
-    verdict = judge(Provider("wrong", "logits", lambda: Wrong.apply), torch.device("cpu"), torch.float32)
+    verdict = judge(Provider("wrong", "logits", lambda: Wrong.apply), torch.device("cpu"), "float32")
     assert verdict.status == "red"
     assert verdict.reason.startswith("gradient of logits is off by")
 
@@ -224,9 +227,9 @@ def test_a_loss_that_takes_too_long_is_slow_and_the_baseline_never_is(monkeypatc
             return SimpleNamespace(median=next(seconds))
 
     monkeypatch.setattr(gate, "Timer", Timer)
-    slow = judge(LOGITS[-1], torch.device("cpu"), torch.float32)
+    slow = judge(LOGITS[-1], torch.device("cpu"), "float32")
     assert (slow.status, slow.probe, slow.reason) == ("slow", 9.0, "9 times the plain path's time at 256x8192")
-    assert judge(LOGITS[0], torch.device("cpu"), torch.float32).status == "green"  # though no seconds are left
+    assert judge(LOGITS[0], torch.device("cpu"), "float32").status == "green"  # though no seconds are left
 
 
 def test_results_are_no_change_of_the_tree():

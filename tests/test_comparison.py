@@ -13,7 +13,7 @@ from bench.speed.providers import version
 
 from .conftest import DEVICE
 
-_, RESULT = reading.Results().comparison()
+_, RESULT = reading.Results().newest("comparison", "cells")
 CHECKED = [(row, kind) for row in rows.ALL for kind in row.kinds if row.check]
 
 
@@ -66,7 +66,7 @@ def wrong(*operands, **options):
 
 
 WRONG = peers.Peer(
-    "wrong", "wrong", wrong, lambda *operands: torch.zeros(operands[-1].shape), lambda *operands: wrong(*operands)[None]
+    "wrong", wrong, lambda *operands: torch.zeros(operands[-1].shape), lambda *operands: wrong(*operands)[None]
 )
 
 
@@ -93,7 +93,7 @@ def test_a_check_sees_what_is_wrong(row, kind, monkeypatch):
         def patch(model, **options):
             return damaged(model, monkeypatch)
 
-        arguments = (models.Patcher("wrong", "wrong", patch, lambda model: model),)
+        arguments = (models.Patcher("wrong", patch, lambda model: model),)
     found = running.answer(row, arguments)
     assert (found["answer"], found["basis"]) == ("no", "checked")
     assert found["why"]

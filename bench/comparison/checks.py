@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.machine import ROOT, environment
+from bench import machine
 
 from .peers import PEERS, NotOfferedError, Peer
 
@@ -55,16 +53,21 @@ def close(name: str, found: Tensor | None, wanted: Tensor, tolerance: float = 1e
     assert error <= tolerance * largest, f"{name} is wrong by {error / largest:.0%} of its largest value"
 
 
-def is_right(peer: Peer, kind: str, truth: Truth, **options: Any) -> None:
+def is_right(peer: Peer, kind: str, truth: Truth = F.cross_entropy, **options: Any) -> None:
+    agrees(peer.call, *operands(kind), truth, **options)
+
+
+def agrees(
+    call: Callable[..., Tensor], inputs: Sequence[Tensor], target: Tensor, truth: Truth = F.cross_entropy,
+    **options: Any,
+) -> None:  # fmt: skip
     """Compares loss and gradients with the truth."""
-    inputs, target = operands(kind)
     wanted = expected(inputs, target, truth)
-    loss = peer.call(*inputs, target, **options)
-    loss.backward()
-    compare(loss, inputs, wanted)
+    compare(call(*inputs, target, **options), inputs, wanted)
 
 
 def compare(loss: Tensor, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    loss.backward()
     names = ("the loss", "the gradient", "the gradient of the head")
     for name, found, value in zip(names, [loss, *(tensor.grad for tensor in inputs)], wanted, strict=False):
         close(name, found, value)
@@ -81,9 +84,7 @@ def ignored_nan(peer: Peer, kind: str) -> None:
     wanted = expected(inputs, target, F.cross_entropy)
     with torch.no_grad():
         inputs[0][IGNORED] = float("nan")
-    loss = peer.call(*inputs, target)
-    loss.backward()
-    compare(loss, inputs, wanted)
+    compare(peer.call(*inputs, target), inputs, wanted)
 
 
 def skipped(peer: Peer, kind: str) -> None:
@@ -151,11 +152,7 @@ def z_loss(peer: Peer, kind: str) -> None:
 def probabilities(peer: Peer, kind: str) -> None:
     inputs, _ = operands(kind)
     target = torch.softmax(torch.randn(N, V, generator=torch.Generator().manual_seed(1)), -1)
-    wanted = expected(inputs, target, lambda x, y: F.cross_entropy(x, y.double()))
-    loss = peer.call(*inputs, target)
-    loss.backward()
-    close("the loss", loss, wanted[0])
-    close("the gradient", inputs[0].grad, wanted[1])
+    agrees(peer.call, inputs, target, lambda x, y: F.cross_entropy(x, y.double()))
 
 
 def _kept(values: Tensor, target: Tensor) -> Tensor:
@@ -196,13 +193,7 @@ def masked_vocabulary(peer: Peer, kind: str) -> None:
     """Masks a part of the vocabulary that is longer than a kernel's block."""
     x = torch.randn(3, 40000, generator=torch.Generator().manual_seed(0))
     x[0, :36000] = -float("inf")
-    target = torch.tensor([39999, 5, -100])
-    inputs = [x.requires_grad_()]
-    wanted = expected(inputs, target, F.cross_entropy)
-    loss = peer.call(x, target)
-    loss.backward()
-    close("the loss", loss, wanted[0])
-    close("the gradient", x.grad, wanted[1])
+    agrees(peer.call, [x.requires_grad_()], torch.tensor([39999, 5, -100]))
 
 
 def all_ignored(peer: Peer, kind: str) -> None:
@@ -239,25 +230,15 @@ def out_of_range(peer: Peer, kind: str) -> None:
 
 
 def transposed(peer: Peer, kind: str) -> None:
-    inputs, target = operands(kind)
-    wanted = expected(inputs, target, F.cross_entropy)
-    columns = inputs[0].detach().t().contiguous().requires_grad_()
-    loss = peer.call(columns.t(), target)
-    loss.backward()
-    close("the loss", loss, wanted[0])
-    assert columns.grad is not None
-    close("the gradient", columns.grad.t(), wanted[1])
+    [x], target = operands(kind)
+    columns = x.detach().t().contiguous().requires_grad_()
+    agrees(lambda x, y: peer.call(x.t(), y), [columns], target, lambda x, y: F.cross_entropy(x.t(), y))
 
 
 def compiled(peer: Peer, kind: str) -> None:
     """Traces the loss as one graph, without a break, and compiles it no further."""
     torch.compiler.reset()
-    inputs, target = operands(kind)
-    wanted = expected(inputs, target, F.cross_entropy)
-    loss = torch.compile(peer.call, backend="aot_eager", fullgraph=True)(*inputs, target)
-    loss.backward()
-    close("the loss", loss, wanted[0])
-    close("the gradient", inputs[0].grad, wanted[1])
+    agrees(torch.compile(peer.call, backend="aot_eager", fullgraph=True), *operands(kind))
 
 
 def bias(peer: Peer, kind: str) -> None:
@@ -282,16 +263,14 @@ def on_cpu(peer: Peer, kind: str) -> None:
         why = without_interpreter(peer.package)[kind]
         assert why is None, why
     else:
-        is_right(peer, kind, F.cross_entropy)
+        is_right(peer, kind)
 
 
 @functools.cache
 def without_interpreter(package: str) -> dict[str, str | None]:
     """Why a package's losses do not run on a CPU, in a process of its own without Triton's interpreter."""
     code = f"from bench.comparison import checks; checks.report({package!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
-    )
+    done = machine.python("-c", code, capture_output=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -301,7 +280,7 @@ def report(package: str) -> None:
         for peer in peers():
             if peer.package == package:
                 try:
-                    is_right(peer, kind, F.cross_entropy)
+                    is_right(peer, kind)
                     found[kind] = None
                 except Exception as e:
                     found[kind] = str(e)

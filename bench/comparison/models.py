@@ -23,7 +23,6 @@ class Patcher:
     """`patch(model, **options)` gives a transformers model a fused loss."""
 
     package: str
-    label: str
     patch: Callable[..., Any]
     unpatch: Callable[[Any], Any] | None = None
 
@@ -47,9 +46,9 @@ def _liger(model: Any, **options: Any) -> Any:
 def patchers() -> Iterator[Patcher]:
     from fused_ignore_ce.hf import patch_model, unpatch_model
 
-    yield Patcher("fused_ignore_ce", "patch_model", patch_model, unpatch_model)
+    yield Patcher("fused_ignore_ce", patch_model, unpatch_model)
     if version("liger-kernel"):
-        yield Patcher("Liger", "apply_liger_kernel_to_...", _liger)
+        yield Patcher("Liger", _liger)
 
 
 def llama() -> Any:

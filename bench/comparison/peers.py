@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.speed.providers import TRL_CHUNK, version
+from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
 
 #: Names of packages as the tables have them, and of the distributions that contain them.
 PACKAGES = {
@@ -38,7 +39,6 @@ class Peer:
     """A loss. `call(x, y, **options)` or `call(h, w, y, **options)`; what it does not offer raises an error."""
 
     package: str
-    label: str
     call: Callable[..., Tensor]
     #: Whether each token's prediction is correct, and each token's entropy, from the pass that computes the loss.
     accuracy: Callable[..., Tensor] | None = None
@@ -48,20 +48,14 @@ class Peer:
 
 
 def _ours_logits_stats(name: str) -> Callable[..., Tensor]:
-    from fused_ignore_ce import fused_cross_entropy
-
     return lambda x, y: getattr(fused_cross_entropy(x, y, return_stats="differentiable")[1], name)
 
 
 def _ours_linear_accuracy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    from fused_ignore_ce import fused_linear_cross_entropy
-
     return fused_linear_cross_entropy(h, w, y, return_stats=True)[1].correct
 
 
 def _ours_linear_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    from fused_ignore_ce import fused_linear_log_probs
-
     return fused_linear_log_probs(h, w, y, return_entropy=True)[1]
 
 
@@ -142,42 +136,26 @@ def _trl() -> Callable[..., Any]:
 
 def logits() -> Iterator[Peer]:
     """The losses of logits that are installed."""
-    from fused_ignore_ce import fused_cross_entropy
-
-    yield Peer(
-        "fused_ignore_ce", "fused_cross_entropy", fused_cross_entropy,
-        _ours_logits_stats("correct"), _ours_logits_stats("entropy"),
-    )  # fmt: skip
-    yield Peer("PyTorch", "F.cross_entropy", F.cross_entropy)
+    yield Peer("fused_ignore_ce", fused_cross_entropy, _ours_logits_stats("correct"), _ours_logits_stats("entropy"))
+    yield Peer("PyTorch", F.cross_entropy)
     if version("liger-kernel"):
         name = "liger_cross_entropy"
-        yield Peer("Liger", name, _liger(name), _liger_accuracy(name), triton=True)
+        yield Peer("Liger", _liger(name), _liger_accuracy(name), triton=True)
 
 
 def linear() -> Iterator[Peer]:
     """The losses from hidden states that are installed."""
-    from fused_ignore_ce import fused_linear_cross_entropy
-
-    yield Peer(
-        "fused_ignore_ce", "fused_linear_cross_entropy", fused_linear_cross_entropy,
-        _ours_linear_accuracy, _ours_linear_entropy,
-    )  # fmt: skip
+    yield Peer("fused_ignore_ce", fused_linear_cross_entropy, _ours_linear_accuracy, _ours_linear_entropy)
     if hasattr(F, "linear_cross_entropy"):  # from PyTorch 2.13 on
-        yield Peer("PyTorch", "F.linear_cross_entropy(options=...)", _torch_linear)
+        yield Peer("PyTorch", _torch_linear)
     if version("liger-kernel"):
         name = "liger_fused_linear_cross_entropy"
         call = _liger(name, linear_bias="bias", weight="ce_weight")
-        yield Peer("Liger", name, call, _liger_accuracy(name), triton=True)
+        yield Peer("Liger", call, _liger_accuracy(name), triton=True)
     if version("trl"):
         call = _trl()
         accuracy, entropy = (functools.partial(call, outputs=(name,)) for name in ("is_top1", "entropy"))
-        yield Peer("TRL", "ChunkedLogProbFunction", call, accuracy, entropy)
+        yield Peer("TRL", call, accuracy, entropy)
 
 
 PEERS: dict[str, Callable[[], Iterator[Peer]]] = {"logits": logits, "linear": linear}
-
-#: Losses that need a GPU. Their cells come from their documentation and source.
-DOCUMENTED = {
-    "logits": {"QuACK": "cross_entropy"},
-    "linear": {"CCE": "linear_cross_entropy", "QuACK": "chunked_linear_cross_entropy"},
-}

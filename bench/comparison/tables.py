@@ -69,7 +69,7 @@ def versions(result: Result) -> str:
     )
 
 
-def short(name: str, result: Result) -> str:
+def short(result: Result) -> str:
     """The README's rows."""
     rows = [(row, row.short) for row in ALL if row.short]
     torch = "PyTorch is `F.cross_entropy` in the row about logits, else `F.linear_cross_entropy` with `options`."

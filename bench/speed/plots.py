@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from .memory import WAYS
 from .providers import PROVIDERS
 from .scaling import sweep
@@ -39,11 +41,29 @@ class Panel(NamedTuple):
     logarithmic: bool = False
 
 
-def pictures(result: Row) -> dict[str, list[list[Panel]]]:
-    """Rows of panels by the picture's name. What the run did not measure is left out."""
-    found = {"ignored": _ignored(result), "tokens": _tokens(result), "bandwidth": _bandwidth(result)}
+def pictures(result: Row) -> dict[str, Any]:
+    """What each picture of a run shows, by its name: rows of panels, or the figures of training steps.
+
+    What the run did not measure is left out.
+    """
+    found = {
+        "ignored": _time_and_memory(result, "kept", "percent", PERCENT),
+        "tokens": _time_and_memory(result, "N", "N", "tokens", logarithmic=True),
+        "bandwidth": _bandwidth(result),
+    }
     kept = {name: [[panel for panel in row if panel.lines] for row in rows] for name, rows in found.items()}
-    return {name: [row for row in rows if row] for name, rows in kept.items() if any(rows)}
+    shown: dict[str, Any] = {name: [row for row in rows if row] for name, rows in kept.items()}
+    return {name: data for name, data in (shown | {"training-step": result["training step"]}).items() if data}
+
+
+def draw(name: str, data: Any, about: str, folder: Path) -> None:
+    """Saves what `pictures` has by a name."""
+    figure = _training_step(data, about) if name == "training-step" else _figure(data, about)
+    save(figure, folder / f"{name}.png", data)
+
+
+def save(figure: Figure, path: Path, data: Any) -> None:
+    figure.savefig(path, dpi=110, facecolor="white", metadata={"Data": digest(data), "Software": None})
 
 
 def digest(data: Any) -> str:
@@ -51,32 +71,35 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
-def save(figure: Any, path: Path, data: Any) -> None:
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Data": digest(data), "Software": None})
+def _time_and_memory(result: Row, varied: str, x: str, xlabel: str, logarithmic: bool = False) -> list[list[Panel]]:
+    """A column for each kind of loss, times above peak memory. Titles have the sizes that are not varied."""
+    upper, lower = [], []
+    for kind, title in TITLES.items():
+        times, peaks = (sweep(result[table], kind, varied) for table in ("rows", "memory"))
+        first = (times or peaks or [{}])[0]
+        sizes = ", ".join(f"{name}={first[name]}" for name in "NVD" if name != varied and first.get(name))
+        milliseconds = _lines(times, kind, x, lambda row: row["ms"]["p50"])
+        mebibytes = _lines(peaks, kind, x, lambda row: row["bytes"] / 2**20)
+        upper.append(Panel(f"{title}: {sizes}", xlabel, "milliseconds", milliseconds, logarithmic))
+        lower.append(Panel("", xlabel, PEAK, mebibytes, logarithmic))
+    return [upper, lower]
 
 
-def draw(result: Row, folder: Path) -> list[Path]:
-    """Saves the pictures for which a run has figures; returns their paths."""
-    paths = []
-    for name, rows in pictures(result).items():
-        paths.append(folder / f"{name}.png")
-        save(_figure(rows, heading(result)), paths[-1], rows)
-    return paths
+def _bandwidth(result: Row) -> list[list[Panel]]:
+    rows = sweep(result["rows"], "logits", "V")
+    lines = _lines(rows, "logits", "V", lambda row: row["rate"])
+    if lines:
+        lines[ROOF] = list({row["V"]: row["roof"] for row in rows if "roof" in row}.items())
+    return [[Panel(TITLES["logits"], "vocabulary", RATE, lines)]]
 
 
-def draw_training_step(result: Row, file: Path) -> None:
-    save(_training_step(result["training step"], heading(result)), file, result["training step"])
+def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> Lines:
+    """The points of every loss that has at least two."""
+    lines = {p.name: [(r[x], y(r)) for r in rows if r["provider"] == p.name] for p in PROVIDERS[kind]}
+    return {name: points for name, points in lines.items() if len(points) > 1}
 
 
-def heading(result: Row) -> str:
-    header = result["header"]
-    cores = f"{header['cores']} cores of an " if header["kind"] == "cpu" else ""
-    return f"{cores}{header['device']}, {header['date']}, commit {header['commit'][:7]}"
-
-
-def _figure(rows: list[list[Panel]], about: str) -> Any:
-    from matplotlib.figure import Figure
-
+def _figure(rows: list[list[Panel]], about: str) -> Figure:
     columns = max(map(len, rows))
     figure = Figure(figsize=(max(5.2 * columns, 6.5), 3.1 * len(rows) + 1.3), layout="constrained")
     better = "Higher" if rows[0][0].ylabel == RATE else "Lower"
@@ -118,53 +141,7 @@ def _panel(axes: Any, panel: Panel) -> None:
     axes.grid(alpha=0.3)
 
 
-def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> Lines:
-    """The points of every loss that has at least two."""
-    lines = {p.name: [(r[x], y(r)) for r in rows if r["provider"] == p.name] for p in PROVIDERS[kind]}
-    return {name: points for name, points in lines.items() if len(points) > 1}
-
-
-def _sizes(rows: list[Row], *names: str) -> str:
-    """The sizes that all rows share."""
-    return ", ".join(f"{name}={rows[0][name]}" for name in names if rows and rows[0][name])
-
-
-def _ignored(result: Row) -> list[list[Panel]]:
-    percent: list[list[Panel]] = [[], []]
-    for kind, title in TITLES.items():
-        times = [r | {"percent": 100 * r["ignored"]} for r in sweep(result["rows"], kind, "kept")]
-        peaks = [r | {"percent": 100 * r["ignored"]} for r in sweep(result["memory"], kind, "kept")]
-        name = f"{title}: {_sizes(times or peaks, 'N', 'V', 'D')}"
-        percent[0].append(
-            Panel(name, PERCENT, "milliseconds", _lines(times, kind, "percent", lambda r: r["ms"]["p50"]))
-        )
-        held = _lines(peaks, kind, "percent", lambda r: r["bytes"] / 2**20)
-        percent[1].append(Panel("", PERCENT, PEAK, held))
-    return percent
-
-
-def _tokens(result: Row) -> list[list[Panel]]:
-    times, held = [], []
-    for kind, title in TITLES.items():
-        rows = sweep(result["rows"], kind, "N")
-        lines = _lines(rows, kind, "N", lambda r: r["ms"]["p50"])
-        times.append(Panel(f"{title}: {_sizes(rows, 'V', 'D')}", "tokens", "milliseconds", lines, True))
-        lines = _lines(sweep(result["memory"], kind, "N"), kind, "N", lambda r: r["bytes"] / 2**20)
-        held.append(Panel("", "tokens", PEAK, lines, True))
-    return [times, held]
-
-
-def _bandwidth(result: Row) -> list[list[Panel]]:
-    rows = sweep(result["rows"], "logits", "V")
-    lines = _lines(rows, "logits", "V", lambda r: r["rate"])
-    roof = {r["V"]: r["roof"] for r in rows if "roof" in r}
-    lines |= {ROOF: list(roof.items())} if lines else {}
-    return [[Panel(TITLES["logits"], "vocabulary", RATE, lines)]]
-
-
-def _training_step(rows: Sequence[Row], about: str) -> Any:
-    from matplotlib.figure import Figure
-
+def _training_step(rows: Sequence[Row], about: str) -> Figure:
     first = rows[0]
     figure = Figure(figsize=(6.5, 3.9), layout="constrained")
     figure.suptitle(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
 
 #: loss(logits, target) or loss(hidden, weight, target): the mean over the rows whose target is not -100.
 Loss = Callable[..., Any]
@@ -18,24 +20,24 @@ Loss = Callable[..., Any]
 #: Classes of one tile of logits in TRL, whose trainers leave the choice at this.
 TRL_CHUNK = 32768
 
-HALF = (torch.bfloat16, torch.float16)
+HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A loss and what it needs. `build` imports it, so that only what is measured is imported."""
+    """A loss and what it needs. `build` imports a peer, so that only what is measured is imported."""
 
     name: str
     kind: str  # "logits" or "linear"
     build: Callable[[], Loss]
     package: str | None = None  # the distribution that contains it
     capability: tuple[int, int] | None = None  # the least that a CUDA device must have; None where any device will do
-    dtypes: tuple[torch.dtype, ...] | None = None  # None for all
+    dtypes: tuple[str, ...] | None = None  # None for all
     attribute: str | None = None  # a name that torch.nn.functional must have
     compiled: bool = False  # built for one shape, at its first call
     overwrites: bool = False  # writes its gradient over the logits that it is given
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def missing(self, device: torch.device, dtype: str) -> str | None:
         """The reason why it cannot run on a device in a dtype; None if none is known."""
         if self.attribute is not None and not hasattr(F, self.attribute):
             return f"torch {torch.__version__} has no F.{self.attribute}"
@@ -46,7 +48,7 @@ class Provider:
         if self.capability is not None and torch.cuda.get_device_capability(device) < self.capability:
             return f"needs a CUDA device of compute capability {'.'.join(map(str, self.capability))}"
         if self.dtypes is not None and dtype not in self.dtypes:
-            return f"not for {str(dtype).removeprefix('torch.')}"
+            return f"not for {dtype}"
         return None
 
 
@@ -75,6 +77,10 @@ def _plain(x, y):
     return F.cross_entropy(x.float(), y)
 
 
+def _linear(h, w, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+
 def _plain_linear(h, w, y):
     return F.cross_entropy(F.linear(h, w).float(), y)
 
@@ -84,8 +90,7 @@ def _imported(module: str, name: str) -> Callable[[], Loss]:
 
 
 def _torch_linear() -> Loss:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def _liger(function: str, *more: None) -> Callable[[], Loss]:
@@ -105,14 +110,6 @@ def _trl() -> Loss:
         return -apply(h[kept], w, None, y[kept], 1.0, TRL_CHUNK, None, 1.0, ())[0].mean()
 
     return loss
-
-
-def _ours(function: str, **options: bool) -> Callable[[], Loss]:
-    def build() -> Loss:
-        loss = getattr(importlib.import_module("fused_ignore_ce"), function)
-        return functools.partial(loss, **options)
-
-    return build
 
 
 def _flash_attn() -> Loss:
@@ -139,20 +136,18 @@ LOGITS = (
     Provider("flash-attn", "logits", _flash_attn, package="flash-attn", capability=(8, 0)),
     Provider(
         "fused_cross_entropy(x, y, grad_in_forward=True, inplace_backward=True)", "logits",
-        _ours("fused_cross_entropy", grad_in_forward=True, inplace_backward=True), overwrites=True,
+        lambda: partial(fused_cross_entropy, grad_in_forward=True, inplace_backward=True), overwrites=True,
     ),
     Provider(
-        "fused_cross_entropy(x, y, grad_in_forward=True)", "logits", _ours("fused_cross_entropy", grad_in_forward=True)
+        "fused_cross_entropy(x, y, grad_in_forward=True)", "logits",
+        lambda: partial(fused_cross_entropy, grad_in_forward=True),
     ),
-    Provider("fused_cross_entropy(x, y)", "logits", _ours("fused_cross_entropy")),
+    Provider("fused_cross_entropy(x, y)", "logits", lambda: fused_cross_entropy),
 )  # fmt: skip
 
 LINEAR = (
     Provider("F.cross_entropy(F.linear(h, w).float(), y)", "linear", lambda: _plain_linear),
-    Provider(
-        "F.cross_entropy(F.linear(h, w), y)", "linear",
-        lambda: lambda h, w, y: F.cross_entropy(F.linear(h, w), y), dtypes=HALF,
-    ),
+    Provider("F.cross_entropy(F.linear(h, w), y)", "linear", lambda: _linear, dtypes=HALF),
     Provider("torch.compile of the first", "linear", lambda: _compiled(_plain_linear), compiled=True),
     Provider(
         "F.linear_cross_entropy(h, w, y, options=...)", "linear", _torch_linear, attribute="linear_cross_entropy"
@@ -170,7 +165,7 @@ LINEAR = (
         "QuACK", "linear", _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
         package="quack-kernels", capability=(9, 0), dtypes=HALF,
     ),
-    Provider("fused_linear_cross_entropy(h, w, y)", "linear", _ours("fused_linear_cross_entropy")),
+    Provider("fused_linear_cross_entropy(h, w, y)", "linear", lambda: fused_linear_cross_entropy),
 )  # fmt: skip
 
 PROVIDERS = {"logits": LOGITS, "linear": LINEAR}

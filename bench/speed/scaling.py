@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 from .providers import PROVIDERS
@@ -15,15 +15,6 @@ Row = dict[str, Any]
 VARIED = ("N", "V", "D", "kept")
 
 
-def exponent(sizes: Iterable[float], times: Iterable[float]) -> float:
-    """The k of times = c * sizes**k, by least squares of the logarithms.
-
-    >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
-    2.0
-    """
-    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(t) for t in times]).slope
-
-
 def sweep(rows: list[Row], kind: str, varied: str) -> list[Row]:
     """Rows of forward and backward at the base shape and at shapes that differ from it in one size.
 
@@ -31,23 +22,29 @@ def sweep(rows: list[Row], kind: str, varied: str) -> list[Row]:
     """
     whole = [r for r in rows if (r["kind"], r["direction"], r["dtype"]) == (kind, "both", "bfloat16")]
     if varied == "kept":
-        return [r | {"kept": r["N"] - round(r["N"] * r["ignored"])} for r in whole if r["shape"] == "base"]
+        return [
+            r | {"kept": r["N"] - round(r["N"] * r["ignored"]), "percent": 100 * r["ignored"]}
+            for r in whole
+            if r["shape"] == "base"
+        ]
     return [r for r in whole if r["shape"] in (varied, "base") and r["ignored"] == 0]
 
 
 def fits(rows: list[Row]) -> list[Row]:
-    """The exponent of the median time by kind, loss and varied size, where at least three sizes were measured."""
+    """The k of time = c * size**k by kind, loss and varied size, where at least three sizes were measured.
+
+    Times are medians, and k comes from least squares of the logarithms.
+    """
     found = []
-    for kind, providers in PROVIDERS.items():
-        for varied in VARIED:
-            points = sweep(rows, kind, varied)
-            for provider in providers:
-                own = sorted((r[varied], r["ms"]["p50"]) for r in points if r["provider"] == provider.name)
-                if len(own) < 3:
-                    continue
+    for kind, varied in itertools.product(PROVIDERS, VARIED):
+        points = sweep(rows, kind, varied)
+        for provider in PROVIDERS[kind]:
+            own = sorted((r[varied], r["ms"]["p50"]) for r in points if r["provider"] == provider.name)
+            if len(own) >= 3:
                 sizes, times = zip(*own, strict=True)
+                slope = statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, times)]).slope
                 found.append(
-                    {"kind": kind, "provider": provider.name, "varied": varied, "exponent": exponent(sizes, times)}
+                    {"kind": kind, "provider": provider.name, "varied": varied, "exponent": slope}
                     | {"from": sizes[0], "to": sizes[-1], "points": len(own)}
                 )
     return found

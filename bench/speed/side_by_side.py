@@ -6,12 +6,12 @@ pytest-benchmark times every turn. This module adds that rounds of several funct
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -115,19 +115,16 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
 def turn_of(loss: Loss, case: Case, inputs: list[Tensor], target: Tensor, original: Tensor | None = None) -> Turn:
     """Forward, backward or both of a loss in training. Logits that it overwrites are restored from `original`."""
 
-    def restore() -> None:
+    def prepare() -> Any:
         if original is not None:
             inputs[0].data.copy_(original)
+        return loss(*inputs, target) if case.direction == "backward" else None
 
-    def forward() -> Any:
-        restore()
-        return loss(*inputs, target)
+    def run(value: Any) -> Any:
+        value = loss(*inputs, target) if value is None else value
+        return value if case.direction == "forward" else torch.autograd.grad(value, inputs)
 
-    if case.direction == "forward":
-        return Turn(restore, lambda _: loss(*inputs, target))
-    if case.direction == "backward":
-        return Turn(forward, lambda value: torch.autograd.grad(value, inputs))
-    return Turn(restore, lambda _: torch.autograd.grad(loss(*inputs, target), inputs))
+    return Turn(prepare, run)
 
 
 def roof_of(case: Case, device: torch.device) -> Turn:
@@ -192,7 +189,7 @@ def row(case: Case, provider: Provider, seconds: Seconds) -> dict[str, Any]:
     """One row of the result file. Rates are GB/s for logits, TFLOP/s for the linear loss."""
     own = seconds[provider.name]
     assert isinstance(own, list)
-    p20, p50, p80 = percentiles(own)
+    p20, p50, p80 = numpy.percentile(own, (20, 50, 80)).tolist()
     unit = 1e12 if case.D else 1e9
     found = case._asdict() | {
         "provider": provider.name,
@@ -202,14 +199,8 @@ def row(case: Case, provider: Provider, seconds: Seconds) -> dict[str, Any]:
     }
     roof, baseline = seconds[ROOF], seconds.get(PROVIDERS[case.kind][0].name)
     if isinstance(roof, list):
-        found["roof"] = roof_work(case) / percentiles(roof)[1] / unit
+        found["roof"] = roof_work(case) / numpy.median(roof) / unit
         found["share_of_roof"] = found["rate"] / found["roof"]
     if isinstance(baseline, list):
-        found["ratio"] = p50 / percentiles(baseline)[1]
+        found["ratio"] = p50 / numpy.median(baseline)
     return found
-
-
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile, interpolated."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[3]

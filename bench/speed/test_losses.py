@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import pytest
 import torch
 
+from bench.speed.gate import NO_ROOM
 from bench.speed.providers import PROVIDERS
 from bench.speed.side_by_side import measure, row, timer_of
 from bench.speed.workload import DEVICE, Base, cases
@@ -12,9 +16,9 @@ from bench.speed.workload import DEVICE, Base, cases
 
 @pytest.mark.benchmark(timer=timer_of(DEVICE))
 @pytest.mark.parametrize("case", cases(DEVICE), ids=str)
-def test_speed(benchmark, case, verdict, in_time, record):
-    if not in_time():
-        record("left out", case=str(case))
+def test_speed(benchmark, case, verdict, record, pytestconfig):
+    if time.time() >= pytestconfig.getoption("--deadline", math.inf):
+        record("left out", f"speed: {case}")
         pytest.skip("left out: the time was up")
     # Where one size is varied, every shape would be compiled anew.
     providers = [p for p in PROVIDERS[case.kind] if not (p.compiled and case.shape in Base._fields)]
@@ -25,14 +29,13 @@ def test_speed(benchmark, case, verdict, in_time, record):
     seconds = measure(case, green, DEVICE, benchmark)
     for provider in green:
         own = seconds[provider.name]
-        if isinstance(own, str) and own.startswith("OutOfMemoryError"):
-            record("left out", case=f"{case}: {provider.name}: the device has too little memory")
-        elif isinstance(own, str):
-            record("failed", case=str(case), provider=provider.name, reason=own)
-            failed.append(f"{provider.name}: {own}")
+        if not isinstance(own, str):
+            record("rows", row(case, provider, seconds))
+        elif "OutOfMemoryError" in own:
+            record("left out", f"speed: {case}: {provider.name}: {NO_ROOM}")
         else:
-            record("row", **row(case, provider, seconds))
-    record("case", case=str(case))
+            record("failed", f"speed: {provider.name}, {case}: {own}")
+            failed.append(f"{provider.name}: {own}")
     benchmark.extra_info["seconds"] = {name: own for name, own in seconds.items() if isinstance(own, list)}
     if failed:
         pytest.fail("\n".join(failed), pytrace=False)

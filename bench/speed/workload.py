@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,23 +13,19 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+KINDS = ("logits", "linear")
 DIRECTIONS = ("both", "forward", "backward")
 SHARES = (0.0, 0.75, 0.5, 0.95)
 
 
-class Model(NamedTuple):
-    name: str
-    V: int
-    D: int
-
-
-MODELS = (
-    Model("Llama 3 8B", 128256, 4096),
-    Model("Gemma 2 2B", 256000, 2304),
-    Model("Qwen 2.5 0.5B", 151936, 896),
-    Model("Qwen 3 8B", 151936, 4096),
-    Model("GPT-2", 50257, 768),
-)
+#: Classes and features.
+MODELS = {
+    "Llama 3 8B": (128256, 4096),
+    "Gemma 2 2B": (256000, 2304),
+    "Qwen 2.5 0.5B": (151936, 896),
+    "Qwen 3 8B": (151936, 4096),
+    "GPT-2": (50257, 768),
+}
 
 
 class Case(NamedTuple):
@@ -60,15 +57,14 @@ class Limits(NamedTuple):
     products: int  # N V D, where it is of hidden states
     bytes: int  # what the plain path holds, including its operands
 
-    def fits(self, N: int, V: int, D: int, itemsize: int) -> bool:
-        held = (12 + 2 * itemsize) * N * V + 2 * itemsize * (N + V) * D
-        work = N * V * D <= self.products if D else N * V <= self.logits
-        return N <= self.tokens and work and held <= self.bytes
+    def tokens_for(self, V: int, D: int) -> int:
+        """The largest power of two of tokens that fits in bfloat16; 0 where not even one token does."""
 
-    def tokens_for(self, V: int, D: int, itemsize: int) -> int:
-        """The largest power of two of tokens that fits; 0 where not even one token does."""
-        fitting = (1 << i for i in range(self.tokens.bit_length()) if self.fits(1 << i, V, D, itemsize))
-        return max(fitting, default=0)
+        def fits(N: int) -> bool:
+            work = N * V * D <= self.products if D else N * V <= self.logits
+            return N <= self.tokens and work and 16 * N * V + 4 * (N + V) * D <= self.bytes
+
+        return max(filter(fits, (1 << i for i in range(self.tokens.bit_length()))), default=0)
 
     def __str__(self) -> str:
         return (
@@ -82,14 +78,9 @@ def limits(device: torch.device) -> Limits:
     """The shapes by device: the plain path takes under a second on two cores; on CUDA they are those of training."""
     if device.type == "cuda":
         return Limits(8192, 2**33, 2**43, int(0.6 * torch.cuda.get_device_properties(device).total_memory))
-    return Limits(8192, 2**26, 2**36, _memory() // 2)
-
-
-def _memory() -> int:
-    """The host's memory in bytes."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return 8 * 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Windows does not say how much memory there is.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+    return Limits(8192, 2**26, 2**36, memory // 2)
 
 
 class Base(NamedTuple):
@@ -100,55 +91,51 @@ class Base(NamedTuple):
     D: int
 
 
-#: By device and kind. On CUDA these are a model's sizes; on a CPU they are smaller in the same ratios.
-BASES = {
-    ("cpu", "logits"): Base(1024, 32768, 0),
-    ("cpu", "linear"): Base(1024, 32768, 1024),
-    ("cuda", "logits"): Base(8192, 131072, 0),
-    ("cuda", "linear"): Base(8192, 131072, 4096),
-}
+def case_of(shape: str, kind: str, sizes: Base, ignored: float, dtype: str, direction: str) -> Case:
+    return Case(shape, kind, sizes.N, sizes.V, sizes.D if kind == "linear" else 0, ignored, dtype, direction)
+
+
+#: On CUDA these are a model's sizes; on a CPU they are smaller in the same ratios.
+BASES = {"cpu": Base(1024, 32768, 1024), "cuda": Base(8192, 131072, 4096)}
 FACTORS = (0.25, 0.5, 2.0)
 
-
-#: Training steps that a GPU has room for: (N, V, D), the most important first. Unlike other shapes, they are measured
-#: whether or not the plain path has memory for them; a loss that has none is listed as left out.
-TRAINING = {
-    "cuda": tuple(
-        Base(N, V, D)
-        for N in (8192, 16384)
-        for V, D in ((128256, 4096), (32000, 4096), (151936, 4096), (248320, 2048))
-    ),
-    "cpu": (),
-}  # fmt: skip
+#: Training steps, measured on CUDA alone, the most important first. Unlike other shapes, they are measured whether or
+#: not the plain path has memory for them; a loss that has none is listed as left out.
+TRAINING = [
+    Base(N, V, D) for N in (8192, 16384) for V, D in ((128256, 4096), (32000, 4096), (151936, 4096), (248320, 2048))
+]
 
 
 def cases(device: torch.device) -> list[Case]:
     """All cases, the most important first: a run whose time is up leaves out the end."""
-    within = limits(device)
-    models: list[Case] = []
-    base: list[Case] = []
-    swept: list[Case] = []
-    training: list[Case] = []
-    for kind in ("logits", "linear"):
-        for name, V, D in MODELS:
-            if kind == "logits" and V in {case.V for case in models}:
-                continue  # a model with the same logits is measured already
-            D = D if kind == "linear" else 0
-            N = within.tokens_for(V, D, 2)
-            models += [Case(name, kind, N, V, D, *rest) for rest in _rest("bfloat16") if N]
-        for N, V, D in TRAINING[device.type]:
-            training += [
-                Case("training", kind, N, V, D if kind == "linear" else 0, *rest) for rest in _rest("bfloat16")
-            ]
-        at = BASES[device.type, kind]
-        base += [Case("base", kind, *at, *rest) for rest in _rest("bfloat16")]
-        if kind == "linear" and device.type == "cpu":
-            base += [Case("base", kind, *at, *rest) for rest in _rest("float32") if rest[-1] == "both"]
-        for name, factor in itertools.product(at._fields, FACTORS):
-            sizes = at._replace(**{name: round(getattr(at, name) * factor)})
-            swept += [Case(name, kind, *sizes, 0.0, "bfloat16", "both")] * bool(getattr(at, name))
+    base = BASES[device.type]
+    shapes = [("base", kind, base) for kind in KINDS]
+    if device.type == "cuda":
+        shapes += [("training", kind, sizes) for kind in KINDS for sizes in TRAINING]
+    shapes += [(name, kind, sizes) for kind in KINDS for name, sizes in _models(kind, limits(device))]
+    found = [
+        case_of(*shape, ignored, "bfloat16", direction)
+        for shape in shapes
+        for direction, ignored in itertools.product(DIRECTIONS, SHARES)
+    ]
+    if device.type == "cpu":
+        found += [case_of("base", "linear", base, ignored, "float32", "both") for ignored in SHARES]
+    for kind, name, factor in itertools.product(KINDS, Base._fields, FACTORS):
+        if (kind, name) != ("logits", "D"):
+            sizes = base._replace(**{name: round(factor * getattr(base, name))})
+            found.append(case_of(name, kind, sizes, 0.0, "bfloat16", "both"))
+    return sorted(found, key=_importance)
 
-    return sorted(base + training + models + swept, key=_importance)
+
+def _models(kind: str, within: Limits) -> Iterator[tuple[str, Base]]:
+    """The models' shapes. Of models whose losses have the same operands, only the first is there."""
+    seen = set()
+    for name, (V, D) in MODELS.items():
+        D = D if kind == "linear" else 0
+        N = within.tokens_for(V, D)
+        if N and (V, D) not in seen:
+            seen.add((V, D))
+            yield name, Base(N, V, D)
 
 
 def _importance(case: Case) -> int:
@@ -160,10 +147,6 @@ def _importance(case: Case) -> int:
     if case.shape == "training" and case.kind == "logits" and case.ignored == 0.0:
         return 1  # forward alone and backward alone, too: they are compared with the roof
     return 1 if whole and often else 5 if whole else 6
-
-
-def _rest(dtype: str) -> list[tuple[float, str, str]]:
-    return [(share, dtype, direction) for direction, share in itertools.product(DIRECTIONS, SHARES)]
 
 
 #: How many random numbers are drawn for a tensor.
