@@ -86,7 +86,7 @@ def fused_causal_lm_loss(
             given.get("softcap"),
             given.get("logit_scale", 1.0),
             given.get("z_loss", 0.0),
-        )
+        ).checked()
         reducing = ReductionOptions(
             given.get("reduction", "mean"),
             as_normalizer(num_items_in_batch, tensors.input.device),

@@ -169,7 +169,7 @@ def fused_cross_entropy(
         )  # fmt: skip
     with local_logits(process_group, LogitsTensors(input, target, weight, token_weight)) as (group, tensors):
         ids = ignored_ids(ignore_index)
-        options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss)
+        options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
         reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored).checked()
         problem = logits_problem(tensors, ids, options, reducing, backend, group)
         if inplace_backward:
@@ -263,7 +263,7 @@ def logits_problem(
     *,
     classes_dim: int = 1,
 ) -> LogitsProblem:
-    """Checks options and tensors, and brings them into the form of the backends."""
+    """Checks the tensors, and brings them into the form of the backends."""
     input, target, weight, token_weight = tensors
     key = None
     if is_plain(input):
@@ -295,7 +295,6 @@ def check_call(
     classes_dim: int,
 ) -> CheckedCall:
     input, target, weight, token_weight = tensors
-    options = options.checked()
     sizes = check_logits(input, target, weight, classes_dim=classes_dim)
     check_ignored(ids, target)
     check_token_weight(token_weight, sizes.rows, target.device)
