@@ -29,10 +29,8 @@ SLOW = {
         "test_trainer",
     },
     "test_hf_without_labels.py": {"test_compiled"},
-    "test_kernels_one_pass.py": {"test_two_passes_where_one_cannot_be"},
-    "test_linear.py": {"test_any_combination", "test_gradcheck"},
+    "test_linear.py": {"test_gradcheck"},
     "test_linear_compile.py": {"test_inductor"},
-    "test_linear_plan.py": {"test_all_plans_agree"},
     "test_log_probs.py": {"test_a_sharded_vocabulary"},
     "test_memory.py": {
         "test_a_patched_models_training_step_holds_no_logits",
@@ -40,7 +38,6 @@ SLOW = {
         "test_scratch_does_not_grow_with_the_tokens",
         "test_the_measure_sees_what_pytorch_holds",
     },
-    "test_options.py": {"test_any_combination"},
     "test_proofs_compiled.py": {
         "test_a_peer_is_launched_by_its_own_launcher",
         "test_every_kernel_that_a_launcher_asks_for_is_compiled",
