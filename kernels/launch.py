@@ -47,7 +47,7 @@ class OnePass(NamedTuple):
     thread_logits: int
 
 
-ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(1024, 64, 16), OnePass(1024, 64, 8), OnePass(512, 128, 8)
+ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
 
 #: Rows per program of the kernel that merges the splits; and at most as many as the reduction merges on its way.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024

@@ -56,6 +56,43 @@ def test_same_class_as_pytorch(args, kwargs, backend):
         fused_cross_entropy(*args, backend=backend, **kwargs)
 
 
+def test_a_right_call_makes_no_other_call_right(backend):
+    """What was checked is remembered by all that the checks look at."""
+    weight, probs, tokens = torch.ones(5, requires_grad=True), torch.rand(3, 5), torch.ones(3)
+    with torch.no_grad():
+        fused_cross_entropy(X, Y, weight, backend=backend)
+    with pytest.raises(RuntimeError, match="weight: no gradient"):
+        fused_cross_entropy(X, Y, weight, backend=backend)
+    fused_cross_entropy(X, probs, ignore_index=-3, backend=backend)
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        fused_cross_entropy(X, probs, ignore_index=3, backend=backend)
+    fused_cross_entropy(X, Y, token_weight=tokens, backend=backend)
+    with pytest.raises(TypeError, match="token_weight"):
+        fused_cross_entropy(X, Y, token_weight=tokens.long(), backend=backend)
+    with pytest.raises(ValueError, match="backend"):
+        fused_cross_entropy(X, Y, backend="cuda")
+
+
+def test_what_is_remembered_of_a_call_is_the_calls(backend):
+    half = X.bfloat16()
+
+    def loss(**options):
+        return fused_cross_entropy(half, Y, backend=backend, **options)
+
+    first = loss()
+    assert first.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss().dtype == torch.float32
+    assert loss(loss_dtype=torch.float64).dtype == torch.float64
+    assert len(loss(return_stats=True)) == 2
+    assert loss(reduction="none").shape == (3,)
+    assert loss(ignore_index=[2, 1, -100]).isnan()
+    softcap = torch.tensor(30.0)
+    loss(softcap=softcap)
+    assert torch.equal(loss(softcap=softcap.fill_(1.0)), loss(softcap=1.0))
+    assert torch.equal(loss(), first)
+
+
 #: (name, keywords, class, what the message must say): mistakes that are ours to reject.
 OWN_MISTAKES = [
     ("softcap", {"softcap": 0.0}, ValueError, "softcap.*above 0.*0.0"),
