@@ -144,14 +144,17 @@ def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
         raise IndexError(out_of_bounds(int(target[wrong][0]), classes, ignore_index))
 
 
-def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """Multiplies a gradient from forward by the upstream gradient: in place, unless backward may run again."""
+def scaled(gradient: Tensor, dloss: Tensor, backend: str, factor: Tensor | None = None) -> Tensor:
+    """Multiplies a gradient from forward by the upstream gradient, and by a factor that was left out of it.
+
+    It is done in place, unless backward may run again.
+    """
     if not is_plain(gradient):
-        return (gradient * factor.reshape(1)).to(gradient.dtype)
+        return (gradient * dloss.reshape(1)).to(gradient.dtype)
     kernels = implementation(backend, gradient.device)
     if not torch._C._autograd._get_current_graph_task_keep_graph():
-        kernels.scale(gradient, None, factor)
+        kernels.scale(gradient, factor, dloss)
         return gradient
     out = torch.empty_like(gradient)
-    kernels.scale(gradient, None, factor, out=out)
+    kernels.scale(gradient, factor, dloss, out=out)
     return out

@@ -22,7 +22,7 @@ from .arguments import (
 )
 from .autograd import RowCall, cross_entropy_rows
 from .grad_in_forward import can_compute_in_forward, total_with_gradient
-from .kernel_reduction import can_reduce, reduced_by_kernel
+from .kernel_reduction import can_reduce, reduced_by_kernel, reduced_with_gradient
 from .keywords import explains_keywords
 from .operators import is_plain, overridden, refuse_transforms
 from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
@@ -214,16 +214,18 @@ class LogitsProblem(NamedTuple):
         probs = self.probs
         refuse_transforms(tensors.input, probs)
         num_tokens = None
-        if grad_in_forward and can_compute_in_forward(tensors.input, probs, targets, reduction, call):
+        in_forward = grad_in_forward and can_compute_in_forward(tensors.input, probs, targets, reduction, call)
+        if can_reduce(tensors.input, targets, reduction, call):
+            reduced = reduced_with_gradient if in_forward else reduced_by_kernel
+            loss, found = reduced(self, inplace_backward)
+            if not found:
+                return finished(loss, targets, reduction, loss_dtype)
+            num_tokens, lse, predicted, entropy = found
+        elif in_forward:
             logits = self.logits
             scale = scales(targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, probs))
             loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
             loss = loss if scale.nothing is None else loss + scale.nothing
-        elif can_reduce(tensors.input, targets, reduction, call):
-            loss, found = reduced_by_kernel(self, inplace_backward)
-            if not found:
-                return finished(loss, targets, reduction, loss_dtype)
-            num_tokens, lse, predicted, entropy = found
         else:
             logits = self.logits
             rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)

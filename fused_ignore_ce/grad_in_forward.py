@@ -5,6 +5,7 @@ The gradient is held until backward, which multiplies it by whatever upstream gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,33 +18,19 @@ from .options import ReductionOptions
 from .reduction import Scales, Targets, scaled_total
 from .rows import Logits, Rows, Upstream
 
+#: Fills the memory for the gradient; (total, a factor that backward multiplies the gradient by or None, statistics).
+Compute = Callable[[Tensor], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
 
-class _GradInForward(torch.autograd.Function):
+
+class GradInForward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, logits: Logits, scales: Scales, call: RowCall, inplace: bool
-    ) -> tuple[Tensor, ...]:
-        kernels = backends.implementation(call.backend, x.device)
-        if logits.probs is None:
-            backends.check_targets(logits.target, call.options.ignore_index, x.shape[-1])
-        scale, z_scale, divisor = scales.loss, scales.z_loss, None
-        if x.dtype == torch.float16 and scales.divisor is not None:
-            # Divided afterwards: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
-            divisor = torch.as_tensor(scales.divisor, dtype=scale.dtype, device=x.device)
-            divisor = torch.where(divisor == 0.0, 1.0, divisor)  # of no rows: their gradients of 0 remain 0
-            scale, z_scale = scale * divisor, None if z_scale is None else z_scale * divisor
+    def forward(ctx: Any, x: Tensor, compute: Compute, inplace: bool, backend: str) -> tuple[Tensor, ...]:
         dx = x.detach() if inplace else torch.empty_like(x)
-        rows = Rows(
-            *kernels.forward_backward(
-                Upstream(scale), *logits, call.options, dx=dx, dz=z_scale, with_stats=call.with_stats
-            )
-        )
+        total, factor, statistics = compute(dx)
         if inplace:
             torch.autograd.graph.increment_version(x)
-        ctx.save_for_backward(x if inplace else dx, divisor)
-        ctx.backend = call.backend
-        total = scaled_total(rows.loss, rows.lse, scales.loss, scales.z_loss, call.options.z_loss)
-        statistics = (rows.lse, rows.predicted, rows.entropy)
+        ctx.save_for_backward(x if inplace else dx, factor)
+        ctx.backend = backend
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         return total, *statistics
@@ -51,21 +38,39 @@ class _GradInForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
         if dtotal is None:
-            return (None,) * 5
+            return (None,) * 4
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "create_graph=True is not supported with grad_in_forward=True: pass grad_in_forward=False"
             )
-        dx, divisor = ctx.saved_tensors
-        factor = dtotal if divisor is None else dtotal / divisor
-        return backends.scaled(dx.detach(), factor, ctx.backend), None, None, None, None
+        dx, factor = ctx.saved_tensors
+        return backends.scaled(dx.detach(), dtotal, ctx.backend, factor), None, None, None
 
 
-def total_with_gradient(
-    logits: Logits, scales: Scales, call: RowCall, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def total_with_gradient(logits: Logits, scales: Scales, call: RowCall, inplace: bool) -> tuple[Tensor, ...]:
     """(scaled total, lse, predicted, entropy); only the total is differentiable, in the logits."""
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _GradInForward.apply(logits.x, logits, scales, call, inplace)
+    x = logits.x
+    kernels = backends.implementation(call.backend, x.device)
+    if logits.probs is None:
+        backends.check_targets(logits.target, call.options.ignore_index, x.shape[-1])
+
+    def compute(dx: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        scale, z_scale, factor = scales.loss, scales.z_loss, None
+        if x.dtype == torch.float16 and scales.divisor is not None:
+            # Divided afterwards: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
+            divisor = torch.as_tensor(scales.divisor, dtype=scale.dtype, device=x.device)
+            divisor = torch.where(divisor == 0.0, 1.0, divisor)  # of no rows: their gradients of 0 remain 0
+            scale, z_scale = scale * divisor, None if z_scale is None else z_scale * divisor
+            factor = 1.0 / divisor
+        rows = Rows(
+            *kernels.forward_backward(
+                Upstream(scale), *logits, call.options, dx=dx, dz=z_scale, with_stats=call.with_stats
+            )
+        )
+        total = scaled_total(rows.loss, rows.lse, scales.loss, scales.z_loss, call.options.z_loss)
+        return total, factor, (rows.lse, rows.predicted, rows.entropy)
+
+    found: tuple[Tensor, ...] = GradInForward.apply(x, compute, inplace, call.backend)
     return found
 
 

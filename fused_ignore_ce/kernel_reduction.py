@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .autograd import RowCall, differentiable_backward
+from .grad_in_forward import GradInForward
 from .operators import is_plain
 from .options import ReductionOptions
 from .reduction import Targets
@@ -105,3 +106,25 @@ def reduced_by_kernel(problem: Any, inplace_backward: bool) -> tuple[Tensor, tup
     """
     found = _ReducedByKernel.apply(problem.tensors.input, problem.probs, problem, inplace_backward)
     return (found[0], found[1:]) if problem.call.with_stats else (found, ())
+
+
+def reduced_with_gradient(problem: Any, inplace: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `reduced_by_kernel`, with the gradient in the logits computed along with the loss."""
+    (input, _, _, _), targets, call, reduction, loss_dtype, classes_dim = problem
+    options, with_stats, backend, _ = call
+    x, q = _rows(input, classes_dim), _rows(problem.probs, classes_dim)
+    kernels: Any = backends.implementation(backend, x.device)
+    if q is None:
+        backends.check_targets(targets.target, options.ignore_index, x.shape[-1])
+    # Divided in backward: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
+    divide = x.dtype != torch.float16
+
+    def compute(dx: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        (_, lse, _, predicted, entropy), (loss, factor, num_tokens) = kernels.forward_backward_reduce(
+            x, targets.target, problem.weight, q, targets.token_weight, reduction.normalizer, options, dx=dx,
+            mean=reduction.reduction == "mean", divide=divide, out_dtype=loss_dtype, with_stats=with_stats,
+        )  # fmt: skip
+        return loss, None if divide else factor, (num_tokens, lse, predicted, entropy) if with_stats else ()
+
+    loss, *statistics = GradInForward.apply(x, compute, inplace, backend)
+    return loss, tuple(statistics)

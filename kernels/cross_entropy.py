@@ -16,8 +16,9 @@ from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel
 from .launch import MERGE_AND_REDUCE_ROWS, chip_of
 
-#: What `backward` needs of the rows, as callers have it in an object of their own.
+#: What `backward` needs of the rows, and the gradients of their results; callers have them in objects of their own.
 Saved = namedtuple("Saved", "norm entropy")
+Upstream = namedtuple("Upstream", "dloss dlse dentropy factor token_weight")
 
 
 def interpreted():
@@ -75,17 +76,21 @@ def forward_reduce(
 
 
 def reduce(
-    rows, target, weight, token_weight, normalizer, options, *, mean, out_dtype=None, parts=None, with_stats=False
-):
+    rows, target, weight, token_weight, normalizer, options, *,
+    mean, dtype=None, out_dtype=None, parts=None, with_stats=False,
+):  # fmt: skip
     """(total, what every row's gradient of the total is multiplied by, number of kept rows (int64)), all 0-d.
 
     The total is the sum of the kept rows' losses, times their token weights; divided, for "mean", by `normalizer` (a
     number or 0-d tensor) or by the sum of the kept rows' shares: token weight times the target's class weight. Where
-    there are `parts`, they are merged into the rows on the way. The number of rows is None without statistics.
+    there are `parts`, they are merged into the rows on the way. The number of rows is None without statistics, and the
+    total without rows; then `dtype` is that of sums.
     """
-    loss, N = rows[0], len(target)
-    total = loss.new_empty((), dtype=out_dtype or loss.dtype)
-    factor, num_tokens = loss.new_empty(()), target.new_empty(()) if with_stats else None
+    N, total = len(target), None
+    if rows is not None:
+        dtype = rows[0].dtype
+        total = target.new_empty((), dtype=out_dtype or dtype)
+    factor, num_tokens = target.new_empty((), dtype=dtype), target.new_empty(()) if with_stats else None
     tensor, number = None, None
     if not mean:
         weight = None
@@ -94,12 +99,12 @@ def reduce(
     elif normalizer is not None:
         number = float(normalizer)
     programs = prepare.reduce_programs(N)
-    sums = None if programs == 1 else (loss.new_empty((2, programs)), target.new_empty(programs))
+    sums = None if programs == 1 else (target.new_empty((2, programs), dtype=dtype), target.new_empty(programs))
     reduce_rows = prepare.reduce(
         N, 0 if weight is None else len(weight), row_stride(token_weight), (mean, number is not None, with_stats),
-        options.ignore_index, chip_of(loss.device),
+        options.ignore_index, chip_of(target.device),
     )  # fmt: skip
-    into = (loss,) if parts is None else row_pointers(rows, with_stats)
+    into = row_pointers(rows, with_stats) if parts else rows and rows[:1]
     out = total, factor, num_tokens
     reduce_rows(target, weight, token_weight, tensor, number or 1.0, into, parts and _parts(parts), sums, out)
     if sums:
@@ -212,6 +217,18 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
     )  # fmt: skip
     both(x, dx, target, weight, row_pointers(rows, with_stats), upstream)
     return rows
+
+
+def forward_backward_reduce(
+    x, target, weight, probs, token_weight, normalizer, options, *,
+    dx, mean, divide=True, out_dtype=None, with_stats=False,
+):  # fmt: skip
+    """(rows, what `reduce` returns); writes the gradient of the total into `dx`, or of what "mean" would divide."""
+    given = target, weight if probs is None else None, token_weight, normalizer, options
+    _, factor, _ = reduce(None, *given, mean=mean and divide, dtype=acc_dtype(x.dtype))
+    upstream = Upstream(factor, None, None, None, token_weight)
+    rows = forward_backward(upstream, x, target, weight, probs, options, dx=dx, with_stats=with_stats)
+    return rows, reduce(rows, *given, mean=mean, out_dtype=out_dtype, with_stats=with_stats)
 
 
 def scale(dx, factor, dloss, *, out=None):

@@ -15,7 +15,7 @@ from .merge import merge_rows
 def store_total(
     out, normalizer_ptr, number, loss, share, count, MEAN: tl.constexpr, HAS_NUMBER: tl.constexpr, ACC: tl.constexpr
 ):
-    """Stores the total, the factor of every row's gradient and, unless that is None, the number of kept rows."""
+    """`out` is pointers to the total or None, the factor of every row's gradient, the number of kept rows or None."""
     divisor = tl.full((), 1.0, ACC)
     if normalizer_ptr is not None:
         divisor = tl.load(normalizer_ptr).to(ACC)
@@ -23,7 +23,8 @@ def store_total(
         divisor = tl.full((), number, ACC)
     elif MEAN:
         divisor = share
-    tl.store(out[0], (loss / divisor).to(out[0].dtype.element_ty))
+    if out[0] is not None:
+        tl.store(out[0], (loss / divisor).to(out[0].dtype.element_ty))
     tl.store(out[1], 1.0 / divisor)
     if out[2] is not None:
         tl.store(out[2], count)
@@ -36,7 +37,7 @@ def reduce_kernel(
     token_weight_ptr,  # (N,) or None
     normalizer_ptr,  # a scalar or None
     number: tl.float64,  # the normalizer, if it is one
-    rows_out,  # a pointer to loss (N,); or, with `parts`, where `store_row` writes
+    rows_out,  # a pointer to loss (N,); or, with `parts`, where `store_row` writes; None where no total is wanted
     parts,  # see `merge_rows`; or None
     sums,  # pointers to (2, programs) and (programs,) int64; or None, for the only program
     out,  # see `store_total`
@@ -48,7 +49,7 @@ def reduce_kernel(
     BLOCK_N: tl.constexpr,
     OPTIONS: tl.constexpr,  # (MEAN, HAS_NUMBER, HAS_STATS)
 ):
-    ACC: tl.constexpr = rows_out[0].dtype.element_ty
+    ACC: tl.constexpr = out[1].dtype.element_ty
     pid = tl.program_id(0)
     zero = tl.zeros((BLOCK_N,), ACC)
     loss, share = zero, zero
@@ -64,11 +65,12 @@ def reduce_kernel(
         token = tl.where(keep, 1.0, 0.0).to(ACC)
         if token_weight_ptr is not None:
             token = tl.load(token_weight_ptr + row * stride_tw, mask=keep, other=0.0).to(ACC)
-        if parts is None:
-            loss_row = tl.load(rows_out[0] + row, mask=keep, other=0.0)
-        else:
-            loss_row, _ = merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N, OPTIONS[2])
-        loss += tl.where(keep, token * loss_row, 0.0)
+        if rows_out is not None:
+            if parts is None:
+                loss_row = tl.load(rows_out[0] + row, mask=keep, other=0.0)
+            else:
+                loss_row, _ = merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N, OPTIONS[2])
+            loss += tl.where(keep, token * loss_row, 0.0)
         if weight_ptr is None:
             share += token
         else:
