@@ -27,7 +27,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
@@ -138,7 +137,7 @@ def on_ranks(name: str, ranks: int) -> dict[str, float]:
     """The largest figures of all ranks, each of which runs `measure` in a fresh process."""
     returned = get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        spawn(measure, (name, ranks, f"{folder}/store", returned), nprocs=ranks)
+        machine.spawn(measure, name, ranks, f"{folder}/store", returned, processes=ranks)
     found = [returned.get() for _ in range(ranks)]
     return {key: max(each[key] for each in found) for key in found[0]}
 

@@ -12,11 +12,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import spawn as start_and_join
 
 from .speed.providers import PROVIDERS, version
 from .speed.workload import DEVICE, limits
@@ -69,6 +70,15 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
 def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     """Runs this interpreter with this checkout importable."""
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
+
+
+def spawn(function: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
+    """Calls a function with the process's number and arguments in fresh processes, which can import this checkout."""
+    sys.path.insert(0, str(ROOT))  # new processes get it
+    try:
+        start_and_join(function, arguments, processes)
+    finally:
+        sys.path.remove(str(ROOT))
 
 
 def environment() -> dict[str, str]:

@@ -49,6 +49,12 @@ class OnePass(NamedTuple):
 
 ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
 
+
+def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
+    """The registers of a thread with so many logits: half of them do for the plain variant with half of its logits."""
+    return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
+
+
 #: Rows per program of the kernel that merges the splits; and at most as many as the reduction merges on its way.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
 

@@ -28,6 +28,7 @@ from .launch import (
     ceil_div,
     forward_launch,
     one_pass_launch,
+    one_pass_registers,
     part_launch,
     scale_launch,
 )
@@ -159,10 +160,11 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     if with_stats or (present[0] and weight is not None) or x.dtype == torch.float64:
         variant = ONE_PASS_GENERAL
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
+    registers = one_pass_registers(variant, launch.CHUNKS * launch.WIDTH)
     return Prepared(
         one_pass_kernel, launch.programs, B * T, T, V, (x.strides, dx.strides, row_strides),
         options.ignore_index, *scalars, options.z_loss, launch.TILE, (*present, with_stats),
-        num_warps=launch.num_warps, **ASSERTS, **chip.options(variant.registers),
+        num_warps=launch.num_warps, **ASSERTS, **chip.options(registers),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("tables.json")
 
 #: Warps that a program may have. A kernel of many features takes up to 255 registers a thread, and a multiprocessor has
-#: them for 8 warps; the table of the one pass is for kernels of few features, which take 64.
+#: them for 8 warps; the table of the one pass is for its plain kernel, which takes 64, or 128 with 32 logits and more.
 WARPS = {"forward": (1, 2, 4, 8), "backward": (1, 2, 4, 8), "one_pass": (1, 2, 4, 8, 16, 32)}
 
 #: Logits that a thread may read at a time: whole accesses of 16 bytes, of any dtype.
@@ -87,6 +87,8 @@ def _table(path: Path, device: str, entry: dict) -> Table:
             program = Program(**{name: step[name] for name in names})
             check(program.num_warps in WARPS[operation], f"{operation} has num_warps={program.num_warps}")
             check(program.thread_logits in THREAD_LOGITS, f"{operation} has thread_logits={program.thread_logits}")
+            fits = operation != "one_pass" or program.thread_logits <= 16 or program.num_warps <= 16
+            check(fits, f"{operation} has {program}, for which a multiprocessor has too few registers")
             check(program.programs > 0 and program.tiles != 0, f"{operation} has {program}")
             steps.append((step["row_bytes"], program))
         limits = [limit for limit, _ in steps]

@@ -31,8 +31,8 @@ BEST = {
     ("forward", 128256): Program(2, 32, programs=2),
     ("backward", 32000): Program(8, 8, tiles=8, programs=2),
     ("backward", 128256): Program(4, 32, tiles=8, programs=8),
-    ("one_pass", 32000): Program(4, 32, programs=8),
-    ("one_pass", 128256): Program(8, 32, programs=4),
+    ("one_pass", 32000): Program(4, 16, programs=8),
+    ("one_pass", 128256): Program(8, 32, programs=2),
 }
 POINTS = [Point(operation, N, V) for N in (8192, 64) for operation, V in BEST]
 

@@ -71,7 +71,7 @@ def test_rows_in_flight_fit_into_the_cache(chip):
         chosen = launch.one_pass_launch(2**20, V, 2, True, variant, chip)
         assert chosen.programs // chip.multiprocessors * chosen.num_warps * chip.warp_size == variant.threads
         assert chosen.CHUNKS * chosen.WIDTH <= variant.thread_logits
-        assert variant.threads * variant.registers <= 65536
+        assert variant.threads * launch.one_pass_registers(variant, variant.thread_logits) <= 65536
     assert launch.one_pass_launch(5, 32000, 2, True, variants[0], chip).programs == 5
 
 
@@ -134,13 +134,14 @@ def test_a_table_is_read(tmp_path):
         ({"forward": []}, "forward has no step"),
         ({"forward": [STEP | {"num_warps": 16}]}, "num_warps=16"),
         ({"forward": [STEP | {"thread_logits": 4}]}, "thread_logits=4"),
+        ({"one_pass": [STEP | {"num_warps": 32, "thread_logits": 32}]}, "too few registers"),
         ({"forward": [STEP | {"programs": 0}]}, "programs=0"),
         ({"forward": [STEP | {"waves": 1}]}, "waves"),
         ({"forward": [STEP | {"row_bytes": 4096}]}, "row_bytes"),
         ({"forward": [STEP | {"row_bytes": 8}, STEP | {"row_bytes": 4}, STEP]}, "row_bytes"),
         ({"forward": [STEP, STEP]}, "row_bytes"),
     ],
-    ids=["key", "empty", "warps", "logits", "programs", "field", "no-last", "order", "two-last"],
+    ids=["key", "empty", "warps", "logits", "registers", "programs", "field", "no-last", "order", "two-last"],
 )
 def test_a_table_that_is_wrong_says_where(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said) as caught:

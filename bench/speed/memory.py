@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import spawn
 
 from fused_ignore_ce.measure import PeakMemory
 
+from ..machine import spawn
 from .providers import named
 from .workload import DEVICE, Case, tensors
 
@@ -35,7 +35,7 @@ def of_training_step(way: str, share: float) -> int:
 
 def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
     returned = get_context("spawn").SimpleQueue()
-    spawn(_call, (returned, function, arguments))
+    spawn(_call, returned, function, arguments)
     return returned.get()
 
 

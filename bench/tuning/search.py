@@ -24,6 +24,9 @@ ITEMSIZE = 2
 VOCABULARIES = (128256, 32000, 151936, 256000, 65536, 16384, 4096, 1024)
 ROWS = (8192, 32768, 2048, 256)
 
+#: Of a multiprocessor.
+REGISTERS = 65536
+
 #: A program replaces the arithmetic one if it saves at least this share of the time. Less than that is noise.
 WORTH = 0.02
 
@@ -82,10 +85,15 @@ def candidates(operation: str, V: int, chip: Chip) -> list[Program]:
     warps = (2, 4, 8) if operation != "one_pass" else (4, 8, 16, 32)
     tiles = (1, 2, 4, 8, None) if operation == "backward" else (None,)
     found = [Program(*each) for each in itertools.product(warps, (8, 16, 32), tiles, (1, 2, 4, 8))]
-    if operation == "one_pass":  # more threads than that have no room on a multiprocessor
-        room = launches.ONE_PASS_PLAIN.threads
-        found = [program for program in found if program.num_warps * chip.warp_size * program.programs <= room]
+    if operation == "one_pass":
+        found = [program for program in found if _has_room(program, chip)]
     return list(dict.fromkeys([arithmetic(operation, V, chip), *found]))
+
+
+def _has_room(program: Program, chip: Chip) -> bool:
+    """Whether a multiprocessor has the registers for all threads of the one pass."""
+    registers = launches.one_pass_registers(launches.ONE_PASS_PLAIN, program.thread_logits)
+    return program.num_warps * chip.warp_size * program.programs * registers <= REGISTERS
 
 
 def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
