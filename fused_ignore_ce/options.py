@@ -109,7 +109,7 @@ class LossOptions(NamedTuple):
 
 
 def _check_number(name: str, value: Any) -> None:
-    if value is None and name == "softcap":
+    if (type(value) is float and math.isfinite(value)) or (value is None and name == "softcap"):
         return
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {value!r}")

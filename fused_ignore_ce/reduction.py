@@ -71,7 +71,8 @@ def prepare_targets(
     `target` are indices or probabilities of `sizes`. With probabilities, the class of the largest counts as correct.
     """
     if not holds_probabilities(target):
-        index = target.reshape(-1).long().contiguous()
+        index = target if target.dim() == 1 else target.reshape(-1)
+        index = index.long().contiguous()
     elif with_stats and sizes.classes:
         index = target.detach().argmax(len(sizes.batch)).reshape(-1)
     else:
@@ -180,7 +181,7 @@ def finished(loss: Tensor, targets: Targets, reduction: ReductionOptions, dtype:
     """Casts the loss to the caller's dtype, and turns the mean of no rows into 0 if that was asked for."""
     if reduction.zero_if_all_ignored and reduction.reduction == "mean":
         loss = torch.where(targets.kept.any(), loss, 0.0)
-    return loss.to(dtype)
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 def statistics(

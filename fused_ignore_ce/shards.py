@@ -13,11 +13,11 @@ from .arguments import LinearTensors, LogitsTensors, check_process_group
 
 def is_distributed(process_group: Any, *tensors: Tensor | None) -> bool:
     """Whether the vocabulary may be sharded: over a given group, or because a tensor is a DTensor."""
-    check_process_group(process_group)
+    if process_group is not None:
+        check_process_group(process_group)
+        return True
     distributed_tensor = sys.modules.get("torch.distributed.tensor")
-    return process_group is not None or (
-        distributed_tensor is not None and any(isinstance(t, distributed_tensor.DTensor) for t in tensors)
-    )
+    return distributed_tensor is not None and any(isinstance(t, distributed_tensor.DTensor) for t in tensors)
 
 
 def local_logits(process_group: Any, tensors: LogitsTensors, classes_dim: int = 1) -> Any:

@@ -57,6 +57,10 @@ def row_stride(x):
     return 0 if x is None or x.dim() == 0 else x.stride(0)
 
 
+def row_strides(tensors):
+    return tuple([0 if x is None or x.dim() == 0 else x.stride(0) for x in tensors])
+
+
 def acc_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from . import prepare
-from .arguments import acc_dtype, form_of, new_rows, row_pointers, row_stride
+from .arguments import acc_dtype, form_of, new_rows, row_pointers, row_stride, row_strides
 from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel
 from .launch import MERGE_AND_REDUCE_ROWS, chip_of
@@ -185,7 +185,7 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
     entropy = None if upstream[4] is None else saved.entropy
     gradients = prepare.backward(
         form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(weight),
-        tuple([row_stride(u) for u in upstream]), entropy is not None, options, block and tuple(block), launch,
+        row_strides(upstream), entropy is not None, options, block and tuple(block), launch,
         chip_of(x.device),
     )  # fmt: skip
     gradients(x, probs, dx, dprobs, target, weight, (saved.norm, entropy), upstream)
@@ -212,7 +212,7 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
         return rows
     upstream = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
     both = prepare.one_pass(
-        form_of(x), form_of(dx), form_of(weight), tuple([row_stride(u) for u in upstream]), options, with_stats, launch,
+        form_of(x), form_of(dx), form_of(weight), row_strides(upstream), options, with_stats, launch,
         chip_of(x.device),
     )  # fmt: skip
     both(x, dx, target, weight, row_pointers(rows, with_stats), upstream)
