@@ -13,11 +13,12 @@ from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
 from .arguments import LogitsTensors, check_inplace, check_token_weight
-from .functional import logits_problem
+from .functional import loss_of
 from .keywords import explains_keywords, meaning, unknown_keyword
 from .linear.cross_entropy import fused_linear_cross_entropy
 from .operators import overridden
 from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
+from .problem import logits_problem
 from .reduction import LossStats
 from .shards import local_logits
 
@@ -100,9 +101,8 @@ def fused_causal_lm_loss(
         problem = logits_problem(tensors, ids, options, reducing, backend, group, classes_dim=-1)
         if inplace_backward:
             check_inplace(problem.logits.x)
-    return problem._replace(targets=problem.targets._replace(shape=shape)).loss(
-        inplace_backward, given.get("grad_in_forward", False)
-    )
+    problem = problem._replace(targets=problem.targets._replace(shape=shape))
+    return loss_of(problem, inplace_backward, given.get("grad_in_forward", False))
 
 
 @functools.partial(explains_keywords, also=LinearCausalLMKeywords.__optional_keys__)

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from . import backends
-from .arguments import (
-    LogitsTensors,
-    Sizes,
-    check_ignored,
-    check_inplace,
-    check_logits,
-    check_token_weight,
-    holds_probabilities,
-)
-from .autograd import RowCall, cross_entropy_rows
+from .arguments import LogitsTensors, check_inplace
+from .autograd import cross_entropy_rows
 from .grad_in_forward import can_compute_in_forward, total_with_gradient
 from .kernel_reduction import can_reduce, reduced_by_kernel, reduced_with_gradient
 from .keywords import explains_keywords
-from .operators import is_plain, overridden, refuse_transforms
+from .operators import overridden, refuse_transforms
 from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
-from .reduction import (
-    LossStats,
-    Targets,
-    finished,
-    loss_dtype_of,
-    prepare_targets,
-    reduce_rows,
-    scales,
-    statistics,
-    weight_of_target,
-)
-from .rows import Logits, acc_dtype, classes_last
+from .problem import LogitsProblem, logits_problem
+from .reduction import LossStats, finished, reduce_rows, scales, statistics, weight_of_target
 from .shards import local_logits
 
 
@@ -174,138 +155,38 @@ def fused_cross_entropy(
         problem = logits_problem(tensors, ids, options, reducing, backend, group)
         if inplace_backward:
             check_inplace(problem.logits.x)
-    loss: Tensor | tuple[Tensor, LossStats] = problem.loss(inplace_backward, grad_in_forward)
+    loss: Tensor | tuple[Tensor, LossStats] = loss_of(problem, inplace_backward, grad_in_forward)
     return loss
 
 
-class LogitsProblem(NamedTuple):
-    """All that the loss of logits depends on, checked."""
-
-    tensors: LogitsTensors
-    targets: Targets
-    call: RowCall
-    reduction: ReductionOptions
-    loss_dtype: torch.dtype
-    classes_dim: int  # of input and of probability targets
-
-    @property
-    def probs(self) -> Tensor | None:
-        target = self.tensors.target
-        return target if holds_probabilities(target) else None
-
-    @property
-    def weight(self) -> Tensor | None:
-        weight = self.tensors.weight
-        return None if weight is None else weight.contiguous()
-
-    @property
-    def logits(self) -> Logits:
-        probs = self.probs
-        return Logits(
-            classes_last(self.tensors.input, self.classes_dim),
-            self.targets.target,
-            self.weight,
-            None if probs is None else classes_last(probs, self.classes_dim),
-        )
-
-    def loss(self, inplace_backward: bool = False, grad_in_forward: bool = False) -> Any:
-        """The loss, or (loss, LossStats)."""
-        tensors, targets, call, reduction, loss_dtype, _ = self
-        probs = self.probs
-        refuse_transforms(tensors.input, probs)
-        num_tokens = None
-        in_forward = grad_in_forward and can_compute_in_forward(tensors.input, probs, targets, reduction, call)
-        if can_reduce(tensors.input, targets, reduction, call):
-            reduced = reduced_with_gradient if in_forward else reduced_by_kernel
-            loss, found = reduced(self, inplace_backward)
-            if not found:
-                return finished(loss, targets, reduction, loss_dtype)
-            num_tokens, lse, predicted, entropy = found
-        elif in_forward:
-            logits = self.logits
-            scale = scales(targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, probs))
-            loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
-            loss = loss if scale.nothing is None else loss + scale.nothing
-        else:
-            logits = self.logits
-            rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
-            target_weight: Tensor | None = rows.target_weight
-            if call.group is None:
-                target_weight = weight_of_target(targets, logits.weight, probs)
-            loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
-            lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
-            if call.group is not None and call.with_stats and probs is not None:
-                targets = targets.with_classes(rows.likeliest)
-        loss = finished(loss, targets, reduction, loss_dtype)
-        if not call.with_stats:
-            return loss
-        return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)
-
-
-class CheckedCall(NamedTuple):
-    """What follows from the sizes, dtypes and devices of a call's tensors and from its options, all of them checked."""
-
-    call: RowCall
-    sizes: Sizes
-    loss_dtype: torch.dtype
-
-
-#: The calls that were checked, by all that was looked at; training steps of one shape check it once.
-_CHECKED: dict[Any, CheckedCall] = {}
-_MOST_CHECKED = 1024
-
-
-def logits_problem(
-    tensors: LogitsTensors,
-    ids: tuple[int, ...],
-    options: LossOptions,
-    reduction: ReductionOptions,
-    backend: str,
-    group: str | None,
-    *,
-    classes_dim: int = 1,
-) -> LogitsProblem:
-    """Checks the tensors, and brings them into the form of the backends."""
-    input, target, weight, token_weight = tensors
-    key = None
-    if is_plain(input):
-        how = (ids, options, reduction.return_stats, reduction.loss_dtype, backend, group, classes_dim)
-        state = torch.is_grad_enabled(), torch.is_autocast_enabled(input.device.type)
-        key = (form_of(input), form_of(target), form_of(weight), form_of(token_weight), how, state)
-    checked = _CHECKED.get(key)
-    if checked is None:
-        checked = check_call(tensors, ids, options, reduction, backend, group, classes_dim)
-        if key is not None:
-            if len(_CHECKED) == _MOST_CHECKED:
-                _CHECKED.clear()
-            _CHECKED[key] = checked
-    call, sizes, loss_dtype = checked
-    # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
-    targets = prepare_targets(
-        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=call.with_stats and group is None
-    )
-    return LogitsProblem(tensors, targets, call, reduction, loss_dtype, len(sizes.batch))
-
-
-def check_call(
-    tensors: LogitsTensors,
-    ids: tuple[int, ...],
-    options: LossOptions,
-    reduction: ReductionOptions,
-    backend: str,
-    group: str | None,
-    classes_dim: int,
-) -> CheckedCall:
-    input, target, weight, token_weight = tensors
-    sizes = check_logits(input, target, weight, classes_dim=classes_dim)
-    check_ignored(ids, target)
-    check_token_weight(token_weight, sizes.rows, target.device)
-    call = RowCall(options, bool(reduction.return_stats), backends.choose(backend, input.device), group)
-    return CheckedCall(call, sizes, loss_dtype_of(reduction, input, target, weight))
-
-
-def form_of(t: Tensor | None) -> Any:
-    """What is checked of a tensor; of what should be one and is not, the type, which is never found right."""
-    if t is None:
-        return None
-    return (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)
+def loss_of(problem: LogitsProblem, inplace_backward: bool = False, grad_in_forward: bool = False) -> Any:
+    """The loss, or (loss, LossStats)."""
+    _, targets, call, reduction, loss_dtype, _ = problem
+    probs, num_tokens = problem.probs, None
+    refuse_transforms(problem.tensors.input, probs)
+    in_forward = grad_in_forward and can_compute_in_forward(problem)
+    if can_reduce(problem):
+        reduced = reduced_with_gradient if in_forward else reduced_by_kernel
+        loss, found = reduced(problem, inplace_backward)
+        if not found:
+            return finished(loss, targets, reduction, loss_dtype)
+        num_tokens, lse, predicted, entropy = found
+    elif in_forward:
+        logits = problem.logits
+        scale = scales(targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, probs))
+        loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
+        loss = loss if scale.nothing is None else loss + scale.nothing
+    else:
+        logits = problem.logits
+        rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
+        target_weight: Tensor | None = rows.target_weight
+        if call.group is None:
+            target_weight = weight_of_target(targets, logits.weight, probs)
+        loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
+        lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
+        if call.group is not None and call.with_stats and probs is not None:
+            targets = targets.with_classes(rows.likeliest)
+    loss = finished(loss, targets, reduction, loss_dtype)
+    if not call.with_stats:
+        return loss
+    return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import backends
 from .autograd import RowCall
 from .operators import is_plain, wants_grad
-from .options import ReductionOptions
-from .reduction import Scales, Targets, scaled_total
+from .problem import LogitsProblem
+from .reduction import Scales, scaled_total
 from .rows import Logits, Rows, Upstream
 
 #: Fills the memory for the gradient; (total, a factor that backward multiplies the gradient by or None, statistics).
@@ -74,13 +74,12 @@ def total_with_gradient(logits: Logits, scales: Scales, call: RowCall, inplace: 
     return found
 
 
-def can_compute_in_forward(
-    input: Tensor, probs: Tensor | None, targets: Targets, reduction: ReductionOptions, call: RowCall
-) -> bool:
+def can_compute_in_forward(problem: LogitsProblem) -> bool:
     """Whether the scale of every row is known in forward, and logits are all that the loss is differentiated in."""
-    constants = (probs, targets.token_weight, reduction.normalizer)
+    input, targets, reduction = problem.tensors.input, problem.targets, problem.reduction
+    constants = (problem.probs, targets.token_weight, reduction.normalizer)
     return (
-        call.group is None
+        problem.call.group is None
         and reduction.reduction != "none"
         and reduction.return_stats != "differentiable"
         and is_plain(input)

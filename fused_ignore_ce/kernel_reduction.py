@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import RowCall, differentiable_backward
+from .autograd import differentiable_backward
 from .grad_in_forward import GradInForward
 from .operators import is_plain
-from .options import ReductionOptions
-from .reduction import Targets
+from .problem import LogitsProblem
 from .rows import Logits, Saved, Upstream, classes_back, classes_last
 
 
 class _ReducedByKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, probs: Tensor | None, problem: Any, inplace: bool) -> Any:
+    def forward(ctx: Any, input: Tensor, probs: Tensor | None, problem: LogitsProblem, inplace: bool) -> Any:
         _, targets, call, reduction, loss_dtype, classes_dim = problem
         options, with_stats, backend, _ = call
         target, weight = targets.target, problem.weight
@@ -81,16 +80,17 @@ def _as_given(gradient: Tensor | None, shape: torch.Size, classes_dim: int) -> T
     return gradient if gradient is None or len(shape) <= 2 else classes_back(gradient, shape, classes_dim)
 
 
-def can_reduce(input: Tensor, targets: Targets, reduction: ReductionOptions, call: RowCall) -> bool:
+def can_reduce(problem: LogitsProblem) -> bool:
     """Whether the kernel's reduction is the one that is wanted: a plain scalar, differentiable in the logits alone."""
+    call, reduction = problem.call, problem.reduction
     return (
         call.backend == "triton"
         and call.group is None
         and reduction.reduction != "none"
         and reduction.return_stats != "differentiable"
         and call.options.z_loss == 0.0
-        and is_plain(input)
-        and not _differentiable(targets.token_weight)
+        and is_plain(problem.tensors.input)
+        and not _differentiable(problem.targets.token_weight)
         and not _differentiable(reduction.normalizer)
     )
 
@@ -99,7 +99,7 @@ def _differentiable(factor: Any) -> bool:
     return isinstance(factor, Tensor) and factor.requires_grad
 
 
-def reduced_by_kernel(problem: Any, inplace_backward: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def reduced_by_kernel(problem: LogitsProblem, inplace_backward: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(loss, (number of kept rows, lse, predicted, entropy)); the latter are there if the call is with statistics.
 
     The loss is differentiable in logits and probabilities.
@@ -108,7 +108,7 @@ def reduced_by_kernel(problem: Any, inplace_backward: bool) -> tuple[Tensor, tup
     return (found[0], found[1:]) if problem.call.with_stats else (found, ())
 
 
-def reduced_with_gradient(problem: Any, inplace: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def reduced_with_gradient(problem: LogitsProblem, inplace: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As `reduced_by_kernel`, with the gradient in the logits computed along with the loss."""
     (input, _, _, _), targets, call, reduction, loss_dtype, classes_dim = problem
     options, with_stats, backend, _ = call

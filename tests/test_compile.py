@@ -138,3 +138,14 @@ def test_activation_checkpointing(backend, device):
 
     gradients = [torch.autograd.grad(loss, h)[0] for loss in (block(h), checkpoint(block, h, use_reentrant=False))]
     torch.testing.assert_close(*gradients)
+
+
+def test_calls_in_between_compile_nothing_again(backend, device):
+    """What eager calls remember is no guard of a compiled function."""
+    torch._dynamo.reset()
+    x, target = torch.randn(4, 30, device=device, requires_grad=True), torch.randint(0, 30, (4,), device=device)
+    compiled = torch.compile(lambda x: fused_cross_entropy(x, target, backend=backend), backend="aot_eager")
+    first = compiled(x)
+    fused_cross_entropy(x[:3], target[:3], backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(compiled(x), first)

@@ -16,7 +16,7 @@ LAYERS = [
     ["arguments", "torch_backend"],
     ["reduction", "backends"],
     ["distributed", "dtensor", "shards"],
-    ["autograd", "grad_in_forward", "kernel_reduction", "linear.plan", "linear.tiles", "linear.gradients"],
+    ["autograd", "problem", "grad_in_forward", "kernel_reduction", "linear.plan", "linear.tiles", "linear.gradients"],
     ["functional", "linear.sweep", "linear.calls", "linear.row_results", "linear.scaled_sum", "linear.problem"],
     ["linear.cross_entropy", "linear.log_probs", "linear.summed_log_probs", "cost"],
     ["causal_lm", "modules", "collator", "deferred"],

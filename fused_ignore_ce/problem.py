@@ -1,0 +1,127 @@
+"""The loss of logits, checked: what a call computes, which follows from its tensors and options."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .arguments import LogitsTensors, Sizes, check_ignored, check_logits, check_token_weight, holds_probabilities
+from .autograd import RowCall
+from .operators import is_plain
+from .options import LossOptions, ReductionOptions
+from .reduction import Targets, loss_dtype_of, prepare_targets
+from .rows import Logits, acc_dtype, classes_last
+
+
+class LogitsProblem(NamedTuple):
+    """All that the loss of logits depends on, checked."""
+
+    tensors: LogitsTensors
+    targets: Targets
+    call: RowCall
+    reduction: ReductionOptions
+    loss_dtype: torch.dtype
+    classes_dim: int  # of input and of probability targets
+
+    @property
+    def probs(self) -> Tensor | None:
+        target = self.tensors.target
+        return target if holds_probabilities(target) else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        weight = self.tensors.weight
+        return None if weight is None else weight.contiguous()
+
+    @property
+    def logits(self) -> Logits:
+        probs = self.probs
+        return Logits(
+            classes_last(self.tensors.input, self.classes_dim),
+            self.targets.target,
+            self.weight,
+            None if probs is None else classes_last(probs, self.classes_dim),
+        )
+
+
+class CheckedCall(NamedTuple):
+    """What follows from the sizes, dtypes and devices of a call's tensors and from its options, all of them checked."""
+
+    call: RowCall
+    sizes: Sizes
+    loss_dtype: torch.dtype
+
+
+_CHECKED: dict[Any, CheckedCall] = {}
+_MOST_CHECKED = 1024
+
+
+def logits_problem(
+    tensors: LogitsTensors,
+    ids: tuple[int, ...],
+    options: LossOptions,
+    reduction: ReductionOptions,
+    backend: str,
+    group: str | None,
+    *,
+    classes_dim: int = 1,
+) -> LogitsProblem:
+    """Checks the tensors, and brings them into the form of the backends."""
+    input, target, _, token_weight = tensors
+    check = checked_before if is_plain(input) else check_call
+    call, sizes, loss_dtype = check(tensors, ids, options, reduction, backend, group, classes_dim)
+    # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
+    targets = prepare_targets(
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=call.with_stats and group is None
+    )
+    return LogitsProblem(tensors, targets, call, reduction, loss_dtype, len(sizes.batch))
+
+
+def checked_before(
+    tensors: LogitsTensors,
+    ids: tuple[int, ...],
+    options: LossOptions,
+    reduction: ReductionOptions,
+    *others: Any,
+) -> CheckedCall:
+    """What `check_call` returns, remembered by all that it looks at: a training step is checked the first time."""
+    input, target, weight, token_weight = tensors
+    key = (
+        form_of(input), form_of(target), form_of(weight), form_of(token_weight),
+        ids, options, reduction.return_stats, reduction.loss_dtype, others,
+        torch.is_grad_enabled(), torch.is_autocast_enabled(input.device.type),
+    )  # fmt: skip
+    found = _CHECKED.get(key)
+    if found is None:
+        found = check_call(tensors, ids, options, reduction, *others)
+        if len(_CHECKED) == _MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED[key] = found
+    return found
+
+
+def check_call(
+    tensors: LogitsTensors,
+    ids: tuple[int, ...],
+    options: LossOptions,
+    reduction: ReductionOptions,
+    backend: str,
+    group: str | None,
+    classes_dim: int,
+) -> CheckedCall:
+    input, target, weight, token_weight = tensors
+    sizes = check_logits(input, target, weight, classes_dim=classes_dim)
+    check_ignored(ids, target)
+    check_token_weight(token_weight, sizes.rows, target.device)
+    call = RowCall(options, bool(reduction.return_stats), backends.choose(backend, input.device), group)
+    return CheckedCall(call, sizes, loss_dtype_of(reduction, input, target, weight))
+
+
+def form_of(t: Tensor | None) -> Any:
+    """What is checked of a tensor; of what should be one and is not, the type, which is never found right."""
+    if t is None:
+        return None
+    return (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)
