@@ -86,14 +86,20 @@ def launched():
     """The kernels that Triton's launcher got, all that there are, and what is said of wrong arguments and kernels."""
     from fused_ignore_ce.kernels import prepare
 
+    profiled = []
+    hook = lambda metadata: profiled.append(metadata.get()["name"])  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
     checked = launcher.check(90)
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert launcher.check(90) == checked
     straight = launcher.flat
     with mock.patch.object(launcher, "flat", lambda kinds, values: reversed(list(straight(kinds, values)))):
         arguments = error_of(launcher.check, 90)
     with mock.patch.object(prepare, "kinds", len):
         kernels = error_of(launcher.check, 90)
     every = [name for name, value in vars(prepare).items() if isinstance(value, triton.JITFunction)]
-    return {"checked": checked, "kernels": every, "wrong arguments": arguments, "wrong kernels": kernels}
+    wrong = {"wrong arguments": arguments, "wrong kernels": kernels}
+    return {"checked": checked, "profiled": profiled, "kernels": every} | wrong
 
 
 def error_of(function, *arguments):

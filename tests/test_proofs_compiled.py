@@ -104,6 +104,7 @@ def test_kernels_of_a_measured_table_are_compiled_for_its_architecture(tmp_path)
 def test_kernels_get_what_was_passed_to_their_launch(tmp_path):
     found = worker("launched", tmp_path)
     assert set(found["checked"]) == set(found["kernels"])
+    assert found["profiled"] == found["checked"]  # a profiler's hook sees every launch
     assert found["wrong arguments"].startswith("forward_kernel: expected the parameters")
     assert "expected the kernel that Triton chooses" in found["wrong kernels"]
 
