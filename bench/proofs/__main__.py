@@ -56,13 +56,13 @@ def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) ->
     return compiling.jobs([*cases.every(dtypes, quick=False), *peers.every(128256)], target)
 
 
-def run(todo: list[Job], what: str) -> list[Proof]:
+def run(todo: list[Job]) -> list[Proof]:
     """Compiles, with a line of progress where somebody looks on."""
     found = []
     for proof in compiling.compile_all(todo):
         found.append(proof)
         if sys.stderr.isatty():
-            print(f"\r{what}: {len(found)} of {len(todo)}", end="", file=sys.stderr)
+            print(f"\r{len(found)} of {len(todo)}", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     return found
@@ -90,13 +90,13 @@ def main() -> int:
 
     start = time.perf_counter()
     about = {"header": machine.header(sys.argv[1:], "bench.proofs"), "quick": options.quick, "note": predicting.NOTE}
-    proofs: list[Proof] = []
-    for target in targets(options.arch, options.quick):
-        proofs += run(jobs(target, options.quick, tuple(options.dtype or cases.DTYPES)), str(target))
+    on, dtypes = targets(options.arch, options.quick), tuple(options.dtype or cases.DTYPES)
+    todo = [job for target in on for job in jobs(target, options.quick, dtypes)]
     wanted = QUICK_CHIPS if options.quick else [chip.name for chip in chips.CHIPS]
-    archs = {p.job.target.arch for p in proofs}
+    archs = {target.arch for target in on}
     predicted_on = [chip for chip in chips.CHIPS if chip.name in wanted and (chip.arch in archs or not options.arch)]
-    predicted = run([job for chip in predicted_on for job in predicting.every(chip, options.quick)], "predictions")
+    found = run([*todo, *(job for chip in predicted_on for job in predicting.every(chip, options.quick))])
+    proofs, predicted = found[: len(todo)], found[len(todo) :]
     rows = predicting.predict(predicted)
 
     print(header())
