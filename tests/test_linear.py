@@ -99,7 +99,10 @@ def test_gradcheck(reduction, backend, plan, device):
         )
     kept = torch.tensor([0, 1, 2, 3, 5, 6], device=device)  # at 0 it jumps: a weight of 0 is an ignored row
     leaf = token_weight[kept].requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: loss(h, w, b, y, token_weight.index_copy(0, kept, t)), leaf)
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(
+        lambda t: loss(h, w, b, y, token_weight.index_copy(0, kept, t)), leaf, fast_mode=fast
+    )
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
