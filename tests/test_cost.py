@@ -91,8 +91,8 @@ BUFFERS = 40 * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_formulas_hold_in_a_process(dtype):
+@pytest.mark.parametrize(("dtype", "N"), [("bfloat16", 512), ("float32", 2048)])  # not all CPUs multiply bfloat16 fast
+def test_formulas_hold_in_a_process(dtype, N):
     """The plain path within 3% and the buffers of a GEMM: one tensor more or less of its three would be a third."""
     from bench.speed.memory import of_loss
     from bench.speed.providers import LINEAR, LOGITS
@@ -100,12 +100,12 @@ def test_formulas_hold_in_a_process(dtype):
 
     of = getattr(torch, dtype)
     logits, linear = (
-        Case("cost", kind, 2048, 32768, d, 0.0, dtype, "both") for kind, d in (("logits", 0), ("linear", 256))
+        Case("cost", kind, N, 32768, d, 0.0, dtype, "both") for kind, d in (("logits", 0), ("linear", 256))
     )
-    predicted = cost.plain_logits_bytes(2048, 32768, of)
+    predicted = cost.plain_logits_bytes(N, 32768, of)
     assert 0.99 * predicted <= of_loss(LOGITS[0].name, logits) <= 1.03 * predicted
-    predicted = cost.plain_linear_bytes(2048, 32768, 256, of)
+    predicted = cost.plain_linear_bytes(N, 32768, 256, of)
     assert 0.99 * predicted <= of_loss(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
-    predicted = cost.linear_cost(2048, 32768, 256, dtype=of, device="cpu").plan.bytes
+    predicted = cost.linear_cost(N, 32768, 256, dtype=of, device="cpu").plan.bytes
     # The plan names the most that it may hold: some temporaries of the backend need not be there at once.
     assert 0.5 * predicted <= of_loss(LINEAR[-1].name, linear) <= predicted
