@@ -108,4 +108,4 @@ def test_formulas_hold_in_a_process(dtype, N):
     assert 0.99 * predicted <= of_loss(LINEAR[0].name, linear) <= 1.03 * predicted + BUFFERS
     predicted = cost.linear_cost(N, 32768, 256, dtype=of, device="cpu").plan.bytes
     # The plan names the most that it may hold: some temporaries of the backend need not be there at once.
-    assert 0.5 * predicted <= of_loss(LINEAR[-1].name, linear) <= predicted
+    assert 0.5 * predicted <= of_loss(LINEAR[-1].name, linear) <= predicted + BUFFERS
