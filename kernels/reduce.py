@@ -37,7 +37,7 @@ def reduce_kernel(
     token_weight_ptr,  # (N,) or None
     normalizer_ptr,  # a scalar or None
     number: tl.float64,  # the normalizer, if it is one
-    rows_out,  # a pointer to loss (N,); or, with `parts`, where `store_row` writes; None where no total is wanted
+    rows_out,  # a pointer to loss (N,); or, with `parts`, where `store_row` writes; None if no total is wanted
     parts,  # see `merge_rows`; or None
     sums,  # pointers to (2, programs) and (programs,) int64; or None, for the only program
     out,  # see `store_total`
@@ -65,7 +65,7 @@ def reduce_kernel(
         token = tl.where(keep, 1.0, 0.0).to(ACC)
         if token_weight_ptr is not None:
             token = tl.load(token_weight_ptr + row * stride_tw, mask=keep, other=0.0).to(ACC)
-        if rows_out is not None:
+        if out[0] is not None:
             if parts is None:
                 loss_row = tl.load(rows_out[0] + row, mask=keep, other=0.0)
             else:

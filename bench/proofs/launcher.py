@@ -10,9 +10,11 @@ and with the parameters in the kernel's machine code.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -61,13 +63,14 @@ def loaded() -> tuple[Launch, Any]:
     from triton.backends.nvidia.driver import CudaUtils
 
     include = Path(nvidia.__file__ or "", "..", "include").resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        library, source = Path(folder, "libcuda.so.1"), Path(__file__).with_name("stub_cuda.c")
-        options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-        subprocess.run([os.environ.get("CC", "cc"), *options], check=True)
-        last = Launch.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "last_launch")
-        os.environ["TRITON_LIBCUDA_PATH"] = folder  # for the linker
-        return last, CudaUtils()
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)  # some releases of Triton link every launcher against it
+    library, source = Path(folder, "libcuda.so.1"), Path(__file__).with_name("stub_cuda.c")
+    options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    subprocess.run([os.environ.get("CC", "cc"), *options], check=True)
+    last = Launch.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "last_launch")
+    os.environ["TRITON_LIBCUDA_PATH"] = folder  # for the linker
+    return last, CudaUtils()
 
 
 def parameter_sizes(cubin: bytes, kernel: str) -> list[int]:
