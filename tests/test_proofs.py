@@ -285,8 +285,9 @@ def test_exit_status(monkeypatch, capsys, tmp_path, proof, status):
     from bench.proofs import __main__ as command
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(command, "jobs", lambda *arguments: [])
-    monkeypatch.setattr(command, "run", lambda jobs, what: [proof] if what == "sm_90" else [])
+    monkeypatch.setattr(command, "jobs", lambda *arguments: [proof.job])
+    monkeypatch.setattr(predicting, "every", lambda *arguments: [])
+    monkeypatch.setattr(command, "run", lambda jobs: [proof for job in jobs])
     arguments = ["--arch", "90", "--json", str(tmp_path / "proofs.json"), "--keep", str(tmp_path / "kept")]
     arguments += ["--summary", str(tmp_path / "summary.json")]
     monkeypatch.setattr("sys.argv", ["bench.proofs", *arguments])
