@@ -47,4 +47,5 @@ for step, batch in enumerate(itertools.islice(data, options.steps), 1):
 
 if rank == 0:
     print(fusion_report(model))
+dist.barrier()  # so that no rank is gone while another one still works
 dist.destroy_process_group()
