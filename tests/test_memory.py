@@ -41,17 +41,17 @@ def test_no_logits_beside_the_gradients():
 
 #: (N, V, D), dtype, ignored, budget in MiB: every plan, large and small tiles, with and without ignored rows.
 BUDGETS = {
-    "one block": [((1024, 40000, 200), "bfloat16", 0.3, 100)],
+    "one block": [((366, 20011, 400), "bfloat16", 0.3, 52), ((366, 20011, 400), "float32", 0.3, 56)],
     "token chunks": [
         ((2048, 32768, 64), "float32", 0.0, 60),
         ((2048, 32768, 64), "float32", 0.0, 16),
         ((2048, 32768, 256), "float32", 0.5, 56),
-        ((3000, 20011, 34), "bfloat16", 0.0, 20),
+        ((1500, 20011, 18), "bfloat16", 0.0, 14),
     ],
     "vocabulary blocks": [
-        ((1024, 32768, 128), "bfloat16", 0.0, 16),
+        ((1024, 32768, 16), "bfloat16", 0.0, 16),
         ((1024, 65537, 64), "float32", 0.25, 24),
-        ((4096, 32768, 64), "bfloat16", 0.75, 20),
+        ((4096, 32768, 16), "bfloat16", 0.75, 20),
     ],
 }
 
