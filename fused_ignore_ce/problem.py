@@ -55,6 +55,18 @@ class CheckedCall(NamedTuple):
     loss_dtype: torch.dtype
 
 
+class Request(NamedTuple):
+    """All of a call but its tensors and the numbers that enter after the kernels."""
+
+    ids: tuple[int, ...]
+    options: LossOptions
+    with_stats: bool
+    loss_dtype: torch.dtype | None
+    backend: str
+    group: str | None
+    classes_dim: int
+
+
 _CHECKED: dict[Any, CheckedCall] = {}
 _MOST_CHECKED = 1024
 
@@ -71,57 +83,43 @@ def logits_problem(
 ) -> LogitsProblem:
     """Checks the tensors, and brings them into the form of the backends."""
     input, target, _, token_weight = tensors
-    check = checked_before if is_plain(input) else check_call
-    call, sizes, loss_dtype = check(tensors, ids, options, reduction, backend, group, classes_dim)
+    with_stats = bool(reduction.return_stats)
+    request = Request(ids, options, with_stats, reduction.loss_dtype, backend, group, classes_dim)
+    call, sizes, loss_dtype = (checked_before if is_plain(input) else check_call)(tensors, request)
     # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
     targets = prepare_targets(
-        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=call.with_stats and group is None
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
     )
     return LogitsProblem(tensors, targets, call, reduction, loss_dtype, len(sizes.batch))
 
 
-def checked_before(
-    tensors: LogitsTensors,
-    ids: tuple[int, ...],
-    options: LossOptions,
-    reduction: ReductionOptions,
-    *others: Any,
-) -> CheckedCall:
+def checked_before(tensors: LogitsTensors, request: Request) -> CheckedCall:
     """What `check_call` returns, remembered by all that it looks at: a training step is checked the first time."""
     input, target, weight, token_weight = tensors
     key = (
-        form_of(input), form_of(target), form_of(weight), form_of(token_weight),
-        ids, options, reduction.return_stats, reduction.loss_dtype, others,
+        form_of(input), form_of(target), form_of(weight), form_of(token_weight), request,
         torch.is_grad_enabled(), torch.is_autocast_enabled(input.device.type),
     )  # fmt: skip
     found = _CHECKED.get(key)
     if found is None:
-        found = check_call(tensors, ids, options, reduction, *others)
+        found = check_call(tensors, request)
         if len(_CHECKED) == _MOST_CHECKED:
             _CHECKED.clear()
         _CHECKED[key] = found
     return found
 
 
-def check_call(
-    tensors: LogitsTensors,
-    ids: tuple[int, ...],
-    options: LossOptions,
-    reduction: ReductionOptions,
-    backend: str,
-    group: str | None,
-    classes_dim: int,
-) -> CheckedCall:
+def check_call(tensors: LogitsTensors, request: Request) -> CheckedCall:
     input, target, weight, token_weight = tensors
-    sizes = check_logits(input, target, weight, classes_dim=classes_dim)
-    check_ignored(ids, target)
+    sizes = check_logits(input, target, weight, classes_dim=request.classes_dim)
+    check_ignored(request.ids, target)
     check_token_weight(token_weight, sizes.rows, target.device)
-    call = RowCall(options, bool(reduction.return_stats), backends.choose(backend, input.device), group)
-    return CheckedCall(call, sizes, loss_dtype_of(reduction, input, target, weight))
+    call = RowCall(request.options, request.with_stats, backends.choose(request.backend, input.device), request.group)
+    return CheckedCall(call, sizes, loss_dtype_of(request.loss_dtype, input, target, weight))
 
 
 def form_of(t: Tensor | None) -> Any:
-    """What is checked of a tensor; of what should be one and is not, the type, which is never found right."""
+    """The properties of a tensor that checks look at; the type of anything else, which no check accepts."""
     if t is None:
         return None
     return (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)

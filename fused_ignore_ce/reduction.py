@@ -163,10 +163,10 @@ def reduce_rows(
     return total if scale.nothing is None else total + scale.nothing
 
 
-def loss_dtype_of(reduction: ReductionOptions, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+def loss_dtype_of(loss_dtype: torch.dtype | None, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """The dtype of the loss: the caller's, or PyTorch's rule, which autocast and probability targets take part in."""
-    if reduction.loss_dtype is not None:
-        return reduction.loss_dtype
+    if loss_dtype is not None:
+        return loss_dtype
     dtype = input.dtype
     if holds_probabilities(target):
         dtype = torch.promote_types(dtype, target.dtype)

@@ -177,7 +177,7 @@ def linear_problem(
         row_scales,
         divides_by_weights_of_ranks,
         reduction,
-        loss_dtype_of(reduction, input, target, weight),
+        loss_dtype_of(reduction.loss_dtype, input, target, weight),
         all(in_forward),
     )
 
