@@ -25,12 +25,12 @@ def of_loss(name: str, case: Case, budget: int | None = None) -> int:
     return _in_fresh_process(_of_loss, name, case, budget)
 
 
-def of_training_step(way: str, share: float) -> int:
+def of_training_step(way: str, share: float, sizes: dict[str, int] = SIZES) -> int:
     """Bytes that a model's training step holds at its peak, above the model and its gradients. It runs on the CPU.
 
     `way` is one of `WAYS`, or "own-loop": patched, and the loss is taken of the logits after a forward without labels.
     """
-    return _in_fresh_process(_of_training_step, way, share)
+    return _in_fresh_process(_of_training_step, way, share, sizes)
 
 
 def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
@@ -64,13 +64,13 @@ def _of_loss(name: str, case: Case, budget: int | None) -> int:
     return peak - (0 if provider.overwrites else sum(x.nbytes for x in inputs))
 
 
-def _of_training_step(way: str, share: float) -> int:
+def _of_training_step(way: str, share: float, sizes: dict[str, int]) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fused_ignore_ce.hf import patch_model
 
     torch.manual_seed(0)
-    V, T, D, layers = SIZES.values()
+    V, T, D, layers = sizes.values()
     config = LlamaConfig(
         vocab_size=V, hidden_size=D, intermediate_size=2 * D, num_hidden_layers=layers, num_attention_heads=4,
         use_cache=False,
