@@ -13,11 +13,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import get_all_start_methods, set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import spawn as start_and_join
+from torch.multiprocessing.spawn import start_processes
 
 from .speed.providers import PROVIDERS, version
 from .speed.workload import DEVICE, limits
@@ -73,10 +74,15 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
 
 
 def spawn(function: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
-    """Calls a function with the process's number and arguments in fresh processes, which can import this checkout."""
+    """Calls a function with the process's number and arguments in fresh processes, which can import this checkout.
+
+    Where the system can fork, they are forks of a process that has imported PyTorch and done nothing else.
+    """
+    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    set_forkserver_preload(["torch"])
     sys.path.insert(0, str(ROOT))  # new processes get it
     try:
-        start_and_join(function, arguments, processes)
+        start_processes(function, arguments, processes, start_method=method)
     finally:
         sys.path.remove(str(ROOT))
 
