@@ -23,8 +23,9 @@ class Ranks:
 
     def _start(self):
         folder = self.folders.mktemp("ranks")
-        # PyTorch 2.13's cache takes a graph of an uneven DTensor from a rank whose shard has another size.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        # PyTorch 2.13's caches take a graph of an uneven DTensor from a rank whose shard has another size.
+        caches = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **caches}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, str(rank), str(self.world), str(folder)],

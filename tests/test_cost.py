@@ -98,9 +98,7 @@ def test_formulas_hold_in_a_process(dtype, N, D):
     from bench.speed.workload import Case
 
     of = getattr(torch, dtype)
-    logits, linear = (
-        Case("cost", kind, N, 32768, d, 0.0, dtype, "both") for kind, d in (("logits", 0), ("linear", D))
-    )
+    logits, linear = (Case("cost", kind, N, 32768, d, 0.0, dtype, "both") for kind, d in (("logits", 0), ("linear", D)))
     predicted = cost.plain_logits_bytes(N, 32768, of)
     assert 0.99 * predicted <= of_loss(LOGITS[0].name, logits) <= 1.03 * predicted
     predicted = cost.plain_linear_bytes(N, 32768, D, of)
