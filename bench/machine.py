@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import spawn as start_and_join
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 
 from .speed.providers import PROVIDERS, version
 from .speed.workload import DEVICE, limits
@@ -72,13 +73,19 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
 
 
-def spawn(function: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
-    """Calls a function with the process's number and arguments in fresh processes, which can import this checkout."""
+def in_processes(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
+    """What a function returns in fresh processes that can import this checkout; a process's number comes first."""
+    returned = get_context("spawn").SimpleQueue()
     sys.path.insert(0, str(ROOT))  # new processes get it
     try:
-        start_and_join(function, arguments, processes)
+        spawn(_call, (returned, function, arguments), processes)
     finally:
         sys.path.remove(str(ROOT))
+    return [returned.get() for _ in range(processes)]
+
+
+def _call(number: int, returned: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    returned.put(function(number, *arguments))
 
 
 def environment() -> dict[str, str]:
