@@ -58,12 +58,12 @@ def machine(results: Results) -> str:
 def headline(results: Results) -> str:
     """The README's table of time and memory."""
     name, result = results.newest("run", "rows")
-    base, lines = _base(result), {}
+    base = _base(result).query("dtype == 'bfloat16' and ignored == @SHARE").set_index(["kind", "provider"])
+    lines = {}
     for kind, what in (("logits", "loss from logits"), ("linear", "loss from hidden states")):
-        own = base.query("kind == @kind and dtype == 'bfloat16' and ignored == @SHARE").set_index("provider")
-        baseline, *others, ours = PROVIDERS[kind]
-        compiled = next(provider for provider in others if provider.compiled)
-        own = own.reindex([baseline.name, compiled.name, ours.name])
+        first, *others, last = PROVIDERS[kind]
+        shown = (first, *(provider for provider in others if provider.compiled), last)
+        own = base.reindex([(kind, provider.name) for provider in shown])
         lines[f"{what}: time"] = [*written(own["ms.p50"], "{:.0f} ms".format)]
         lines[f"{what}: peak memory"] = [*written(own["bytes"], size)]
     steps = results.newest("run", "training step")[1]["training step"]
