@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
-from torch.multiprocessing import get_context
 from tqdm import tqdm
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
@@ -99,7 +98,7 @@ def operands(name: str, rank: int, ranks: int, tokens: int = N) -> list[Tensor]:
     return [h.requires_grad_(), (torch.randn(V // ranks, D) / D**0.5).requires_grad_(), target]
 
 
-def measure(rank: int, name: str, ranks: int, store: str, returned: Any) -> None:
+def measure(rank: int, name: str, ranks: int, store: str) -> dict[str, float]:
     """One rank's figures: bytes sent per token, and bytes at the peak above its operands and their gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
@@ -113,8 +112,8 @@ def measure(rank: int, name: str, ranks: int, store: str, returned: Any) -> None
     given = operands(name, rank, ranks)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         loss(mesh, *given)
-    returned.put({"bytes_per_token": bytes_sent(profile, ranks) / N, "peak_bytes": peak - own})
     dist.destroy_process_group()
+    return {"bytes_per_token": bytes_sent(profile, ranks) / N, "peak_bytes": peak - own}
 
 
 def bytes_sent(profile: Any, ranks: int) -> float:
@@ -135,10 +134,8 @@ def bytes_sent(profile: Any, ranks: int) -> float:
 
 def on_ranks(name: str, ranks: int) -> dict[str, float]:
     """The largest figures of all ranks, each of which runs `measure` in a fresh process."""
-    returned = get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        machine.spawn(measure, name, ranks, f"{folder}/store", returned, processes=ranks)
-    found = [returned.get() for _ in range(ranks)]
+        found = machine.in_processes(measure, name, ranks, f"{folder}/store", processes=ranks)
     return {key: max(each[key] for each in found) for key in found[0]}
 
 

@@ -6,21 +6,24 @@ functions below. They write links as the README has them; those of the pages in 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from pandas import DataFrame
 
 from fused_ignore_ce.cost import linear_cost
 
 from .comparison import tables as comparison
 from .machine import ROOT
 from .proofs import picture
-from .reading import Results, Row, code, embedded, find, heading, link, peak, ratio, size, table, where
+from .reading import Results, Row, code, embedded, heading, link, size, table, where, written
 from .speed import plots
 from .speed.memory import WAYS
 from .speed.providers import PROVIDERS
-from .speed.scaling import VARIED
+from .speed.scaling import VARIED, losses
 from .speed.workload import MODELS
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "comparison.md")
@@ -32,6 +35,9 @@ PREDICTED_V = 128256
 
 #: The name of the picture of predictions.
 PREDICTED = "predicted-roof"
+
+#: This package's losses, of logits and from hidden states.
+OURS = [providers[-1].name for providers in PROVIDERS.values()]
 
 #: The share of ignored tokens of which the README's sentences speak.
 SHARE = 0.75
@@ -52,26 +58,27 @@ def machine(results: Results) -> str:
 def headline(results: Results) -> str:
     """The README's table of time and memory."""
     name, result = results.newest("run", "rows")
-    lines = []
+    base = _base(result).query("dtype == 'bfloat16' and ignored == @SHARE").set_index(["kind", "provider"])
+    lines = {}
     for kind, what in (("logits", "loss from logits"), ("linear", "loss from hidden states")):
-        rows = _base_rows(result, kind)
-        baseline, *others, ours = PROVIDERS[kind]
-        compiled = next(provider for provider in others if provider.compiled)
-        own = [find(rows, provider=p.name, dtype="bfloat16", ignored=SHARE) for p in (baseline, compiled, ours)]
-        lines.append((f"{what}: time", *(f"{row['ms']['p50']:.0f} ms" if row else "-" for row in own)))
-        lines.append((f"{what}: peak memory", *(peak(result, row) for row in own)))
+        first, *others, last = PROVIDERS[kind]
+        shown = (first, *(provider for provider in others if provider.compiled), last)
+        own = base.reindex([(kind, provider.name) for provider in shown])
+        lines[f"{what}: time"] = [*written(own["ms.p50"], "{:.0f} ms".format)]
+        lines[f"{what}: peak memory"] = [*written(own["bytes"], size)]
     steps = results.newest("run", "training step")[1]["training step"]
-    step = {row["way"]: size(row["bytes"]) for row in steps if row["ignored"] == SHARE}
-    plain, fused = (step.get(way, "-") for way in WAYS)
-    lines.append(("training step of a model: peak memory", plain, "not measured", fused))
-    head = ("", "plain", "torch.compile of it", "this package")
-    sizes = f"N={rows[0]['N']} tokens, V={rows[0]['V']} classes, D={rows[0]['D']} features"
+    held = DataFrame(steps).query("ignored == @SHARE").set_index("way")["bytes"].reindex(WAYS)
+    plain, fused = written(held, size)
+    lines["training step of a model: peak memory"] = [plain, "not measured", fused]
+    N, V, D = base[["N", "V", "D"]].max()
     text = (
-        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, {sizes}, bfloat16; plain is "
-        f"`F.cross_entropy(logits.float(), labels)`. The training step: {_model(steps[0])}, float32. Memory "
-        f"does not include inputs, parameters and their gradients. Measured on {where(result['header'])}: {link(name)}."
+        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, N={N} tokens, V={V} classes, "
+        f"D={D} features, bfloat16; plain is `F.cross_entropy(logits.float(), labels)`. The training step: "
+        f"{_model(steps[0])}, float32. Memory does not include inputs, parameters and their gradients. Measured on "
+        f"{where(result['header'])}: {link(name)}."
     )
-    return f"{table(head, lines)}\n\n{text}"
+    cells = DataFrame.from_dict(lines, orient="index")
+    return f"{table(cells, ['plain', 'torch.compile of it', 'this package'])}\n\n{text}"
 
 
 def coverage(results: Results) -> str:
@@ -94,66 +101,59 @@ def _model(step: Row) -> str:
     return f"a Llama of {step['layers']} layers, {step['T']} tokens, V={step['V']}, D={step['D']}"
 
 
-def _base_rows(result: Row, kind: str) -> list[Row]:
+def _base(result: Row) -> DataFrame:
     """Forward and backward at the base shape."""
-    return [r for r in result["rows"] if (r["kind"], r["shape"], r["direction"]) == (kind, "base", "both")]
+    return losses(result["rows"], result["memory"]).query("shape == 'base' and direction == 'both'")
 
 
-def _base(result: Row, kind: str, columns: list[tuple[str, float]]) -> str:
-    """Ratios at the base shape by (dtype, ignored), and peak memory in the first of these columns."""
-    rows = _base_rows(result, kind)
-    sizes = f"N={rows[0]['N']}, V={rows[0]['V']}" + (f", D={rows[0]['D']}" if rows[0]["D"] else "")
-    lines = []
-    for provider in PROVIDERS[kind]:
-        own = [find(rows, provider=provider.name, dtype=dtype, ignored=ignored) for dtype, ignored in columns]
-        if any(own):
-            lines.append((code(provider.name), *map(ratio, own), peak(result, own[0])))
-    dtype, *others = sorted({dtype for dtype, _ in columns})
-    names = [f"{dtype} {ignored:.0%} ignored" if others else f"{ignored:.0%} ignored" for dtype, ignored in columns]
-    text = f"{sizes}, {'' if others else f'{dtype}, '}ratios of medians to the first:"
-    return f"{text}\n\n{table(('', *names, f'peak memory, {columns[0][0]}, {columns[0][1]:.0%}'), lines)}"
+def _ratios(result: Row, kind: str, dtypes: Sequence[str], shares: Sequence[float]) -> str:
+    """Ratios at the base shape, and peak memory in the first column."""
+    rows = _base(result).query("kind == @kind")
+    sizes = [f"{name}={rows[name].iloc[0]}" for name in "NVD" if rows[name].any()]
+    columns = [*itertools.product(dtypes, shares)]
+    found = rows.pivot(index="provider", columns=["dtype", "ignored"], values=["ratio", "bytes"])
+    found = found.reindex(columns=[*(("ratio", *column) for column in columns), ("bytes", *columns[0])])
+    found = found.reindex([provider.name for provider in PROVIDERS[kind]]).dropna(how="all").rename(code)
+    cells = written(found[["ratio"]], "{:.2f}".format).join(written(found[["bytes"]], size))
+    several = len(dtypes) > 1
+    names = [f"{dtype} {ignored:.0%} ignored" if several else f"{ignored:.0%} ignored" for dtype, ignored in columns]
+    text = f"{', '.join(sizes if several else [*sizes, *dtypes])}, ratios of medians to the first:"
+    return f"{text}\n\n{table(cells, [*names, f'peak memory, {dtypes[0]}, {shares[0]:.0%}'])}"
 
 
 def logits(results: Results) -> str:
-    return _base(results.newest("run", "rows")[1], "logits", [("bfloat16", share) for share in (0.0, 0.5, 0.75, 0.95)])
+    return _ratios(results.newest("run", "rows")[1], "logits", ["bfloat16"], [0.0, 0.5, 0.75, 0.95])
 
 
 def linear(results: Results) -> str:
     _, result = results.newest("run", "rows")
     slow = [gate for gate in result["gates"] if gate["status"] == "slow"]
     notes = "".join(f"\n\n{code(g['provider'])} in {g['dtype']} was not measured: {g['reason']}." for g in slow)
-    columns = [(dtype, share) for dtype in ("bfloat16", "float32") for share in (0.0, 0.75)]
-    return _base(result, "linear", columns) + notes
+    return _ratios(result, "linear", ["bfloat16", "float32"], [0.0, 0.75]) + notes
 
 
 def models(results: Results) -> str:
     """Ratios of this package's losses at the sizes of models. Models of one vocabulary share their logits' figures."""
-    rows = [r for r in results.newest("run", "rows")[1]["rows"] if r["direction"] == "both" and r["shape"] in MODELS]
-    lines = []
+    rows = losses(results.newest("run", "rows")[1]["rows"]).query("direction == 'both' and shape in @MODELS")
+    rows = rows[rows["provider"].isin(OURS)].set_index(["kind", "V", "D", "ignored"])
+    lines = {}
     for name, (V, D) in MODELS.items():
-        cells: list[str] = []
-        tokens: list[str] = []
-        for kind, providers in PROVIDERS.items():
-            own = {"kind": kind, "V": V, "D": D if kind == "linear" else 0, "provider": providers[-1].name}
-            found = [find(rows, **own, ignored=share) for share in (0.0, 0.75)]
-            cells += map(ratio, found)
-            tokens.append(str(found[0]["N"]) if found[0] else "-")
-        lines.append((f"{name}, {V} x {D}", " / ".join(tokens), *cells))
-    head = ("", "tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0% ignored", "75%")
-    return table(head, lines)
+        own = rows.reindex((kind, V, D * (kind == "linear"), share) for kind in PROVIDERS for share in (0.0, 0.75))
+        tokens = " / ".join(written(own["N"], "{:.0f}".format)[::2])
+        lines[f"{name}, {V} x {D}"] = [tokens, *written(own["ratio"], "{:.2f}".format)]
+    head = ("tokens, logits / linear", "logits, 0% ignored", "75%", "linear, 0% ignored", "75%")
+    return table(DataFrame.from_dict(lines, orient="index"), head)
 
 
 def scaling(results: Results) -> str:
     """The exponents of the newest run that had time for all sizes, or else of the newest."""
     complete = (run for run in results.files["run"].items() if {fit["varied"] for fit in run[1]["fits"]} >= {*VARIED})
     name, result = next(complete, None) or results.newest("run", "fits")
-    fits, lines = result["fits"], []
-    for kind, (baseline, *_, ours) in PROVIDERS.items():
-        for provider in (baseline, ours):
-            own = [find(fits, kind=kind, provider=provider.name, varied=varied) for varied in VARIED]
-            lines.append((code(provider.name), *(f"{fit['exponent']:.2f}" if fit else "-" for fit in own)))
-    head = ("", "tokens", "vocabulary", "features", "kept tokens of a batch")
-    return f"{table(head, lines)}\n\n{where(result['header'])}: {link(name)}."
+    exponents = DataFrame(result["fits"]).pivot(index=["kind", "provider"], columns="varied", values="exponent")
+    shown = [(kind, provider.name) for kind, own in PROVIDERS.items() for provider in (own[0], own[-1])]
+    cells = written(exponents.reindex(index=shown, columns=VARIED).droplevel("kind"), "{:.2f}".format)
+    drawn = table(cells.rename(code), ["tokens", "vocabulary", "features", "kept tokens of a batch"])
+    return f"{drawn}\n\n{where(result['header'])}: {link(name)}."
 
 
 def training_step(results: Results) -> str:
@@ -162,24 +162,20 @@ def training_step(results: Results) -> str:
         f"{_model(rows[0])}, float32, forward and backward; peak memory above the model and its gradients. The logits "
         f"alone would be {size(4 * rows[0]['T'] * rows[0]['V'])}."
     )
-    shares = sorted({row["ignored"] for row in rows})
-    lines = []
-    for way, name in (("plain", "transformers"), ("patched", "`patch_model(model)`")):
-        own = [find(rows, way=way, ignored=share) for share in shares]
-        lines.append((name, *(size(row["bytes"]) if row else "-" for row in own)))
+    held = DataFrame(rows).pivot(index="way", columns="ignored", values="bytes").reindex(WAYS)
+    cells = written(held, size).set_axis(["transformers", "`patch_model(model)`"])
     drawn = embedded("training-step", "Peak memory of a training step, plain and patched")
-    return f"{text}\n\n{table(('', *(f'{share:.0%} ignored' for share in shares)), lines)}\n\n{drawn}"
+    return f"{text}\n\n{table(cells, [f'{share:.0%} ignored' for share in held.columns])}\n\n{drawn}"
 
 
 def traffic(results: Results) -> str:
-    rows = [row for row in results.newest("run", "traffic")[1]["traffic"] if row["ignored"] == 0.5]
-    case, lines = rows[0]["case"], []
-    for passes in ("forward", "backward"):
-        row = find(rows, case=case, passes=f"ours, {passes}")
-        assert row is not None
-        moved = (row["kept"], row["of ignored"])
-        lines.append((passes, *(f"{rows['read']:.3f} reads, {rows['written']:.3f} writes" for rows in moved)))
-    return f"{case}, half of the rows ignored:\n\n{table(('', 'kept row', 'ignored row'), lines)}"
+    _, result = results.newest("run", "traffic")
+    rows = DataFrame(result["traffic"]).query("ignored == 0.5").set_index(["case", "passes"])
+    case = rows.index[0][0]
+    moved = rows.loc[case].loc[["ours, forward", "ours, backward"], ["kept", "of ignored"]]
+    cells = moved.map(lambda row: f"{row['read']:.3f} reads, {row['written']:.3f} writes")
+    drawn = table(cells.set_axis(["forward", "backward"]), ["kept row", "ignored row"])
+    return f"{case}, half of the rows ignored:\n\n{drawn}"
 
 
 NO_PROOFS = "No committed result has them yet: `make proofs`."
@@ -213,30 +209,24 @@ def proofs(results: Results) -> str:
     if newest is None:
         return NO_PROOFS
     name, found = newest
-    rows = [row for row in found[picture.PREDICTIONS] if row["V"] == PREDICTED_V]
-    kernels = dict.fromkeys(row["kernel"] for row in rows)
-    lines = []
-    for chip in dict.fromkeys(row["chip"] for row in rows):
-        own = [find(rows, chip=chip, kernel=kernel) for kernel in kernels]
-        shares = [f"{row['share of the memory roof']:.2f}, {row['bound']}" if row else "-" for row in own]
-        lines.append((chip, *shares))
-    head = ("", *(kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in kernels))
+    rows = DataFrame(found[picture.PREDICTIONS]).query("V == @PREDICTED_V")
+    rows["cell"] = rows[picture.SHARE].map("{:.2f}, ".format) + rows["bound"]
+    cells = rows.pivot_table("cell", "chip", "kernel", aggfunc="first", sort=False).fillna("-")
+    head = [kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in cells.columns]
     text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:"
     drawn = embedded(PREDICTED, "A prediction, not a measurement: shares of the memory roof")
-    return "\n\n".join([_compiled(name, found), text, table(head, lines), drawn])
+    return "\n\n".join([_compiled(name, found), text, table(cells, head), drawn])
 
 
 def distributed(results: Results) -> str:
     file, found = results.newest("distributed", "rows")
-    lines = []
-    for name in dict.fromkeys(row["name"] for row in found["rows"]):
-        own = [row for row in found["rows"] if row["name"] == name]
-        sent = [row["bytes_per_token"] for row in own]
-        cells = [f"{n / 1024:.0f} KiB" if n >= 10240 else f"{n:.0f} B" for n in sent]
-        lines.append((f"`{name}`", *cells, *(size(row["peak_bytes"]) for row in own)))
-    ranks = [f"{ranks} ranks" for ranks in found["ranks"]]
+    rows = DataFrame(found["rows"])
+    rows["sent"] = rows["bytes_per_token"].map(lambda n: f"{n / 1024:.0f} KiB" if n >= 10240 else f"{n:.0f} B")
+    rows["held"] = rows["peak_bytes"].map(size)
+    cells = rows.pivot_table(["sent", "held"], "name", "ranks", aggfunc="first", sort=False)[["sent", "held"]]
     text = f"N={found['N']}, V={found['V']}, D={found['D']}, float32, {found['ignored']:.0%} ignored ({link(file)}):"
-    return f"{text}\n\n{table(('', *(f'sent, {n}' for n in ranks), *(f'held, {n}' for n in ranks)), lines)}"
+    head = [f"{what}, {ranks} ranks" for what, ranks in cells.columns]
+    return f"{text}\n\n{table(cells.rename('`{}`'.format), head)}"
 
 
 def ignored(results: Results) -> str:
@@ -265,24 +255,20 @@ def memory(results: Results) -> str:
     N, V, D = 8192, 128256, 4096
     whole, half = linear_cost(N, V, D), linear_cost(N, V, D, memory_budget=2**29)
     chunks = 2 * 1024 * V + 4 * V * D
-    lines = [
-        (
-            "`F.cross_entropy(F.linear(h, w).float(), y)`",
+    held = {
+        "`F.cross_entropy(F.linear(h, w).float(), y)`":
             "log-softmax and two gradients in float32, before there are others: `3 x 4NV - s(N + V)D`",
-            f"{whole.plain_bytes / 2**30:.1f} GiB",
-        ),
-        (whole.plan.plan, "`sNV`", f"{whole.plan.bytes / 2**30:.1f} GiB"),
-        (
-            "token chunks of c rows",
+        whole.plan.plan: "`sNV`",
+        "token chunks of c rows":
             "`scV + 4VD` (nothing for `4VD` where the head's gradient is float32 or not wanted)",
-            f"{chunks / 2**30:.1f} GiB, c=1024",
-        ),
-        (
-            f"{half.plan.plan} of b classes", "`sNb + 4ND + 48 NV/b`",
-            f"{half.plan.bytes / 2**30:.2f} GiB, b={half.plan.chunk}",
-        ),
+        f"{half.plan.plan} of b classes": "`sNb + 4ND + 48 NV/b`",
+    }  # fmt: skip
+    example = [
+        f"{whole.plain_bytes / 2**30:.1f} GiB", f"{whole.plan.bytes / 2**30:.1f} GiB",
+        f"{chunks / 2**30:.1f} GiB, c=1024", f"{half.plan.bytes / 2**30:.2f} GiB, b={half.plan.chunk}",
     ]  # fmt: skip
-    return table(("", "held at the peak", f"N={N}, V={V}, D={D}, bf16"), lines)
+    cells = DataFrame({"held": held}).assign(example=example)
+    return table(cells, ["held at the peak", f"N={N}, V={V}, D={D}, bf16"])
 
 
 FUNCTIONS = (
@@ -304,9 +290,9 @@ def rewritten(page: Path, text: str, results: Results) -> str:
     return BLOCK.sub(block, text)
 
 
-def shown(results: Results) -> dict[str, tuple[Any, str]]:
+def shown(results: Results) -> dict[str, tuple[DataFrame, str]]:
     """What each picture shows, and the newest run that has its figures, by the picture's name."""
-    found: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[DataFrame, str]] = {}
     for result in results.files["run"].values():
         found = {name: (data, heading(result["header"])) for name, data in plots.pictures(result).items()} | found
     newest = results.newest_proofs()
@@ -315,17 +301,10 @@ def shown(results: Results) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def draw(results: Results, folder: Path = PICTURES) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (data, about) in shown(results).items():
-        if name == PREDICTED:
-            picture.draw({picture.PREDICTIONS: data}, about, folder / f"{name}.png")
-        else:
-            plots.draw(name, data, about, folder)
-
-
 if __name__ == "__main__":
     found = Results()
-    draw(found)
+    for name, (data, about) in shown(found).items():
+        draw = picture.draw if name == PREDICTED else partial(plots.draw, name)
+        draw(data, about, PICTURES / f"{name}.png")
     for page in PAGES:
         page.write_text(rewritten(page, page.read_text(), found))

@@ -71,7 +71,7 @@ class Part:
 
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q")
 PARALLEL = ("-n", "8") if find_spec("xdist") else ()
-BENCH = ("pytest", "pytest_benchmark", "tabulate", "tqdm", "numpy")
+BENCH = ("pytest", "pytest_benchmark", "tabulate", "tqdm", "numpy", "pandas")
 
 PARTS = (
     Part("correctness", 6.0, (*PYTEST, *PARALLEL, *(f"tests/{name}" for name in TESTS)), ("pytest",), is_gate=True),

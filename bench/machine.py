@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import start_processes
 
 from .speed.providers import PROVIDERS, version
@@ -73,18 +74,24 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
 
 
-def spawn(function: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
-    """Calls a function with the process's number and arguments in fresh processes, which can import this checkout.
+def in_processes(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
+    """What a function returns in fresh processes that can import this checkout; a process's number comes first.
 
     Where the system can fork, they are forks of a process that has imported PyTorch and done nothing else.
     """
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
     set_forkserver_preload(["torch"])
+    returned = get_context(method).SimpleQueue()
     sys.path.insert(0, str(ROOT))  # new processes get it
     try:
-        start_processes(function, arguments, processes, start_method=method)
+        start_processes(_call, (returned, function, arguments), processes, start_method=method)
     finally:
         sys.path.remove(str(ROOT))
+    return [returned.get() for _ in range(processes)]
+
+
+def _call(number: int, returned: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    returned.put(function(number, *arguments))
 
 
 def environment() -> dict[str, str]:

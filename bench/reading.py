@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+import pandas
+from pandas import DataFrame
 
 from .machine import RESULTS
 
@@ -49,8 +50,14 @@ class Results:
         return max(runs, key=lambda run: (not run[1]["quick"], run[1]["header"]["date"]), default=None)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
+def table(cells: DataFrame, head: Sequence[str]) -> str:
+    """A table of text as Markdown; `head` is above its columns."""
+    return cells.to_markdown(headers=["", *head], tablefmt="github", disable_numparse=True)
+
+
+def written(values: Any, form: Callable[[Any], str]) -> Any:
+    """A series or a frame as text, with a dash for what was not measured."""
+    return values.map(lambda value: form(value) if pandas.notna(value) else "-")
 
 
 def size(count: float) -> str:
@@ -60,21 +67,6 @@ def size(count: float) -> str:
 def code(name: str) -> str:
     """A loss's name, set as code where it is an expression."""
     return f"`{name}`" if "(" in name else name
-
-
-def find(rows: list[Row], **values: Any) -> Row | None:
-    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
-
-
-def ratio(row: Row | None) -> str:
-    return f"{row['ratio']:.2f}" if row and "ratio" in row else "-"
-
-
-def peak(result: Row, row: Row | None) -> str:
-    """The peak memory that was measured for the loss and the sizes of a row."""
-    keys = ("kind", "N", "V", "D", "ignored", "dtype", "direction", "provider")
-    held = row and find(result["memory"], **{key: row[key] for key in keys})
-    return size(held["bytes"]) if held else "-"
 
 
 def link(name: str) -> str:

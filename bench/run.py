@@ -28,7 +28,7 @@ from . import machine
 from .speed import memory
 from .speed.gate import NO_ROOM
 from .speed.providers import PROVIDERS, Provider
-from .speed.scaling import fits
+from .speed.scaling import fits, losses
 from .speed.workload import DEVICE, Case, cases
 
 QUICK_MINUTES = 2.0
@@ -162,15 +162,12 @@ def _last_line(text: str) -> str:
 
 def summary(result: Result) -> str:
     """The text for the terminal: forward and backward at the base shape, losses that are wrong, failures and counts."""
-    lines = [
-        (row["kind"], row["dtype"], f"{row['ignored']:.0%}", row["provider"], row["ms"]["p50"], row["ratio"])
-        for row in result["rows"]
-        if row["shape"] == "base" and row["direction"] == "both" and "ratio" in row
-    ]
-    head = ("", "dtype", "ignored", "loss", "ms", "ratio to the first")
+    rows = losses(result["rows"]).query("shape == 'base' and direction == 'both'").dropna(subset="ratio")
+    lines = rows[["kind", "dtype", "ignored", "provider", "ms.p50", "ratio"]]
+    head, forms = ("", "dtype", "ignored", "loss", "ms", "ratio to the first"), ("", "", ".0%", "", ".2f", ".2f")
     red = [f"RED {g['provider']}, {g['dtype']}: {g['reason']}" for g in result["gates"] if g["status"] == "red"]
     counts = f"{len(result['rows'])} figures, {len(result['left out'])} left out, {len(result['failed'])} failed"
-    return "\n".join([tabulate(lines, head, floatfmt=".2f"), *red, *result["failed"], counts])
+    return "\n".join([tabulate(lines, head, showindex=False, floatfmt=forms), *red, *result["failed"], counts])
 
 
 if __name__ == "__main__":

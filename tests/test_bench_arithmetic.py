@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("pandas")
 pytest.importorskip("pytest_benchmark")
 
 from bench.machine import slug

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+pytest.importorskip("pandas")
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("tqdm")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 pytest.importorskip("transformers")
 

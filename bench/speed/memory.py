@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.multiprocessing import get_context
 
 from fused_ignore_ce.measure import PeakMemory
 
-from ..machine import spawn
+from ..machine import in_processes
 from .providers import named
 from .workload import DEVICE, Case, tensors
 
@@ -22,7 +21,7 @@ SIZES = {"V": 128256, "T": 2048, "D": 256, "layers": 2}
 
 def of_loss(name: str, case: Case, budget: int | None = None) -> int:
     """Bytes that a loss holds at its peak, above its inputs and their gradients."""
-    return _in_fresh_process(_of_loss, name, case, budget)
+    return in_processes(_of_loss, name, case, budget)[0]
 
 
 def of_training_step(way: str, share: float, sizes: dict[str, int] = SIZES) -> int:
@@ -30,17 +29,7 @@ def of_training_step(way: str, share: float, sizes: dict[str, int] = SIZES) -> i
 
     `way` is one of `WAYS`, or "own-loop": patched, and the loss is taken of the logits after a forward without labels.
     """
-    return _in_fresh_process(_of_training_step, way, share, sizes)
-
-
-def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
-    returned = get_context("spawn").SimpleQueue()
-    spawn(_call, returned, function, arguments)
-    return returned.get()
-
-
-def _call(_: int, returned: Any, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
-    returned.put(function(*arguments))
+    return in_processes(_of_training_step, way, share, sizes)[0]
 
 
 def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
@@ -52,7 +41,7 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
     return memory.bytes
 
 
-def _of_loss(name: str, case: Case, budget: int | None) -> int:
+def _of_loss(_: int, name: str, case: Case, budget: int | None) -> int:
     provider = named(case.kind, name)
     loss = provider.build()
     options = {} if budget is None else {"memory_budget": budget}
@@ -64,7 +53,7 @@ def _of_loss(name: str, case: Case, budget: int | None) -> int:
     return peak - (0 if provider.overwrites else sum(x.nbytes for x in inputs))
 
 
-def _of_training_step(way: str, share: float, sizes: dict[str, int]) -> int:
+def _of_training_step(_: int, way: str, share: float, sizes: dict[str, int]) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fused_ignore_ce.hf import patch_model

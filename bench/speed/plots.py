@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from .memory import WAYS
-from .providers import PROVIDERS
-from .scaling import sweep
-
-Row = dict[str, Any]
-Lines = dict[str, list[tuple[float, float]]]
+from .scaling import losses, sweep
 
 TITLES = {"logits": "Loss of logits", "linear": "Loss from hidden states"}
 
@@ -26,141 +24,113 @@ MARKERS = "svD^P<>X"
 
 ROOF = "copy of memory, the roof"
 
-PERCENT = "ignored tokens, %"
+#: What is measured, as the axes call it.
+TIME = "milliseconds"
 PEAK = "peak MiB without operands\nand their gradients"
 RATE = "GB/s of the fewest bytes"
 
+#: What it is drawn against, by the picture's name.
+AGAINST = {"ignored": "ignored tokens, %", "tokens": "tokens", "bandwidth": "vocabulary"}
 
-class Panel(NamedTuple):
-    """What one part of a picture shows: lines against an axis."""
-
-    title: str
-    xlabel: str
-    ylabel: str
-    lines: Lines
-    logarithmic: bool = False
+LEGEND = {"fontsize": 8, "frameon": False, "loc": "upper center"}
 
 
-def pictures(result: Row) -> dict[str, Any]:
-    """What each picture of a run shows, by its name: rows of panels, or the figures of training steps.
+def pictures(result: dict[str, Any]) -> dict[str, DataFrame]:
+    """What each picture of a run shows, by its name: points of lines, or the figures of training steps.
 
     What the run did not measure is left out.
     """
+    every = losses(result["rows"], result["memory"])
+    every = every.assign(**{TIME: every["ms.p50"], PEAK: every["bytes"] / 2**20, RATE: every["rate"]})
+    logits = sweep(every, "V").query("kind == 'logits'")
+    roof = logits.assign(**{"provider": ROOF, RATE: logits["roof"]}).drop_duplicates("V")
     found = {
-        "ignored": _time_and_memory(result, "kept", "percent", PERCENT),
-        "tokens": _time_and_memory(result, "N", "N", "tokens", logarithmic=True),
-        "bandwidth": _bandwidth(result),
+        "ignored": _points(sweep(every, "kept"), 100 * every["ignored"], TIME, PEAK),
+        "tokens": _points(sweep(every, "N"), every["N"], TIME, PEAK),
+        "bandwidth": _points(pandas.concat([logits, roof]), every["V"], RATE),
+        "training-step": DataFrame(result["training step"]),
     }
-    kept = {name: [[panel for panel in row if panel.lines] for row in rows] for name, rows in found.items()}
-    shown: dict[str, Any] = {name: [row for row in rows if row] for name, rows in kept.items()}
-    return {name: data for name, data in (shown | {"training-step": result["training step"]}).items() if data}
+    return {name: data for name, data in found.items() if len(data)}
 
 
-def draw(name: str, data: Any, about: str, folder: Path) -> None:
+def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
+    """The points of every line that has at least two: x, what was measured, and its value."""
+    of = ["kind", "N", "V", "D", "provider", "x"]
+    points = rows.assign(x=x).sort_values("x", kind="stable").melt(of, measures, var_name="measure").dropna()
+    return points.groupby(["measure", "kind", "provider"]).filter(lambda line: len(line) > 1)
+
+
+def draw(name: str, data: DataFrame, about: str, path: Path) -> None:
     """Saves what `pictures` has by a name."""
-    figure = _training_step(data, about) if name == "training-step" else _figure(data, about)
-    save(figure, folder / f"{name}.png", data)
+    save(_training_step(data, about) if name == "training-step" else _lines(name, data, about), path, data)
 
 
-def save(figure: Figure, path: Path, data: Any) -> None:
+def save(figure: Figure, path: Path, data: DataFrame) -> None:
     figure.savefig(path, dpi=110, facecolor="white", metadata={"Data": digest(data), "Software": None})
 
 
-def digest(data: Any) -> str:
+def digest(data: DataFrame) -> str:
     """A digest of what a picture shows. The picture carries it, and a test compares it with the newest results."""
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(data.to_dict("list")).encode()).hexdigest()[:16]
 
 
-def _time_and_memory(result: Row, varied: str, x: str, xlabel: str, logarithmic: bool = False) -> list[list[Panel]]:
-    """A column for each kind of loss, times above peak memory. Titles have the sizes that are not varied."""
-    upper, lower = [], []
-    for kind, title in TITLES.items():
-        times, peaks = (sweep(result[table], kind, varied) for table in ("rows", "memory"))
-        first = (times or peaks or [{}])[0]
-        sizes = ", ".join(f"{name}={first[name]}" for name in "NVD" if name != varied and first.get(name))
-        milliseconds = _lines(times, kind, x, lambda row: row["ms"]["p50"])
-        mebibytes = _lines(peaks, kind, x, lambda row: row["bytes"] / 2**20)
-        upper.append(Panel(f"{title}: {sizes}", xlabel, "milliseconds", milliseconds, logarithmic))
-        lower.append(Panel("", xlabel, PEAK, mebibytes, logarithmic))
-    return [upper, lower]
-
-
-def _bandwidth(result: Row) -> list[list[Panel]]:
-    rows = sweep(result["rows"], "logits", "V")
-    lines = _lines(rows, "logits", "V", lambda row: row["rate"])
-    if lines:
-        lines[ROOF] = list({row["V"]: row["roof"] for row in rows if "roof" in row}.items())
-    return [[Panel(TITLES["logits"], "vocabulary", RATE, lines)]]
-
-
-def _lines(rows: list[Row], kind: str, x: str, y: Callable[[Row], float]) -> Lines:
-    """The points of every loss that has at least two."""
-    lines = {p.name: [(r[x], y(r)) for r in rows if r["provider"] == p.name] for p in PROVIDERS[kind]}
-    return {name: points for name, points in lines.items() if len(points) > 1}
-
-
-def _figure(rows: list[list[Panel]], about: str) -> Figure:
-    columns = max(map(len, rows))
-    figure = Figure(figsize=(max(5.2 * columns, 6.5), 3.1 * len(rows) + 1.3), layout="constrained")
-    better = "Higher" if rows[0][0].ylabel == RATE else "Lower"
+def _lines(name: str, data: DataFrame, about: str) -> Figure:
+    """A column of panels for each kind of loss, times above peak memory."""
+    measures, kinds = data["measure"].unique(), [kind for kind in TITLES if kind in set(data["kind"])]
+    figure = Figure(figsize=(max(5.2 * len(kinds), 6.5), 3.1 * len(measures) + 1.3), layout="constrained")
+    better = "Higher" if RATE in measures else "Lower"
     figure.suptitle(f"Forward and backward, bfloat16. {better} is better.\n{about}", fontsize=10)
-    every = figure.subplots(len(rows), columns, squeeze=False)
-    for number, row in enumerate(rows):
-        for axes in every[number, len(row) :]:
-            axes.remove()
-        for axes, panel in zip(every[number], row, strict=False):
-            _panel(axes, panel)
-            if number == len(rows) - 1:  # the panels of a column have the same lines
-                axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    for kind, column in zip(kinds, figure.subplots(len(measures), len(kinds), squeeze=False).T, strict=True):
+        own = data[data["kind"] == kind]
+        for measure, axes in zip(measures, column, strict=True):
+            _panel(axes, own[own["measure"] == measure], logarithmic=name == "tokens")
+            axes.set(xlabel=AGAINST[name], ylabel=measure)
+            if name == "ignored":
+                axes.set_xlim(-3, 100)
+        sizes = [f"{size}={own[size].iloc[0]}" for size in "NVD" if own[size].nunique() == 1 and own[size].any()]
+        column[0].set_title(f"{TITLES[kind]}: {', '.join(sizes)}", fontsize=11)
+        # The panels of a column have the same lines.
+        column[-1].legend(*column[0].get_legend_handles_labels(), bbox_to_anchor=(0.5, -0.2), **LEGEND)
     return figure
 
 
-def _panel(axes: Any, panel: Panel) -> None:
-    peers = 0
-    for label, points in panel.lines.items():
-        xs, ys = zip(*sorted(points), strict=True)
-        if label == ROOF:
+def _panel(axes: Axes, points: DataFrame, logarithmic: bool) -> None:
+    peers = zip(PEERS, MARKERS, strict=True)
+    for provider, line in points.groupby("provider", sort=False):
+        if provider == ROOF:
             style: dict[str, Any] = {"color": "black", "linestyle": ":"}
-        elif "fused_" in label:
+        elif "fused_" in provider:
             style = {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}
         else:
-            style = {"color": PEERS[peers % len(PEERS)], "marker": MARKERS[peers % len(MARKERS)]}
-            peers += 1
-        axes.plot(xs, ys, label=label, **style)
-    axes.set_title(panel.title, fontsize=11)
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    if panel.logarithmic:
+            style = dict(zip(("color", "marker"), next(peers), strict=True))
+        axes.plot(line["x"], line["value"], label=provider, **style)
+    if logarithmic:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
-    else:
-        axes.set_ylim(bottom=0, top=1.08 * max(y for points in panel.lines.values() for _, y in points))
-    if panel.xlabel == PERCENT:
-        axes.set_xlim(-3, 100)
+    elif len(points):
+        axes.set_ylim(0, 1.08 * points["value"].max())
     axes.grid(alpha=0.3)
 
 
-def _training_step(rows: Sequence[Row], about: str) -> Figure:
-    first = rows[0]
+def _training_step(steps: DataFrame, about: str) -> Figure:
+    V, T, D, layers = steps.loc[0, ["V", "T", "D", "layers"]]
     figure = Figure(figsize=(6.5, 3.9), layout="constrained")
     figure.suptitle(
-        f"Peak memory of a training step above model and gradients, float32\nLlama of {first['layers']} layers, "
-        f"{first['T']} tokens, V={first['V']}, D={first['D']}\n{about}", fontsize=10,
+        f"Peak memory of a training step above model and gradients, float32\nLlama of {layers} layers, {T} tokens, "
+        f"V={V}, D={D}\n{about}", fontsize=10,
     )  # fmt: skip
-    axes = figure.subplots()
-    shares = sorted({row["ignored"] for row in rows})
-    for number, (way, label, colour) in enumerate(
-        zip(WAYS, ("transformers", "patch_model(model)"), (PEERS[0], OURS), strict=True)
-    ):
-        own = {row["ignored"]: row["bytes"] / 2**20 for row in rows if row["way"] == way}
-        places = [shares.index(share) + (number - 0.5) * 0.36 for share in own]
-        bars = axes.bar(places, list(own.values()), 0.34, label=label, color=colour)
-        axes.bar_label(bars, fmt="{:.0f} MiB", padding=2, fontsize=9)
-    logits = 4 * first["T"] * first["V"] / 2**20
+    held = steps.assign(MiB=steps["bytes"] / 2**20).pivot(index="ignored", columns="way", values="MiB")
+    held = held.reindex(columns=WAYS).set_axis(["transformers", "patch_model(model)"], axis="columns")
+    held.index = [f"{share:.0%} of the tokens ignored" for share in held.index]
+    axes = held.plot.bar(
+        ax=figure.subplots(), color=[PEERS[0], OURS], edgecolor="white", width=0.72, rot=0, ylabel="MiB",
+        ylim=(0, 1.12 * held.max().max()),
+    )  # fmt: skip
+    for bars in axes.containers:
+        axes.bar_label(bars, fmt=lambda held: f"{held:.0f} MiB" if held else "", padding=2, fontsize=9)
+    logits = 4 * T * V / 2**20
     axes.axhline(logits, color="black", linestyle=":", label=f"the logits alone, {logits:.0f} MiB")
-    axes.set_xticks(range(len(shares)), [f"{share:.0%} of the tokens ignored" for share in shares])
-    axes.set_ylabel("MiB")
-    axes.set_ylim(top=1.12 * max(row["bytes"] for row in rows) / 2**20)
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    axes.legend(bbox_to_anchor=(0.5, -0.12), ncols=3, **LEGEND)
     return figure

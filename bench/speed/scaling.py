@@ -1,50 +1,56 @@
-"""How cost grows with a size: exponents that are fitted to a run's figures."""
+"""A run's losses as a table, and how cost grows with a size: exponents that are fitted to the run's figures."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
+from collections.abc import Sequence
 from typing import Any
 
+import numpy
+from pandas import DataFrame, json_normalize
+
 from .providers import PROVIDERS
+from .workload import Base, Case
 
 Row = dict[str, Any]
 
-#: The sizes that are varied, as fields of a row; "kept" is the number of kept tokens.
+#: The sizes that are varied, as columns of the table; "kept" is the number of kept tokens.
 VARIED = ("N", "V", "D", "kept")
 
+#: What a figure of time or memory is of.
+OF = [*Case._fields, "provider"]
 
-def sweep(rows: list[Row], kind: str, varied: str) -> list[Row]:
-    """Rows of forward and backward at the base shape and at shapes that differ from it in one size.
 
-    Where "kept" is varied, these are the rows of the base shape with every share of ignored tokens.
+def losses(times: Sequence[Row], memory: Sequence[Row] = ()) -> DataFrame:
+    """A row for each case and loss, with what a result file has of its time and of its peak memory."""
+    found = json_normalize([*times, *memory]).reindex(columns=[*OF, "ms.p50", "ratio", "rate", "roof", "bytes"])
+    found = found.groupby(OF, sort=False, as_index=False).first()
+    return found.assign(kept=found["N"] - (found["N"] * found["ignored"]).astype(float).round())
+
+
+def sweep(rows: DataFrame, varied: str) -> DataFrame:
+    """Forward and backward at the base shape and at shapes that differ from it in one size.
+
+    Where no size of the shape is varied, these are the rows of the base shape with every share of ignored tokens.
     """
-    whole = [r for r in rows if (r["kind"], r["direction"], r["dtype"]) == (kind, "both", "bfloat16")]
-    if varied == "kept":
-        return [
-            r | {"kept": r["N"] - round(r["N"] * r["ignored"]), "percent": 100 * r["ignored"]}
-            for r in whole
-            if r["shape"] == "base"
-        ]
-    return [r for r in whole if r["shape"] in (varied, "base") and r["ignored"] == 0]
+    whole = rows.query("direction == 'both' and dtype == 'bfloat16'")
+    if varied in Base._fields:
+        return whole[whole["shape"].isin(["base", varied]) & (whole["ignored"] == 0)]
+    return whole[whole["shape"] == "base"]
 
 
-def fits(rows: list[Row]) -> list[Row]:
+def fits(rows: Sequence[Row]) -> list[Row]:
     """The k of time = c * size**k by kind, loss and varied size, where at least three sizes were measured.
 
     Times are medians, and k comes from least squares of the logarithms.
     """
-    found = []
+    every, found = losses(rows), []
     for kind, varied in itertools.product(PROVIDERS, VARIED):
-        points = sweep(rows, kind, varied)
-        for provider in PROVIDERS[kind]:
-            own = sorted((r[varied], r["ms"]["p50"]) for r in points if r["provider"] == provider.name)
+        for provider, own in sweep(every, varied).query("kind == @kind").groupby("provider", sort=False):
             if len(own) >= 3:
-                sizes, times = zip(*own, strict=True)
-                slope = statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, times)]).slope
+                exponent, _ = numpy.polyfit(numpy.log(own[varied]), numpy.log(own["ms.p50"]), 1).tolist()
                 found.append(
-                    {"kind": kind, "provider": provider.name, "varied": varied, "exponent": slope}
-                    | {"from": sizes[0], "to": sizes[-1], "points": len(own)}
+                    {"kind": kind, "provider": provider, "varied": varied, "exponent": exponent}
+                    | {"from": int(own[varied].min()), "to": int(own[varied].max()), "points": len(own)}
                 )
     return found

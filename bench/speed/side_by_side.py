@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy
@@ -55,30 +55,13 @@ class Turn(NamedTuple):
     run: Callable[[Any], Any]
 
 
-class Alternation:
-    """Each call of `prepare` and `run` is the next turn's; after the last turn comes the first again.
+def cache_clearer(device: torch.device) -> Callable[[], None]:
+    """Clears the L2 cache on CUDA, as `do_bench` of Triton does it, so that no loss finds its logits in the cache."""
+    if device.type != "cuda":
+        return lambda: None
+    from triton.runtime import driver
 
-    Results are freed in `prepare`, outside of the time. On CUDA, the L2 cache is cleared there as `do_bench` of Triton
-    does it, so that no loss finds its logits in the cache.
-    """
-
-    def __init__(self, turns: list[Turn], device: torch.device) -> None:
-        self._turns = itertools.cycle(turns)
-        self._clear_cache: Callable[[], None] = lambda: None
-        if device.type == "cuda":
-            from triton.runtime import driver
-
-            cache = driver.active.get_empty_cache_for_benchmark()
-            self._clear_cache = lambda: driver.active.clear_cache(cache)
-
-    def prepare(self) -> None:
-        self._prepared = self._result = None
-        self._turn = next(self._turns)
-        self._prepared = self._turn.prepare()
-        self._clear_cache()
-
-    def run(self) -> None:
-        self._result = self._turn.run(self._prepared)
+    return partial(driver.active.clear_cache, driver.active.get_empty_cache_for_benchmark())
 
 
 def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkFixture, compiles: bool) -> Seconds:
@@ -104,8 +87,20 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
         seconds = one_round()
     rounds = min(max(ROUNDS[0], int(SECONDS / seconds)), ROUNDS[1])
     working = [name for name in turns if name not in found]
-    alternation = Alternation([turns[name] for name in working], device)
-    benchmark.pedantic(alternation.run, setup=alternation.prepare, rounds=rounds * len(working))
+    following, clear_cache = itertools.cycle(turns[name] for name in working), cache_clearer(device)
+    held: list[Any] = []  # a turn's function, what it prepared and its result, which are freed outside of the time
+
+    def prepare() -> None:
+        held.clear()
+        turn = next(following)
+        held.extend([turn.run, turn.prepare()])
+        clear_cache()
+
+    def run() -> None:
+        timed, prepared = held
+        held.append(timed(prepared))
+
+    benchmark.pedantic(run, setup=prepare, rounds=rounds * len(working))
     assert benchmark.stats is not None, "pytest-benchmark is disabled"
     for number, name in enumerate(working):
         found[name] = benchmark.stats.stats.data[number :: len(working)]

@@ -59,12 +59,9 @@ class Limits(NamedTuple):
 
     def tokens_for(self, V: int, D: int) -> int:
         """The largest power of two of tokens that fits in bfloat16; 0 where not even one token does."""
-
-        def fits(N: int) -> bool:
-            work = N * V * D <= self.products if D else N * V <= self.logits
-            return N <= self.tokens and work and 16 * N * V + 4 * (N + V) * D <= self.bytes
-
-        return max(filter(fits, (1 << i for i in range(self.tokens.bit_length()))), default=0)
+        work = self.products // (V * D) if D else self.logits // V
+        most = min(self.tokens, work, (self.bytes - 4 * V * D) // (16 * V + 4 * D))
+        return 2 ** (most.bit_length() - 1) if most > 0 else 0
 
     def __str__(self) -> str:
         return (
@@ -129,12 +126,11 @@ def cases(device: torch.device) -> list[Case]:
 
 def _models(kind: str, within: Limits) -> Iterator[tuple[str, Base]]:
     """The models' shapes. Of models whose losses have the same operands, only the first is there."""
-    seen = set()
+    first: dict[tuple[int, int], str] = {}
     for name, (V, D) in MODELS.items():
-        D = D if kind == "linear" else 0
-        N = within.tokens_for(V, D)
-        if N and (V, D) not in seen:
-            seen.add((V, D))
+        first.setdefault((V, D if kind == "linear" else 0), name)
+    for (V, D), name in first.items():
+        if N := within.tokens_for(V, D):
             yield name, Base(N, V, D)
 
 
