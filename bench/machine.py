@@ -12,7 +12,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, set_forkserver_preload
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
 
 
+@contextmanager
+def importable() -> Iterator[None]:
+    """Processes that are started within it find this checkout's packages."""
+    sys.path.insert(0, str(ROOT))  # new processes get it
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT))
+
+
 def in_processes(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
     """What a function returns in fresh processes that can import this checkout; a process's number comes first.
 
@@ -82,11 +93,8 @@ def in_processes(function: Callable[..., Any], *arguments: Any, processes: int =
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
     set_forkserver_preload(["torch"])
     returned = get_context(method).SimpleQueue()
-    sys.path.insert(0, str(ROOT))  # new processes get it
-    try:
+    with importable():
         start_processes(_call, (returned, function, arguments), processes, start_method=method)
-    finally:
-        sys.path.remove(str(ROOT))
     return [returned.get() for _ in range(processes)]
 
 

@@ -6,6 +6,8 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from bench.machine import importable
+
 from .compare import FAILED, Outcome, compare
 
 TIMEOUT = 60.0
@@ -19,7 +21,8 @@ def isolated(mapping: str, name: str, work: Callable[[str, str], Outcome] = comp
     """Runs `work`. A crash or a hang becomes an outcome, too."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_send, args=(sender, work, mapping, name))
-    process.start()
+    with importable():  # the preloaded packages are not there if the server was started for something else before
+        process.start()
     sender.close()
     try:
         if receiver.poll(TIMEOUT):
