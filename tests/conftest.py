@@ -165,6 +165,22 @@ def plan(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def took(monkeypatch):
+    """The losses that a patched model took: "linear" from hidden states, "logits" from logits."""
+    from fused_ignore_ce.deferred import loss, product
+
+    taken = []
+
+    def spy(module, name, what):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (taken.append(what), original(*a, **k))[1])
+
+    spy(product, "fused_linear_cross_entropy", "linear")
+    spy(loss, "fused_cross_entropy", "logits")
+    return taken
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """Four processes of a gloo group, see `ranks.py`."""
