@@ -194,7 +194,11 @@ def budget_bytes(memory_budget: int | str | None) -> int | None:
     >>> budget_bytes("512MiB"), budget_bytes("0.5 GB"), budget_bytes("4096")
     (536870912, 500000000, 4096)
     """
-    if memory_budget is None or (isinstance(memory_budget, int) and not isinstance(memory_budget, bool)):
+    if memory_budget is None:
+        return None
+    if isinstance(memory_budget, int) and not isinstance(memory_budget, bool):
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget: expected at least 0 bytes, got {memory_budget}")
         return memory_budget
     if isinstance(memory_budget, str):
         found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]*)", memory_budget.strip().lower(), re.ASCII)

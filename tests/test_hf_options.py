@@ -99,6 +99,7 @@ def test_options_that_no_loss_took_are_an_error():
         ({"ignore_index": "pad"}, TypeError, "ignore_index"),
         ({"ignore_index": []}, ValueError, "ignore_index"),
         ({"memory_budget": 1.5}, TypeError, "memory_budget"),
+        ({"memory_budget": -1}, ValueError, "memory_budget: expected at least 0 bytes, got -1"),
         ({"backend": "cuda"}, ValueError, "backend"),
         ({"weight": [1.0]}, TypeError, "weight"),
     ],
