@@ -8,17 +8,17 @@ from .launch import ACCESS
 
 
 def form_of(x):
-    """All that a launch depends on of logits, their gradient or class weights: the fields of a `Form`."""
+    """The properties of a tensor that a launch depends on, as the fields of a `Form`; None for None."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % ACCESS == 0)
 
 
 class Form(NamedTuple):
-    """A tensor's form, of which (V,) and (N, V) are as (1, 1, V) and (1, N, V)."""
+    """The layout of a tensor in three dimensions: (V,) and (N, V) are taken as (1, 1, V) and (1, N, V)."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    begins_aligned: bool  # whether an access may begin where the tensor does
+    begins_aligned: bool  # whether its address is a multiple of ACCESS bytes
 
     @classmethod
     def of(cls, form):
@@ -34,12 +34,12 @@ class Form(NamedTuple):
 
     @property
     def contiguous(self):
-        """Whether classes are neighbours."""
+        """Whether neighbouring classes are adjacent in memory."""
         return self.strides[2] == 1
 
 
 def aligned(*forms):
-    """Whether the rows of all these tensors begin where an access may; None is no tensor."""
+    """Whether every row of these tensors begins at a multiple of ACCESS bytes; None stands for no tensor."""
     for form in forms:
         if form is not None:
             per_access = ACCESS // form.itemsize
@@ -66,7 +66,7 @@ def acc_dtype(dtype):
 
 
 def scalars_of(options, probs):
-    """(smoothing, scale, cap) as the kernels take them, and whether there is a (soft target, scale, softcap)."""
+    """(smoothing, scale, cap) as the kernels take them, and the flags (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP)."""
     smoothing, softcap, scale = options.label_smoothing, options.softcap, options.logit_scale
     soft = smoothing != 0.0 or probs is not None
     if softcap is None:
@@ -75,7 +75,7 @@ def scalars_of(options, probs):
 
 
 def is_simple(launch, weight, probs, present):
-    """Whether few registers do: one aligned row a program, not of float64, and a soft target of no tensors."""
+    """Whether few registers suffice: one aligned row per program, no float64, no soft target read from tensors."""
     return launch.BLOCK_N == 1 and launch.WIDTH > 2 and probs is None and not (present[0] and weight is not None)
 
 

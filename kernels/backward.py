@@ -1,4 +1,4 @@
-"""Cross entropy, backward: one read and one write of every kept row; an ignored one is written, not read."""
+"""The backward kernel: reads and writes each kept row once, and writes zeros over ignored rows without reading them."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def backward_kernel(
     N: tl.int64,
     T,
     V,
-    place,  # (splits, tiles of a split, first class, classes)
+    place,  # (splits per row, tiles per split, first class, classes)
     strides,  # of x, probs, dx, dprobs (each of B, T and V), and of upstream
     ignore_index: tl.int64,
     smoothing: tl.float64,
@@ -45,7 +45,7 @@ def backward_kernel(
     row = b.to(tl.int64) * T + t
     target = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
-    if BLOCK_N == 1:  # noqa: SIM102 (known at compile time, and the other is not)
+    if BLOCK_N == 1:  # noqa: SIM102 (known at compile time, unlike the target)
         if target == ignore_index:
             if dx_ptr is not None:
                 write_zeros(row_start(dx_ptr, b, t, strides_dx, TILE[3]), strides_dx[2], v_start, v_end, offs, BLOCK_V)

@@ -16,7 +16,7 @@ from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel
 from .launch import MERGE_AND_REDUCE_ROWS, chip_of
 
-#: What `backward` needs of the rows, and the gradients of their results; callers have them in objects of their own.
+#: The results of rows that `backward` needs, and the gradients of results. Callers may pass objects of their own.
 Saved = namedtuple("Saved", "norm entropy")
 Upstream = namedtuple("Upstream", "dloss dlse dentropy factor token_weight")
 
@@ -27,7 +27,7 @@ def interpreted():
 
 
 def _forward(rows, x, target, weight, probs, options, with_stats, launch):
-    """Fills the rows, or returns the parts that are to be merged into them."""
+    """Fills the rows, or returns the parts that have to be merged into them."""
     if len(target) == 0:
         return None
     forward_rows = prepare.forward(
@@ -54,10 +54,10 @@ def forward_reduce(
     x, target, weight, probs, token_weight, normalizer, options, *,
     mean, out_dtype=None, with_stats=False, launch=None,
 ):  # fmt: skip
-    """(what `forward` returns, what `reduce` returns), in two launches. Without statistics, only the rows' losses and
-    norm exist.
+    """(what `forward` returns, what `reduce` returns), in two launches unless rows are very many (see `reduce.py`).
 
-    Class weights enter the divisor of "mean" for index targets only, as PyTorch has it.
+    Without statistics, the rows have only losses and norm. As in PyTorch, class weights enter the divisor of "mean"
+    for index targets only.
     """
     N, acc = len(target), acc_dtype(x.dtype)
     if with_stats:
@@ -79,12 +79,12 @@ def reduce(
     rows, target, weight, token_weight, normalizer, options, *,
     mean, dtype=None, out_dtype=None, parts=None, with_stats=False,
 ):  # fmt: skip
-    """(total, what every row's gradient of the total is multiplied by, number of kept rows (int64)), all 0-d.
+    """(total, the factor of every row's gradient of the total, number of kept rows (int64)), all 0-d.
 
-    The total is the sum of the kept rows' losses, times their token weights; divided, for "mean", by `normalizer` (a
-    number or 0-d tensor) or by the sum of the kept rows' shares: token weight times the target's class weight. Where
-    there are `parts`, they are merged into the rows on the way. The number of rows is None without statistics, and the
-    total without rows; then `dtype` is that of sums.
+    The total is the sum of the kept rows' losses, times their token weights. For "mean" it is divided by `normalizer`
+    (a number or 0-d tensor), or else by the sum of the kept rows' shares: token weight times the target's class weight.
+    `parts`, if given, are merged into the rows by the same kernel. Without statistics, the number of kept rows is None.
+    Without rows, the total is None and `dtype` is the dtype of sums.
     """
     N, total = len(target), None
     if rows is not None:
@@ -113,16 +113,16 @@ def reduce(
 
 
 def new_parts(x, parts, with_stats):
-    """Room for what `forward_part` leaves of `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
+    """Allocates what `forward_part` writes for `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
     N = x.shape[:-1].numel()
     argmax = x.new_empty((parts, N if with_stats else 0), dtype=torch.int64)
     return x.new_empty((5, parts, N), dtype=acc_dtype(x.dtype)), argmax
 
 
 def forward_part(x, target, weight, probs, options, *, parts, part, block, with_stats=False, launch=None):
-    """The sums over one block of the vocabulary, into number `part` of `parts`.
+    """Writes the sums over one block of the vocabulary into number `part` of `parts`.
 
-    `x`, `weight` and `probs` are the block's, which begins at `block.first_class` of `block.classes`.
+    `x`, `weight` and `probs` have only the block's classes, which begin at `block.first_class` of `block.classes`.
     """
     if len(target) == 0:
         return
@@ -153,7 +153,7 @@ def _shift(largest):
 
 
 def merge(target, parts, options, *, with_stats=False):
-    """What `forward` returns, from all parts."""
+    """Merges all parts into what `forward` returns."""
     partial, _ = parts
     rows = new_rows(partial, partial.shape[2], partial.dtype, with_stats)
     if partial.shape[2]:
@@ -176,7 +176,7 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
     """Writes the gradients into `dx` and `dprobs`; either may be None, and `dx` may be `x`.
 
     `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
-    `saved` has norm and entropy of the rows, `block` is as in `forward_part`: without it, `x` has all classes.
+    `saved` has the rows' norm and entropy. `block` is as in `forward_part`; without it, `x` has all classes.
     """
     if x.numel() == 0:
         return
@@ -192,15 +192,16 @@ def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, 
 
 
 def can_one_pass(x, probs=None):
-    """Whether `forward_backward` takes these: rows of contiguous classes with index targets."""
+    """Whether the one-pass kernel takes these tensors: classes are contiguous, and targets are indices."""
     return probs is None and x.stride(-1) == 1
 
 
 def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None, with_stats=False, launch=None):
     """The rows of `forward`; writes into `dx` (which may be `x`) the gradient of sum(g * loss + z_loss * dz * lse^2).
 
-    g is `upstream.dloss`, times `factor` and `token_weight` where they are there. Each row is read from device memory
-    once, and the gradient takes it from the cache; but twice where classes are strided or targets are probabilities.
+    g is `upstream.dloss`, times `factor` and `token_weight` where they are given. Each row is read from device memory
+    once, and from the cache for the gradient. Where classes are strided or targets are probabilities, it is read from
+    device memory twice.
     """
     if not can_one_pass(x, probs) or dx.stride(-1) != 1:
         rows = forward(x, target, weight, probs, options, with_stats=with_stats)
@@ -223,7 +224,10 @@ def forward_backward_reduce(
     x, target, weight, probs, token_weight, normalizer, options, *,
     dx, mean, divide=True, out_dtype=None, with_stats=False,
 ):  # fmt: skip
-    """(rows, what `reduce` returns); writes the gradient of the total into `dx`, or of what "mean" would divide."""
+    """(rows, what `reduce` returns); writes the gradient of the total into `dx`.
+
+    With divide=False, that gradient is not divided as "mean" would: the caller multiplies it by the returned factor.
+    """
     given = target, weight if probs is None else None, token_weight, normalizer, options
     _, factor, _ = reduce(None, *given, mean=mean and divide, dtype=acc_dtype(x.dtype))
     upstream = Upstream(factor, None, None, None, token_weight)
@@ -232,9 +236,10 @@ def forward_backward_reduce(
 
 
 def scale(dx, factor, dloss, *, out=None):
-    """`dx * dloss * factor`, in place or into `out`; a factor of None is 1. In place, a product of 1 moves nothing.
+    """`dx * dloss * factor`, in place or into `out`; a factor of None is 1.
 
-    `dx` may have any number of dimensions if it is contiguous.
+    In place, nothing is read or written if `dloss * factor` is 1. `dx` may have any number of dimensions if it is
+    contiguous.
     """
     if dx.numel() == 0:
         return

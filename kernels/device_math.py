@@ -1,15 +1,15 @@
-"""Arithmetic that the kernels share: powers of two in place of e, tiles, and what options make of a logit.
+"""Arithmetic that the kernels share: exponentials in base two, shapes of tiles, and the options applied to logits.
 
 **Base two.** The hardware raises two to a power in one instruction and e in six. With L = log2(e) and a whole number
-`c`, the exponent `x * L - c` is one fused multiply-add, whose only rounding is that of its small result. Whole shifts
-differ by whole numbers, so that a sum that was taken relative to one is rescaled to another without rounding.
+`c`, the exponent `x * L - c` is one fused multiply-add, whose only rounding is that of its small result. Since shifts
+are whole numbers, a sum relative to one shift is rescaled to another by a power of two, without rounding.
 
-**Tiles.** A program reads tiles of BLOCK_N rows and of CHUNKS * LANES * WIDTH classes. A thread holds the WIDTH
-neighbouring logits of a lane, which are one access of 16 bytes, in all of the CHUNKS. Sums over chunks and width
-therefore stay inside a thread; lanes are merged once, after the loop. In memory, a tile has the shape
-(BLOCK_N, CHUNKS * LANES, WIDTH), so that the compiler cannot give neighbouring threads different chunks; for sums
-over what a lane holds, it is seen as (BLOCK_N, CHUNKS, LANES, WIDTH). What belongs to a row has the shape
-(BLOCK_N, 1, 1), or is a scalar where a program has one row; what belongs to a lane, (BLOCK_N, 1, LANES, 1).
+**Tiles.** A program reads tiles of BLOCK_N rows and of CHUNKS * LANES * WIDTH classes. Of every chunk, a thread holds
+the WIDTH neighbouring logits of its lane, which are one access of 16 bytes. Sums over chunks and width therefore stay
+inside a thread; lanes are merged once, after the loop. Tiles are loaded in the shape (BLOCK_N, CHUNKS * LANES, WIDTH),
+so that the compiler cannot give neighbouring threads different chunks. For sums over what a lane holds, they are
+reshaped to (BLOCK_N, CHUNKS, LANES, WIDTH). Values per row have the shape (BLOCK_N, 1, 1), or are scalars where a
+program has one row; values per lane have the shape (BLOCK_N, 1, LANES, 1).
 """
 
 import triton
@@ -21,10 +21,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 #: The shift of a lane that saw no logit above it. A row's largest logit has to lie within 2^31 / L of zero.
 LOWEST = tl.constexpr(-2147483648.0)
 
-#: A class that does not exist, behind all that do.
+#: An index above those of all classes.
 NO_CLASS = tl.constexpr(2147483647)
 
-#: Triton's interpreter rounds the product of a fused multiply-add.
+#: Whether to emulate fused multiply-add, whose product Triton's interpreter rounds.
 EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -40,7 +40,7 @@ def fused_multiply_add(x, y, z):
 
 @triton.jit
 def by_lane(x, TILE: tl.constexpr):
-    """A tile as (BLOCK_N, CHUNKS, LANES, WIDTH)."""
+    """Reshapes a tile to (BLOCK_N, CHUNKS, LANES, WIDTH)."""
     BLOCK_N: tl.constexpr = TILE[0]
     CHUNKS: tl.constexpr = TILE[1]
     LANES: tl.constexpr = TILE[2]
@@ -111,7 +111,7 @@ def tanh(z):
 
     With e = exp(-2|z|): tanh |z| = (1 - e) / (1 + e), and the slope 4 e / (1 + e)^2 does not cancel where tanh
     saturates, as 1 - tanh^2 does. Near 0, where 1 - e cancels, float32 takes an odd polynomial (least-squares fit of
-    (tanh(z)/z - 1) / z^2 in z^2 on |z| < 0.55); float64, which is used to check, has digits enough.
+    (tanh(z)/z - 1) / z^2 in z^2 on |z| < 0.55). Float64, which is used for checks, has enough digits without it.
     """
     e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E))
     t = (1.0 - e) / (1.0 + e)
@@ -136,10 +136,10 @@ def tanh_of_half(z):
 
 @triton.jit
 def used_logits(x, curve, ACC: tl.constexpr, OPTIONS: tl.constexpr):
-    """Scales and caps logits, but for the cap's height: `tanh(scale * x)` or `scale * x`; and the slope of that.
+    """Returns `tanh(scale * x)` and the slope of tanh there; without a softcap, `scale * x` and 1.
 
-    `curve` is (scale, height). The height is log2(e) times the cap's: `exponent` multiplies by it, which spares the
-    product a rounding of its own.
+    `curve` is (scale, height), and the height is log2(e), times the cap if there is one. `exponent` multiplies by it
+    in its fused multiply-add, so that the product with the cap is not rounded separately.
     """
     u = x.to(ACC)
     if OPTIONS[1] or OPTIONS[2]:
@@ -154,7 +154,7 @@ def used_logits(x, curve, ACC: tl.constexpr, OPTIONS: tl.constexpr):
 
 @triton.jit
 def exponent(u, height, c):
-    """`log2(exp(used logit)) - c`; `height` is log2(e) times the cap's height."""
+    """`log2(exp(used logit)) - c`, from `u` and `height` as in `used_logits`."""
     return fused_multiply_add(u, height, -c)
 
 
@@ -172,9 +172,9 @@ def weighted(q, z):
 
 @triton.jit
 def loss_options(classes, smoothing, scale, cap, ACC: tl.constexpr, OPTIONS: tl.constexpr):
-    """(soft, curve, d used logit / d u), see `soft_target` and `used_logits`.
+    """(soft, curve, steep): see `soft_target` and `used_logits`; d used logit / d logit is `steep` times the slope.
 
-    `OPTIONS` says what there is: (a soft target, a scale, a softcap).
+    `OPTIONS` begins with the flags (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP).
     """
     smoothing, scale, cap = tl.full((), smoothing, ACC), tl.full((), scale, ACC), tl.full((), cap, ACC)
     height = tl.full((), LOG2E, ACC)

@@ -1,8 +1,8 @@
-"""Cross entropy, forward: one read of every kept row, none of an ignored one.
+"""The forward kernel: reads each kept row once, and no logit of an ignored row.
 
-A program that has whole rows leaves their results. One that sees only a part of a row leaves that part's sums, and
-`merge_rows` puts the parts together. Parts are splits of a launch, or blocks of the vocabulary whose logits exist
-one after the other (`first_class`), or both.
+A program that has whole rows stores their results. A program that has a part of a row stores that part's sums, and
+`merge_rows` merges the parts. Parts are splits of a launch, or blocks of the vocabulary whose logits exist one after
+the other (`first_class`), or both.
 """
 
 import triton
@@ -24,7 +24,7 @@ def forward_kernel(
     N: tl.int64,
     T,
     V,
-    place,  # (splits, tiles of a split, first class, classes)
+    place,  # (splits per row, tiles per split, first class, classes)
     strides_x,  # of B, T and V
     strides_probs,
     ignore_index: tl.int64,
@@ -64,10 +64,10 @@ def forward_kernel(
 
     x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
     in_range = (target >= 0) & (target < classes)
-    local = target - first_class  # among the V classes at hand, which are first_class and those that follow
+    local = target - first_class  # counted from first_class, the first of the V classes of x
     if probs_ptr is None:
         probs_row: tl.constexpr = None
-        # Asked for first, so that it arrives while the row streams by.
+        # Loaded first, so that it arrives while the row is read.
         own = keep & in_range & (local >= v_start) & (local < v_end)
         x_target = tl.load(x_row + local * strides_x[2], mask=own, other=0.0)
         w_target = target_weight(weight_ptr, local, own, ACC) * soft[0]
@@ -89,6 +89,6 @@ def forward_kernel(
     else:
         largest *= tl.full((), cap, ACC)
         store_part(parts, row + part * N, keep, c, s, r, mass, d, largest, predicted, HAS_STATS)
-    # Last, when nothing else is held: a call in the middle of the kernel makes it spill. Nothing was accessed by a
-    # bad target, which is no one's `own`.
+    # The assertion comes last, when no values are held in registers: a call in the middle of the kernel makes it spill.
+    # A target out of range has not been used as an address, since `own` is false for it.
     tl.device_assert(in_range | (keep == 0), "fused_ignore_ce: target out of range [0, number of classes)")

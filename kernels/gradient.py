@@ -5,8 +5,9 @@ With p = 2^(y - c) / s and log p in nats, and g, dlse and dentropy the gradients
     dx     = (g (mass p - q) + dlse p - dentropy p (log p + entropy)) * slope
     dprobs = -g (1 - smoothing) weight log p
 
-All that multiplies 2^(y - c) is one number a row, so that most logits cost one multiplication. Where p is near the
-target's q, `mass 2^(y - c) - q s` is taken first: it is exact there, and a product with 1 / s would not be.
+All factors of 2^(y - c) are combined into one number per row, so that most logits cost one multiplication. For the
+target's logit, `mass 2^(y - c) - q s` is computed before the product with 1 / s: where p is near q, this difference is
+exact, and a difference of rounded products would not be.
 """
 
 import triton
@@ -25,9 +26,9 @@ def load_upstream(ptr, stride, row, keep, ACC: tl.constexpr):
 
 @triton.jit
 def loss_gradient(upstream, strides, row, keep, ACC: tl.constexpr):
-    """The factor of each kept row's gradient of the loss.
+    """The upstream gradient of each kept row's loss.
 
-    `upstream` is pointers to dloss, factor (a scalar), token weight, dlse and dentropy; all but the first may be None.
+    `upstream` points to dloss, factor (a scalar), token weight, dlse and dentropy; all but the first may be None.
     """
     g = load_upstream(upstream[0], strides[0], row, keep, ACC)
     if upstream[1] is not None:
@@ -39,10 +40,10 @@ def loss_gradient(upstream, strides, row, keep, ACC: tl.constexpr):
 
 @triton.jit
 def row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, soft, steep):
-    """What the tiles of a row need to know of it: the shift, what multiplies 2^(y - c), and g; what the target's logit
-    has; what the gradients of the entropy and of probabilities are made of.
+    """The numbers per row that `gradient_tile` needs: (c, multiplier of 2^(y - c), g, target, of_entropy, of_probs).
 
-    A row whose logits are all -inf has s = 0, and no gradient.
+    `target` has the numbers for the target's logit, `of_entropy` and `of_probs` have those for the gradients of the
+    entropy and of probabilities. A row whose logits are all -inf has s = 0, and no gradient.
     """
     inverse = tl.where(s == 0, 0.0, 1.0 / s)
     log_s = tl.log2(s)
@@ -86,10 +87,10 @@ def gradient_tile(
             grad -= e * of_entropy[0] * (tl.maximum(z, -200.0) + of_entropy[1])
         if OPTIONS[2]:
             grad *= slope
-        # A class of logit -inf has e = 0, and gradient 0 whatever its target's weight.
+        # A logit of -inf has e = 0, and its gradient is 0 whatever its weight in the target.
         if OPTIONS[0] or TARGET:
             grad = tl.where(u != float("-inf"), grad, 0.0)
-        # Selected, not multiplied by 0: an ignored row gets 0 under any upstream gradient.
+        # Selected, not multiplied by 0: an ignored row gets 0 even where the upstream gradient is NaN.
         if BLOCK_N > 1:
             grad = tl.where(keep, grad, 0.0)
         store_tile(dx_row, v, offs, stride_dxv, inside, v_end, grad, BLOCK_N, WHOLE, OUT)
@@ -107,17 +108,17 @@ def write_gradient(
     row, v_start, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the kept rows' classes from `v_start` on, last tile first; zeros for other rows.
+    """Writes the gradients of the classes from `v_start` on; among several rows, those not kept get zeros.
 
-    What was read last is read again first: it is what the cache still has.
+    A single row is walked backwards, since what was read last is still in the cache.
     """
     BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
     rows, _, terms, _ = row
     v_end = rows[5]
-    HAS_TARGET: tl.constexpr = rows[2] is None  # targets are indices where they are no probabilities
+    HAS_TARGET: tl.constexpr = rows[2] is None  # targets are indices unless they are probabilities
     v_target = v_start - 1
     if HAS_TARGET and TILE[0] == 1:
-        # The tile that has the target: one of the other tiles' many logits must not pay for it.
+        # The target's tile is computed apart, so that the logits of all other tiles do not pay for its terms.
         distance = terms[3][0] - v_start
         if (distance >= 0) & (distance < v_end - v_start):
             v_target = v_start + distance.to(tl.int32) // BLOCK_V * BLOCK_V
@@ -127,7 +128,7 @@ def write_gradient(
         if (tail < v_end) & (tail != v_target):
             gradient_tile(row, tail, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, False, False, IN, OUT)
         for up in range(v_start, tail, BLOCK_V):
-            # Triton 3.6 does not see that a difference of multiples is one.
+            # Triton 3.6 does not see that a difference of multiples is a multiple.
             v = tl.multiple_of(v_start + tail - BLOCK_V - up, BLOCK_V)
             if v != v_target:
                 gradient_tile(row, v, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, True, False, IN, OUT)

@@ -9,10 +9,10 @@ import triton
 
 from .tables import ARITHMETIC, TABLES, Program, Table, fitting
 
-#: Bytes of one access of a thread.
+#: Bytes of one memory access of a thread.
 ACCESS = 16
 
-#: Rows whose logits fit into this many bytes share programs, with a warp for each at most.
+#: Rows of at most this many bytes share programs, which then have SHORT_WARPS warps. A row has at most one warp.
 SHORT_ROW = 4096
 SHORT_WARPS = 4
 
@@ -20,13 +20,13 @@ SHORT_WARPS = 4
 #: the 32-byte sectors that DRAM is read in.
 STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 
-#: The second read of the one pass hits the cache if what is read and written between the two fits into it: at most
-#: these many times the bytes of the rows in flight.
+#: The one-pass kernel's second read of a row hits the cache if all that is read and written since the first read fits
+#: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
 
-#: Registers a thread, at most. 40 leave room for 1536 threads a multiprocessor, and no kernel of few features spills
-#: with them. For others, as many as there are: left to itself, ptxas spills a word or two of some variants to reach the
-#: next step of occupancy; told a number, it spills none on any architecture.
+#: Limits on registers per thread. 40 leave room for 1536 threads per multiprocessor, and no kernel with few features
+#: spills with them. Other kernels may use all that there are. Without any limit, ptxas spills a word or two in some
+#: variants to reach the next step of occupancy; with this one, it spills nothing on any architecture.
 FEW_REGISTERS, MAX_REGISTERS = 40, 255
 
 
@@ -36,10 +36,10 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class OnePass(NamedTuple):
-    """A variant of the one pass: threads of a multiprocessor, and the registers and logits at a time of each thread.
+    """A variant of the one-pass kernel: threads per multiprocessor, and each thread's registers and logits at a time.
 
-    The more features a kernel has, the fewer threads and logits leave it without a spill. The tail of a vocabulary that
-    is no multiple of 16 counts as a feature.
+    The more features a kernel has, the fewer threads and logits it can have without spilling. The tail of a vocabulary
+    that is not a multiple of 16 counts as a feature.
     """
 
     threads: int
@@ -51,15 +51,15 @@ ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePa
 
 
 def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
-    """The registers of a thread with so many logits: half of them do for the plain variant with half of its logits."""
+    """Registers per thread for this many logits: the plain variant needs half as many with half of its logits."""
     return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
 
 
-#: Rows per program of the kernel that merges the splits; and at most as many as the reduction merges on its way.
+#: Rows per program of the kernel that merges splits, and the most rows whose splits the reduction merges itself.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
 
-#: The reduction: rows that a program reads at a time, and the threads of one; a single program does it up to as many
-#: rows as it reads sixteen times for, and more share even more rows.
+#: The reduction: the rows that a program reads at a time, the threads per program, the number of rows up to which a
+#: single program reduces them all (it then reads sixteen times), and the most programs that share more rows.
 REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 4096, 1024, 65536, 256
 
 
@@ -98,7 +98,7 @@ class Launch:
     num_warps: int
     splits: int = 1
     split_tiles: int = 0
-    programs: int = 0  # of the one pass, which is launched once for the whole chip
+    programs: int = 0  # of the one-pass and scale kernels, whose programs loop over rows
 
     @property
     def TILE(self) -> tuple[int, int, int, int]:
@@ -126,7 +126,7 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, program: Program, chip: Chip) -> Launch:
-    """The tile for rows of `V` classes, `T` of which are evenly spaced: as many rows as fit, or one."""
+    """The tile for rows of `V` classes, `T` of which are evenly spaced: several short or strided rows, or else one."""
     if not contiguous:
         classes = min(STRIDED_CLASSES, triton.next_power_of_2(max(V, 1)))
         return Launch(STRIDED_ROWS if T >= STRIDED_ROWS else 1, 1, classes, 1, SHORT_WARPS)
@@ -145,14 +145,14 @@ def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, progra
 
 
 def _split(launch: Launch, V: int, splits: int) -> Launch:
-    """The launch with its rows in (at most) so many parts of whole tiles."""
+    """The launch with each row split into at most `splits` parts of whole tiles."""
     tiles = ceil_div(max(V, 1), launch.BLOCK_V)
     split_tiles = ceil_div(tiles, max(1, min(splits, tiles)))
     return replace(launch, splits=ceil_div(tiles, split_tiles), split_tiles=split_tiles)
 
 
 def _splits_to_fill(chip: Chip, program: Program, B: int, T: int, launch: Launch) -> int:
-    """Into how many parts each row has to be split for every multiprocessor to have its programs; 0 where it has."""
+    """The parts per row that give every multiprocessor its programs; 0 or 1 if rows need not be split."""
     return chip.multiprocessors * program.programs // max(B * ceil_div(T, launch.BLOCK_N), 1)
 
 
@@ -178,7 +178,7 @@ def backward_launch(B: int, T: int, V: int, itemsize: int, contiguous: bool, ali
 
 
 def one_pass_program(V: int, itemsize: int, variant: OnePass, chip: Chip) -> Program:
-    """The program of the chip's table; without one, as many as leave the second read of their rows in the cache."""
+    """The program of the chip's table, or else one whose rows in flight fit into the cache."""
     if chip.table.one_pass and variant is ONE_PASS_PLAIN:
         return fitting(chip.table.one_pass, V * itemsize)
     cached = chip.l2_bytes // max(1, REUSE * V * itemsize * chip.multiprocessors)

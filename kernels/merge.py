@@ -9,9 +9,9 @@ from .sums import store_kept
 
 @triton.jit
 def merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N: tl.constexpr, HAS_STATS: tl.constexpr):
-    """Leaves the rows' outputs where `store_row` writes them; returns (loss, lse).
+    """Merges the parts of each row and writes the row's outputs as `store_row` does; returns (loss, lse).
 
-    `parts` is pointers to (5, parts, N) and (parts, N), as `store_part` leaves them, and their number.
+    `parts` is (pointer to (5, parts, N), pointer to (parts, N), number of parts), as `store_part` fills them.
     """
     partial_ptr, argmax_ptr, count = parts
     field = tl.cast(count, tl.int64) * N

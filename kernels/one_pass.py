@@ -1,8 +1,8 @@
-"""Loss and gradient in one launch: each row comes from device memory once.
+"""Loss and gradient in one launch: each row is read from device memory once.
 
 A program walks a row forward for its sums and backwards for its gradient. The second read finds the row in the L2
-cache as long as the rows in flight fit into it, which is why there are no more programs than `one_pass_launch` says,
-each of which takes one row after the other.
+cache as long as the rows in flight fit into it. `one_pass_launch` therefore limits the number of programs, each of
+which takes one row after the other.
 """
 
 import triton
@@ -44,8 +44,8 @@ def one_pass_kernel(
     everywhere = tl.full((), True, tl.int1)
 
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
-        # The sign of `row` is 0, but the compiler does not see that: it would keep a register for the offset of each
-        # logit from one row to the next.
+        # This adds 0, the sign of `row`, which the compiler does not know. Without it, the compiler would keep a
+        # register for the offset of each logit from one row to the next.
         offs = tile_offsets(TILE) + (tl.cast(row, tl.int32) >> 31) * BLOCK_V
         b, t = row // T, row % T
         x_row = row_start(x_ptr, b, t, strides_x, TILE[3])

@@ -1,7 +1,7 @@
-"""Prepares launches: which kernel, which grid and which arguments, but for the tensors, that calls of one form share.
+"""Prepares launches: the kernel, the grid, and all arguments but tensors, which calls of the same form share.
 
 A call's form is all that its launch depends on: sizes, strides and dtypes of tensors, and options. What follows from
-it is worked out once and remembered, so that training steps of one shape pay for it in the first of them only.
+it is computed once and cached, so that among training steps of the same shapes only the first pays for it.
 """
 
 from functools import lru_cache
@@ -37,14 +37,14 @@ from .one_pass import one_pass_kernel
 from .reduce import reduce_kernel, total_kernel
 from .scale import scale_kernel
 
-# `debug` switches device_assert on; without the second, it would also check every integer addition.
+# `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
 
 remembered = lru_cache(maxsize=4096)
 
 
 class Prepared:
-    """A launch of a kernel: called with the kernel's first arguments, it adds those that are fixed.
+    """A launch of a kernel whose last arguments are fixed; it is called with the first ones.
 
     At every launch, Triton looks at each argument to find the compiled kernel. That takes ten microseconds for thirty
     arguments. Here the kernel is found by its first arguments alone.
@@ -52,7 +52,7 @@ class Prepared:
 
     def __init__(self, kernel, programs, *fixed, splits=1, **options):
         self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options
-        self.splits = splits  # of the vocabulary of a row
+        self.splits = splits  # parts that each row is split into
         self.compiled = {}
 
     def __call__(self, *first):
@@ -72,13 +72,13 @@ class Prepared:
             launch(compiled, self.grid, driver.get_current_stream(current), (*first, *self.fixed))
             return
         compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
-        # For AMD, Triton compiles by the size of a tensor's storage too, so it is asked at every launch.
+        # For AMD, the kernel also depends on the size of a tensor's storage, so Triton looks it up at every launch.
         if compiled is not None and compiled.metadata.target.backend == "cuda":
             self.compiled[key] = compiled
 
 
 def kinds(arguments):
-    """What a kernel is compiled for: of tensors the dtype and whether the address is aligned, of integers the value."""
+    """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers."""
     found = []
     for value in arguments:
         if value is None:
@@ -93,7 +93,7 @@ def kinds(arguments):
 
 
 def launch(compiled, grid, stream, arguments):
-    """What calling `compiled[grid]` does, which prepares for a profiler's hooks whether there are any or not."""
+    """Launches as `compiled[grid](...)` does, but prepares metadata for a profiler's hooks only if there are any."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     metadata = compiled.launch_metadata(grid, stream, *arguments) if enter is not None and enter.calls else None
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
@@ -101,10 +101,9 @@ def launch(compiled, grid, stream, arguments):
 
 @remembered
 def forward(x, probs, weight, options, with_stats, block, launch, chip):
-    """The forward kernel; (x, probs, target, weight, rows, parts).
+    """The forward kernel, called with (x, probs, target, weight, rows, parts).
 
-    `block` is None for a call that leaves rows, or parts that it splits them into; (first class, classes) for a call
-    that leaves a part.
+    `block` is None where x has the whole vocabulary. It is (first class, classes) where x is one block of it.
     """
     x, probs, weight = map(Form.of, (x, probs, weight))
     B, T, V = x.shape
@@ -124,7 +123,7 @@ def forward(x, probs, weight, options, with_stats, block, launch, chip):
 
 @remembered
 def merge(N, ignore_index, with_stats, chip):
-    """The kernel that merges parts; (target, rows, parts)."""
+    """The kernel that merges parts, called with (target, rows, parts)."""
     return Prepared(
         merge_kernel, ceil_div(N, MERGE_ROWS), N, ignore_index, MERGE_ROWS, with_stats,
         num_warps=MERGE_ROWS // chip.warp_size,
@@ -133,7 +132,7 @@ def merge(N, ignore_index, with_stats, chip):
 
 @remembered
 def backward(x, probs, dx, dprobs, weight, row_strides, has_dentropy, options, block, launch, chip):
-    """The backward kernel; (x, probs, dx, dprobs, target, weight, saved, upstream)."""
+    """The backward kernel, called with (x, probs, dx, dprobs, target, weight, saved, upstream)."""
     x, probs, dx, dprobs, weight = map(Form.of, (x, probs, dx, dprobs, weight))
     B, T, V = x.shape
     launch = launch or backward_launch(
@@ -152,11 +151,11 @@ def backward(x, probs, dx, dprobs, weight, row_strides, has_dentropy, options, b
 
 @remembered
 def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
-    """The kernel of loss and gradient; (x, dx, target, weight, rows, upstream)."""
+    """The one-pass kernel, called with (x, dx, target, weight, rows, upstream)."""
     x, dx, weight = map(Form.of, (x, dx, weight))
     B, T, V = x.shape
     scalars, present = scalars_of(options, None)
-    variant = ONE_PASS_SIMPLE if any(present) or V % 16 else ONE_PASS_PLAIN  # Triton compiles in that V % 16 == 0
+    variant = ONE_PASS_SIMPLE if any(present) or V % 16 else ONE_PASS_PLAIN  # Triton specializes on V % 16 == 0
     if with_stats or (present[0] and weight is not None) or x.dtype == torch.float64:
         variant = ONE_PASS_GENERAL
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
@@ -174,7 +173,10 @@ def reduce_programs(N):
 
 @remembered
 def reduce(N, classes, stride_tw, present, ignore_index, chip):
-    """The kernel that reduces rows; (target, weight, token_weight, normalizer, number, rows, parts, sums, out)."""
+    """The kernel that reduces rows.
+
+    It is called with (target, weight, token_weight, normalizer, number, rows, parts, sums, out).
+    """
     programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
     return Prepared(
         reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block, present,
@@ -184,13 +186,13 @@ def reduce(N, classes, stride_tw, present, ignore_index, chip):
 
 @remembered
 def total(programs, present):
-    """The kernel that adds the sums of several programs; (partial, count, normalizer, number, out)."""
+    """The kernel that adds the sums of several programs, called with (partial, count, normalizer, number, out)."""
     return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, present, num_warps=4)
 
 
 @remembered
 def scale(x, out, inplace, chip):
-    """The kernel that multiplies a gradient; (x, out, dloss, factor)."""
+    """The kernel that multiplies a gradient, called with (x, out, dloss, factor)."""
     x, out = map(Form.of, (x, out))
     B, T, V = x.shape
     launch = scale_launch(T, V, x.itemsize, x.contiguous, aligned(None, x, out), chip)

@@ -1,8 +1,8 @@
 """Reduces rows to a scalar in one small launch: the sum, the number of kept rows, and the divisor of "mean".
 
-A program adds what its lanes have in a fixed order, so that the same rows give the same bits. Where rows are very
-many, several programs leave their sums, and a second launch puts them together. Where they are few, so that forward
-has left them in parts, the same program merges these first.
+The order of additions is fixed, so that the same rows give the same bits. If rows are very many, several programs
+store their sums, and a second launch adds these. If rows are so few that forward has split them into parts, the
+program first merges the parts.
 """
 
 import triton
@@ -15,7 +15,11 @@ from .merge import merge_rows
 def store_total(
     out, normalizer_ptr, number, loss, share, count, MEAN: tl.constexpr, HAS_NUMBER: tl.constexpr, ACC: tl.constexpr
 ):
-    """`out` is pointers to the total or None, the factor of every row's gradient, the number of kept rows or None."""
+    """Divides the sums and stores the results.
+
+    `out` holds pointers to the total (or None), the factor of every row's gradient, and the number of kept rows (or
+    None).
+    """
     divisor = tl.full((), 1.0, ACC)
     if normalizer_ptr is not None:
         divisor = tl.load(normalizer_ptr).to(ACC)
@@ -36,13 +40,13 @@ def reduce_kernel(
     weight_ptr,  # (classes,), or None
     token_weight_ptr,  # (N,) or None
     normalizer_ptr,  # a scalar or None
-    number: tl.float64,  # the normalizer, if it is one
+    number: tl.float64,  # the normalizer, if it is a number
     rows_out,  # a pointer to loss (N,); or, with `parts`, where `store_row` writes; None if no total is wanted
     parts,  # see `merge_rows`; or None
     sums,  # pointers to (2, programs) and (programs,) int64; or None, for the only program
     out,  # see `store_total`
     N: tl.int64,
-    rows,  # of a program
+    rows,  # per program
     classes,
     stride_tw,  # of the token weights
     ignore_index: tl.int64,

@@ -1,4 +1,4 @@
-"""Backward of a gradient that forward has computed: it is multiplied by the upstream gradient, unless that is 1."""
+"""Multiplies a gradient that forward has computed by the upstream gradient, unless that is 1."""
 
 import triton
 import triton.language as tl
@@ -34,6 +34,6 @@ def scale_kernel(
         out = row_start(out_ptr, b, t, strides[1], TILE[3])
         for v in range(0, V, BLOCK_V):
             x = load_tile(start, v, offs, strides[0][2], inside, V, 0.0, BLOCK_N, False, "").to(ACC)
-            # 0 stays 0, as that of an ignored row, whatever it is multiplied by.
+            # A gradient of 0, as that of an ignored row, stays 0 even where the product is inf or NaN.
             x = tl.where(x == 0, 0.0, x * product)
             store_tile(out, v, offs, strides[1][2], inside, V, x, BLOCK_N, False, "")

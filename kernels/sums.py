@@ -35,10 +35,10 @@ from .tiles import load_tile, load_weights
 
 @triton.jit
 def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
-    """Per class of a tile, the weight of its log-probability that does not come from an index target.
+    """The part of the target distribution that does not come from an index target, for each class of a tile.
 
-    `soft` is (1 - smoothing, the smoothing's share of one class), of which the second is all that there is where
-    targets are indices and classes have no weights.
+    `soft` is (1 - smoothing, the smoothing's share of one class). Where targets are indices and classes have no
+    weights, this share is the same number for every class.
     """
     _, _, probs_row, stride_pv, keep, v_end = rows
     inside = offs < v_end - v
@@ -70,7 +70,7 @@ def add_tile(
     if OPTIONS[0]:
         q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
         if not ONE_NUMBER:
-            # `u == u` for the compiler: it gives the sum of a mask alone other threads than the tile's, and a barrier.
+            # `u == u` is for the compiler: it would give a sum of q alone other threads than the tile's, and a barrier.
             q = by_lane(tl.where(u == u, q, 0.0), TILE)
     u = by_lane(u, TILE)
     largest = lane_max(u)
@@ -90,7 +90,7 @@ def add_tile(
             r += lane_sum(weighted(q, z))
             mass += lane_sum(q)
     if HAS_STATS:
-        # 0 * -200, and not 0 * -inf, where a class is masked.
+        # A masked class adds 0 * -200, and not 0 * -inf, which is NaN.
         d = alpha * (d + s * (c - c_new)) + lane_sum(e * tl.maximum(z, -200.0))
     s = s * alpha + lane_sum(e)
     return c_new, s, r, mass, d, best, at
@@ -100,7 +100,7 @@ def add_tile(
 def first_of_largest(
     best, at, rows, v_start, offs, curve, largest, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
 ):
-    """The first class that has the row's largest logit: the lanes that met it look again where each did."""
+    """The first class with the row's largest logit, found by reading again the tiles where lanes met that logit."""
     x_row, stride_xv, _, _, keep, v_end = rows
     place = over_tile(at, TILE) + offs
     met = keep & (over_tile(best, TILE) == largest) & (place < v_end)
@@ -115,10 +115,10 @@ def row_sums(
     rows, v_start, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """(c, s, r, mass, d, largest, predicted) of each row's classes from `v_start` on, but for an index target.
+    """(c, s, r, mass, d, largest, predicted) of each row's classes from `v_start` on, without index targets' terms.
 
-    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end), `loss` (weight_ptr, soft, curve). `largest` is as
-    `used_logits` has it.
+    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end), and `loss` is (weight_ptr, soft, curve). `largest`
+    is a value that `used_logits` returns.
     """
     BLOCK_N: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[2]
@@ -161,7 +161,7 @@ def row_sums(
 
 @triton.jit
 def target_weight(weight_ptr, local, own, ACC: tl.constexpr):
-    """The class weight of an index target, 0 where the target is not among the classes at hand."""
+    """The class weight of an index target; 0 where it is not `own`, among the classes that this program has."""
     w = tl.where(own, 1.0, 0.0).to(ACC)
     if weight_ptr is not None:
         w = tl.load(weight_ptr + local, mask=own, other=0.0).to(ACC)
@@ -170,17 +170,20 @@ def target_weight(weight_ptr, local, own, ACC: tl.constexpr):
 
 @triton.jit
 def cross_entropy(s, r, mass):
-    """`ln2 (mass log2 s - r)`; as the logarithm of a quotient, for which a target of probability 1 costs exactly 0."""
+    """`ln2 (mass log2 s - r)` as the logarithm of a quotient, so that a target of probability 1 costs exactly 0."""
     mean = tl.div_rn(r, mass) if r.dtype == tl.float32 else r / mass
     power = tl.exp2(mean)
     quotient = tl.div_rn(s, power) if s.dtype == tl.float32 else s / power
-    # False for NaN, too: of a row without mass, or of infinite logits.
+    # The comparison is false for NaN too: rows without mass or with infinite logits have it.
     return LN2 * tl.where(tl.abs(mean) < 100.0, mass * tl.log2(quotient), mass * tl.log2(s) - r)
 
 
 @triton.jit
 def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entropy):
-    """`rows_out` is pointers to loss (N,), lse (N,) or None, norm (3, N), predicted and entropy (N,) or None."""
+    """Stores the outputs of rows.
+
+    `rows_out` holds pointers to loss (N,), lse (N,) or None, norm (3, N), predicted and entropy (N,) or None.
+    """
     loss_ptr, lse_ptr, norm_ptr, predicted_ptr, entropy_ptr = rows_out
     tl.store(loss_ptr + row, loss, mask=inside)
     if lse_ptr is not None:
@@ -195,7 +198,7 @@ def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entrop
 
 @triton.jit
 def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
-    """The row's outputs from its sums, zeros where the row is ignored; returns (loss, lse)."""
+    """Stores the outputs of rows from their sums, and zeros for ignored rows; returns (loss, lse)."""
     s = tl.where(keep, s, 1.0)
     log_s = tl.log2(s)
     loss = tl.where(keep, cross_entropy(s, r, mass), 0.0)
@@ -208,10 +211,10 @@ def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
 
 @triton.jit
 def store_part(parts, at, keep, c, s, r, mass, d, largest, predicted, HAS_STATS: tl.constexpr):
-    """The sums of a part of the kept rows; `parts` is pointers to the part's in (5, parts, N) and in (parts, N),
-    and the elements from one of the five fields to the next.
+    """Stores the sums over a part of each kept row.
 
-    The shift is not stored: it follows from the largest used logit, by which the parts' argmax is chosen.
+    `parts` is (pointer into (5, parts, N), pointer into (parts, N), stride between the five fields). The shift is not
+    stored: it follows from the largest used logit, which is stored, as the argmax is chosen by it.
     """
     partial_ptr, argmax_ptr, field = parts
     shift = whole_shift(largest)

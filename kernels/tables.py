@@ -1,9 +1,8 @@
-"""Launch tables as data: for every kernel, the program for rows of so many bytes, with the reason for it.
+"""Launch tables as data: for every kernel, the program for rows of a given size in bytes, and the reason for it.
 
-`tables.json` has the measured ones, by the name that a device gives itself; `python -m bench.tune` writes it. A device
-that it does not name gets the arithmetic table, which follows from what a chip has: with 16 logits of 16 bits a thread,
-two 16-byte loads are in flight, and the 1536 threads of a multiprocessor have 48 KB in flight where about 40 KB hide
-the latency of HBM3.
+`tables.json` has the measured tables by device name; `python -m bench.tune` writes it. A device that it does not name
+gets the arithmetic table, which follows from the hardware: a thread with 16 logits of 16 bits has two 16-byte loads in
+flight, and the 1536 threads of a multiprocessor have 48 KB in flight. About 40 KB hide the latency of HBM3.
 """
 
 import json
@@ -12,8 +11,9 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("tables.json")
 
-#: Warps that a program may have. A kernel of many features takes up to 255 registers a thread, and a multiprocessor has
-#: them for 8 warps; the table of the one pass is for its plain kernel, which takes 64, or 128 with 32 logits and more.
+#: Numbers of warps that a program may have. A kernel with many features takes up to 255 registers per thread, which a
+#: multiprocessor has for 8 warps. The table of the one pass is for its plain variant, which takes 64 registers, or 128
+#: with 32 logits or more.
 WARPS = {"forward": (1, 2, 4, 8), "backward": (1, 2, 4, 8), "one_pass": (1, 2, 4, 8, 16, 32)}
 
 #: Logits that a thread may read at a time: whole accesses of 16 bytes, of any dtype.
@@ -22,10 +22,10 @@ THREAD_LOGITS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Program:
-    """One program: its warps, the logits that a thread reads at a time, and at most how many tiles.
+    """One program: its warps, the logits that a thread reads at a time, and the most tiles that it takes.
 
-    `programs` is how many a multiprocessor should have: forward and backward split rows over programs where there are
-    fewer; the one pass has exactly as many at a time.
+    `programs` is the number of programs that a multiprocessor should have. Forward and backward split rows where there
+    are fewer; the one-pass kernel launches as many.
     """
 
     num_warps: int
@@ -34,7 +34,7 @@ class Program:
     programs: int = 1
 
 
-#: (largest row in bytes or None, program); the first that fits counts.
+#: (largest row in bytes or None, program); the first entry that fits is taken.
 Ladder = tuple[tuple[int | None, Program], ...]
 
 
@@ -66,7 +66,7 @@ def fitting(ladder: Ladder, row_bytes: int) -> Program:
 
 
 def read(path: Path = FILE) -> dict[str, Table]:
-    """The tables of a file by device. An entry's "measured" is for its reader, and not read."""
+    """The tables of a file by device. An entry's "measured" is for human readers, and ignored."""
     return {device: _table(path, device, entry) for device, entry in json.loads(path.read_text()).items()}
 
 

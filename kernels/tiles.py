@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def rows_of(pid, T, BLOCK_N: tl.constexpr):
-    """(b, t, whether it exists) of each row of a program, of rows in `T`s of which no program has of two."""
+    """(b, t, whether the row exists) for each row of a program; all rows of a program have the same b."""
     if BLOCK_N == 1:
         return pid // T, pid % T, tl.full((), True, tl.int1)
     else:
@@ -17,9 +17,9 @@ def rows_of(pid, T, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def row_start(ptr, b, t, strides, WIDTH: tl.constexpr):
-    """The first logit of each row of a tensor (B, T, V), whose rows lie WIDTH logits apart, or a multiple of that."""
+    """Pointers to the first logits of rows of a tensor (B, T, V); every row begins at a multiple of WIDTH logits."""
     offset = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1]
-    # Says so to the compiler, which knows only of strides that are multiples of 16.
+    # Tells the compiler of these multiples; by itself, it only notices strides that are multiples of 16.
     return ptr + offset // WIDTH * WIDTH
 
 
@@ -41,7 +41,7 @@ def tile_pointers(start, v, offs, stride_v):
 def load_tile(
     start, v, offs, stride_v, keep, v_end, other, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
 ):
-    """Classes `v + offs` of the kept rows, `other` where there are none. A whole tile of one row needs no mask."""
+    """Loads classes `v + offs` of kept rows, and `other` elsewhere. A whole tile of one row needs no mask."""
     ptrs = tile_pointers(start, v, offs, stride_v)
     if BLOCK_N == 1 and WHOLE:
         return tl.load(ptrs, eviction_policy=EVICT)
@@ -68,10 +68,11 @@ def store_tile(
 
 @triton.jit
 def load_weights(weight_ptr, v, offs, v_end, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
-    """Class weights of a tile, in all of its rows: shaped and accessed as its logits are, they meet in one thread.
+    """Loads the class weights of a tile in the layout of its logits, so that weight and logit meet in one thread.
 
-    Otherwise, they would change threads in every iteration. So nothing may be known of the weights' alignment where
-    nothing is of the logits': the sign of `v_end` is 0, but the compiler does not see that.
+    In another layout, the weights would be moved between threads in every iteration. So where the compiler does not
+    know the alignment of the logits, it must not know that of the weights either. Adding the sign of `v_end`, which is
+    0, hides it, since the compiler does not know that sign.
     """
     place = v + offs + tl.zeros((BLOCK_N, 1, 1), tl.int32)
     if WIDTH == 1:
