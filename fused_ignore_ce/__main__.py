@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints the defaults that there are."""
+    """Shows the default of an option in its help, unless it is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

@@ -1,4 +1,4 @@
-"""The tensors of a loss, checked once for all losses: an error says what was expected and what came.
+"""Checks the tensors of all losses: an error says what was expected and what came.
 
 Classes of errors follow `torch.nn.functional.cross_entropy`, so that code which catches its errors catches ours.
 Nothing here looks at the values of a tensor, so nothing waits for the device.
@@ -239,5 +239,5 @@ def check_process_group(process_group: Any) -> None:
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"process_group: expected a torch.distributed ProcessGroup or None, got {type(process_group).__name__}; "
-            "of a DeviceMesh, pass mesh.get_group(dimension)"
+            "for a DeviceMesh, pass mesh.get_group(dimension)"
         )

@@ -1,4 +1,4 @@
-"""The results of rows of logits, with their gradients: an autograd.Function, and operators for where it is traced."""
+"""The results of rows of logits, with their gradients: an autograd.Function in eager mode, operators in tracing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RowResults(NamedTuple):
     entropy: Tensor
     predicted: Tensor
     norm: Tensor
-    # What only all ranks of a group know together; empty without a group, or where it does not exist.
+    # Results that need all ranks of a group; empty without a group, or where they do not apply.
     target_weight: Tensor  # (N,) class weights of index targets
     likeliest: Tensor  # (N,) int64 class of the largest target probability, with statistics
     block: Tensor  # the fields of this rank's `Block`, on the CPU
@@ -190,7 +190,7 @@ class CrossEntropyRows(torch.autograd.Function):
         dx = dprobs = None
         if any(gradient is not None for gradient in (dloss, dlse, dentropy)):
             need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
-            # Asked for once: activation checkpointing recomputes them for the first access only.
+            # Accessed only once: activation checkpointing recomputes saved tensors for the first access only.
             tensors = ctx.saved_tensors
             logits, saved, place = Logits(*tensors[:4]), Saved(*tensors[4:6]), tensors[6]
             upstream = Upstream(dloss, dlse, dentropy)

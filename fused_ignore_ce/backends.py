@@ -37,7 +37,7 @@ class Backend(Protocol):
         """The results of all rows."""
 
     def new_parts(self, x: Tensor, parts: int, with_stats: bool) -> Parts:
-        """Room for what `forward_part` leaves of `parts` blocks."""
+        """Allocates what `forward_part` writes for `parts` blocks."""
 
     def forward_part(
         self,
@@ -94,11 +94,11 @@ class Backend(Protocol):
     ) -> Rows:
         """The results of all rows; writes the gradient of their scaled sum into `dx`, which may be `x`.
 
-        `upstream` has the scale of the losses; `dz` (N,) is that of `options.z_loss * lse**2`, None for no z-loss.
+        `upstream` has the factors of the losses. `dz` (N,) are those of `options.z_loss * lse**2`; None for no z-loss.
         """
 
     def scale(self, dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
-        """`dx * dloss * factor`, in place or into `out`; in place, a product of 1 moves nothing."""
+        """`dx * dloss * factor`, in place or into `out`. In place, a backend may skip the work if the product is 1."""
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -110,7 +110,7 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 def implementation(backend: str, device: torch.device) -> Backend:
-    """The module that runs on this device. It is asked for when it runs, never while tracing."""
+    """The backend's module for this device. It is looked up when it runs, never while tracing."""
     return torch_backend if backend == "torch" else _triton(device.type)
 
 

@@ -1,4 +1,4 @@
-"""Next-token losses: of logits, as transformers models call them, and of hidden states, for models of one's own."""
+"""Next-token losses: of logits, with the signature that transformers models call, and of hidden states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .problem import logits_problem
 from .reduction import LossStats
 from .shards import local_logits
 
-#: What models hand on to their loss function and what these losses read of it.
+#: The keywords that `fused_causal_lm_loss` reads. Models hand others on to their loss function too.
 _KNOWN = (*CausalLMKeywords.__optional_keys__, "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
 
 
@@ -48,7 +48,7 @@ def fused_causal_lm_loss(
     Args:
         logits: (..., T, V), floating; any strides, so that slices are not copied.
         labels: (..., T) int64, not shifted. Not read when shift_labels is given.
-        vocab_size: V, if given; with a process_group, of the whole vocabulary, and not checked.
+        vocab_size: V, if given; with a process_group, that of the whole vocabulary, which is not checked.
         num_items_in_batch: number or one-element tensor to divide the sum by; None divides by the kept labels.
         ignore_index: an id or a collection of ids; position t is ignored if label t + 1 is one of them.
         shift_labels: (..., T) int64, already shifted.
@@ -124,8 +124,8 @@ def fused_linear_causal_lm_loss(
 
         fused_causal_lm_loss(F.linear(hidden_states, linear_weight), labels, None, num_items_in_batch, ...)
 
-    Position t is scored against label t + 1 by a shift of the labels. Hidden states are not sliced, which would copy
-    them: last positions are ignored, and left out where the kept rows are gathered, as all ignored positions are.
+    Position t is scored against label t + 1 by shifting the labels. The hidden states are not sliced, which would copy
+    them. Instead, the last positions are ignored, and dropped with all other ignored positions.
 
     Args:
         hidden_states: (..., T, D), floating.
@@ -185,7 +185,7 @@ def as_normalizer(num_items_in_batch: float | Tensor | None, device: torch.devic
 
 
 def aligned_with_logits(tensors: LogitsTensors, ignored: int, *, shifted: bool) -> tuple[LogitsTensors, torch.Size]:
-    """Labels shifted and shaped as the logits' rows, and the shape that they came in."""
+    """Shifts labels and token weights and shapes them as the logits' rows; also returns the shape of the labels."""
     logits, targets, weight, token_weight = tensors
     targets = targets.to(logits.device)
     if not shifted:
@@ -218,4 +218,4 @@ def _means_an_option(name: str) -> bool:
     return meaning(name, _KNOWN) is not None
 
 
-_means_an_option._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `unknown_keyword`
+_means_an_option._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `unknown_keyword`

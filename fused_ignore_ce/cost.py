@@ -8,7 +8,7 @@ import torch
 
 from .linear.plan import MACHINES, VOCABULARY_BLOCKS, LinearPlan, operand_dtype, plan_linear_loss
 
-#: What the rates of `MACHINES` rest on.
+#: Where the rates of `MACHINES` come from.
 RATES = {
     "cpu": "measured on two cores of another CPU",
     "cuda": "70% of an H100's data sheet, not measured",
@@ -35,8 +35,8 @@ def plain_linear_bytes(N: int, V: int, D: int, dtype: torch.dtype, *, upcast: bo
     """Peak of `F.cross_entropy(F.linear(h, w).float(), y)` beside the operands and their gradients.
 
     Backward holds three tensors of the logits' shape: log-softmax, its gradient, and the gradient of the upcast
-    logits. The gradients that are returned do not exist yet, and take that memory later; beside them, the gradient of
-    the logits is left. GEMM libraries add buffers of their own, up to 40 MiB on a CPU.
+    logits. The gradients that are returned do not exist at that time, and take over that memory later, when only the
+    gradient of the logits is left. GEMM libraries add buffers of their own, up to 40 MiB on a CPU.
     """
     wide = 4 if upcast and dtype.itemsize < 4 else dtype.itemsize
     return max(3 * wide * N * V - (N + V) * D * dtype.itemsize, dtype.itemsize * N * V)
@@ -45,7 +45,8 @@ def plain_linear_bytes(N: int, V: int, D: int, dtype: torch.dtype, *, upcast: bo
 def plain_logits_bytes(N: int, V: int, dtype: torch.dtype, *, upcast: bool = True) -> int:
     """Peak of `F.cross_entropy(x.float(), y)` beside the logits and their gradient.
 
-    The same three tensors; the gradient of logits that are not upcast is one of them, and that of others comes later.
+    Backward holds the same three tensors. The gradient of the logits is one of them, unless logits are upcast: then it
+    is made later.
     """
     wide = 4 if upcast and dtype.itemsize < 4 else dtype.itemsize
     return (3 * wide - dtype.itemsize) * N * V
@@ -63,8 +64,8 @@ def linear_cost(
 ) -> Cost:
     """Predicts the cost of a loss, forward and backward, on both paths. The arguments are `plan_linear_loss`'s.
 
-    The plain path multiplies all tokens, ours the kept ones: three products of 2NVD operations, and a fourth where
-    the plan computes the logits again.
+    The plain path multiplies all tokens, and ours only the kept ones. Both take three products of 2NVD operations. Ours
+    takes a fourth where the plan computes the logits again.
 
     >>> linear_cost(16384, 128256, 4096, num_ignored=12288).plan.plan
     'one block'

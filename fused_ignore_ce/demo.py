@@ -1,4 +1,4 @@
-"""Train a small language model twice, step by step in turns: as transformers has it, and patched."""
+"""Trains two copies of a small language model in alternating steps: one as transformers has it, one patched."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .demo_data import END, IGNORED, Batch, functions, make_batches, train_token
 from .hf import fusion_report, patch_model
 from .measure import PeakMemory, clock
 
-#: Every so many steps, memory is measured and time is not, since `PeakMemory` takes time of its own.
+#: Steps from one measurement of memory to the next. That step is not timed, since `PeakMemory` itself takes time.
 MEMORY_EVERY = 10
-#: Nats. The two losses round differently, in float32, and training amplifies that: 8e-4 after 300 steps on a CPU.
+#: In nats. The two losses round differently in float32, and training amplifies that: 8e-4 after 300 steps on a CPU.
 TOLERANCE = 1e-2
 
 
@@ -72,7 +72,7 @@ class Run:
 
 
 class Costs(NamedTuple):
-    """Of a step: median milliseconds, largest peak in MiB; NaN for what could not be measured."""
+    """What a step costs: median milliseconds, largest peak in MiB; NaN for what could not be measured."""
 
     ms: float
     mib: float
@@ -113,7 +113,7 @@ def run(options: Options) -> int:
     print(LEGEND, table(plain, fused), "", fusion_report(fused.model), sep="\n")
     draw(plain, fused, described, options.out)
     difference = (torch.tensor(plain.losses) - torch.tensor(fused.losses)).abs().max().item()
-    same = difference <= TOLERANCE  # not so for NaN
+    same = difference <= TOLERANCE  # false for NaN
     verdict = "within" if same else "ABOVE"
     print(f"\nThe curves and costs are drawn in {options.out}.")
     print(f"Largest difference between the two loss curves: {difference:.1e} nats, {verdict} {TOLERANCE}")
@@ -127,8 +127,8 @@ def _require(*modules: str) -> None:
 
 
 def describe(batches: list[Batch], options: Options) -> str:
-    """What every step is."""
-    # Position t predicts label t + 1, so that a row's first label counts for nothing.
+    """A description of the steps, for the output and the picture."""
+    # Position t predicts label t + 1, so that no position predicts a row's first label.
     kept = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches)
     positions = sum(labels.numel() for _, labels in batches)
     return (
@@ -156,9 +156,9 @@ def make_model(options: Options) -> Any:
 
 
 def train_in_turns(plain: Run, fused: Run, batches: list[Batch]) -> None:
-    """Both take each step one right after the other, now this one first and now that one.
+    """Trains both models on each batch, one right after the other; which one comes first alternates.
 
-    Whatever else the machine does then meets both alike.
+    Other work of the machine then slows both alike.
     """
     from tqdm import tqdm
 
@@ -180,7 +180,7 @@ plain / fused   the median of the ratios of the same step's two times; the ratio
 
 
 def table(plain: Run, fused: Run) -> str:
-    """One row per run, and one of the ratios of what they cost."""
+    """A table with one row per run, and one row with the ratios of their costs."""
     rows: list[tuple[str, ...]] = [("run", "loss", "last 20", "ms/step", "peak MiB")]
     for run in (plain, fused):
         losses = f"{run.losses[-1]:.4f}", f"{statistics.fmean(run.losses[-20:]):.4f}"

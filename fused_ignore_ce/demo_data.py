@@ -1,4 +1,4 @@
-"""The demo's data: functions of Python's standard library, a tokenizer trained on them, and batches of both."""
+"""The demo's data: functions of Python's standard library, a tokenizer trained on them, and batches of tokens."""
 
 from __future__ import annotations
 

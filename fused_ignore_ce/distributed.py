@@ -1,9 +1,9 @@
 """A vocabulary that is sharded over the ranks of a process group: the ranks' agreement and the sums over all shards.
 
-Two collectives a forward, none a backward of the logits loss. The first tells every rank the sizes of all shards and
-what went wrong on any of them. The second exchanges, per row, the partial sums that the kernels leave of a block of the
-vocabulary (see `kernels/forward.py`): the ranks' shards are such blocks, and every rank merges them in the same order,
-so that all return the same bits.
+A forward has two collectives, and a backward of the logits loss has none. The first tells every rank the sizes of all
+shards and what went wrong on any of them. The second exchanges, per row, the partial sums that the kernels compute for
+a block of the vocabulary (see `kernels/forward.py`). The ranks' shards are such blocks, and every rank merges them in
+the same order, so that all return the same bits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def agree(group: str, size: int, target: Tensor | None, ignore_index: int, rows:
         kept = target != ignore_index
         packed[3] = torch.where(kept, target, torch.iinfo(torch.int64).max).min()
         packed[4] = torch.where(kept, target, torch.iinfo(torch.int64).min).max()
-        # Wraps around, the same on all ranks; the position's factor sees permutations.
+        # The sum may wrap around, alike on all ranks. The positions as factors make permuted targets differ.
         packed[5] = (target * torch.arange(1, rows + 1, device=device)).sum()
     headers = _exchange_headers(ranks, packed.to(_device(ranks)))
     sizes = [header.size for header in headers]
@@ -95,7 +95,7 @@ def _check_same(headers: list[_Header], field: str, name: str, show: bool = True
 
 
 class FailingTogether:
-    """A context for what a rank does before the ranks agree: its error becomes the error of all, instead of a hang.
+    """A context for what a rank does before the ranks agree: an error on one is raised on all, instead of a hang.
 
     Without a group, and while it is traced, it does nothing.
     """
@@ -125,7 +125,7 @@ def _exchange_headers(group: dist.ProcessGroup, header: Tensor, error: Exception
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where headers are exchanged: the same on all ranks, and known without a tensor."""
+    """The device on which headers are exchanged: of the same type on all ranks, and known without a tensor."""
     types = {device.type for device in group._device_types}
     return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
 
@@ -138,7 +138,7 @@ def _gather(group: dist.ProcessGroup, t: Tensor) -> Tensor:
 
 
 class Merged(NamedTuple):
-    """The sums over all shards; the latter two fields are empty where they do not exist."""
+    """The results of rows over all shards; the last two fields are empty where they do not apply."""
 
     rows: Rows
     target_weight: Tensor  # (N,) class weights of index targets
@@ -153,9 +153,9 @@ def merge(
     options: LossOptions,
     with_stats: bool,
 ) -> Merged:
-    """The second collective, and the rows' results from what it brings.
+    """The second collective: exchanges the ranks' sums and returns the rows' results.
 
-    `parts` are this rank's, `targets` are (target (N,), class weights, probabilities (N, V)) of its shard.
+    `parts` are this rank's sums, and `targets` are (target (N,), class weights, probabilities (N, V)) of its shard.
     """
     target, weight, probs = targets
     partial, argmax = kernels.combine(parts)
@@ -185,7 +185,7 @@ def merge(
 def forward(
     kernels: Backend, group: str, logits: Logits, options: LossOptions, with_stats: bool
 ) -> tuple[Merged, Shard]:
-    """The results of this rank's shard x (B, T, V) of the logits."""
+    """The results of rows over all shards, from this rank's shard of the logits; also returns its place among them."""
     x, target, weight, probs = logits
     B, T, V = x.shape
     call = (x.dtype, tuple(options), with_stats, weight is None, probs is None)
@@ -205,7 +205,7 @@ def _weight_of_target(weight: Tensor, local: Tensor) -> Tensor:
 
 
 def _as_float(classes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of class ids, to travel with numbers of this dtype."""
+    """The bits of class ids as numbers of this dtype, so that they can be gathered along with sums."""
     return classes.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
 
 
@@ -215,7 +215,7 @@ def _as_integer(bits: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{PACKAGE}::sum_over_ranks", mutates_args=())
 def sum_over_ranks(t: Tensor, group: str) -> Tensor:
-    """The sum, of t's dtype; half precision is summed in float32."""
+    """The sum of t over the ranks, in t's dtype; half precision is summed in float32."""
     wide = t.to(torch.promote_types(t.dtype, torch.float32), copy=True).contiguous()
     dist.all_reduce(wide, group=group_named(group))
     return wide.to(t.dtype)
@@ -244,7 +244,7 @@ def global_token_count(
 ) -> Tensor:
     """The number of targets that are not ignored, over all ranks of a group whose ranks have tokens of their own.
 
-    It makes the mean over ranks with unequal numbers of ignored tokens the true one:
+    With it, ranks that have unequal numbers of ignored tokens compute the mean over all tokens:
 
         normalizer = global_token_count(target, group) / group.size()    # DDP and FSDP average gradients over ranks
         fused_cross_entropy(logits, target, normalizer=normalizer)

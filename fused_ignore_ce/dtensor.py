@@ -75,7 +75,7 @@ def local_linear(process_group: dist.ProcessGroup | None, tensors: LinearTensors
 
 
 class _Layout:
-    """How dimension `dim`, the vocabulary, of a tensor called `name` in errors lies over the ranks.
+    """How the vocabulary, dimension `dim` of a tensor, is distributed over the ranks. Errors call the tensor `name`.
 
     `group` is None if it is not sharded.
     """
@@ -101,7 +101,7 @@ class _Layout:
                 raise ValueError(f"process_group: expected None or the group {name} is sharded over, got another")
 
     def shard(self, t: Tensor | None, dim: int) -> Any:
-        """The rank's part of another tensor, whose dimension `dim` is the vocabulary: as it is, or cut."""
+        """The rank's part of another tensor, whose dimension `dim` is the vocabulary; a whole tensor is cut."""
         if t is None or self.mesh is None or self.mesh_dim is None:
             return _local(t)
         if not isinstance(t, DTensor):

@@ -1,4 +1,4 @@
-"""Packages that only an extra installs: where one is missing, the error names the extra."""
+"""Imports packages that only an extra installs: if one is missing, the error names the extra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def needed(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        if e.name != module:  # it is there, and lacks something itself
+        if e.name != module:  # it is installed, but something that it imports is not
             raise
         raise ModuleNotFoundError(
             f"{module}: needed here and not installed; pip install 'fused_ignore_ce[{extra}]'", name=module

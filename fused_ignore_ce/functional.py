@@ -79,7 +79,7 @@ def fused_cross_entropy(
         loss = F.cross_entropy(x, target, weight, reduction="none", label_smoothing=label_smoothing)
         loss = (loss + z_loss * x.logsumexp(1) ** 2) * token_weight        # then reduced
 
-    but for a mean with class weights: they do not scale the z-loss, which is divided by the number of kept rows.
+    except for a mean with class weights: they do not scale the z-loss, which is divided by the number of kept rows.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, ..., dK); float16, bfloat16, float32 or float64; any strides.
@@ -105,9 +105,9 @@ def fused_cross_entropy(
         grad_in_forward: compute the gradient of a scalar loss along with it, so that the logits are read from device
             memory once. It is held until backward in place of the logits (in their memory with inplace_backward, which
             then writes there in forward), and exact for any upstream gradient: backward multiplies it on the device,
-            and moves nothing where upstream is 1. Where it cannot be (reduction="none", a sharded vocabulary, gradients
-            of probabilities, token weights, a normalizer or statistics, tracing), the gradient is computed in backward.
-            `create_graph=True` is then an error.
+            and moves nothing where upstream is 1, but `create_graph=True` is an error. Where the gradient cannot be
+            computed in forward (reduction="none", a sharded vocabulary, gradients of probabilities, token weights, a
+            normalizer or statistics, tracing), it is computed in backward.
         return_stats: also return `LossStats`, from the same pass: detached if True, so that a loss which they are added
             to takes them as constants; with gradients of `lse` and `entropy` if "differentiable".
         loss_dtype: the dtype of the loss. None is PyTorch's rule, which rounds the loss of 16-bit logits to 16 bits: a
@@ -115,8 +115,8 @@ def fused_cross_entropy(
         zero_if_all_ignored: let "mean" be 0 instead of NaN where all rows are ignored, for averages of logged losses.
         process_group: the vocabulary is sharded over this group, in rank order; shards may be uneven or empty. `input`,
             `weight` and probability targets are then the rank's own shard, while index targets and `ignore_index` are
-            ids of the whole vocabulary; all ranks pass the same of them and of everything else, and get the same bits.
-            Not needed for DTensors. See `fused_ignore_ce.distributed`.
+            ids of the whole vocabulary. Whatever is not a shard is the same on all ranks, which get the same bits. Not
+            needed for DTensors. See `fused_ignore_ce.distributed`.
         backend: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "torch".
 
     Returns:

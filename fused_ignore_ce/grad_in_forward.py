@@ -18,7 +18,7 @@ from .problem import LogitsProblem
 from .reduction import Scales, scaled_total
 from .rows import Logits, Rows, Upstream
 
-#: Fills the memory for the gradient; (total, a factor that backward multiplies the gradient by or None, statistics).
+#: Writes the gradient into a tensor; returns (total, a factor for backward to multiply it by or None, statistics).
 Compute = Callable[[Tensor], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
 
 
@@ -57,9 +57,9 @@ def total_with_gradient(logits: Logits, scales: Scales, call: RowCall, inplace: 
     def compute(dx: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         scale, z_scale, factor = scales.loss, scales.z_loss, None
         if x.dtype == torch.float16 and scales.divisor is not None:
-            # Divided afterwards: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
+            # Divided in backward: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
             divisor = torch.as_tensor(scales.divisor, dtype=scale.dtype, device=x.device)
-            divisor = torch.where(divisor == 0.0, 1.0, divisor)  # of no rows: their gradients of 0 remain 0
+            divisor = torch.where(divisor == 0.0, 1.0, divisor)  # 0 if no row is kept: gradients of 0 then remain 0
             scale, z_scale = scale * divisor, None if z_scale is None else z_scale * divisor
             factor = 1.0 / divisor
         rows = Rows(

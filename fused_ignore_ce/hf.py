@@ -1,7 +1,7 @@
-"""One call for any transformers model: its loss is computed by this package, without logits where that can be.
+"""One call for any transformers model: its loss is computed by this package, without logits where possible.
 
-While the forward of a patched model runs with labels, the product of hidden states and head is deferred, and a cross
-entropy is this package's, whoever asks for it, in the forward or after it. No model is named, no forward is copied.
+While the forward of a patched model runs with labels, the product of hidden states and head is deferred. Any cross
+entropy of these logits is computed by this package, in the forward or later. No model is named, no forward is copied.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         TypeError: no transformers model.
 
     Note:
-        Counting does not wait for the device; this does.
+        Counting does not wait for the device; this function does.
     """
     reports = [recorder_of(inner).report() for inner in _transformers_models(model)]
     total = reports[0]
@@ -199,7 +199,7 @@ def _settings(
 
 
 def _transformers_models(model: Any) -> list[Any]:
-    """The outermost transformers model, and those inside it that take labels, as some hand theirs on."""
+    """The outermost transformers model, and those inside it that take labels, as some models hand their labels on."""
     base = needed("transformers", "hf").PreTrainedModel
     modules = model.modules() if isinstance(model, nn.Module) else ()
     models = [module for module in modules if isinstance(module, base)]
@@ -233,7 +233,7 @@ def _patched_class(cls: type) -> type:
 
 
 def _set_attribute(self: Any, name: str, value: Any) -> None:
-    """A forward that somebody (accelerate, TRL) sets on the instance is patched as well."""
+    """Patches a forward that other code (accelerate, TRL) sets on the instance."""
     super(_own_class(self), self).__setattr__(name, _patched_method(self, value) if name == "forward" else value)
 
 
@@ -249,7 +249,7 @@ def _patched_method(model: Any, forward: Any) -> Any:
 
 
 def _own_class(model: Any) -> Any:
-    """The patched class: the model's, or what a sharding wrapper (FSDP2) derived from it."""
+    """The patched class: the model's own, or the base that a sharding wrapper (FSDP2) derived the model's from."""
     return next(cls for cls in type(model).__mro__ if "_fused_ignore_ce_of" in cls.__dict__)
 
 

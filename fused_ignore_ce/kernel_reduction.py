@@ -1,6 +1,7 @@
 """A scalar loss of logits that the backend's own kernel reduces: two launches forward and one backward.
 
-The general reduction in `reduction.py` is some ten operations of PyTorch, each of them a launch.
+Forward takes a third launch if rows are very many. The general reduction in `reduction.py` takes some ten operations
+of PyTorch, each of which is a launch.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _as_given(gradient: Tensor | None, shape: torch.Size, classes_dim: int) -> T
 
 
 def can_reduce(problem: LogitsProblem) -> bool:
-    """Whether the kernel's reduction is the one that is wanted: a plain scalar, differentiable in the logits alone."""
+    """Whether the kernel reduces a loss: a scalar without z-loss, differentiable in logits and probabilities only."""
     call, reduction = problem.call, problem.reduction
     return (
         call.backend == "triton"
@@ -100,7 +101,7 @@ def _differentiable(factor: Any) -> bool:
 
 
 def reduced_by_kernel(problem: LogitsProblem, inplace_backward: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(loss, (number of kept rows, lse, predicted, entropy)); the latter are there if the call is with statistics.
+    """(loss, (number of kept rows, lse, predicted, entropy)); without statistics, the inner tuple is empty.
 
     The loss is differentiable in logits and probabilities.
     """

@@ -1,4 +1,4 @@
-"""The names of options: an unknown keyword is an error that says what to write. A leaf: it imports nothing of ours.
+"""Errors for unknown keywords, which say what to write. A leaf: it imports nothing of this package.
 
 Other packages and models have other names for the same options, and options that mean nothing here.
 """
@@ -69,7 +69,7 @@ _ADVICE = {
 
 
 def meaning(name: str, known: Sequence[str]) -> str | None:
-    """What an unknown keyword may mean, for a function with the `known` ones; None if nobody can tell."""
+    """What an unknown keyword may mean, for a function that takes the `known` ones; None if there is no guess."""
     for ours in known:
         if name in _OTHER_NAMES.get(ours, ()):
             return f"its name here is {ours!r}"
@@ -91,7 +91,7 @@ unknown_keyword._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 
 
 
 def explains_keywords(function: _Function, also: Iterable[str] = ()) -> _Function:
-    """A decorator: the TypeError for a keyword that the function does not have tells what to write instead.
+    """A decorator that makes the TypeError for an unknown keyword say what to write instead.
 
     `also` are keywords that the function takes by `**`.
     """

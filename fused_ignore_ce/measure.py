@@ -14,7 +14,7 @@ _PROC = Path("/proc/self")
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -23,10 +23,10 @@ def clock(device: torch.device) -> float:
 class PeakMemory:
     """Peak memory of a `with` block, in bytes above what was in use at its start.
 
-    On CUDA, what PyTorch's allocator handed out. On a CPU, the resident set of the whole process: to a fraction of a
-    MiB (Linux counts pages per processor, and adds up now and then), with whatever other threads do meanwhile, and
-    with what the C library left resident between the block's own tensors. So measure a few times. What is freed in
-    the block makes room in it: let nothing from before die there. Blocks do not nest.
+    On CUDA, it is what PyTorch's allocator handed out. On a CPU, it is the resident set of the whole process. That is
+    exact to a fraction of a MiB (Linux counts pages per processor, and adds them up now and then), and includes what
+    other threads allocate and what the C library leaves resident between the block's own tensors: measure a few times.
+    Memory from before the block that is freed in it would lower the result: free none there. Blocks do not nest.
 
     `bytes` is None before the end of the block, and where nothing can be measured: on a CPU, outside Linux.
 
@@ -62,9 +62,9 @@ class PeakMemory:
 def _return_free_heap() -> None:
     """Gives memory that was freed back to the system.
 
-    glibc keeps freed blocks below a threshold, which it raises up to 32 MiB as they come. They stay resident, and
-    work that is served from them would seem to take no memory. Other allocators (musl's, or one that is preloaded)
-    may do the same and are not asked.
+    glibc keeps freed blocks below a threshold, which it raises up to 32 MiB as larger ones are freed. They stay
+    resident, and work that is served from them would seem to take no memory. Other allocators (musl's, or one that is
+    preloaded) may do the same; nothing is done about them.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

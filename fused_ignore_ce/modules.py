@@ -112,9 +112,10 @@ class FusedLinearCrossEntropyLoss(nn.Module):
     It owns the linear layer, as PyTorch's does, and their state_dicts are alike: `linear.weight` (C, in_features),
     `linear.bias` and, if given, the class weights `weight`.
 
-    With `external_weight=True` it owns none, and every call is given the head's: for embeddings that the head shares,
-    `criterion(hidden, target, linear_weight=embedding.weight)`. The weight is then a parameter of the embedding alone,
-    once in the state_dict, and whatever replaces it there (casts, FSDP) is what the next call gets.
+    With `external_weight=True` it owns none, and every call is given the head's weight. For a head that shares the
+    embeddings' weight, call `criterion(hidden, target, linear_weight=embedding.weight)`. The weight is then a parameter
+    of the embedding alone, and once in the state_dict. If it is replaced there (by a cast or FSDP), the next call gets
+    the new one.
 
     Examples:
         >>> criterion = FusedLinearCrossEntropyLoss(2, 4, ignore_index=[0, 3])

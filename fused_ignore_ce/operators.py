@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_unary
 
-#: The package's name, which is its operators' namespace too. What loads kernels from a hub imports the package under
-#: a name of its own, so that several versions can be in one process: their operators may not share a namespace.
+#: The package's name, which is its operators' namespace too. A loader of kernels from a hub imports the package under
+#: another name, so that several versions can be in one process. Their operators must not share a namespace.
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -27,9 +27,9 @@ def is_plain(x: Tensor) -> bool:
 
 
 def overridden(x: Tensor) -> bool:
-    """Whether deferred logits, or the torch function mode of a patched model, take the losses of x.
+    """Whether a loss of x is computed by deferred logits, or by the torch function mode of a patched model.
 
-    Other subclasses of Tensor do not take them: PyTorch would convert every result to their class.
+    Losses of other subclasses of Tensor are computed here: PyTorch would convert every result to their class.
     """
     if not has_torch_function_unary(x) or torch.compiler.is_compiling():
         return False

@@ -1,4 +1,4 @@
-"""The options of a loss as objects that travel from the caller to the kernel. A leaf: it imports nothing of ours."""
+"""The options of a loss, as objects passed from caller to kernel. A leaf: it imports nothing of this package."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class LossOptions(NamedTuple):
     def checked(self) -> LossOptions:
         """The same options as plain numbers, or an error that names the one that is wrong."""
         _, label_smoothing, softcap, logit_scale, z_loss = self
-        if not torch.compiler.is_compiling():  # there they may be symbols
+        if not torch.compiler.is_compiling():  # while tracing, numbers may be symbols
             _check_number("label_smoothing", label_smoothing)
             _check_number("softcap", softcap)
             _check_number("logit_scale", logit_scale)

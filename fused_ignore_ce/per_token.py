@@ -14,7 +14,7 @@ from .linear.summed_log_probs import summed_log_probs
 
 
 class Head(NamedTuple):
-    """Hidden states (N, D), the head's weight (V, D) and bias (V), and what follows their product.
+    """Hidden states (N, D), the head's weight (V, D) and bias (V), and the operations on their product.
 
     The logits are `softcap * tanh(logit_scale * x / softcap) / temperature`, without a softcap
     `logit_scale * x / temperature`.
@@ -36,10 +36,10 @@ class Head(NamedTuple):
 
 
 class PerToken(NamedTuple):
-    """Results of N tokens, (N,) each; None where nobody asked. Only the first two have gradients."""
+    """Results of N tokens, (N,) each; None where not wanted. Only the first two have gradients."""
 
     log_probs: Tensor
-    #: Of the distribution, in nats.
+    #: The entropy of the distribution, in nats.
     entropy: Tensor | None
     #: log(sum(p**2)) of the distribution.
     log_sum_sq_probs: Tensor | None
@@ -55,9 +55,9 @@ def per_token(head: Head, targets: Tensor, names: Collection[str], summed: bool,
     Args:
         head: where the logits come from.
         targets: int64 class indices.
-        names: of fields of `PerToken`.
-        summed: whether the loss is expected to be the sum of the log-probabilities times a number. It is then
-            cheaper, right in any case, and the entropy has no gradient.
+        names: the fields of `PerToken` that are wanted.
+        summed: whether the loss is expected to be the sum of the log-probabilities times a number. The gradients are
+            then cheaper, and right even if the loss is another one; the entropy has no gradient.
         options: `memory_budget` and `backend`, as in `fused_linear_log_probs`.
     """
     given: dict[str, Any] = {"linear_bias": head.bias, **options}
@@ -83,7 +83,7 @@ def per_token(head: Head, targets: Tensor, names: Collection[str], summed: bool,
 
 
 def _mean_logits(head: Head) -> Tensor:
-    """The mean over the vocabulary. Without a softcap it is the product with the head's mean row."""
+    """The mean over the vocabulary. Without a softcap, it is the product of hidden states and the head's mean row."""
     if head.softcap is not None:
         mean: Tensor = head.logits().mean(-1)
         return mean

@@ -1,4 +1,4 @@
-"""The loss of logits, checked: what a call computes, which follows from its tensors and options."""
+"""A call of the logits loss, checked: what it computes, which follows from its tensors and options."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CheckedCall(NamedTuple):
 
 
 class Request(NamedTuple):
-    """All of a call but its tensors and the numbers that enter after the kernels."""
+    """The arguments of a call, except its tensors and the options that apply after the kernels."""
 
     ids: tuple[int, ...]
     options: LossOptions
@@ -94,7 +94,7 @@ def logits_problem(
 
 
 def checked_before(tensors: LogitsTensors, request: Request) -> CheckedCall:
-    """What `check_call` returns, remembered by all that it looks at: a training step is checked the first time."""
+    """What `check_call` returns, cached by all that it looks at: of equal training steps, only the first is checked."""
     input, target, weight, token_weight = tensors
     key = (
         form_of(input), form_of(target), form_of(weight), form_of(token_weight), request,

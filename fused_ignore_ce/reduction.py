@@ -14,7 +14,7 @@ from .options import ReductionOptions
 class LossStats(NamedTuple):
     """Statistics of the rows, from the same pass over the logits as the loss. They are 0 (False) at ignored rows.
 
-    Detached, unless `return_stats="differentiable"`: then `lse` and `entropy` have gradients.
+    They are detached, unless `return_stats="differentiable"`: then `lse` and `entropy` have gradients.
 
     Attributes:
         num_tokens: rows that were not ignored; 0-d int64.
@@ -38,7 +38,7 @@ class Targets(NamedTuple):
     ignored: int  # the target of ignored rows
     token_weight: Tensor | None  # (N,), not read at ignored rows
     shape: torch.Size  # of the caller's row losses
-    acc: torch.dtype  # of sums
+    acc: torch.dtype  # the dtype of sums
 
     @property
     def kept(self) -> Tensor:

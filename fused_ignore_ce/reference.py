@@ -1,6 +1,6 @@
-"""The oracle: every formula once, in plain differentiable PyTorch, with no regard for memory or speed.
+"""The reference: every formula once, in plain differentiable PyTorch, with no regard for memory or speed.
 
-It computes in the dtype it is given; give it float64 to judge the others.
+It computes in the dtype of its input; with float64, other implementations can be judged by it.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def rows(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
 ) -> Rows:
-    """Logits (..., V) and targets (...) to row losses, 0 where ignored: `sum(q * (lse - x)) + z_loss * lse**2`."""
+    """The row losses of logits (..., V) and targets (...): `sum(q * (lse - x)) + z_loss * lse**2`, 0 where ignored."""
     keep = target != ignore_index
-    # Ignored rows leave through `where` on both ends: their NaN reaches neither the value nor the gradient.
+    # `where` takes out ignored rows before and after the formula: their NaN reaches neither value nor gradient.
     x = used_logits(torch.where(keep.unsqueeze(-1), x, 0.0), softcap, logit_scale)
     q = target_distribution(torch.where(keep, target, 0), probs, weight, x.shape[-1], label_smoothing, x.dtype)
     lse = torch.logsumexp(x, -1)

@@ -1,4 +1,4 @@
-"""What a backend is given, and what it returns per row. A leaf: it imports nothing of ours."""
+"""What a backend is given, and what it returns per row. A leaf: it imports nothing of this package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The memory-lean PyTorch backend: what CPU tensors get by default. Its functions are those of `backends.Backend`.
 
-Kept rows only, a cache-sized block at a time, in one float32 scratch buffer that every block reuses. A row's sums are
-relative to its largest used logit c (see `kernels/forward.py` for the formulas); the pair (c, log s) is saved.
+It reads kept rows only, a cache-sized block of rows at a time, into one scratch buffer in the dtype of sums. A row's
+sums are relative to its largest used logit c (see `kernels/sums.py` for the formulas); the pair (c, log s) is saved.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _use(z: Tensor, options: LossOptions) -> Tensor:
 
 
 def _soft_target(inputs: _Inputs, at: RowBlock, dtype: torch.dtype) -> Tensor | float:
-    """The part of the target distribution that is no index: (count, V), (1, V) or, without either tensor, a number."""
+    """The target distribution without index targets: (count, V), (1, V) or, with neither tensor, a number."""
     weight, uniform, smoothing = inputs.weight, inputs.uniform, inputs.options.label_smoothing
     if inputs.probs is None:
         return uniform if weight is None else weight.to(dtype).mul(uniform).unsqueeze(0)
@@ -81,7 +81,7 @@ def _soft_target(inputs: _Inputs, at: RowBlock, dtype: torch.dtype) -> Tensor | 
 
 
 def _target_class(inputs: _Inputs, at: RowBlock, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """(index, w): the place of the target among the classes at hand, and its weight: 0 if it is not among them."""
+    """(index, w): the target's place among the classes of x, and its weight, which is 0 if it is not among them."""
     local = inputs.target[at.out] - inputs.block.first_class
     here = (local >= 0) & (local < inputs.x.shape[2])
     index = torch.where(here, local, 0)
@@ -128,7 +128,7 @@ def _row_sums(inputs: _Inputs, with_stats: bool) -> Iterator[tuple[slice | Tenso
 
 
 def _finish(sums: _Sums, with_stats: bool) -> tuple[Tensor, ...]:
-    """The fields of `Rows`; without statistics, those that there are."""
+    """The fields of `Rows`; without statistics, the first three."""
     c, log_s = _finite_or_zero(sums.m), sums.s.log()
     found = (sums.mass * log_s - sums.r, c + log_s, torch.stack((c, log_s, sums.mass)))
     return (*found, sums.argmax.long(), log_s - sums.d / sums.s) if with_stats else found
@@ -278,7 +278,7 @@ def _gradient(
     saved: Saved,
     slope: Tensor | None,
 ) -> Tensor:
-    """The gradient of logits, over the shifted used logits z (count, V); g (count, 1) is that of the rows' losses."""
+    """Overwrites the shifted used logits z (count, V) with their gradient; g (count, 1) is that of the row losses."""
     options, soft = inputs.options, inputs.probs is not None or inputs.options.label_smoothing != 0.0
     log_s = saved.norm[1, at.out].unsqueeze(1)
     masked = z == -torch.inf if soft or upstream.dlse is not None or upstream.dentropy is not None else None
@@ -286,15 +286,15 @@ def _gradient(
         index, w = _target_class(inputs, at, g.new_zeros(at.size))
         index = index.unsqueeze(1)
         w = torch.where(z.gather(1, index) != -torch.inf, g * w.unsqueeze(1), 0.0)
-    # What multiplies p beside mass * g. It is added last: where p is near 1, p * mass - q is exact, and must not be
-    # rounded at the size of p.
+    # The factor of p in addition to mass * g. Its product is added last: where p is near 1, p * mass - q is exact, and
+    # must not be rounded at the size of p.
     factor_p = None if upstream.dlse is None else upstream.dlse[at.out].unsqueeze(1).to(z.dtype)
     if upstream.dentropy is not None:  # -p (log p + H)
         assert saved.entropy is not None  # it is known where it has a gradient
         log_p_and_entropy = z + (saved.entropy[at.out].unsqueeze(1) - log_s)
         of_entropy = log_p_and_entropy.mul_(-upstream.dentropy[at.out].unsqueeze(1).to(z.dtype))
         factor_p = of_entropy if factor_p is None else of_entropy.add_(factor_p)
-    # p * mass * g with the normalisation folded into the row's factor: one pass less.
+    # p * mass * g, with the normalisation folded into the row's factor, which saves a pass.
     inverse_s = torch.exp(-log_s).masked_fill_(log_s == -torch.inf, 0.0)
     z.exp_()
     added_last = None if factor_p is None else z * (factor_p * inverse_s)

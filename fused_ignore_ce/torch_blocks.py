@@ -95,7 +95,7 @@ def _flat_if_view(x: Tensor) -> Tensor:
 
 
 def scale(dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
-    """`dx * dloss * factor`, in place or into `out`, in the wider dtype; in place, a product of 1 changes nothing."""
+    """`dx * dloss * factor` in the wider dtype, in place or into `out`. In place on CPU, a factor of 1 is skipped."""
     product = dloss if factor is None else dloss * factor
     if out is None and product.device.type == "cpu" and product.item() == 1.0:
         return

@@ -90,7 +90,7 @@ def unpatch_trainer(trainer: Any) -> Any:
             _patched_here.remove(model)
             unpatch_model(model)
         own = _own_forward(model)
-        if _is(own, __name__, "forward_with_head"):  # inside of others (accelerate's) it stays, and does nothing
+        if _is(own, __name__, "forward_with_head"):  # inside other wrappers (accelerate's) it stays, and does nothing
             model.forward = MethodType(own.__wrapped__, model) if hasattr(own, "__self__") else own.__wrapped__
     if not _patches and isinstance(utils._ChunkedLogProbFunction, _LogProbs):
         utils._ChunkedLogProbFunction = utils._ChunkedLogProbFunction.own
@@ -105,7 +105,7 @@ class _Patch(NamedTuple):
     summed: bool  # whether the trainer's loss is the sum of the log-probabilities, times a number
 
 
-#: By patched model.
+#: The patches, by patched model.
 _patches: weakref.WeakKeyDictionary[nn.Module, _Patch] = weakref.WeakKeyDictionary()
 
 #: Models that `patch_trainer` gave to `patch_model`.
@@ -113,7 +113,7 @@ _patched_here: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Call(NamedTuple):
-    """A call of a patched model, of which TRL's head computes the kept tokens."""
+    """A call of a patched model; `tokens` is how many tokens TRL's head predicts, ignored ones included."""
 
     model: nn.Module
     patch: _Patch
@@ -257,7 +257,7 @@ def _sums(trainer: Any) -> bool:
 
 
 def _takes_logits(trainer: Any) -> bool:
-    """Whether the trainer's loss is taken of logits: TRL's head has no such losses."""
+    """Whether the trainer's loss is taken of logits, and not of the results of TRL's head."""
     from trl import SFTTrainer
 
     return isinstance(trainer, SFTTrainer) and (trainer.label_smoother or trainer.compute_loss_func) is not None
