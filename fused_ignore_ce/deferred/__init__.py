@@ -1,4 +1,4 @@
-"""Logits that are computed when somebody reads them: the product of hidden states and a head, and what followed it."""
+"""Logits that are computed when they are read: a product of hidden states and a head, and the operations after it."""
 
 from .logits import DeferredLogits, defer
 

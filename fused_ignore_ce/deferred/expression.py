@@ -31,10 +31,10 @@ _CASTS = ("float", "double", "half", "bfloat16", "to")
 
 
 class Expression(NamedTuple):
-    """`func(*args, **kwargs)`, where logits are products, or expressions again.
+    """A recorded call `func(*args, **kwargs)`, whose logits are products or other expressions.
 
     A tensor among the arguments has one dimension or none if it is the same for all rows; else it has the rows'
-    dimensions and a last one. Dimensions among the arguments are -1.
+    dimensions and a last one. An argument that names a dimension is -1.
     """
 
     func: Any
@@ -43,7 +43,7 @@ class Expression(NamedTuple):
     kwargs: dict[str, Any]
     shape: torch.Size
     dtype: torch.dtype
-    autocast: torch.dtype | None  # the dtype of what was on when it was recorded
+    autocast: torch.dtype | None  # autocast's dtype when it was recorded; None if autocast was off
 
     @property
     def classes_second(self) -> bool:
@@ -51,7 +51,7 @@ class Expression(NamedTuple):
 
     @property
     def product(self) -> Product:
-        """The first logits that it is made of."""
+        """The first product that it is made of."""
         return next(p for p in _products(self))
 
     @property
@@ -91,7 +91,7 @@ def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def can_record(recipe: Product | Expression) -> bool:
-    """Whether rows of these logits are rows of the hidden states, and more than one class tells them apart."""
+    """Whether operations on these logits are recorded: their rows are those of the hidden states, and V is above 1."""
     products = list(_products(recipe))
     return (
         len(recipe.shape) > 1

@@ -1,4 +1,4 @@
-"""The forward of a patched transformers model: when labels come, a `LossMode` is on while its head runs."""
+"""The forward of a patched transformers model: if labels are given, a `LossMode` is active while its head runs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .traced import TracedLogits
 
 class _ProcessWide:
     def __init__(self) -> None:
-        #: The settings of models that were not patched themselves; None for none.
+        #: The settings of `patch_transformers`, for models that were not patched themselves; None while it is off.
         self.settings: Settings | None = None
-        #: How many patched forwards torch.compile is in, while it traces.
+        #: How many patched forwards, one inside another, torch.compile is tracing.
         self.traced = 0
 
 
 process_wide = _ProcessWide()
 
-#: What became of each model's logits since it was patched. Neither pickled nor copied with the model.
+#: The recorder of each model's logits since it was patched. It is neither pickled nor copied with the model.
 _recorders: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
 
-#: Models of which it was said that something else takes their loss.
+#: Models for which a warning said that other code takes their loss.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -207,8 +207,9 @@ def has_head(model: nn.Module) -> bool:
 def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
     """Activates the mode for this model, but not while models inside it run, unless they hold the head.
 
-    A mode costs a Python call an operation: layers run at full speed, as they would without it. It begins when a
-    module that is no model is called, or the output embeddings, or when an inner model has returned.
+    A mode costs a Python call per operation, so it is not active while the layers of an inner model run. It starts when
+    the output embeddings are called, or a child that is neither a model nor an embedding, or when an inner model has
+    returned.
     """
     from transformers import PreTrainedModel
 

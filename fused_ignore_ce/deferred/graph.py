@@ -1,4 +1,4 @@
-"""The nodes by which deferred logits are part of the autograd graph, and whether what they depend on is unchanged."""
+"""The autograd nodes of deferred logits, and the check that the tensors they depend on are unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def refuse_create_graph() -> None:
 
 
 class Node(torch.autograd.Function):
-    """Makes deferred logits a part of the autograd graph, whoever uses them; its backward computes them again."""
+    """Makes deferred logits a part of the autograd graph. Its backward computes the logits."""
 
     @staticmethod
     def forward(ctx: Any, product: Any, cls: Any, *tensors: Tensor) -> Any:
@@ -53,9 +53,9 @@ class Read(torch.autograd.Function):
 
 
 class Connect(torch.autograd.Function):
-    """Identity of a value; its backward also goes through the logits, without a gradient, for the sake of their hooks.
+    """Identity; its backward also reaches the logits, without a gradient, so that their hooks are called.
 
-    A hook gets None then. Those of FSDP take it; one that needs the gradient fails.
+    The hooks get None. FSDP's hooks accept that; a hook that needs the gradient fails.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""`DeferredLogits`, the tensor that is a product until somebody reads it."""
+"""`DeferredLogits`, a tensor whose values are not computed until they are read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class DeferredLogits(Tensor):
     """Logits (..., V) of some hidden states and a head, not computed until they are read.
 
     Casts, scales, tanh, added biases, operations on rows and slices of the vocabulary are recorded and give
-    DeferredLogits again. `F.cross_entropy` of them is `fused_linear_cross_entropy`. Whatever else reads or writes
-    them computes them once, as the original operations in their order, in the grad mode they were made in, and goes on
-    with the tensor; the gradient then flows through it. Once the head or the hidden states have been changed in place
-    (by an optimizer's step) reading raises RuntimeError: the logits of the forward cannot be had any more.
+    DeferredLogits again. `F.cross_entropy` of them is `fused_linear_cross_entropy`. Any other operation that reads or
+    writes them computes them once, by the original operations in their order and in the grad mode they were made in. It
+    then works on the computed tensor, and the gradient flows through that. Once the head or the hidden states have been
+    changed in place (by an optimizer's step), reading raises RuntimeError: the logits can no longer be computed.
     """
 
-    takes_losses = True  # this package's functions ask, see `operators.overridden`
+    takes_losses = True  # read by `operators.overridden`
 
     _product: Any  # a Product or an Expression
     _versions: list[int]
@@ -40,7 +40,7 @@ class DeferredLogits(Tensor):
     _hooks: list[Any]
     _made_of: tuple[DeferredLogits, ...]
     _node: Any
-    _is_contiguous: bool  # as somebody was told
+    _is_contiguous: bool  # what `is_contiguous()` has returned
     _written: bool
     _origin: Origin
 
@@ -118,7 +118,7 @@ class DeferredLogits(Tensor):
             return None
         with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
             if name == "clone" and not (self._origin.in_forward or self.requires_grad):
-                return None  # a copy of detached logits is to last; DDP clones others, without gradients
+                return None  # a copy of detached logits is made to last; DDP clones others, in no_grad mode
             if self._is_expression():
                 done = expression.on_rows(recipe, name, args, kwargs)
             elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
@@ -134,7 +134,7 @@ class DeferredLogits(Tensor):
         """The result of an operation on rows: a deferred expression, or its reduction. None for other operations."""
         deferred = [a for a in args if isinstance(a, DeferredLogits)]
         if any(d._is_there() for d in deferred):
-            return None  # it is used
+            return None  # the computed tensor is used
         recipes = {id(d): d._usable_recipe() for d in deferred}
         if None in recipes.values():
             return None
@@ -214,7 +214,7 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
-        """Code that goes past __torch_function__ (C++, autograd.Function.apply) reads the logits here."""
+        """Computes the logits for code that bypasses __torch_function__ (C++, autograd.Function.apply)."""
         if func is torch.ops.aten.detach.default:
             done = args[0]._record(torch.Tensor.detach, "detach", (), {})
             if done is not None:
@@ -261,7 +261,10 @@ def make(
     origin: Origin | None = None,
     made_of: tuple[DeferredLogits, ...] = (),
 ) -> DeferredLogits:
-    """The logits of a product; of `parent` by `operation`, (function, arguments, keywords), and then of its class."""
+    """Makes deferred logits, of the class of `parent` unless `cls` is given.
+
+    `parent` is the tensor from which `operation`, (function, arguments, keywords), would have made them.
+    """
     made: Any = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
     made._product = product
     made._versions = [version_of(t) for t in product.tensors]

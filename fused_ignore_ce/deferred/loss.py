@@ -1,4 +1,4 @@
-"""`F.cross_entropy` as this package computes it, of logits that are there and of those that are not."""
+"""`F.cross_entropy` and similar losses as this package computes them, of tensors and of deferred logits."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], o
 
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """How many targets are ignored, on their device; None where nobody counts them."""
+    """How many targets are ignored, on their device; None where they are not counted."""
     if target.is_floating_point() or torch.compiler.is_compiling():
         return None
     found = None
@@ -160,7 +160,7 @@ _DEFAULTS = {
 }
 _OF_LOGITS = ("inplace_backward", "grad_in_forward")
 
-#: What is computed here, by the function whose calls it takes.
+#: The losses that are computed here, by the function whose calls they replace.
 LOSSES: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.cross_entropy: cross_entropy,
     torch.nn.functional.nll_loss: nll_loss,

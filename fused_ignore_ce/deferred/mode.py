@@ -1,4 +1,4 @@
-"""While it is active, the head's matrix product is deferred and every cross entropy is this package's."""
+"""`LossMode`: while it is active, the head's product is deferred, and this package computes every cross entropy."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""PyTorch's names of what deferred logits know without being computed, and of what writes to a tensor."""
+"""Names of PyTorch's methods: those that deferred logits answer without being computed, and those that write."""
 
 from __future__ import annotations
 
-#: What the tensor answers itself, by the names of methods and attributes.
+#: Methods and attributes that deferred logits answer without being computed.
 METADATA = frozenset({
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "dtype", "device", "layout",
     "requires_grad", "is_leaf", "grad_fn", "get_device", "is_floating_point", "is_complex", "element_size", "itemsize",

@@ -43,10 +43,10 @@ class Settings(NamedTuple):
         return {**options, **given}
 
     def _check_nothing_more_is_ignored(self, asked: str, target: Tensor, own: tuple[int, ...]) -> None:
-        """Raises an error where a caller will divide a sum by a count that leaves `ignore_index` out.
+        """Raises an error where the caller will divide a sum by a count that includes tokens of `ignore_index`.
 
-        This looks at the targets, so that it waits for the device, right before the linear loss does. While
-        torch.compile traces or a CUDA graph is captured it is an asynchronous assertion.
+        This reads the targets and so waits for the device, as the linear loss does right afterwards. While
+        torch.compile traces or a CUDA graph is captured, it is an asynchronous assertion.
         """
         if target.is_floating_point():
             return
@@ -68,7 +68,7 @@ class Settings(NamedTuple):
 
 
 class Origin:
-    """What all tensors that were made from the logits of one forward share."""
+    """The state shared by all tensors that were made from the logits of one forward."""
 
     def __init__(self, settings: Settings | None = None, recorder: Recorder | None = None) -> None:
         self.settings = settings or Settings()
@@ -85,7 +85,7 @@ class Origin:
         self.size = self.counted = 0
 
     def asked_stats(self) -> dict[str, bool]:
-        """The keyword by which a loss in the forward is asked for statistics."""
+        """The keyword that makes a loss in the forward return statistics."""
         return {"return_stats": True} if self.settings.return_stats and self.in_forward else {}
 
     def without_stats(self, result: Any) -> Tensor:
@@ -119,7 +119,7 @@ class Origin:
         self.counted = size
 
     def guarded(self, value: Any) -> Any:
-        """The logits for code after the forward. A gradient that reaches them past the model's options is an error."""
+        """The logits for code after the forward, where a gradient of a loss that missed the options is an error."""
         changes = self.settings.changes
         if not changes or self.in_forward or not isinstance(value, Tensor) or not value.requires_grad:
             return value
@@ -129,7 +129,7 @@ class Origin:
 
 
 class JointOrigin(Origin):
-    """The origin of an expression of several models' logits, such as a divergence. Its use is noted for each."""
+    """The origin of an expression of several models' logits, such as a divergence. What it notes, it notes for each."""
 
     def __init__(self, origins: list[Origin]) -> None:
         super().__init__(origins[0].settings)

@@ -1,4 +1,4 @@
-"""Logits that are not there: hidden states, a head, and the operations that followed.
+"""Logits that are not computed: hidden states, a head, and the operations on their product.
 
 Everything here is a function of tuples, so that torch.compile can trace it.
 """
@@ -39,8 +39,8 @@ class Product(NamedTuple):
     dtype: torch.dtype  # of the logits
     steps: tuple[Step, ...] = ()
     classes_second: bool = False
-    #: "plain"; or of a weight and bias that are DTensors, sharded on V: "sharded" or "replicated" DTensors, or
-    #: "gathered", which are plain again
+    #: "plain", for plain tensors. With a weight and bias that are DTensors sharded on V, the logits are "sharded" or
+    #: "replicated" DTensors, or "gathered" into a plain tensor.
     layout: str = "plain"
 
     @property
@@ -92,12 +92,12 @@ class Product(NamedTuple):
     def cast(self, dtype: torch.dtype) -> Product | None:
         if dtype == self.dtype:
             return self
-        if dtype == torch.float64 or not dtype.is_floating_point:  # the loss of float32 operands is a float32 one
+        if dtype == torch.float64 or not dtype.is_floating_point:  # the linear loss would be a float32 one
             return None
         return self.step("cast", dtype, dtype)
 
     def logits(self) -> Tensor:
-        """The logits, by the operations that were asked for, in their order."""
+        """The logits, computed by the recorded operations in their order."""
         operands = (self.hidden, self.weight, self.bias)
         with self._autocast(any(t is not None and t.dtype != self.linear_dtype for t in operands)):
             x = self._linear()
@@ -122,7 +122,7 @@ class Product(NamedTuple):
         return x
 
     def at(self, index: Tensor) -> Tensor:
-        """`logits().gather(-1, index)` of an index (..., 1), from one row of the head a position."""
+        """`logits().gather(-1, index)` for an index (..., 1), computed from one row of the head per position."""
         rows = torch.nn.functional.embedding(index.squeeze(-1), self.weight)
         wide = torch.promote_types(self.linear_dtype, torch.float32)
         x = (self.hidden.to(wide) * rows.to(wide)).sum(-1, keepdim=True)
@@ -137,7 +137,7 @@ class Product(NamedTuple):
         weight: Any = self.weight
         everywhere = [Replicate()] * weight.device_mesh.ndim
         hidden = DTensor.from_local(self.hidden, weight.device_mesh, everywhere, run_check=False)
-        with torch._C.DisableTorchFunction():  # a hook may ask while the mode that deferred this product is on
+        with torch._C.DisableTorchFunction():  # a hook may read it while the mode that deferred it is active
             x: Any = torch.nn.functional.linear(hidden, weight, self.bias)
         if self.layout != "sharded":
             x = x.redistribute(placements=everywhere)
@@ -148,7 +148,7 @@ class Product(NamedTuple):
         return torch.autocast(self.hidden.device.type, dtype=self.linear_dtype if enabled else None, enabled=enabled)
 
     def affine(self) -> Affine | None:
-        """The same logits up to rounding, as the linear loss takes them; None if it does not."""
+        """The same logits up to rounding, in the form that the linear loss takes; None if they have no such form."""
         hidden, bias = self.hidden, self.bias
         scale, cap = 1.0, None
         for kind, value in self.steps:
@@ -187,7 +187,7 @@ class Product(NamedTuple):
             return None
         if mine.softcap is not None or others.softcap is not None or mine.logit_scale != 1.0:
             return None
-        # In the dtype of the first, which is the head's.
+        # The result has the dtype of the first product, which is the head's.
         hidden = torch.cat([mine.hidden, (others.hidden * others.logit_scale).to(mine.hidden.dtype)], -1)
         weight = torch.cat([mine.weight, others.weight.to(mine.weight.dtype)], -1)
         bias = None if others.bias is None else (others.bias * others.logit_scale).to(mine.weight.dtype)
@@ -198,7 +198,7 @@ class Product(NamedTuple):
 
     @property
     def before_log_softmax(self) -> Product | None:
-        """The logits whose log-probabilities these are, if they are."""
+        """The logits whose log-probabilities these are; None if the last step is not log_softmax."""
         is_last = bool(self.steps) and self.steps[-1][0] == "log_softmax"
         return self._replace(steps=self.steps[:-1]) if is_last else None
 
@@ -222,7 +222,7 @@ class Product(NamedTuple):
         return None if found is None else found.to(dtype)
 
     def log_probs(self, target: Tensor, options: dict[str, Any]) -> Any:
-        """`fused_linear_log_probs` of these logits, as `cross_entropy`; (..., 1) as the target is."""
+        """`fused_linear_log_probs` of these logits, or None, as `cross_entropy`; (..., 1) as the target is."""
         found = self._linear_loss(fused_linear_log_probs, target.squeeze(-1), options)
         return None if found is None else found.unsqueeze(-1)
 

@@ -19,12 +19,12 @@ from .product import Product
 #: name -> recorder(product, *args, **kwargs): a Product, a list of them, or None.
 RECORDERS: dict[str, Callable[..., Any]] = {}
 
-#: What may come with the logits on the right.
+#: Operations that are recorded with the logits as their second operand, too.
 COMMUTATIVE = ("add", "__add__", "mul", "multiply", "__mul__")
 
 
 def record(product: Product, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The product after an operation; a list for what returns several; None if it is not recorded."""
+    """The product after an operation; a list if the operation returns several tensors; None if it is not recorded."""
     if name not in RECORDERS or (product.classes_second and name not in _WITH_CLASSES_SECOND):
         return None
     return RECORDERS[name](product, *args, **kwargs)
@@ -103,7 +103,7 @@ def _log_softmax(
     if _stacklevel is not None and isinstance(_stacklevel, torch.dtype):  # Tensor.log_softmax(dim, dtype)
         dtype = _stacklevel
     if dtype is None and torch.is_autocast_enabled(p.hidden.device.type) and p.hidden.device.type != "cpu":
-        dtype = torch.float32  # as autocast has it on other devices
+        dtype = torch.float32  # as autocast does on devices other than CPUs
     upcast = p if dtype is None else p.cast(dtype)
     return None if upcast is None else upcast.step("log_softmax", None)
 
@@ -158,7 +158,7 @@ def _getitem(p: Product, index: Any) -> Product | None:
     if items[-1] is Ellipsis:
         if consumed < p.ndim:
             return p._replace(hidden=p.hidden[tuple(items)])
-        items.pop()  # it stands for nothing: the last item is the vocabulary's
+        items.pop()  # the Ellipsis covers no dimension: the last item is the vocabulary's
     if not isinstance(items[-1], slice):
         return None
     classes, items[-1] = items[-1], slice(None)
@@ -175,7 +175,7 @@ def _consumed(item: Any) -> int:
 def _slice_classes(p: Product, classes: slice) -> Product | None:
     if classes == slice(None):
         return p
-    if any(kind == "log_softmax" for kind, _ in p.steps):  # it was over all classes
+    if any(kind == "log_softmax" for kind, _ in p.steps):  # log_softmax was over all classes
         return None
     return p._replace(
         weight=p.weight[classes],

@@ -1,4 +1,4 @@
-"""Operations that reduce the vocabulary: there, an expression of logits is evaluated tile by tile."""
+"""Operations that reduce the vocabulary. They evaluate an expression of logits tile by tile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIGNATURES = {
     "gather": ("dim", "index"),
     "take_along_dim": ("indices", "dim"),
 }
-#: An id that no target has: fused_linear_log_probs is to ignore none, as gather ignores none.
+#: An id that no target has, so that fused_linear_log_probs ignores none, as gather does not.
 _NO_ID = torch.iinfo(torch.int32).min
 
 
@@ -71,9 +71,9 @@ def _picks_classes(index: Any, recipe: Product | Expression, others: dict[str, A
 
 
 def _at(recipe: Any, index: Tensor, origin: Origin) -> Any:
-    """`recipe.gather(-1, index)` of one index a row (..., 1), None where it takes more than one number a row.
+    """`recipe.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
-    What is elementwise commutes with gather: the same operation, of numbers that were gathered.
+    Elementwise operations commute with gather: they are applied to numbers that were gathered.
     """
     if isinstance(recipe, Product):
         before = recipe.before_log_softmax

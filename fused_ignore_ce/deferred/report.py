@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..operators import PACKAGE
 
-#: Packages whose frames are never the caller that a report names.
-#: The end of the name of a loss that was taken while torch.compile traced: its ignored tokens are not counted.
+#: The end of the name of a loss that was taken while torch.compile traced. Its ignored tokens are not counted.
 COMPILED = "(compiled)"
 
+#: Packages whose frames are never the caller that a report names.
 _INTERNAL = ("torch", PACKAGE, "contextlib", "functools")
 
 
@@ -36,7 +36,7 @@ class FusionReport:
     Attributes:
         fused: by kind of loss, such as "cross_entropy" or "gather(log_softmax(logits))": the calls that needed no
             logits, the tokens of those calls, and how many of the tokens were ignored.
-        on_logits: by kind of loss: the calls of a loss of this package on logits that were there, because the head
+        on_logits: by kind of loss: the calls of a loss of this package on logits that were computed, because the head
             could not be deferred.
         reads: by "operation (file:line)": how often it made deferred logits be computed.
         bytes_not_allocated: bytes of the logits, in their dtype, that losses were taken of and that nobody read. Each
@@ -88,7 +88,7 @@ class Recorder:
         self.bytes = 0
 
     def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
-        """Counts one call. `ignored` is a 0-d tensor, or None if nothing is ignored."""
+        """Counts one call. `ignored` is a 0-d tensor, or None if ignored tokens are not counted."""
         counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
         counts[0] += 1
         counts[1] += tokens

@@ -1,7 +1,7 @@
 """Deferred logits of a head whose vocabulary is sharded, as the hooks of tensor parallelism see them.
 
-A head that is parallelised column by column multiplies DTensors, and then asks the product for all of its columns and
-for a plain tensor. Neither happens: the product remembers that it was asked, and the loss works on the shards.
+A head that is parallelised by columns multiplies DTensors. Its hooks then replicate the product on all ranks and
+convert it to a plain tensor. Deferred logits only record these two steps, and the loss works on the shards.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class DeferredDTensor(DeferredLogits):
         return tuple(Shard(p.dim % self.dim()) if type(p) is Shard else p for p in placements)
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> Any:
-        """Redistributes like a DTensor. Replicating all of the logits is recorded, and not done."""
+        """Redistributes like a DTensor. Replicating all of the logits is recorded, but not done."""
         from torch.distributed.tensor import DTensor, Replicate
 
         given = (device_mesh, placements)

@@ -1,4 +1,4 @@
-"""Values of logits' rows, computed a tile of rows at a time; backward computes the tiles again."""
+"""Evaluates reductions of logits a tile of rows at a time; backward computes the tiles again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from .expression import Expression, evaluate, leaves, substitute
 from .graph import refuse_create_graph
 
-#: Bytes of one tensor of a tile in float32, unless `memory_budget` is given; there are a few of them at a time.
+#: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
 TILE_BYTES, TENSORS = 2**26, 8
 
 
 class _Work(NamedTuple):
-    reduction: Expression  # of detached tensors, which the tiles' are put in place of
-    places: list[int]  # their ids
+    reduction: Expression  # on detached tensors, which are replaced by those of each tile
+    places: list[int]  # the ids of the detached tensors
     by_rows: list[bool]
     rows: int
     tile: int
@@ -92,7 +92,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _add(sums: list[Any], i: int, gradient: Tensor) -> None:
-    """Adds a tile's gradients: those of rows lie beside each other, others are summed, in float32 at least."""
+    """Adds the gradient of a tile: gradients of rows are collected, others are summed, in float32 at least."""
     if isinstance(sums[i], list):
         sums[i].append(gradient)
     elif sums[i] is None:

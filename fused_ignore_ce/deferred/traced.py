@@ -13,7 +13,7 @@ from .recording import COMMUTATIVE, RECORDERS, record
 
 
 class TracedLogits:
-    """The counterpart of `DeferredLogits` while tracing: an ordinary object with those methods that are recorded."""
+    """The counterpart of `DeferredLogits` while tracing: an ordinary object that has the methods that are recorded."""
 
     def __init__(self, product: Product) -> None:
         self._product = product

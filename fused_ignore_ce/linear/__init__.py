@@ -1,4 +1,5 @@
-"""The loss from hidden states: logits exist a tile at a time, and ignored rows not at all.
+"""The loss from hidden states, computed tile by tile; ignored rows are dropped before the first matrix product.
 
-`functional` is what users call, `autograd` the operators, `plan` the choice of tiles, `sweep` the walk over them.
+`cross_entropy` and `log_probs` have the functions that users call. `problem` checks their arguments and selects rows,
+`plan` chooses the tiles, `sweep` walks over them, and `scaled_sum` and `row_results` are the differentiable functions.
 """

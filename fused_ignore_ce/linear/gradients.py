@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
 
 
 class GradientSums:
-    """The gradients of the operands, which come tile by tile."""
+    """Sums the gradients of the operands over the tiles."""
 
     def __init__(self, tiles: Tiles, wanted: Wanted) -> None:
         given, dtype, tile = tiles.given, tiles.operands.h.dtype, len(tiles.buffer)
@@ -43,7 +43,7 @@ class GradientSums:
         self.any = any(wanted)
 
     def add(self, rows: slice, block: slice, x: Tensor, upstream: Upstream, saved: Saved) -> None:
-        """Overwrites the logits x of a tile with their gradient, and adds what it gives to the operands' gradients."""
+        """Overwrites the logits x of a tile with their gradient, and adds its products to the operands' gradients."""
         if not self.any:
             return
         tiles = self.tiles
@@ -85,7 +85,7 @@ class GradientSums:
             self.db[block] += dx.sum(0, dtype=self.db.dtype)
 
     def gradients(self) -> Gradients:
-        del self.tiles.buffer  # before gradients are cast
+        del self.tiles.buffer  # frees its memory before gradients are cast
         b = self.tiles.given.b
         return Gradients(
             self.dh.gradient() if self.dh else None,
@@ -114,7 +114,7 @@ class _Sum:
 def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, elements: int) -> None:
     """`out = a @ b`, or `out += a @ b`, summed in out's dtype where that is wider than the operands'.
 
-    Where the GEMM library returns the operands' dtype only, so many `elements` are computed at a time.
+    Where the GEMM library returns the operands' dtype only, `elements` of the product are computed at a time.
     """
     if a.dtype == out.dtype:
         if accumulate:
@@ -126,7 +126,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, elements: int)
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # no CPU GEMM returns a dtype wider than its operands': what is added comes rounded to theirs
+    else:  # no CPU GEMM returns a dtype wider than its operands': each product is rounded to theirs
         for rows in slices_of(len(out), max(1, elements // max(out.shape[1], 1))):
             part = a[rows] @ b
             if accumulate:

@@ -4,7 +4,7 @@ A tile of logits is `rows` tokens by `classes` of the vocabulary. Three kinds of
 
 - one block, N x V: three GEMMs (logits, dH, dW).
 - token chunks, rows x V: the same GEMMs in parts. dW is summed over the chunks, in float32: 4VD bytes, unless the
-  gradient itself is float32, and 8VD bytes moved a chunk.
+  gradient itself is float32, and 8VD bytes moved per chunk.
 - vocabulary blocks, N x classes: one sweep over the blocks for the softmax's normaliser, another for the gradients,
   which computes the logits again: four GEMMs. Every block of dW is complete at once; dH is summed over the blocks.
 """
@@ -28,10 +28,10 @@ ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocab
 #: A plan is as good as another if its predicted time is at most this much longer; the leaner of them is taken.
 NEAR_ENOUGH = 1.05
 
-#: Bytes of row vectors: targets, losses, normalisers, scales, and their copies.
+#: Bytes per row of vectors of N elements: targets, losses, normalisers, scales, and their copies.
 ROW_BYTES = 128
 
-#: Bytes a row and vocabulary block, or rank: the sums of every block until they are merged, and the merging.
+#: Bytes per row and vocabulary block, or per row and rank: the sums of every block, and what merging them takes.
 PART_BYTES = 48
 
 #: Elements of a product that is summed into another dtype at a time, at most; see `product_elements`.
@@ -52,7 +52,7 @@ class Machine(NamedTuple):
 #: CPU: fitted to measurements on a 2-core EPYC with AVX-512 and bfloat16 instructions, of all three plans with tiles
 #: of 16 to 2048 rows and 128 to 8192 classes at V=32768, D=64 to 1024. Relative to "one block", what was predicted
 #: for chunks of 128 rows and more was within 0.2 of what was measured, for blocks of 512 classes and more within 0.35;
-#: smaller tiles were up to 3.6 times slower than large ones, and are predicted so. CUDA: not measured but from data
+#: smaller tiles were up to 3.6 times slower than large ones, as is predicted. CUDA: not measured, but from data
 #: sheets (H100 SXM: 989 TFLOP/s dense in half precision, of which GEMMs reach about 70%, 67 in float32; 3.35 TB/s);
 #: it is mostly the ratio of flops to bandwidth that matters, and that is similar from A100 to B200.
 MACHINES = {
@@ -112,7 +112,7 @@ class Sizes:
     gathered: bool  # whether some rows are ignored, so that the kept ones are a copy
     recompute: bool  # whether gradients wait for backward, which needs the logits once more
     probs: bool
-    ranks: int = 1  # that share the vocabulary, of which V are this one's
+    ranks: int = 1  # that share the vocabulary; V is the size of this rank's shard
 
     @property
     def sums(self) -> torch.dtype:
@@ -162,7 +162,7 @@ class Sizes:
 
 
 def accumulates(gradient: torch.dtype, operand: torch.dtype, several: bool) -> bool:
-    """Whether a gradient is summed in a tensor of its own: several terms are, unless it is itself wide enough."""
+    """Whether a narrow gradient is summed in a wider tensor: if it has several terms, or not the operands' dtype."""
     wide = gradient.itemsize >= 4
     return not wide and (several or gradient != operand)
 
@@ -177,12 +177,12 @@ def _counts(most: int) -> Iterator[int]:
 
 
 def _part(size: int, count: int) -> int:
-    """The size of `count` parts: a multiple of 64, which GEMMs like, where that makes sense."""
+    """The size of each of `count` parts; above 64, it is rounded up to a multiple of 64, which GEMMs like."""
     part = -(-size // count)
     return min(size, -(-part // 64) * 64) if part > 64 else part
 
 
-@lru_cache(maxsize=64)  # asked by the loss, and again by its operators
+@lru_cache(maxsize=64)  # called by the loss, and again by its operators
 def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
     """Takes the leanest of all plans within the budget whose predicted time is within 5% of the fastest's."""
     N, V = max(sizes.N, 1), max(sizes.V, 1)
@@ -238,8 +238,8 @@ def plan_linear_loss(
     Returns:
         plan: "one block" (the logits of all kept tokens at once), "token chunks" (of some tokens at a time, dW summed
         over the chunks in float32) or "vocabulary blocks" (of some classes at a time, twice). chunk: tokens, or
-        classes of a block. bytes: scratch at its peak. It is the leanest plan whose predicted time is within 5% of
-        the fastest's that fits.
+        classes of a block. bytes: scratch at its peak. Of the plans that fit the budget, the leanest is taken whose
+        predicted time is within 5% of the fastest's.
 
     Raises:
         ValueError: no plan fits the budget (the message names the smallest that works); a negative size, more ignored

@@ -37,7 +37,7 @@ from .tiles import Operands
 
 
 class Position(NamedTuple):
-    """One of the d1 * ... * dK sets of logits that rows of hidden states have: its kept rows."""
+    """The kept rows of one of the d1 * ... * dK sets of logits that a batch of hidden states has."""
 
     operands: Operands
     scale: Scale | None  # None for reduction="none"
@@ -57,7 +57,7 @@ class LinearProblem(NamedTuple):
     positions: list[Position]
     targets: Targets  # of all rows and positions; the positions of a row follow one another
     scales: Scales | None  # None for reduction="none"
-    divides_by_weights_of_ranks: bool  # by the class weights of targets, which come with the rows of all ranks
+    divides_by_weights_of_ranks: bool  # by class weights of targets, known once ranks merge rows
     reduction: ReductionOptions
     loss_dtype: torch.dtype
     at_once: bool  # whether gradients are computed in forward
@@ -76,7 +76,7 @@ class LinearProblem(NamedTuple):
                 of_all = (self._joined(rows, "loss"), self._joined(rows, "lse"))
                 loss = reduce_rows(*of_all, targets, reduction, call.options.z_loss, of_ranks)
             else:
-                # Over kept rows, as in `scaled_sum`: ranks that choose different plans return the same bits.
+                # Over kept rows, as in `scaled_sum`, so that ranks with different plans return the same bits.
                 loss = self._total(
                     [_total(position, each) for position, each in zip(self.positions, rows, strict=True)]
                 )
@@ -163,7 +163,8 @@ def linear_problem(
         and reduction.reduction == "mean"
         and reduction.normalizer is None
     )
-    # Not where a gradient of float16 would be scaled only after it was rounded, nor where statistics have gradients.
+    # Gradients are not computed in forward where they would be scaled only after rounding to float16, nor where
+    # statistics have gradients.
     early = (
         row_scales is not None
         and not divides_by_weights_of_ranks
@@ -205,7 +206,7 @@ def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, 
             rows_z = None if scales.z_loss is None else scales.z_loss.view(N, P)[:, p]
             scale = Scale(scales.loss.view(N, P)[:, p], rows_z)
         position = _kept(Position(operands, scale, None, call), may_be_ignored)
-        if call.group is not None and sum_dinput:  # after the selection: gradients of kept rows are what is summed
+        if call.group is not None and sum_dinput:  # after the selection: only gradients of kept rows are summed
             h_kept = Replicated.apply(position.operands.h, call.group)
             position = position._replace(operands=position.operands._replace(h=h_kept))
         positions.append(position)
@@ -213,7 +214,7 @@ def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, 
 
 
 def _kept(position: Position, may_be_ignored: bool) -> Position:
-    """The kept rows only, or where their number cannot be asked for, all rows with zeros for the ignored ones."""
+    """The kept rows only; or all rows, with zeros for the ignored ones, where the kept ones cannot be selected."""
     operands, scale, _, call = position
     if not may_be_ignored:
         return position
@@ -227,7 +228,7 @@ def _kept(position: Position, may_be_ignored: bool) -> Position:
             rows_z = None if scale.rows_z is None else scale.rows_z.index_select(0, rows)
             scale = Scale(scale.rows.index_select(0, rows), rows_z)
         return Position(operands._replace(h=h, target=target), scale, rows, call._replace(gathered=True))
-    # Selected, not multiplied by 0: nothing of an ignored row reaches a matrix product.
+    # Selected, not multiplied by 0: no NaN of an ignored row reaches a matrix product.
     h = torch.where(kept.unsqueeze(1), operands.h, 0.0)
     return Position(operands._replace(h=h), scale, None, call._replace(gathered=True))
 

@@ -1,6 +1,6 @@
 """The results of rows from hidden states. Backward computes the logits again: four matrix products.
 
-An autograd.Function, and operators for where it is traced.
+It is an autograd.Function in eager mode, and operators in tracing.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _LinearRows(torch.autograd.Function):
         if all(gradient is None for gradient in (dloss, dlse, dentropy)):
             return (None,) * len(ctx.needs_input_grad)
         refuse_create_graph()
-        tensors = ctx.saved_tensors  # asked for once, see CrossEntropyRows
+        tensors = ctx.saved_tensors  # accessed only once, see CrossEntropyRows
         operands, saved, place = Operands(*tensors[:OPERANDS]), Saved(*tensors[OPERANDS:-1]), tensors[-1]
         (call,) = ctx.call
         upstream = Upstream(dloss, dlse, dentropy)

@@ -1,6 +1,6 @@
 """A scaled sum of row losses from hidden states. Its gradients come from forward: three matrix products.
 
-An autograd.Function, and an operator for where it is traced; both of them only scale the gradients in backward.
+It is an autograd.Function in eager mode, and an operator in tracing. In backward, both only scale the gradients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from .tiles import Operands
 
 
 class ScaledSum(NamedTuple):
-    """The sum of `scale.rows * loss + scale.rows_z * z_loss * lse**2`, the only differentiable field, and its rows."""
+    """The sum of `scale.rows * loss + scale.rows_z * z_loss * lse**2`, and the results of its rows.
+
+    Only the sum is differentiable.
+    """
 
     total: Tensor  # 0-d
     loss: Tensor
@@ -109,7 +112,7 @@ def _backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
     if dtotal is None:
         return tuple(gradients)
     refuse_create_graph()
-    loss, lse, *found = ctx.saved_tensors  # asked for once, see CrossEntropyRows
+    loss, lse, *found = ctx.saved_tensors  # accessed only once, see CrossEntropyRows
     for i, gradient in enumerate(found):
         if ctx.needs_input_grad[i]:
             gradients[i] = scaled(gradient, dtotal, ctx.backend)

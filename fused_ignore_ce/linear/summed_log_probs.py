@@ -31,7 +31,7 @@ def summed_log_probs(
     memory_budget: int | str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, LossStats]:
-    """`fused_linear_log_probs(..., return_stats=True)`, by three matrix products where all are summed with one factor.
+    """`fused_linear_log_probs(..., return_stats=True)`, in three matrix products if the loss is a multiple of the sum.
 
     Forward computes the gradients of the sum, and backward multiplies them by the upstream gradient, if that is the
     same number at every row; on CUDA it waits for the device to see this. If it is not, backward computes the logits
@@ -66,7 +66,7 @@ class _Summed(torch.autograd.Function):
         with torch.enable_grad():
             found = scaled_sum(Operands(*leaves, *rest), position.scale, position.wanted, position.call)
         ctx.sum = found.total, leaves
-        # Without the operands, which are saved where changes to them are noticed.
+        # The operands are saved apart, by save_for_backward, which notices changes in place.
         ctx.rest, ctx.call = rest, position.call
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)

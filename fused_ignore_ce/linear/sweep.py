@@ -93,8 +93,8 @@ def _saved_part(saved: Saved, rows: slice) -> Saved:
 def _joined(found: Rows | None, part: Rows, rows: slice, N: int) -> Rows:
     """Writes the results of a chunk's rows into `found`, and returns it.
 
-    Copied, not collected: small tensors that stay between the large temporaries of one chunk and the next would
-    leave holes in the heap too small for the latter, and glibc's heap grew by a temporary a chunk.
+    They are copied, not collected in a list: small tensors that stay between the large temporaries of one chunk and the
+    next would leave holes in the heap that are too small for the latter. glibc's heap grew by a temporary per chunk.
     """
     if rows == slice(0, N):
         return part

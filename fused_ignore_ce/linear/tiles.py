@@ -16,7 +16,7 @@ from .plan import LinearPlan
 
 
 class Operands(NamedTuple):
-    """The problem: rows h with logits h @ w.T + b. Ignored rows are zero in h."""
+    """Rows h with logits h @ w.T + b, and their targets. Ignored rows are left out, or are zero in h."""
 
     h: Tensor  # (N, D)
     w: Tensor  # (V, D)
@@ -86,7 +86,7 @@ class Tiles:
         return Block(self.of_rank.first_class + block.start, self.of_rank.classes)
 
     def rows_of(self, rows: slice) -> Rows:
-        """The results of a chunk of rows; with one block, their logits stay in the buffer."""
+        """The results of a chunk of rows. If there is one block of the vocabulary, their logits stay in the buffer."""
         if len(self.blocks) == 1:
             x = self.logits(rows, self.blocks[0]).unsqueeze(0)
             arguments = self.arguments(rows, self.blocks[0])
