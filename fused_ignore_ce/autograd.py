@@ -14,7 +14,7 @@ from .rows import Block, Logits, Rows, Saved, Upstream, zero_rows
 
 
 class RowCall(NamedTuple):
-    """What is the same for all rows of a call."""
+    """The settings that all rows of a call share."""
 
     options: LossOptions
     with_stats: bool

@@ -23,7 +23,7 @@ class Rate(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a loss takes: bytes beside hidden states, head and their gradients, and operations forward and backward."""
+    """The cost of a loss: bytes beside hidden states, head and their gradients; operations of forward and backward."""
 
     plain_bytes: int
     plan: LinearPlan

@@ -101,7 +101,7 @@ def fused_cross_entropy(
             of weight 0 is ignored. Differentiable elsewhere.
         normalizer: number or 0-d tensor that divides the sum in place of the count; with reduction="mean" only.
         inplace_backward: let backward write the gradient over input's memory. Autograd's version check catches
-            whoever needs the logits afterwards. Without effect under torch.compile, which plans memory itself.
+            other uses of the logits afterwards. Without effect under torch.compile, which plans memory itself.
         grad_in_forward: compute the gradient of a scalar loss along with it, so that the logits are read from device
             memory once. It is held until backward in place of the logits (in their memory with inplace_backward, which
             then writes there in forward), and exact for any upstream gradient: backward multiplies it on the device,
@@ -130,7 +130,7 @@ def fused_cross_entropy(
 
     Note:
         Beside the gradient itself, memory is O(N) on CUDA and one cache-sized block on CPU; the forward saves the
-        logits and two numbers a row. All rows ignored, or N = 0: "mean" is NaN, "sum" is 0, the gradient exactly 0.
+        logits and three numbers per row. All rows ignored, or N = 0: "mean" is NaN, "sum" is 0, the gradient exactly 0.
         The gradient at a logit of -inf is 0. `create_graph=True` works, at the memory of plain PyTorch, but not with
         a process_group. Deterministic. With a process_group there are two collectives in forward, the first of which
         is waited for (it tells the sizes of the shards), and none in backward.

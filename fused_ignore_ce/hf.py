@@ -62,7 +62,7 @@ def patch_model(
             and after it.
 
     Returns:
-        model. `outputs.logits` is a `DeferredLogits`: computed when somebody reads it.
+        model. `outputs.logits` is a `DeferredLogits`: computed when it is read.
 
     Raises:
         TypeError: no transformers model; a misspelled option.

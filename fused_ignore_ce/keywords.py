@@ -48,7 +48,7 @@ _ALWAYS_FLOAT32 = "leave it out: sums are float32 for 16-bit tensors, and loss_d
 _ALWAYS_EXACT = "leave it out: gradients are exact, and none is filtered"
 _OF_ITS_OWN = "leave it out: forward computes it from the logits that it reads, so that it belongs to their rounding"
 
-#: What to do about options that have no counterpart.
+#: Advice for options that have no counterpart here.
 _ADVICE = {
     "accum_dtype": _ALWAYS_FLOAT32,
     "accum_e_fp32": _ALWAYS_FLOAT32,

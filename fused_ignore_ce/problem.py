@@ -48,7 +48,7 @@ class LogitsProblem(NamedTuple):
 
 
 class CheckedCall(NamedTuple):
-    """What follows from the sizes, dtypes and devices of a call's tensors and from its options, all of them checked."""
+    """A checked call: what follows from the sizes, dtypes and devices of its tensors and from its options."""
 
     call: RowCall
     sizes: Sizes

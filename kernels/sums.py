@@ -174,7 +174,7 @@ def cross_entropy(s, r, mass):
     mean = tl.div_rn(r, mass) if r.dtype == tl.float32 else r / mass
     power = tl.exp2(mean)
     quotient = tl.div_rn(s, power) if s.dtype == tl.float32 else s / power
-    # The comparison is false for NaN too: rows without mass or with infinite logits have it.
+    # The comparison is false for NaN too, which rows without mass or with infinite logits have.
     return LN2 * tl.where(tl.abs(mean) < 100.0, mass * tl.log2(quotient), mass * tl.log2(s) - r)
 
 

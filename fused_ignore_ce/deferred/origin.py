@@ -27,7 +27,7 @@ class Settings(NamedTuple):
         return ", ".join(["ignore_index"] * bool(self.ignore_index) + names)
 
     def extend(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
-        """The options of a cross entropy that somebody asks for, with those of `patch_model`."""
+        """The options of a cross entropy that other code asks for, extended by those of `patch_model`."""
         given = dict(self.options)
         if "weight" in given:
             if options.get("weight") is not None:

@@ -16,7 +16,7 @@ from .tiles import Operands, Tiles
 
 
 class LinearCall(NamedTuple):
-    """What is the same for all rows of a call."""
+    """The settings that all rows of a call share."""
 
     options: LossOptions
     with_stats: bool
@@ -54,7 +54,7 @@ def plan_of(operands: Operands, call: LinearCall, wanted: Wanted, *, recompute: 
 
 
 def agreed_shard(operands: Operands, call: LinearCall) -> Shard | None:
-    """What the ranks agree on; without a group, the targets are checked instead."""
+    """The shard that this rank has, once all ranks agree; without a group, checks the targets and returns None."""
     h, w, _, target, weight, probs = operands
     options = call.options
     if call.group is None:

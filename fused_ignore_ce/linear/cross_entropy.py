@@ -116,7 +116,7 @@ def fused_linear_cross_entropy(
         ValueError, TypeError, RuntimeError, NotImplementedError: what F.cross_entropy raises for the same mistake.
 
     Note:
-        On CUDA, the number of kept rows is waited for: one host sync a call. Under torch.compile and while a CUDA
+        On CUDA, the number of kept rows is waited for: one host sync per call. Under torch.compile and while a CUDA
         graph is captured there is none; ignored rows then remain in the matrix products, as zeros, and only there.
         The same holds for rows that token_weight ignores when targets are probabilities.
 

@@ -45,10 +45,10 @@ class Machine(NamedTuple):
     bandwidth: float  #: bytes per second, of the passes over the weight and its gradient that every chunk makes
     touch: float  #: bytes per second, of memory used for the first time
     elements: float  #: logits per second that the loss's kernels get through, in one direction
-    tile: float  #: seconds a tile, of everything that does not depend on its size
+    tile: float  #: seconds per tile, for everything that does not depend on its size
 
 
-#: By device type and bytes of an operand's element.
+#: The rates, by device type and bytes of an operand's element.
 #: CPU: fitted to measurements on a 2-core EPYC with AVX-512 and bfloat16 instructions, of all three plans with tiles
 #: of 16 to 2048 rows and 128 to 8192 classes at V=32768, D=64 to 1024. Relative to "one block", what was predicted
 #: for chunks of 128 rows and more was within 0.2 of what was measured, for blocks of 512 classes and more within 0.35;
