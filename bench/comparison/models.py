@@ -87,7 +87,7 @@ def run(model: Any, package: str) -> Any:
 
 
 def is_equal(patcher: Patcher, model: Any) -> Any:
-    """Checks that patching changes neither loss nor gradients. Returns both models' outputs, the patched one's first."""
+    """Checks that patching changes neither loss nor gradients. Returns (patched, plain) outputs."""
     plain = copy.deepcopy(model)
     wanted = run(plain, "")
     found = run(patcher.patch(model), patcher.package)
