@@ -63,7 +63,7 @@ def _within(tensor: torch.Tensor, addresses: np.ndarray) -> np.ndarray:
 
 
 def _rows_by_offset(tensor: torch.Tensor) -> np.ndarray:
-    """The row that each element of memory belongs to. In gaps it is -1, so that counting an access there is an error."""
+    """The row that each element of memory belongs to; -1 in gaps, so that counting an access there is an error."""
     rows = torch.full((_span(tensor),), -1)
     numbers = torch.arange(tensor.shape[:-1].numel()).view(*tensor.shape[:-1], 1)
     rows.as_strided(tensor.shape, tensor.stride()).copy_(numbers.expand(tensor.shape))
