@@ -70,7 +70,7 @@ def _keep_types():
 
 def _leave_out_what_is_not_judged():
     """For every sum, difference and product of integers, the interpreter computes by nine more operations whether it
-    overflows. It uses the answer only in debug mode, in which it never is. Here it does not compute it.
+    overflows. It uses the answer only in debug mode, which is never on, so that here the answer is not computed.
     """
     builder = interpreter.interpreter_builder
     assert not builder.options.debug

@@ -27,7 +27,7 @@ class Target:
     backend: str
     arch: int | str
     chip: str = "H100"  # the launchers' choices depend on it; one of `chips.CHIPS`
-    table: str = ""  # as they do on the launch table: a device of `kernels/tables.json`; empty for arithmetic
+    table: str = ""  # the launchers' table: a device of `kernels/tables.json`; empty for the arithmetic one
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)

@@ -130,7 +130,7 @@ def bytes_due(proof: Proof) -> int:
     """How many bytes wide an access to logits has to be.
 
     It is 16 bytes or, where this is less, all elements of the tile that a thread has. No width is demanded where lines
-    are unaligned or classes are strided: there, neighbouring elements belong to different rows, any of which may be
+    are unaligned, nor for strided classes: their neighbouring elements belong to different rows, any of which may be
     ignored, so that each element has its own mask.
     """
     case = proof.job.case

@@ -68,7 +68,7 @@ def line(proof: Proof) -> str:
 
 
 def summary(proofs: list[Proof]) -> str:
-    """For each architecture and operation: the numbers of kernels, spilling and faulty ones, and most registers."""
+    """For each architecture and operation: how many kernels there are, spill and are faulty; most registers."""
     groups: dict[tuple[str, str], list[Proof]] = {}
     for proof in proofs:
         groups.setdefault((str(proof.job.target), proof.job.case.operation), []).append(proof)
