@@ -1,8 +1,8 @@
-# Every verb makes its own environment first: .venv, with the versions of constraints.txt.
+# Every target first makes the environment that it needs: .venv, with the versions of constraints.txt, for most.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# One process a core; one that has nothing left to do takes half of what another has.
+# One process per core. A process that has nothing left to do takes tests from another one.
 PARALLEL := -n auto --dist worksteal
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
@@ -15,19 +15,19 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/pytest $(PARALLEL)
 
-# One case of every test on every backend, but for the slow ones: tests/quick.py.
+# One case of every test on every backend, without slow tests; see tests/quick.py.
 test-quick: $(VENV)/.ready
 	$(BIN)/pytest $(PARALLEL) --quick
 
-# What touches transformers, on the last release before 5.
+# The tests that need transformers, on its last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
 	$(VENV)-transformers-4/bin/pytest $(PARALLEL) tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_transformers_coverage.py
 
-# On the oldest versions that pyproject.toml allows, with PYTHON=python3.12; downloads 3 GB.
+# The whole suite on the oldest versions that pyproject.toml allows, with PYTHON=python3.12; downloads 3 GB.
 test-oldest: $(VENV)-oldest/.ready
 	$(VENV)-oldest/bin/pytest $(PARALLEL)
 
-# That Hugging Face's kernels loads what `make kernels-hub` writes.
+# Checks that Hugging Face's kernels loads what `make kernels-hub` writes.
 test-kernels-hub: $(VENV)-kernels-hub/.ready
 	$(VENV)-kernels-hub/bin/python -m pytest tests/test_kernels_hub.py
 
@@ -40,7 +40,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# On a machine with a GPU: tests, tuner, measurements and host times.
+# On a machine with a GPU: tests, sanitizer, tuner, measurements and host times.
 gpu: $(VENV)/.ready
 	$(BIN)/python -m bench.gpu
 
@@ -56,14 +56,14 @@ release: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.run
 
-# The README's tables and plots, from the newest of bench/results.
+# Writes the tables and pictures of README and docs, from the newest of bench/results.
 readme-figures: $(VENV)/.ready
 	$(BIN)/python -m bench.figures
 
 traffic: $(VENV)/.ready
 	$(BIN)/python -m bench.proofs.traffic
 
-# Compiles every kernel for GPUs that are not here, and counts its instructions.
+# Compiles the kernels without a GPU, and counts their instructions.
 proofs: $(VENV)/.ready
 	$(BIN)/python -m bench.proofs
 
@@ -84,8 +84,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Where Hugging Face's kernels is installed, transformers works otherwise. So it has an environment of its own, which
-# finds all other packages in the first one.
+# transformers behaves differently where Hugging Face's kernels is installed. So kernels has an environment of its own,
+# which finds all other packages in the first one.
 $(VENV)-kernels-hub/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \

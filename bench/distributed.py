@@ -4,8 +4,9 @@
 
 The losses are compared with PyTorch's `loss_parallel` and with gathering the logits. Every rank is a process on this
 machine, over gloo. PyTorch's profiler tells the bytes that a rank hands to collectives in forward and backward. They
-are multiplied by what the ring algorithms of NCCL send of them: 2 (R - 1) / R in an all-reduce, R - 1 in an all-gather
-of the rank's own part. Nothing is timed, because processes that share one machine's cores say nothing about a network.
+are multiplied by what NCCL's ring algorithms send per byte: 2 (R - 1) / R for an all-reduce, and R - 1 for an
+all-gather, to which a rank hands only its own part. Nothing is timed, because processes that share one machine's cores
+say nothing about a network.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Loss = Callable[..., None]
 
 
 def sharded_logits(mesh: DeviceMesh, x: Tensor, weight: Tensor | None = None) -> DTensor:
-    """Logits of which this rank holds `x`, or those of hidden states `x` and of this rank's shard of the head."""
+    """Sharded logits: `x` is this rank's shard of them or, if its shard of the head is given, the hidden states."""
     if weight is None:
         return DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
     hidden = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
@@ -104,7 +105,7 @@ def measure(rank: int, name: str, ranks: int, store: str) -> dict[str, float]:
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     loss = (LOGITS | LINEAR)[name]
-    loss(mesh, *operands(name, rank, ranks, tokens=64))  # allocates thread pools and lazy imports before measuring
+    loss(mesh, *operands(name, rank, ranks, tokens=64))  # starts thread pools and runs lazy imports before measuring
     given = operands(name, rank, ranks)
     dist.barrier()
     peak = peak_bytes(torch.device("cpu"), lambda: loss(mesh, *given))
@@ -117,7 +118,7 @@ def measure(rank: int, name: str, ranks: int, store: str) -> dict[str, float]:
 
 
 def bytes_sent(profile: Any, ranks: int) -> float:
-    """The bytes of all collectives in a profile, in which gloo's events have the shape and type of what a rank gave."""
+    """The bytes that a rank sends, from a profile: gloo's events have the shapes and types of what it handed over."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -133,7 +134,7 @@ def bytes_sent(profile: Any, ranks: int) -> float:
 
 
 def on_ranks(name: str, ranks: int) -> dict[str, float]:
-    """The largest figures of all ranks, each of which runs `measure` in a fresh process."""
+    """The largest of each figure over all ranks. Each rank runs `measure` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         found = machine.in_processes(measure, name, ranks, f"{folder}/store", processes=ranks)
     return {key: max(each[key] for each in found) for key in found[0]}

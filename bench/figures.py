@@ -1,7 +1,7 @@
 """Writes the figures of README and docs and draws their pictures, from result files: `python -m bench.figures`.
 
 In a page, a generated block stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is the name of one of the
-functions below. They write links as the README has them; those of the pages in docs/ are rewritten.
+functions below. They write links relative to the README; in the pages of docs/, links are rewritten.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PREDICTED = "predicted-roof"
 #: This package's losses, of logits and from hidden states.
 OURS = [providers[-1].name for providers in PROVIDERS.values()]
 
-#: The share of ignored tokens of which the README's sentences speak.
+#: The share of ignored tokens in the README's table of time and memory.
 SHARE = 0.75
 
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -107,7 +107,7 @@ def _base(result: Row) -> DataFrame:
 
 
 def _ratios(result: Row, kind: str, dtypes: Sequence[str], shares: Sequence[float]) -> str:
-    """Ratios at the base shape, and peak memory in the first column."""
+    """Ratios at the base shape, a column per dtype and share; the last column is peak memory for the first of them."""
     rows = _base(result).query("kind == @kind")
     sizes = [f"{name}={rows[name].iloc[0]}" for name in "NVD" if rows[name].any()]
     columns = [*itertools.product(dtypes, shares)]
@@ -133,7 +133,7 @@ def linear(results: Results) -> str:
 
 
 def models(results: Results) -> str:
-    """Ratios of this package's losses at the sizes of models. Models of one vocabulary share their logits' figures."""
+    """Ratios of this package's losses at the sizes of models. Models of equal vocabulary share the loss of logits."""
     rows = losses(results.newest("run", "rows")[1]["rows"]).query("direction == 'both' and shape in @MODELS")
     rows = rows[rows["provider"].isin(OURS)].set_index(["kind", "V", "D", "ignored"])
     lines = {}
@@ -146,7 +146,7 @@ def models(results: Results) -> str:
 
 
 def scaling(results: Results) -> str:
-    """The exponents of the newest run that had time for all sizes, or else of the newest."""
+    """The exponents of the newest run that had time to vary all sizes; if none had, those of the newest run."""
     complete = (run for run in results.files["run"].items() if {fit["varied"] for fit in run[1]["fits"]} >= {*VARIED})
     name, result = next(complete, None) or results.newest("run", "fits")
     exponents = DataFrame(result["fits"]).pivot(index=["kind", "provider"], columns="varied", values="exponent")
@@ -241,17 +241,17 @@ def growth(results: Results) -> str:
 
 
 def compared(results: Results) -> str:
-    """The README's table."""
+    """The README's comparison of packages."""
     return comparison.short(results.newest("comparison", "cells")[1])
 
 
 def comparisons(results: Results) -> str:
-    """Every row, with its reasons."""
+    """Every row of the comparison, with the reasons for its answers."""
     return comparison.long(*results.newest("comparison", "cells"))
 
 
 def memory(results: Results) -> str:
-    """Memory by formulas, which tests check against measured peaks. No result enters."""
+    """Memory by formulas, which tests check against measured peaks. No result file is read."""
     N, V, D = 8192, 128256, 4096
     whole, half = linear_cost(N, V, D), linear_cost(N, V, D, memory_budget=2**29)
     chunks = 2 * 1024 * V + 4 * V * D
@@ -291,7 +291,7 @@ def rewritten(page: Path, text: str, results: Results) -> str:
 
 
 def shown(results: Results) -> dict[str, tuple[DataFrame, str]]:
-    """What each picture shows, and the newest run that has its figures, by the picture's name."""
+    """For each picture, by its name: the data that it shows, and a line about the newest run that has them."""
     found: dict[str, tuple[DataFrame, str]] = {}
     for result in results.files["run"].values():
         found = {name: (data, heading(result["header"])) for name, data in plots.pictures(result).items()} | found

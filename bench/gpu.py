@@ -4,7 +4,7 @@
 
 Parts, in this order: correctness (the kernels' tests on the device), sanitizer (some of them under compute-sanitizer,
 where it is found), tune (launch tables), run (`bench.run` with the tuned tables) and host (the host's time of a call).
-Nothing is tuned or timed if a test fails. Every part has a time limit and ends when it is over; what it wrote until
+If correctness fails, no other part is started. Every part has a time limit, after which it is killed; its output up to
 then is kept. DIR gets the parts' result files and gpu-<device>-<date>.json, which says how each part went. To run it
 without an install, set PYTHONPATH=. before it.
 """
@@ -31,10 +31,10 @@ from . import machine
 
 MINUTES = 25.0
 
-#: The end of a part's output that is kept.
+#: How much of the end of a part's output is kept.
 KEPT_CHARACTERS = 20_000
 
-#: Tests that run the compiled kernels where there is a CUDA device, the kernels' own first.
+#: Tests that run the compiled kernels where there is a CUDA device. The tests of the kernels themselves come first.
 TESTS = (
     "test_kernels.py", "test_kernels_one_pass.py", "test_kernels_launch.py", "test_cross_entropy.py",
     "test_gradients.py", "test_ignore.py", "test_layouts.py", "test_options.py", "test_hazards.py", "test_linear.py",
@@ -50,12 +50,12 @@ class Part:
     minutes: float
     command: tuple[str, ...]
     modules: tuple[str, ...] = ()
-    program: str | None = None  # runs Python, in place of Python itself
+    program: str | None = None  # a program that is started in place of Python, and runs it
     is_gate: bool = False  # nothing is started after it has failed
     environment: tuple[tuple[str, str], ...] = ()
 
     def missing(self) -> str | None:
-        """What it needs and is not here."""
+        """What the part needs and this machine lacks; None if nothing is missing."""
         absent = [name for name in self.modules if find_spec(name) is None]
         if absent:
             return f"Python finds no module {', '.join(absent)}"
@@ -78,7 +78,7 @@ PARTS = (
     Part(
         "sanitizer", 3.0, (*PYTEST, "--quick", "tests/test_kernels.py", "tests/test_kernels_one_pass.py"), ("pytest",),
         program="compute-sanitizer",
-        # So that an access behind a tensor is not one to another tensor's memory.
+        # Without PyTorch's cache, an access past the end of a tensor does not land in another tensor's memory.
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
     ),
     Part("tune", 6.0, ("-m", "bench.tune", "--minutes", "5", "--out", "{out}"), ("tqdm",)),
@@ -92,7 +92,7 @@ def find_program(name: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """Returns 1 if a part failed, or ran out of time."""
+    """Returns 1 if a part failed or ran out of time."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = machine.parser("bench.gpu", __doc__)
     names = [part.name for part in parts]
@@ -133,7 +133,7 @@ def run(parts: Sequence[Part], out: Path, about: dict[str, Any]) -> tuple[dict[s
 
 
 def one(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """How a part went, with the end of its output and what it wrote as data."""
+    """Runs a part. Returns how it went, the end of its output, and the data that it wrote."""
     start = time.time()
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
         data = Path(folder, "data.json")
@@ -148,7 +148,7 @@ def one(part: Part, out: Path, seconds: float) -> dict[str, Any]:
             status = "out of time"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own, with all that it started
+                os.killpg(process.pid, signal.SIGKILL)  # the group has all processes that it started
                 process.wait()
         log.seek(0)
         return {
@@ -161,7 +161,7 @@ def one(part: Part, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A line for every part, and the end of what a failed one said."""
+    """A line for every part, and the last lines of a failed part's output."""
     lines = []
     for part in result["parts"]:
         seconds = f", {part['seconds']:.0f} s" if "seconds" in part else f": {part['reason']}"

@@ -30,7 +30,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """Of a command that writes a result file; the first line of its module's docstring describes it."""
+    """The parser of a command that writes a result file. The first line of its module's docstring describes it."""
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
     found.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the result file")
     return found
@@ -60,8 +60,8 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
         "versions": {"torch": torch.__version__} | {name: found for name, found in versions.items() if found},
         # Where the repository's history is not at hand, BENCH_COMMIT names the commit.
         "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
-        # The results of an earlier run are no change to what is measured. A launch table that was tuned right before
-        # is one, and its digest is the next entry.
+        # Results of an earlier run do not change what is measured. A launch table that was tuned just before does,
+        # and the next entry is its digest.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!kernels/tables.json")),
         "launch tables": hashlib.sha256((ROOT / "kernels" / "tables.json").read_bytes()).hexdigest()[:16],
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -77,8 +77,8 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
 
 @contextmanager
 def importable() -> Iterator[None]:
-    """Processes that are started within it find this checkout's packages."""
-    sys.path.insert(0, str(ROOT))  # new processes get it
+    """Makes this checkout importable in processes that are started within the context."""
+    sys.path.insert(0, str(ROOT))  # new processes inherit it
     try:
         yield
     finally:
@@ -86,9 +86,10 @@ def importable() -> Iterator[None]:
 
 
 def in_processes(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
-    """What a function returns in fresh processes that can import this checkout; a process's number comes first.
+    """Calls a function in fresh processes that can import this checkout, and returns their results.
 
-    Where the system can fork, they are forks of a process that has imported PyTorch and done nothing else.
+    The function's first argument is the number of the process. Where the system can fork, the processes are forks of
+    one that has imported PyTorch and done nothing else.
     """
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
     set_forkserver_preload(["torch"])

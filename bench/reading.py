@@ -1,4 +1,4 @@
-"""Result files, read for the pages, and the words in which pages speak of them."""
+"""Reads result files for the pages, and formats their figures as Markdown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .machine import RESULTS
 
 Row = dict[str, Any]
 
-#: Commands whose result files have their name at the beginning. The others are those of `bench.run`.
+#: Commands whose result files begin with the command's name. All other result files are those of `bench.run`.
 COMMANDS = ("distributed", "proofs", "comparison", "tune", "gpu")
 
 
 class Results:
-    """Result files by command and then by name, the newest first. Quick runs are not among them."""
+    """Result files by command and then by name, the newest first. Quick runs are left out."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
         read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -37,9 +37,9 @@ class Results:
         raise SystemExit(f"no result in bench/results has {section}: python -m bench.{command}")
 
     def newest_proofs(self) -> tuple[str, Row] | None:
-        """What `bench.proofs` found, by itself or as a part of a full run: the newest that compiled all kernels.
+        """The newest result of `bench.proofs` that compiled all kernels, or else the newest that compiled some.
 
-        Where there is none, it is the newest that compiled some.
+        It may be a file of its own or a part of a result of `bench.run`.
         """
         parts = {
             name: result["proofs"] | {"header": result["header"]}
@@ -51,7 +51,7 @@ class Results:
 
 
 def table(cells: DataFrame, head: Sequence[str]) -> str:
-    """A table of text as Markdown; `head` is above its columns."""
+    """A table as Markdown, with `head` above the columns."""
     return cells.to_markdown(headers=["", *head], tablefmt="github", disable_numparse=True)
 
 
@@ -80,11 +80,11 @@ def embedded(name: str, text: str) -> str:
 
 
 def where(header: Row) -> str:
-    """The machine, the software and the age of a run."""
+    """The machine, PyTorch's version, date and commit of a run."""
     return heading(header, f"PyTorch {header['versions']['torch']}")
 
 
 def heading(header: Row, *more: str) -> str:
-    """The machine and the age of a run, and whatever `more` says of it."""
+    """The machine, date and commit of a run, and whatever `more` adds."""
     cores = f"{header['cores']} cores of an " if header["kind"] == "cpu" else ""
     return ", ".join([f"{cores}{header['device']}", *more, header["date"], f"commit {header['commit'][:7]}"])

@@ -2,10 +2,10 @@
 
     python -m bench.run [--minutes 9] [--quick] [--out DIR]
 
-It runs the gate, then measures losses side by side, memory, a model's training step, bytes that the kernels move and
-kernels compiled without a GPU, and fits how cost grows. It writes DIR/<device>-<date>.json, which `bench.figures`
-draws. The most important figures come first. When the time is up, nothing more is started, and the file lists what was
-left out. To run it without an install, set PYTHONPATH=. before it.
+It first checks that losses are right. Then it measures losses side by side, peak memory, a model's training step and
+the bytes that kernels move, compiles the kernels without a GPU, and fits how cost grows. It writes
+DIR/<device>-<date>.json, which `bench.figures` draws. The most important figures come first. When the time is up,
+nothing more is started, and the file lists what was left out. To run it without an install, set PYTHONPATH=. before it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .speed.workload import DEVICE, Case, cases
 
 QUICK_MINUTES = 2.0
 
-#: A suite may finish the case that it is in, but is ended so many seconds after its deadline.
+#: The suite may finish its current case after the deadline, but is killed this many seconds later.
 GRACE = 120.0
 
-#: Two cores need about that long to compile every kernel. With less time left, only models' shapes are compiled.
+#: Two cores need about this long to compile every kernel. With less time left, only models' shapes are compiled.
 FULL_PROOFS_SECONDS = 1800.0
 
 Result = dict[str, Any]
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
-    """Each step starts measurements until its share of the time is over; time that it leaves is the next step's."""
+    """Each step starts measurements until its share of the time is over. The next step gets the time that it leaves."""
     result: Result = {"header": machine.header(arguments, minutes=minutes, quick=quick)}
     result |= {"gates": [], "rows": [], "memory": [], "training step": [], "traffic": [], "proofs": None}
     result |= {"left out": [], "failed": []}
@@ -71,7 +71,7 @@ def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
 
 
 def _speed(result: Result, deadline: float) -> None:
-    """Has pytest run the suite in its own process: a loss that crashes it takes only what comes after."""
+    """Has pytest run the suite in its own process. If a loss crashes it, what was measured before is kept."""
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder, "records")
         records.touch()
@@ -93,7 +93,7 @@ def _memory(result: Result, deadline: float) -> None:
     judged = {(gate["kind"], gate["provider"], gate["dtype"]): gate["status"] for gate in result["gates"]}
     for case, provider in tqdm(memory_cases(), desc="memory", unit="process"):
         status = judged.get((case.kind, provider.name, case.dtype), "not judged")
-        if status in ("green", "not judged"):  # for the others, the gate has the reason
+        if status in ("green", "not judged"):  # the gate's entry has the reason for the others
             fields = case._asdict() | {"provider": provider.name}
             until = deadline if status == "green" else 0.0
             measure = partial(memory.of_loss, provider.name, case)
@@ -141,7 +141,7 @@ def _proofs(result: Result, deadline: float) -> None:
 
 
 def _proof(result: Result, deadline: float, module: str, flag: str, *more: str) -> Any:
-    """What `bench.proofs` or a module of it writes to the file that follows its flag."""
+    """Runs `bench.proofs` or one of its modules, and returns what it writes to the file that `flag` names."""
     name = module.rpartition(".")[2]
     if time.time() >= deadline:
         result["left out"].append(" ".join([f"{name}: python -m {module}", *more]))

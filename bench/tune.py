@@ -2,10 +2,11 @@
 
     python -m bench.tune [--minutes 8] [--table FILE] [--out DIR]
 
-It tries warps, logits a thread, tiles a program and programs a multiprocessor for forward, backward and one pass, over
-vocabularies of 1k to 256k and 256 to 32k rows of bfloat16 logits. The device's entry goes into kernels/tables.json,
-which the launchers read when they are imported; every time that was measured goes into DIR. When the time is up,
-what was measured is kept, and the rest keeps the arithmetic program.
+It varies the number of warps, logits per thread, tiles per program and programs per multiprocessor, for forward,
+backward and one pass, over vocabularies of 1k to 256k and 256 to 32k rows of bfloat16 logits. The device's entry goes
+into kernels/tables.json, which the launchers read when they are imported; every time that was measured goes into DIR.
+When the time is up, shapes that were measured are used, and all others keep the program that `kernels/launch.py`
+computes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tuned(
     todo: list[Point], chip: Chip, clock: Clock, seconds: float, about: dict[str, Any], now: Callable[[], float]
 ) -> dict[str, Any]:
-    """The table, all times, and what there was no time for."""
+    """The launch table, all times, and the points that there was no time for."""
     deadline = now() + seconds
     with tqdm(todo, desc="tune", unit="point") as bar:
         measured, left_out = search.search(bar, chip, clock, lambda: now() < deadline)
@@ -97,7 +98,7 @@ def _launches(measured: Measured) -> list[dict[str, Any]]:
 
 
 def write(path: Path, device: str, entry: dict[str, Any]) -> None:
-    """Replaces a device's entry, and reads the file back as the launchers do. A fault leaves the file as it was."""
+    """Replaces a device's entry, and reads the file back as the launchers do. If that fails, the file is restored."""
     before = path.read_text() if path.exists() else "{}"
     path.write_text(json.dumps(json.loads(before) | {device: entry}, indent=1) + "\n")
     try:
@@ -108,7 +109,7 @@ def write(path: Path, device: str, entry: dict[str, Any]) -> None:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """What the table gains at every point that it was chosen by."""
+    """What the table gains at every point that decided about it."""
     lines = []
     for operation in ("forward", "backward", "one_pass"):
         for step in found["table"][operation]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100  # the label of tokens that count in no loss
+IGNORED = -100  # the label of tokens that no loss counts
 
 
 def _functions() -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ def functions(count: int = 600) -> list[tuple[str, str]]:
 
 
 def tokenized(tokenizer: Any, length: int = 64, padding_label: int = IGNORED) -> list[dict[str, list[int]]]:
-    """The functions as rows of equal length. The labels of the prompt are ignored."""
+    """The functions as rows of equal length. The labels of prompts are ignored."""
     rows = []
     for prompt, body in functions():
         head = tokenizer(prompt, add_special_tokens=False).input_ids[: length // 2]
@@ -45,7 +45,7 @@ def tokenized(tokenizer: Any, length: int = 64, padding_label: int = IGNORED) ->
 
 
 def batches(rows: list[dict[str, list[int]]], size: int, device: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of tensors without an end."""
+    """Endless batches of tensors."""
     endless = itertools.cycle(rows)
     while True:
         batch = list(itertools.islice(endless, size))

@@ -1,4 +1,6 @@
-"""TRL's DPOTrainer with this package's log-probabilities, by one line: bodies of Python functions, not stubs.
+"""TRL's DPOTrainer with this package's log-probabilities, by one added line.
+
+The model learns to prefer bodies of Python functions to stubs.
 
 Run it by `python examples/dpo.py [--model NAME] [--steps N]`.
 """

@@ -2,8 +2,8 @@
 
 Run it by `torchrun --standalone --nproc-per-node 2 examples/fsdp2.py [--model NAME] [--steps N]`.
 
-The head belongs to the root's group, whose weights are there while the loss is taken. Ranks ignore unequal numbers of
-tokens, so the loss is divided by the count of all ranks.
+The head belongs to the root module's FSDP group, so its weight is gathered while the loss is taken. Ranks ignore
+unequal numbers of tokens, so the loss is divided by the count of all ranks.
 """
 
 import itertools
@@ -30,7 +30,7 @@ model.to(DEVICE).train()
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)  # embedding, last norm and head
-patch_model(model)  # before fully_shard or after it
+patch_model(model)  # before or after fully_shard
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 data = batches(tokenized(tokenizer)[rank::ranks], 4, DEVICE)
@@ -47,5 +47,5 @@ for step, batch in enumerate(itertools.islice(data, options.steps), 1):
 
 if rank == 0:
     print(fusion_report(model))
-dist.barrier()  # so that no rank is gone while another one still works
+dist.barrier()  # so that no rank leaves while another one still works
 dist.destroy_process_group()

@@ -1,4 +1,6 @@
-"""TRL's GRPOTrainer with this package's log-probabilities, by one line; the reward is for lower-case letters.
+"""TRL's GRPOTrainer with this package's log-probabilities, by one added line.
+
+The reward is the share of lower-case letters.
 
 Run it by `python examples/grpo.py [--model NAME] [--steps N]`.
 """

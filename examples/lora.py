@@ -1,4 +1,4 @@
-"""LoRA adapters (PEFT) in transformers' Trainer. The head is frozen: the matrix product of its gradient is not done.
+"""LoRA adapters (PEFT) in transformers' Trainer. The head is frozen, so its gradient is not computed.
 
 Run it by `python examples/lora.py [--model NAME] [--steps N]`.
 """
@@ -15,7 +15,7 @@ from models import GPU, arguments, load
 options = arguments()
 model, tokenizer = load(options.model)
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"))
-patch_model(model)  # before get_peft_model or after it
+patch_model(model)  # before or after get_peft_model
 
 with tempfile.TemporaryDirectory() as folder:
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""The examples' models: from a hub or a folder by name; without a name, a small random one that needs no download."""
+"""The examples' models: by name from a hub or a folder, or a small random one that needs no download."""
 
 import argparse
 import itertools
@@ -23,7 +23,7 @@ SIZES = {
 
 
 def arguments() -> argparse.Namespace:
-    """What every example is told by its command line."""
+    """The command-line arguments of every example."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--model", metavar="NAME", help="name or folder of a causal model; a small random Llama if absent"
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
 
 
 def load(name: str | None, tied: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer). `tied`: the small model's head is the embedding's weight."""
+    """(model, tokenizer). If `tied`, the small model's head is the embedding's weight."""
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

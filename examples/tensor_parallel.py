@@ -44,5 +44,5 @@ if rank == 0:
     rows = model.lm_head.weight.to_local().shape[0]
     print(f"this rank holds {rows} of {model.lm_head.weight.shape[0]} rows of the head")
     print(fusion_report(model))
-dist.barrier()  # so that no rank is gone while another one still works
+dist.barrier()  # so that no rank leaves while another one still works
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""transformers' Trainer with evaluation: loss and accuracy, and no logits for either.
+"""transformers' Trainer with evaluation. Neither the loss nor the accuracy needs all logits at once.
 
 Run it by `python examples/trainer.py [--model NAME] [--steps N]`.
 """
@@ -19,7 +19,7 @@ patch_model(model)  # the only change
 
 
 def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """One id per token instead of logits; computed a tile of logits at a time."""
+    """One id per token instead of logits. It is computed from a tile of logits at a time."""
     return logits.argmax(-1)
 
 

@@ -1,1 +1,1 @@
-"""What maintainers run: a release, and the layout of Hugging Face's `kernels`."""
+"""Programs for maintainers. They build a release, and the layout that Hugging Face's `kernels` loads."""

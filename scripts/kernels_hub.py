@@ -6,7 +6,7 @@
     build/kernels-hub/build/torch-universal/fused_ignore_ce/__init__.py, for `kernels` before 0.12
 
 "Universal" means for every device: Triton compiles the kernels where they run, and PyTorch does the rest. The loader
-imports the package under the id of `metadata.json`, so the package may import its own files relatively only.
+imports the package under the id of `metadata.json`, so the package has to import its own modules relatively.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .project import ROOT, metadata
 PACKAGE = ROOT / "fused_ignore_ce"
 #: The version that users ask `get_kernel` for. It is raised when a public name goes or changes its meaning.
 INTERFACE = 1
-#: Beginnings of names. `python -m` does not reach a package that `kernels` loaded.
+#: Files whose names begin like this are left out, because `python -m` cannot run a package that `kernels` loaded.
 COMMANDS = ("__main__", "demo")
 
 README = """\
@@ -73,7 +73,7 @@ globals().update({{name: getattr(_package, name) for name in __all__}})
 
 
 def sources() -> Iterator[tuple[str, bytes]]:
-    """(name inside the package, content) of every file that is loaded, the kernels' among them."""
+    """(name inside the package, content) of every file to write, including those of the kernels."""
     for path in sorted([*PACKAGE.rglob("*"), *(PACKAGE / "kernels").iterdir()]):
         name = path.relative_to(PACKAGE).as_posix()
         if path.suffix in (".py", ".json") and not name.startswith(COMMANDS):
@@ -81,7 +81,7 @@ def sources() -> Iterator[tuple[str, bytes]]:
 
 
 def write(out: Path) -> Path:
-    """Writes the repository in place of one that is there, and returns the folder of its only variant."""
+    """Writes the repository, replacing one that is there, and returns the folder of its only variant."""
     files = dict(sources())
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in files.items())).hexdigest()
     project = metadata()
@@ -113,7 +113,7 @@ def write(out: Path) -> Path:
 
 
 def main() -> None:
-    """Writes build/kernels-hub, or the folder that is given."""
+    """Writes build/kernels-hub, or the folder that `--out` names."""
     parser = argparse.ArgumentParser(prog="python -m scripts.kernels_hub", description="Writes a kernel repository.")
     default = ROOT / "build" / "kernels-hub"
     parser.add_argument("--out", type=Path, metavar="DIR", default=default, help="the repository's folder, replaced")

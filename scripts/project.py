@@ -1,4 +1,4 @@
-"""What the repository's files say of the project."""
+"""Reads the project's metadata and version from the repository's files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def metadata(root: Path = ROOT) -> dict[str, Any]:
 
 
 def version(root: Path = ROOT) -> str:
-    """The package's `__version__`, read without an import: a release needs no PyTorch."""
+    """The package's `__version__`, read without importing it, so that a release needs no PyTorch."""
     source = (root / "fused_ignore_ce" / "__init__.py").read_text(encoding="utf-8")
     values = [
         ast.literal_eval(node.value)

@@ -1,8 +1,8 @@
-"""A release: `make release` says what does not agree yet, or else builds dist/ and checks it.
+"""Makes a release: `make release` says what is inconsistent or, if nothing is, builds dist/ and checks it.
 
-The version of `fused_ignore_ce/__init__.py` is the one that counts. CHANGELOG.md, CITATION.cff and the tag have to say
-the same, and nothing may be left to commit. `make release TAG=v0.2.0` is what CI runs for a tag; without a tag, the
-command to make one is printed.
+The version is that of `fused_ignore_ce/__init__.py`. CHANGELOG.md, CITATION.cff and the tag have to name the same one,
+and nothing may be left to commit. `make release TAG=v0.2.0` is what CI runs for a tag; without a tag, the command to
+make one is printed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Section(NamedTuple):
 
 
 def sections(changelog: str) -> list[Section]:
-    """The releases from the newest, under headings such as `## [0.2.0] - 2026-11-24`."""
+    """The releases, the newest first, from headings such as `## [0.2.0] - 2026-11-24`."""
     text = re.sub(r"^\[[^\]]+\]: .*$", "", changelog, flags=re.MULTILINE)  # the definitions of links
     _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
     found = []
@@ -41,7 +41,7 @@ def sections(changelog: str) -> list[Section]:
 
 
 def problems(root: Path = ROOT, tag: str | None = None) -> list[str]:
-    """What keeps the commit that is checked out from being released."""
+    """The reasons why the commit that is checked out cannot be released."""
     own = version(root)
     expected = f"v{own}"
     found = []
@@ -91,7 +91,7 @@ def _citation_problems(root: Path, own: str) -> list[str]:
 
 
 def build(root: Path, out: Path) -> list[Path]:
-    """Builds the sdist and, from it, the wheel, with the tools of this environment; returns the files, checked."""
+    """Builds the sdist and, from it, the wheel, with the tools of this environment. Checks both, and returns them."""
     tools = [sys.executable, "-m"]
     subprocess.run([*tools, "build", "--no-isolation", "--outdir", str(out), str(root)], check=True)
     files = sorted(out.iterdir())

@@ -1,4 +1,4 @@
-"""Shared by all tests: where they run, poisoned memory, and the rule by which results are judged.
+"""Shared by all tests: the device, poisoned memory, and the rule by which results are judged.
 
 Without a CUDA device, the Triton kernels run in Triton's interpreter on CPU tensors.
 """
@@ -21,13 +21,13 @@ from .versions import release
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-else:  # without it, cuBLAS multiplies no matrices where algorithms have to be deterministic
+else:  # cuBLAS refuses matrix products in deterministic mode without it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one core each
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core per process
     torch.set_num_threads(1)
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    # PyTorch's compile cache takes code for AVX-512 for code for AVX2, and the other way round: the result is wrong, or
-    # the process dies. So a run never finds what another one compiled; its own processes share the folder.
+    # PyTorch's compile cache confuses code for AVX-512 with code for AVX2: the result is wrong, or the process dies. So
+    # a run never finds what another one compiled. The processes of one run share the folder.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fused_ignore_ce-inductor-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
@@ -39,7 +39,7 @@ if DEVICE == "cpu" and release("triton") >= (3, 7):
 
 
 def _import_from_root(name):
-    """Makes a package importable, and nothing else: the repository's root on sys.path would offer `kernels` as well."""
+    """Makes only this package importable. With the repository's root on sys.path, `kernels` would be, too."""
     file = Path(__file__).parent.parent / name / "__init__.py"
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -61,14 +61,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Garbage is not looked for among what the modules of the tests imported: that takes a fifth of the time."""
+    """Excludes what the test modules imported from garbage collection, which would take a fifth of the time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
-    """Same numbers every run, and memory nobody wrote reads as NaN (PyTorch fills it in deterministic mode)."""
+    """Every run draws the same numbers. Memory that nobody wrote is NaN: PyTorch fills it in deterministic mode."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -77,7 +77,7 @@ def _seeded_and_poisoned():
 
 @pytest.fixture
 def precision_of_its_own(monkeypatch):
-    """transformers 4 leaves a trainer's mixed precision in the environment, and accelerate in its state."""
+    """Resets mixed precision: transformers 4 leaves a trainer's in the environment, and accelerate in its state."""
     accelerate = pytest.importorskip("accelerate")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -167,7 +167,7 @@ def plan(request, monkeypatch):
 
 @pytest.fixture
 def took(monkeypatch):
-    """The losses that a patched model took: "linear" from hidden states, "logits" from logits."""
+    """How the losses of a patched model were computed: "linear" from hidden states, "logits" from logits."""
     from fused_ignore_ce.deferred import loss, product
 
     taken = []

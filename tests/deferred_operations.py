@@ -64,7 +64,7 @@ LOG_PROBS = {
     "classes-second": lambda x: x.transpose(1, 2).log_softmax(1),
 }
 
-#: name -> what reads or writes the logits
+#: name -> operation that reads or writes the logits
 OTHERS = {
     "double": lambda x: x.double(),
     "sum": lambda x: x.sum(-1),
@@ -112,7 +112,7 @@ class Doubled(torch.autograd.Function):
 
 
 class Cloned(torch.autograd.Function):
-    """What DDP does to a model's outputs."""
+    """Does what DDP does to a model's outputs."""
 
     @staticmethod
     def forward(ctx, x):

@@ -29,7 +29,7 @@ def batch(classes=V, seed=0, shape=(2, 9)):
 
 
 def step(model, **inputs):
-    """Loss, gradients, and the loss's logits."""
+    """(outputs, gradients), with an upstream gradient that is not 1."""
     model.zero_grad()
     outputs = model(**inputs)
     (outputs.loss * 0.5).backward()
@@ -47,7 +47,7 @@ def assert_same(ours, plain):
 
 
 class QuantizedHead(nn.Linear):
-    """Its product is nobody's F.linear."""
+    """A head that does not call F.linear for its product."""
 
     def forward(self, hidden):
         return torch.einsum("btd,vd->btv", hidden, self.weight.round(decimals=2))

@@ -1,4 +1,4 @@
-"""What the tests of patched training share: a tiny model, its batches, the loop. As a script: one of two processes."""
+"""A tiny model, its batches and a training loop, for tests of patched models. Run as a script, one of two processes."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ V, T, PAD = 101, 14, 0
 
 
 def llama(seed=0, cls=LlamaForCausalLM, **config):
-    """The same weights every time."""
+    """A tiny Llama, with the same weights every time."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -31,12 +31,12 @@ def llama(seed=0, cls=LlamaForCausalLM, **config):
 
 
 def examples(count, seed=1, ignored=-100):
-    """Prompts of unequal length and padding on the right, their labels `ignored`: unequal numbers of kept tokens."""
+    """Rows with unequal numbers of kept tokens: labels of prompts, and of padding on the right, are `ignored`."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):
         start = torch.randint(V, (1,), generator=generator)
-        ids = 3 + (start + 7 * torch.arange(T)) % (V - 3)  # 7 further on: can be learnt
+        ids = 3 + (start + 7 * torch.arange(T)) % (V - 3)  # each id is 7 more than the one before, which can be learnt
         labels = ids.clone()
         labels[: 1 + 5 * i % 9] = ignored
         length = T - 3 * (i % 2)
@@ -53,7 +53,10 @@ def batches(steps, rows=3, **options):
 
 
 def trajectory(model, batches, *, lr=0.3, backward=torch.Tensor.backward, optimizer=None, context=None, outside=False):
-    """The loss of every step, and the outputs of the last; `outside`: taken after a forward without labels."""
+    """Trains. Returns the loss of every step and the outputs of the last.
+
+    With `outside`, the loss is taken after a forward without labels.
+    """
     optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     losses = []
@@ -91,7 +94,7 @@ def spied(monkeypatch):
 
 
 def assert_same(ours, expected, rel=1e-5):
-    """Equal up to rounding, and training did something: the loss of an untrained model hides wrong gradients."""
+    """Losses are equal up to rounding, and fall: the loss of a model that does not learn would hide wrong gradients."""
     assert len(ours) == len(expected)
     difference = max(abs(a - b) / abs(b) for a, b in zip(ours, expected, strict=True))
     assert difference <= rel, f"{difference:.1e} relative: {ours}, unpatched {expected}"
@@ -104,7 +107,7 @@ def assert_deferred(outputs):
 
 
 def sharded(model, *, layers=True, head=None, dtype=torch.float32, **root):
-    """FSDP2: each layer, the head if `head` has its options, and the rest."""
+    """Shards by FSDP2: each layer, the head if `head` has options for it, and the rest."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers if layers else ():
         fully_shard(layer, mp_policy=policy)
@@ -113,7 +116,7 @@ def sharded(model, *, layers=True, head=None, dtype=torch.float32, **root):
     return fully_shard(model, mp_policy=policy, **root)
 
 
-#: How a model is wrapped for two processes; a second function patches it once it is wrapped.
+#: How a model is wrapped for two processes. A second function, where there is one, patches the wrapped model.
 DISTRIBUTED = {
     "DDP": DistributedDataParallel,
     "DDP, patched itself": (DistributedDataParallel, patch_model),
@@ -133,7 +136,7 @@ DISTRIBUTED = {
 
 
 def train_distributed(name, patched, rank):
-    """The losses of this rank, whose batches are its own; `patched` is False, True or "outside"."""
+    """This rank's losses on its own batches, and the calls of the linear loss. `patched`: False, True or "outside"."""
     wrap, patch_wrapped = DISTRIBUTED[name] if isinstance(DISTRIBUTED[name], tuple) else (DISTRIBUTED[name], None)
     model = llama()
     if patched and patch_wrapped is None:

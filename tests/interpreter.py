@@ -1,4 +1,4 @@
-"""Triton's interpreter, without the work that it does over and over. Kernels compute the same, bit for bit."""
+"""Makes Triton's interpreter faster, by leaving out repeated work. Kernels compute the same, bit for bit."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ def make_it_fast():
 
 
 def _prepare_once_per_launch():
-    """The interpreter replaces all functions of triton.language by its own ones when a kernel is launched, and again
-    whenever the kernel calls a @triton.jit function. Here it does so once per launch and module of the functions.
+    """The interpreter replaces all functions of triton.language by its own when a kernel is launched, and again
+    whenever the kernel calls a @triton.jit function. Here it does so once per launch and module.
     """
     replace, replaced = interpreter._patch_lang, []
 
@@ -34,7 +34,7 @@ def _prepare_once_per_launch():
 
 
 def _keep_types():
-    """Every value in a kernel has a type and a shape, which are made of many objects. Equal ones are made once."""
+    """Every value in a kernel has a type and a shape, which are made of many objects. Here, equal ones are shared."""
     block_types, shapes, numpy_types = {}, {}, {}
     new_block_type, numpy_type = tl.block_type.__init__, interpreter._get_np_dtype
 
@@ -69,8 +69,8 @@ def _keep_types():
 
 
 def _leave_out_what_is_not_judged():
-    """Whether sums, differences and products of integers overflow is computed each time, with nine more operations, and
-    then only looked at in debug mode, which the interpreter is never in.
+    """For every sum, difference and product of integers, the interpreter computes by nine more operations whether it
+    overflows. It uses the answer only in debug mode, which is never on, so that here the answer is not computed.
     """
     builder = interpreter.interpreter_builder
     assert not builder.options.debug

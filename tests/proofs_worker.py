@@ -1,4 +1,4 @@
-"""Compiles small kernels without a GPU, in a process of its own, where Triton must not interpret; prints JSON."""
+"""Compiles small kernels without a GPU, and prints JSON. A process of its own, because Triton must not interpret."""
 
 import json
 import sys
@@ -83,7 +83,7 @@ def liger():
 
 
 def launched():
-    """The kernels that Triton's launcher got, all that there are, and what is said of wrong arguments and kernels."""
+    """The kernels that the launcher and a profiler saw, all that exist, and the errors of two broken launchers."""
     from fused_ignore_ce.kernels import prepare
 
     profiled = []
@@ -102,7 +102,7 @@ def launched():
 
 
 def error_of(function, *arguments):
-    """What an AssertionError of a function says."""
+    """The message of a function's AssertionError; empty if it raises none."""
     try:
         function(*arguments)
     except AssertionError as error:
@@ -111,7 +111,7 @@ def error_of(function, *arguments):
 
 
 def tiles():
-    """Launches of random shapes that ask for a kernel which no case has."""
+    """Draws launches of random shapes, and lists those that ask for a kernel that no case has."""
     import random
 
     target = compiling.Target("cuda", 90)
@@ -128,7 +128,7 @@ def tiles():
 
 
 def tuned():
-    """Kernels that a measured table asks for, beside those of the arithmetic one: of its architecture, of another."""
+    """The launch tables of the kernels for a table's own architecture and for another, if a measured table is added."""
     from fused_ignore_ce.kernels.tables import TABLES, Program, Table
 
     ladder = ((None, Program(2, thread_logits=32)),)

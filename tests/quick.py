@@ -1,6 +1,6 @@
-"""The selection of `make test-quick` (`pytest --quick`): of every test, the first case of every backend."""
+"""The selection of `make test-quick` (`pytest --quick`): the first case of every test on every backend."""
 
-#: Tests that take long even so, and are left to `make test`. Every file keeps at least one.
+#: Tests whose first case takes long already. They are left to `make test`. Every file keeps at least one test.
 SLOW = {
     "test_bench_distributed.py": {"test_the_losses_send_a_few_numbers_a_kept_token"},
     "test_bench_gpu.py": {"test_a_part_ends_with_all_that_it_started_when_its_time_is_over"},

@@ -1,4 +1,4 @@
-"""A rank: one of the processes of `ranks.py`, which asks it for functions of this file or of `tp_worker.py`."""
+"""One of the processes of `ranks.py`. It calls functions of this file or of `tp_worker.py` for them."""
 
 import contextlib
 import importlib
@@ -18,15 +18,15 @@ from fused_ignore_ce import distributed
 from fused_ignore_ce.linear import calls
 from fused_ignore_ce.linear.plan import VOCABULARY_BLOCKS, LinearPlan
 
-#: Of the first 1, 2, ... ranks.
+#: Process groups of the first 1, 2, ... ranks, by the number of ranks.
 GROUPS: dict = {}
 
 
 def call(ranks, loss, tensors, wanted=(), upstream=None, compiled=None, backwards=1, plan=None, **options):
     """A loss and its gradients: {"loss", "stats", the gradient of each of `wanted`, "collectives"}, or {"error"}.
 
-    The collectives are the names of those of forward and of those of backward. `plan` forces one of the linear loss;
-    `compiled` is the backend of torch.compile, if it is to be compiled.
+    "collectives" has the names of those that were called in forward and in backward. `plan` forces a plan of the linear
+    loss. `compiled` is the backend of torch.compile; without it, the loss is not compiled.
     """
     tensors = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
     group = None if ranks is None else GROUPS[ranks]
@@ -63,7 +63,7 @@ def log_probs_and_entropy(ranks, tensors, upstream, plan, **options):
 
 
 def second_derivative(ranks):
-    """The error that `create_graph=True` meets."""
+    """The message of the error that `create_graph=True` raises."""
     x = torch.randn(3, 4, requires_grad=True)
     loss = fused_ignore_ce.fused_cross_entropy(x, torch.tensor([1, 5, 7]), process_group=GROUPS[ranks])
     try:
@@ -74,7 +74,7 @@ def second_derivative(ranks):
 
 @contextlib.contextmanager
 def forced(plan):
-    """A plan of the linear loss, with chunks and blocks that divide nothing."""
+    """Forces a plan of the linear loss, with chunks and blocks that divide nothing."""
     if plan is None:
         yield
         return
@@ -88,7 +88,7 @@ def forced(plan):
 
 @contextlib.contextmanager
 def counting(counted, phase):
-    """The names of the collectives that are called, in order."""
+    """Records the names of the collectives that are called, in order, in `counted[phase]`."""
     names = counted.setdefault(phase, [])
 
     def wrap(name, function):
@@ -107,7 +107,7 @@ def counting(counted, phase):
 
 def main(rank, world, folder):
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed is no answer
+    os.dup2(2, 1)  # so that what is printed is not taken for an answer
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
@@ -128,7 +128,7 @@ def main(rank, world, folder):
             answer = False, traceback.format_exc()
         pickle.dump(answer, answers)
         answers.flush()
-    os._exit(0)  # without the group's farewell, which waits for ranks that may be gone
+    os._exit(0)  # skips the group's shutdown, which waits for ranks that may be gone
 
 
 if __name__ == "__main__":

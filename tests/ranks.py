@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 class Ranks:
     """`run` calls a function of `rank_worker.py` on the first ranks, each with its own arguments.
 
-    They start with the first call, and again with the first one after they did not answer.
+    The processes start with the first call. If one does not answer, all are stopped, and the next call starts new ones.
     """
 
     def __init__(self, world, folders):
@@ -35,7 +35,7 @@ class Ranks:
         ]  # fmt: skip
 
     def run(self, name, arguments, timeout=300):
-        """What the function returned, on every rank; `arguments` has the keyword arguments of each."""
+        """Calls a function, and returns every rank's result. `arguments` has the keyword arguments for each rank."""
         if not self.processes:
             self._start()
         processes = self.processes[: len(arguments)]

@@ -1,4 +1,4 @@
-"""What the documentation shows, as tests read it: blocks of code, of any Markdown file, and links."""
+"""Reads the blocks of code and the links of Markdown files, for the tests of the documentation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(NamedTuple):
     line: int  # of its first line of code, from 1
     language: str
     code: str
-    output: str | None  # what the block of "text" right behind it says that it prints
+    output: str | None  # what it prints, if a block of "text" follows it directly
 
     def run(self, scope: dict[str, Any]) -> None:
         """Executes a Python block; errors name the page and the line in it."""
@@ -46,12 +46,12 @@ class Block(NamedTuple):
 
     @property
     def checks(self) -> bool:
-        """Whether running it can fail for another reason than an error."""
+        """Whether running the block also checks a result."""
         return self.output is not None or "assert" in self.code
 
 
 def blocks(page: Path, language: str = "python") -> list[Block]:
-    """The fenced blocks of a language, also those that are indented, in the order of the page."""
+    """The fenced blocks of a language, including indented ones, in the order of the page."""
     text = page.read_text(encoding="utf-8")
     found = list(_FENCE.finditer(text))
     made = []

@@ -1,4 +1,4 @@
-"""The bench's arithmetic on numbers that a reader can redo; nothing here looks at a clock."""
+"""The bench's arithmetic on numbers that a reader can check by hand. Nothing is timed."""
 
 import itertools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The chain of parts for a GPU, with parts that need none: what stops it, what is said of it, and what is kept."""
+"""The chain of `bench.gpu`, with parts that need no GPU: what stops it, what it reports, and what it keeps."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The bench's promises: no speed of what is wrong, a reason for what is missing, a list of what there was no time for.
+"""The bench's promises: wrong losses are not timed, missing ones have a reason, and what was left out is listed.
 
 pytest runs the suite in a process of its own, as `bench.run` has it, with a plugin that puts small cases and odd losses
 in place of the real ones.

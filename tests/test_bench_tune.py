@@ -1,4 +1,4 @@
-"""The tuner, but for the clock: what it tries, what it chooses, what it writes, and that the launchers take it."""
+"""The tuner without its clock: what it tries, chooses and writes, and that the launchers use it."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from fused_ignore_ce.kernels.tables import ARITHMETIC, Program
 
 ABOUT = {"device": "Chip", "date": "2026-01-01", "command": "python -m bench.tune", "versions": {}, "commit": "abc"}
 
-#: By operation and vocabulary, programs that no rule would come to.
+#: By operation and vocabulary, programs that no rule would lead to.
 BEST = {
     ("forward", 32000): Program(4, 8, programs=8),
     ("forward", 128256): Program(2, 32, programs=2),
@@ -76,7 +76,7 @@ def test_what_is_written_is_what_the_launchers_take(tmp_path):
                 point = Point(operation, N, V)
                 assert own == search.launch_of(BEST[operation, V], point, INTERPRETED)
                 assert made_up(point, own) == 1e-6
-    # The measurements are there: of every step, both numbers of rows.
+    # Every step has its measurements, at both numbers of rows.
     [first, last] = json.loads(path.read_text())["Chip"]["forward"]
     assert (first["row_bytes"], last["row_bytes"]) == (round(2 * (32000 * 128256) ** 0.5), None)
     assert [(each["N"], each["V"]) for each in first["measured"]] == [(8192, 32000), (64, 32000)]

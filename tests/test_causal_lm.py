@@ -1,4 +1,4 @@
-"""fused_causal_lm_loss is transformers' ForCausalLMLoss, and the README's three ways to ignore tokens."""
+"""`fused_causal_lm_loss` equals transformers' ForCausalLMLoss; the README's three ways to ignore tokens are right."""
 
 import pytest
 import torch

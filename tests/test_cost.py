@@ -1,4 +1,4 @@
-"""`python -m fused_ignore_ce plan`: arithmetic by hand, and against peaks that were measured in fresh processes."""
+"""`python -m fused_ignore_ce plan`: its arithmetic agrees with that by hand, and with peaks in fresh processes."""
 
 import sys
 
@@ -105,5 +105,5 @@ def test_formulas_hold_in_a_process(dtype, N, D):
     assert 0.99 * predicted <= of_loss(LINEAR[0].name, linear) <= 1.03 * predicted
     plan = cost.linear_cost(N, 32768, D, dtype=of, device="cpu").plan
     rows, classes = plan.tile(N, 32768)
-    # The plan names the most that it may hold. Its tile of logits is there in any case, temporaries need not be.
+    # The plan tells the most that it may hold. It always holds a tile of logits, but not always temporaries.
     assert rows * classes * of.itemsize <= of_loss(LINEAR[-1].name, linear) <= plan.bytes

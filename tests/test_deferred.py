@@ -1,4 +1,4 @@
-"""Deferred logits are the logits: whatever is done to them gives what it gives without deferral, gradients included."""
+"""Whatever is done to deferred logits gives what it gives without deferral, gradients included."""
 
 import copy
 import pickle
@@ -114,7 +114,7 @@ def test_programs_of_random_operations(seed):
             torch.manual_seed(seed)
             after = (RECORDED | OTHERS)[name](pair[1].clone())
         except (RuntimeError, IndexError, TypeError, ValueError):
-            continue  # not for logits of this shape
+            continue  # the operation is not for logits of this shape
         if after.dim() == 0 or after.numel() == 0:
             continue
         done.append(name)
@@ -151,7 +151,7 @@ def test_dtypes_are_those_of_the_logits(dtype, autocast, upcast, no_worse):
             losses.append(F.cross_entropy(logits.view(-1, V), target))
     wide = [t.detach().double().requires_grad_() for t in leaves]
     losses.append(F.cross_entropy(F.linear(*wide).view(-1, V), target))
-    via = torch.bfloat16 if autocast else dtype  # of the logits
+    via = torch.bfloat16 if autocast else dtype  # the dtype of the logits
     no_worse("loss", *losses, terms=V, via=via)
     grads = [torch.autograd.grad(loss, t) for loss, t in zip(losses, (leaves, leaves, wide), strict=True)]
     for leaf, *found in zip(("hidden", "weight", "bias"), *grads, strict=True):
@@ -194,7 +194,7 @@ def test_it_is_computed_once_and_in_the_grad_mode_of_the_forward():
     x = defer(*leaves)
     with torch.no_grad():
         first = x.materialize()
-        assert first.requires_grad  # as logits that were there would
+        assert first.requires_grad  # as logits that were not deferred would
         assert not x.sum().requires_grad
     assert x.materialize() is first
     with torch.no_grad():

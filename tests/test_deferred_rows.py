@@ -1,4 +1,4 @@
-"""What trainers ask of logits row by row is right, gradients included, and no logits are made for it."""
+"""What trainers compute from logits row by row is right, gradients included, and all logits are never held."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def chunked_entropy(x):
     return torch.cat([entropy(chunk) for chunk in flat.split(4, dim=0)]).reshape(B, T)
 
 
-#: name -> a value a row of logits (B, T, V), without logits
+#: name -> operation that gives values per row of logits (B, T, V), without computing all logits
 ROW_BY_ROW = {
     "log_softmax gather": lambda x: x.log_softmax(-1).gather(-1, INDEX).squeeze(-1),
     "torch.gather": lambda x: torch.gather(F.log_softmax(x, dim=-1), dim=-1, index=INDEX),
@@ -273,7 +273,7 @@ def test_hooks_of_the_logits_are_called_first():
             value(x).sum().backward()
     x, seen = defer(hidden, weight, bias), []
     x.register_hook(seen.append)
-    x.exp().sum().backward()  # of what is read they see the gradient
+    x.exp().sum().backward()  # they see the gradient of logits that are read
     torch.testing.assert_close(seen[0], F.linear(hidden, weight, bias).exp())
 
 

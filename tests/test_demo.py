@@ -239,7 +239,7 @@ def test_wrong_arguments_are_errors(arguments, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
 @pytest.mark.parametrize("mib", [24, 96], ids=["heap", "mapped"])  # below and above what glibc may keep
 def test_peak_memory_counts_reused_memory_too(mib):
-    pins = []  # keep what is freed below them from being the heap's end, which glibc returns on its own
+    pins = []  # what is freed below them is not at the heap's end, which glibc returns on its own
     for _ in range(8):
         with PeakMemory(torch.device("cpu")) as peak:
             both = [torch.ones(mib << 18), torch.ones(mib << 18)]

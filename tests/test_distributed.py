@@ -1,4 +1,4 @@
-"""A vocabulary sharded over ranks: the losses, gradients and statistics of one process, at the promised cost."""
+"""A vocabulary that is sharded over ranks gives the losses, gradients and statistics of one process."""
 
 import itertools
 
@@ -24,7 +24,7 @@ OPTIONS = {
     "softcap": {"softcap": 3.0, "logit_scale": 1.5},
     "everything": {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7},
 }
-#: Every reduction without options and, between them, with every option.
+#: Every reduction without options, and every option with one of the reductions.
 COMBINATIONS = [
     pytest.param(OPTIONS[name], reduction, id=f"{name}-{reduction}")
     for name, reduction in [
@@ -33,7 +33,7 @@ COMBINATIONS = [
     ]
 ]  # fmt: skip
 IGNORED = {"none": (), "some": (1, 4), "all": tuple(range(N))}
-#: One is no class, one a class in another rank's shard than rank 0's.
+#: The first is no class. The second is a class outside of rank 0's shard.
 IGNORED_IDS = (-100, 21)
 
 

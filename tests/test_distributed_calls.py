@@ -69,7 +69,7 @@ def test_statistics_and_token_weights(ranks, loss, probs, reduction, dtype):
     tensors = tensors_of(loss, ignored="none" if probs else "some", probs=probs, weighted=not probs, dtype=dtype)
     tensors["token_weight"] = torch.tensor([1.0, 0.5, 0.0, 2.0, 3.0, 0.25], dtype=dtype)
     logits = tensors["input"] if loss == KINDS[0] else tensors["input"] @ tensors["linear_weight"].t()
-    if probs:  # the largest of half the rows is where the largest logit is
+    if probs:  # in half of the rows, the likeliest class is that of the largest logit
         tensors["target"][::2].scatter_(1, logits[::2].argmax(1, keepdim=True), 1.0)
     options = {"ignore_index": -100 if probs else IGNORED_IDS, "reduction": reduction, "return_stats": True}
     wanted = ["input", "token_weight"]

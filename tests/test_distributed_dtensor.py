@@ -9,7 +9,7 @@ from .versions import release
 
 N = 8
 EVERYWHERE = (None,)
-#: torch.compile without code generation, which four ranks would wait for; `test_distributed_calls.py` has it.
+#: torch.compile without code generation, which four ranks would wait for; `test_distributed_calls.py` tests it.
 TRACED = "aot_eager"
 
 
@@ -32,7 +32,7 @@ def expected_of(tensors, wanted):
     return {"loss": loss.detach(), **{name: tensors[name].grad for name in wanted}}
 
 
-#: mesh, and the sharded dimension of each DTensor.
+#: name -> (shape of the mesh, the dimension of each DTensor that every dimension of the mesh shards)
 LOGITS = {
     "sharded": ((4,), {"input": (1,)}),
     "class weights too": ((4,), {"input": (-1,), "weight": (0,)}),
@@ -82,8 +82,8 @@ def check(ranks, loss, wanted, mesh, placements, compiled=None):
             torch.testing.assert_close(f[name], expected[name])
     placed = {name: _placement(placements.get(name), tensors[name].dim()) for name in wanted}
     if release("torch") < (2, 13) and loss == "fused_cross_entropy" and found[0]["placed"] != placed:
-        # `to_local` takes the strides of the whole from those of a shard, as if all shards had this one's size, and a
-        # leaf's gradient is gathered to have the strides of the leaf. Logits that are no leaf keep their placement.
+        # `to_local` derives the strides of the whole from one shard's, as if all shards had its size, and a leaf's
+        # gradient is gathered so that it has the leaf's strides. Logits that are no leaf keep their placement.
         pytest.skip("values are right; PyTorch before 2.13 gathers a leaf's gradient where shards are uneven")
     for f in found:
         assert f["placed"] == placed

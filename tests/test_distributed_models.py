@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .versions import release
 
 V, T = 101, 12
-#: The own plan of transformers 5.23 takes a vocabulary that the ranks do not divide; that of 5.17 does not.
+#: From this release on, transformers' own plan takes a vocabulary that the ranks do not divide. 5.17's does not.
 UNEVEN_HEADS = (5, 23)
 
 

@@ -78,7 +78,7 @@ def interpreter(built, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
     (site,) = (path for path in environment.rglob("site-packages") if not path.parent.is_symlink())
-    # A path in a .pth file is searched, but .pth files in it are not read: an editable install stays out of sight.
+    # Python searches a path in a .pth file, but reads no .pth files there, so that an editable install is not found.
     (site / "torch.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     install = ["-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(built[0])]
     subprocess.run([sys.executable, *install], check=True)

@@ -20,7 +20,7 @@ from .snippets import DOCS, PAGES, ROOT, blocks, links, name_of
 
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page)]
-#: What the code of a page needs, where it is not all that the package itself needs.
+#: Packages that the code of a page needs beside those that the package itself needs.
 NEEDS = {"docs/guides/trl.md": ["trl"], "docs/guides/migrating.md": ["liger_kernel"]}
 COMMANDS = [
     (block, line)
@@ -49,7 +49,7 @@ def module(**names):
     return made
 
 
-#: Packages that guides name and that nothing here installs: stand-ins of the classes and functions that the code uses.
+#: Stand-ins for packages that guides name and nothing here installs, with the classes and functions that are used.
 STAND_INS = {
     "axolotl": module(),
     "axolotl.integrations": module(),
@@ -74,7 +74,7 @@ def _as_a_reader(precision_of_its_own, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, stand_in)
     llamas = dict(vars(modeling_llama))
     yield
-    vars(modeling_llama).update(llamas)  # Liger replaces classes in there
+    vars(modeling_llama).update(llamas)  # Liger replaces classes of this module
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if "fused_ignore_ce.hf" in sys.modules:
@@ -153,7 +153,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    example = "examples/trainer.py"  # to which a page links: a file of the repository becomes one of the site
+    example = "examples/trainer.py"  # a page links to it, so the site has to contain a copy
     assert (tmp_path / "files" / example).read_bytes() == (ROOT / example).read_bytes()
     assert f'href="../files/{example}"' in (tmp_path / "guides" / "trainer.html").read_text()
     pages = list(tmp_path.rglob("*.html"))

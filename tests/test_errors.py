@@ -160,7 +160,7 @@ def test_ignore_index_replaces_minus_100_and_the_error_says_so(ignore_index, lin
 
     with pytest.raises(IndexError, match=r"target -100 is out of bounds.*replaces -100.*ignore_index=\[-100, -1\]$"):
         loss(y, ignore_index)
-    with pytest.raises(IndexError, match=r"ignore_index=-1$"):  # nothing to do with -100
+    with pytest.raises(IndexError, match=r"ignore_index=-1$"):  # the message does not speak of -100
         loss(torch.tensor([1, -1, 7, 2]), ignore_index)
     torch.testing.assert_close(loss(y, [-100, -1]), loss(torch.tensor([1, -100, -100, 2]), -100))
 

@@ -55,7 +55,7 @@ def test_exact_for_every_upstream_gradient(reduction, inplace_backward, z_loss, 
     g = torch.tensor(upstream, dtype=x.dtype, device=device)
     (true,) = torch.autograd.grad(expected, x, g)
     given = x.detach().clone().requires_grad_()
-    logits = given * 1.0  # no leaf, which may be written
+    logits = given * 1.0  # not a leaf, so it may be overwritten
     loss = fused_cross_entropy(
         logits, y, reduction=reduction, grad_in_forward=True, inplace_backward=inplace_backward, backend=backend,
         **options,

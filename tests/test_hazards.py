@@ -1,8 +1,8 @@
-"""What is known to go wrong in other libraries' losses, and has no place among the other tests.
+"""Faults that are known from other libraries' losses, and that no other file tests.
 
-The rest of the list is held where its promise is: transposed logits and 2^31 elements in test_layouts, a second
-backward and float16 underflow in test_gradients, masked vocabularies, all rows ignored and probability targets with
-empty batches in test_ignore and test_cross_entropy, softcap and the vocabulary mask in test_options.
+Other files test the rest: transposed logits and 2^31 elements in test_layouts, a second backward and float16 underflow
+in test_gradients, masked vocabularies, all rows ignored and probability targets with empty batches in test_ignore and
+test_cross_entropy, softcap and the vocabulary mask in test_options.
 """
 
 import pytest

@@ -48,7 +48,7 @@ HEADS = {
     "bias": (with_head(lambda: nn.Linear(D, V)), "linear"),
     "tied": (lambda: llama(tie_word_embeddings=True), "linear"),
     "transform": (with_head(TransformHead), "linear"),
-    "sequential": (with_head(lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V))), "logits"),  # says no size
+    "sequential": (with_head(lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V))), "logits"),  # tells no size
     "quantized": (with_head(lambda: QuantizedHead(D, V, bias=False)), "logits"),
     "embedding-as-projection": (lambda: llama(MatmulHead), "linear"),
     "criterion-in-forward": (lambda: llama(CriterionInForward), "linear"),
@@ -88,7 +88,7 @@ def test_every_head_gives_the_unpatched_loss_and_gradients(name, took):
     assert isinstance(ours[0].logits, DeferredLogits) == (way == "linear")
     if way == "linear":
         assert not ours[0].logits.is_materialized
-    if name == "bfloat16":  # the rounding of logits to bfloat16 is left out
+    if name == "bfloat16":  # the fused loss does not round logits to bfloat16
         torch.testing.assert_close(ours[0].loss, plain[0].loss, rtol=2e-2, atol=0)
     else:
         assert_same(ours, plain)

@@ -1,4 +1,4 @@
-"""A patched model in two processes, gradients averaged or parameters sharded: the same losses as a plain model's."""
+"""A patched model in two processes, with averaged gradients or sharded parameters, has a plain model's losses."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from .hf_worker import DISTRIBUTED, assert_same
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
-#: The head's weights are freed before the loss.
+#: The way in which the head's weights are freed before the loss is taken.
 REFUSED = "FSDP2, head"
 
 
@@ -64,7 +64,7 @@ def test_same_losses(name, rank, results):
     assert expected["linear"] == 0
 
 
-#: Logits that went through an autograd.Function of DDP's are read: in every step, and in the first.
+#: How often logits are read because they went through an autograd.Function of DDP: in every step, in the first only.
 READ = {"DDP, unused parameters": 4, "DDP, static graph": 1}
 
 

@@ -58,7 +58,7 @@ def run(name, folder, *options):
         cwd=folder, env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not a prefix" not in done.stderr  # TRL, where a token spans prompt and completion
+    assert "not a prefix" not in done.stderr  # TRL warns so where a token spans prompt and completion
     assert not list(folder.iterdir())
     return done.stdout
 
@@ -66,7 +66,7 @@ def run(name, folder, *options):
 @pytest.mark.parametrize("name", NEEDS)
 def test_example(name, tmp_path):
     printed = run(name, tmp_path, "--steps", "40" if name == "grpo" else "10")
-    if name == "grpo":  # whose loss is no measure of what was learnt
+    if name == "grpo":  # its loss does not measure what was learnt
         rewards = [float(reward) for reward in re.findall(REWARD, printed)]
         assert len(rewards) == 10
         assert rewards[-1] > rewards[0] + 0.1, rewards

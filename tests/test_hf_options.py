@@ -1,4 +1,4 @@
-"""`patch_model`: options reach the loss of the model, and no other, or are an error."""
+"""`patch_model`: options reach the model's loss and no other. Options that reach none are an error."""
 
 import copy
 

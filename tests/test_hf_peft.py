@@ -22,7 +22,7 @@ CONFIGS = {
     "head saved whole": {"target_modules": BODY, "modules_to_save": ["lm_head"]},
     "head and embeddings saved whole": {"target_modules": BODY, "modules_to_save": ["lm_head", "embed_tokens"]},
 }
-#: DoRA scales each class: its logits are computed.
+#: DoRA scales each class, so its logits are computed.
 READS_LOGITS = {"head, DoRA": {"target_modules": HEAD, "use_dora": True}}
 
 

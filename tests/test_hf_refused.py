@@ -1,4 +1,4 @@
-"""Never another loss in silence: what a patched model cannot compute as asked is an error, or a warning."""
+"""What a patched model cannot compute as asked is an error or a warning, and never another loss in silence."""
 
 import functools
 import warnings
@@ -64,7 +64,7 @@ def test_a_sum_that_ignores_more_than_its_caller_knows_is_an_error(reduction):
     with pytest.raises(ValueError, match="num_items_in_batch"):
         model(**batch | {"labels": labels}, num_items_in_batch=20)
     own = F.cross_entropy(outputs.logits.transpose(1, 2), labels.clamp(min=7), ignore_index=7, reduction="sum")
-    assert own.isfinite()  # what the caller ignores is no surprise
+    assert own.isfinite()  # the caller ignores the id explicitly
 
 
 def test_a_compiled_sum_is_checked_too():
@@ -211,7 +211,7 @@ def test_a_loss_that_options_cannot_reach_is_an_error_in_its_backward(loss):
     loss(plain(**batch).logits, batch["labels"]).backward()
     assert plain.lm_head.weight.grad.isfinite().all()
     logits = patch_model(llama(), ignore_index=9)(**batch).logits
-    assert logits.argmax(-1).shape == logits.shape[:2]  # what is no loss can be read
+    assert logits.argmax(-1).shape == logits.shape[:2]  # logits can be read for other things than a loss
 
 
 def test_options_and_training_without_labels_are_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""What a patched model hands out beside the loss: statistics on its outputs, and copies of its logits that last."""
+"""What a patched model returns beside the loss: statistics, and logits, whose copies stay valid after a step."""
 
 import pytest
 import torch

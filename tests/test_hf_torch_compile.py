@@ -1,4 +1,4 @@
-"""torch.compile of a patched model: the linear loss is in the graph, logits are not, the losses are eager's."""
+"""torch.compile of a patched model: the linear loss is in the graph, logits are not, losses are as in eager mode."""
 
 import pytest
 import torch

@@ -140,7 +140,7 @@ def test_evaluation(options, tmp_path, monkeypatch):
     assert len(names) > 1 or "prediction_loss_only" in options["recipe"]
     for name in names:
         assert metrics[name] == pytest.approx(expected[name], rel=BF16 if "bf16" in str(options) else FP32), name
-    assert spy.calls == STEPS + 3  # 5 rows, 2 at once
+    assert spy.calls == STEPS + 3  # evaluation has 5 rows, 2 per batch
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a patched model: the model's own loss is fused; TRL's head is `patch_trainer`'s to replace."""
+"""TRL's SFTTrainer with a patched model: the model's own loss is fused. Only `patch_trainer` replaces TRL's head."""
 
 import importlib
 
@@ -13,7 +13,7 @@ from fused_ignore_ce.hf import patch_model
 from .hf_worker import V, assert_same, llama, spied
 from .trl_runs import datasets, texts, tokenizer_of, trl
 
-# TRL 1.16 gives each model a fused head of its own, which its loss and its metrics come from; before, it read logits.
+# TRL 1.16 gives each model a fused head, from which loss and metrics come. Earlier releases read logits.
 OWN_HEAD = hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers

@@ -97,14 +97,14 @@ def test_kernels_import_nothing_of_the_package():
                 assert all("fused_ignore_ce" not in alias.name for alias in node.names)
 
 
-#: The operators' border and what stands above it: what users call has an option a parameter.
+#: The functions that users call, and the operators. They may have a parameter for each option.
 PUBLIC = ("fused_", "plan_linear_loss", "linear_cost", "__init__", "cross_entropy", "nll_loss")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_functions_take_at_most_ten_parameters(path):
     if path.name == "reference.py":
-        return  # every formula with its options as arguments, as the public function has them
+        return  # its functions take options as arguments, as the public functions do
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith(PUBLIC):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

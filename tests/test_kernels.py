@@ -127,7 +127,7 @@ def test_launch_does_not_matter(launch, options, probs, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_no_worse_than_pytorch(dtype, options, probs, device, no_worse):
     x, target, weight, q = problem(device, dtype, probs)
-    x[0, 0, :300] = 0.0  # -inf is another test's
+    x[0, 0, :300] = 0.0  # another test covers -inf
     x[1, 1] = 0.0
     if probs:
         q[0, 0, :300] = 0.5
@@ -250,7 +250,7 @@ def test_masked_classes_have_no_gradient(smoothing, device):
     x, target, *_ = problem(device, torch.float32)
     x[..., :300] = -torch.inf
     target[target != -100] = 700
-    target[0] = 7  # masked itself: an infinite loss, and 0 for its logit all the same
+    target[0] = 7  # a masked class: its loss is infinite, but its gradient is 0 like that of others
     weight = torch.ones(V, device=device)
     weight[:300] = 0 if smoothing else 1
     weight[7] = 1
@@ -358,7 +358,7 @@ def test_hardly_anything(shape, device):
     x = torch.randn(shape, device=device)
     target = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
     rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True)
-    assert (rows[0] == 0).all()  # of one class, the loss is 0
+    assert (rows[0] == 0).all()  # with one class, the loss is 0
     dx, _ = gradients(x, target, None, None, Options(), Upstream(torch.ones(len(target), device=device)), rows)
     assert (dx == 0).all()
 

@@ -16,7 +16,7 @@ from scripts import kernels_hub
 PACKAGE = Path(fused_ignore_ce.__file__).parent
 NAMES = [name for name, _ in kernels_hub.sources()]
 
-#: What a file may import where it is imported itself; what an extra installs is imported where it is needed.
+#: What a file may import at its top. What only an extra installs is imported where it is needed.
 INSTALLED = {*sys.stdlib_module_names, "torch", "triton", "typing_extensions", "numpy"}
 
 LOAD = """

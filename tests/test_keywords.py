@@ -1,4 +1,4 @@
-"""Errors as a person wants them: other packages' names and orders of arguments say what to write here."""
+"""Errors help people who use other packages' names or orders of arguments: they say what to write here."""
 
 import inspect
 
@@ -37,7 +37,7 @@ CALLS = {
 }
 LOSSES = [name for name in CALLS if name not in ("fused_linear_log_probs",)]
 
-#: (a keyword, functions that get it, what they must say).
+#: (a keyword, functions that get it, what their errors must say).
 MISTAKES = [
     ("lse_square_scale", LOSSES, "its name here is 'z_loss'"),
     ("logit_softcapping", CALLS, "its name here is 'softcap'"),

@@ -1,4 +1,4 @@
-"""Any strides are right without the caller's help; nothing of the caller's is written."""
+"""Tensors of any strides give the right results, and none of the caller's tensors is written."""
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_gradcheck(reduction, backend, plan, device):
             [*tensors, target.requires_grad_()] if floating else tensors,
             fast_mode=True,  # random projections of the Jacobian: the interpreter is slow
         )
-    kept = torch.tensor([0, 1, 2, 3, 5, 6], device=device)  # at 0 it jumps: a weight of 0 is an ignored row
+    kept = torch.tensor([0, 1, 2, 3, 5, 6], device=device)  # a row whose weight is 0 is ignored: the loss jumps there
     leaf = token_weight[kept].requires_grad_()
     fast = backend == "triton"
     assert torch.autograd.gradcheck(
@@ -299,7 +299,7 @@ def test_a_head_s_weight_from_outside(backend, device):
         torch.autograd.grad(ours, (weight, bias)), torch.autograd.grad(true, (weight, bias)), strict=True
     ):
         torch.testing.assert_close(one, other)
-    model.double()  # what replaces the embedding's weight is what the next call gets
+    model.double()  # the next call gets the weight that replaces the embedding's
     assert model(ids, y).dtype == torch.float64
 
 

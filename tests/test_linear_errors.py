@@ -81,7 +81,7 @@ def test_a_budget_that_nothing_meets_names_the_smallest_that_works():
         assert plan_linear_loss(1024, 32768, 256, memory_budget=least, device=device).bytes <= least
         with pytest.raises(ValueError, match="memory_budget"):
             plan_linear_loss(1024, 32768, 256, memory_budget=least - 1, device=device)
-    for reduction in ("mean", "none"):  # and in forward, though the latter's gradients wait for backward
+    for reduction in ("mean", "none"):  # in forward, although "none" computes its gradients in backward
         with pytest.raises(ValueError, match="memory_budget: expected at least"):
             call(memory_budget=10, reduction=reduction)
     # bfloat16 dW over token chunks needs an accumulator that forward does not.

@@ -1,8 +1,8 @@
-"""What is known to go wrong in other libraries' linear losses, and has no place among the other tests.
+"""Faults that are known from other libraries' linear losses, and that no other file tests.
 
-The rest of the list is held where its promise is: a frozen hidden state, a second backward, all rows ignored and work
-on ignored rows in test_linear_gradients, targets out of range in test_linear_errors, ignored rows under torch.compile
-in test_linear_compile, leading dimensions in test_linear, chunks too small for the GEMM library in test_linear_plan.
+Other files test the rest: a frozen hidden state, a second backward, all rows ignored and work on ignored rows in
+test_linear_gradients, targets out of range in test_linear_errors, ignored rows under torch.compile in
+test_linear_compile, leading dimensions in test_linear, chunks too small for the GEMM library in test_linear_plan.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def test_dw_is_not_summed_in_bfloat16(fused, device, monkeypatch, no_worse):
     if fused:
         (dw,) = torch.autograd.grad(fused_linear_cross_entropy(h, w, y, reduction="sum"), w)
         no_worse("dw", dw, ref, true, terms=600)
-    else:  # the test can tell
+    else:  # shows that the test detects the fault
         dw = torch.zeros_like(w)
         for row in range(600):
             part = torch.autograd.grad(F.cross_entropy(F.linear(h[row : row + 1], w), y[:1]), w)[0]

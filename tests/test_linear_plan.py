@@ -33,7 +33,7 @@ def test_bytes_by_hand():
     # An accumulator of dW in float32, and for vocabulary blocks one of dH, and the sums of every block.
     assert sizes(N, V, D).bytes(1024, V) == 1024 * V * 2 + 4 * V * D + rows
     assert sizes(N, V, D).bytes(N, 8016) == N * 8016 * 2 + 4 * N * D + N * 16 * plan.PART_BYTES + rows
-    # No accumulator where the gradient is float32 itself, as under autocast; but the weight's bfloat16 copy.
+    # No accumulator where the gradient itself is float32, as under autocast, but a bfloat16 copy of the weight.
     assert sizes(N, V, D, weight_dtype=torch.float32).bytes(1024, V) == 1024 * V * 2 + 2 * V * D + rows
     assert sizes(N, V, D, dweight=False).bytes(1024, V) == 1024 * V * 2 + rows
     # The kept rows of input, and of its gradient, where some are ignored.

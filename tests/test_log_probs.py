@@ -49,7 +49,7 @@ def test_temperature_divides_after_the_cap(cap, backend, plan, device):
     torch.testing.assert_close(ours, true)
     assert_same_gradients(ours, true, leaves)
     before = fused_linear_log_probs(h, w, y, **(options | {"logit_scale": SCALE / TEMPERATURE}))
-    assert ((before - ours).abs().max() > 0.1) == (cap is not None)  # a scale before the cap is another thing
+    assert ((before - ours).abs().max() > 0.1) == (cap is not None)  # scaling before the cap gives something else
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf"), "1"], ids=str)

@@ -1,4 +1,4 @@
-"""`loss_dtype`: PyTorch's rule by default, float32 where a 16-bit loss would overflow or say little."""
+"""`loss_dtype`: PyTorch's rule by default, float32 where a 16-bit loss would overflow or be too coarse."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ V, D = 50, 4
 def test_a_float16_sum_over_many_tokens(backend, device):
     x, y = torch.zeros(40, V, device=device).half(), torch.zeros(40, dtype=torch.long, device=device)
     h, w = torch.zeros(40, D, device=device).half(), torch.zeros(V, D, device=device).half()
-    weight = torch.full((V,), 1000.0, device=device)  # as a thousand times the tokens
+    weight = torch.full((V,), 1000.0, device=device)  # as if there were a thousand times the tokens
     expected = F.cross_entropy(x.double(), y, weight.double(), reduction="sum")
     for loss_dtype in (None, torch.float32):
         options = {"weight": weight, "reduction": "sum", "loss_dtype": loss_dtype, "backend": backend}

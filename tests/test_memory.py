@@ -1,4 +1,4 @@
-"""Memory is a promise like any other: measured in fresh processes."""
+"""Peak memory is as promised, measured in fresh processes."""
 
 import sys
 

@@ -67,7 +67,7 @@ def test_reads_of_a_simulated_launch():
         (40, 256, 0, 1536),
         (41, 256, 0, 1280),  # rounded up to 48
         (64, 1024, 0, 1024),
-        (128, 1024, 0, 0),  # 64 registers a thread are the most that so many threads have
+        (128, 1024, 0, 0),  # so many threads have at most 64 registers each
         (32, 32, 0, 1024),  # 32 programs at most
         (32, 256, 100 * 1024, 512),
     ],
@@ -132,7 +132,7 @@ def test_what_is_outside_of_loops_is_spread_over_the_logits_of_a_program():
     assert roof.cost(kernel, work(V=2**17)).instructions == pytest.approx(10 + 1000 * 256 / 2**17)
     split = dataclasses.replace(work(V=2**17), programs=4 * 8192)
     assert roof.cost(kernel, split).instructions == pytest.approx(10 + 4 * 1000 * 256 / 2**17)
-    # One program for many rows does outside of its loops again what it does for each of them.
+    # A program for many rows executes the code outside of its loops again for each of them.
     persistent = dataclasses.replace(work(V=2**17), programs=132)
     assert roof.cost(kernel, persistent) == roof.cost(kernel, work(V=2**17))
 
@@ -145,7 +145,7 @@ def test_a_tail_that_has_nothing_to_do_does_not_count():
     assert exact.instructions * 8 * 16 == pytest.approx(8 * 160 + 200 - 160)
     one_more = roof.cost(kernel, work(V=8 * tile + 256))
     assert one_more.instructions * (8 * 16 + 1) == pytest.approx(8 * 160 + 200)
-    # Code outside that loads less than a tile is none for the tail.
+    # Code outside of loops that loads less than a tile is not the tail's.
     assert roof.cost(code(loop, outside=block(200)), work(V=8 * tile)).instructions * 128 == pytest.approx(
         8 * 160 + 200
     )

@@ -51,7 +51,7 @@ def test_launches_are_recorded(small):
     ]
     assert small["kernels"][0]["constants"] == {"LANES": 256, "WIDTH": 8}
     assert small["kernels"][0]["parameters"] == ["x_ptr", "out_ptr", "V"]
-    # The same kernel with another grid is not compiled again, and none is in a dry run.
+    # The same kernel with another grid is not compiled again, and a dry run compiles none.
     assert small["requests"] == 4
     assert small["dry"] == [1, 0]
 

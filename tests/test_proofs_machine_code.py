@@ -46,7 +46,7 @@ def test_loops():
     assert loop.in_flight == 32
     [clear] = found.clears
     assert (clear.instructions, clear.stored) == (2, 16)
-    # The outer loop's own two, five before it, and two after; neither the trap behind the end nor padding.
+    # Two of the outer loop, five before it and two after it. The trap after the end and padding do not count.
     assert found.outside.instructions == 9
     assert found.spills == 0
 

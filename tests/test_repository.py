@@ -1,4 +1,4 @@
-"""What GitHub and pre-commit read: the files are of their schema, and name commands that exist."""
+"""The files that GitHub and pre-commit read match their schemas, and name commands that exist."""
 
 import re
 import subprocess

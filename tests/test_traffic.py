@@ -1,4 +1,4 @@
-"""The kernels move no more bytes than the loss needs; and the meter that says so can say otherwise."""
+"""The kernels move no more bytes than the loss needs, and the meter notices kernels that do."""
 
 import os
 
@@ -68,7 +68,7 @@ def test_few_rows_are_split(busy):
     forward = traffic.launches[0]
     assert [launch.kernel for launch in traffic.launches] == ["forward_kernel", "reduce_kernel", "backward_kernel"]
     written = forward.bytes("store")
-    assert (written > 4 * 5 * 8) == (not busy)  # sums of every part, in place of five numbers a row
+    assert (written > 4 * 5 * 8) == (not busy)  # sums of every part, instead of five numbers per row
 
 
 @triton.jit

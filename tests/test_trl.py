@@ -175,7 +175,7 @@ def test_together_with_patch_model(order, tmp_path, no_head_of_trl):
         warnings.filterwarnings("error", message=".*is patched by fused_ignore_ce")
         trainer.train()
     unpatch_trainer(trainer)
-    assert hasattr(type(trainer.model), "_fused_ignore_ce_of")  # patch_model was the caller's
+    assert hasattr(type(trainer.model), "_fused_ignore_ce_of")  # the caller called patch_model, so it stays
     unpatch_model(trainer.model)
     assert trainer.model.forward == forward
 

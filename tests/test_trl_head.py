@@ -1,4 +1,4 @@
-"""What TRL's head computes for every token, computed by this package: TRL's own function is the reference."""
+"""This package computes what TRL's head computes for every token. TRL's own function is the reference."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_results_and_gradients(case, backend, summed, device):
     assert not found.is_top1.all()
     for name, ours, theirs in zip(PerToken._fields, found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    # One number for all rows, as a sum has, and others; the entropy's gradient only where it is promised.
+    # Upstream gradients: one number for all rows, as of a sum, or others. The entropy has one where that is promised.
     for of_log_probs in (torch.full((N,), -0.3, device=device), torch.randn(N).to(device)):
         for upstream in ([of_log_probs],) if summed else ([of_log_probs], [of_log_probs, torch.randn(N).to(device)]):
             found = per_token(head, targets, PerToken._fields, summed, options)  # its first backward

@@ -45,7 +45,7 @@ def test_the_z_loss_of_a_mean_is_divided_by_the_kept_rows(loss, token_weights, b
     expected = rows.sum() / (weight[y.clamp(min=0)] * counted).sum()
     expected = expected + Z * (x.logsumexp(1) ** 2 * counted).sum() / counted.sum()
     torch.testing.assert_close(found, expected)
-    # The reference judges sharded vocabularies.
+    # The reference is what sharded vocabularies are compared with.
     judged = reference.cross_entropy(x, y, weight, z_loss=Z, token_weight=share)
     torch.testing.assert_close(judged, expected)
     for ours, true in zip(

@@ -1,4 +1,4 @@
-"""What `rank_worker.py` runs with DTensors: losses, parallelised models, and ranks with tokens of their own."""
+"""Functions with DTensors for `rank_worker.py`: losses, parallelised models, and ranks with tokens of their own."""
 
 import os
 from unittest import mock
@@ -27,7 +27,10 @@ def whole(t):
 
 
 def loss_of_dtensors(loss, tensors, placements, wanted=(), mesh=(4,), compiled=None, **options):
-    """`placements` has, of each tensor that is a DTensor, the dimension that each dimension of the mesh shards."""
+    """A loss of DTensors, and its gradients.
+
+    `placements` has, for each tensor that becomes a DTensor, the dimension that each dimension of the mesh shards.
+    """
     for name, dims in placements.items():
         given = [Replicate() if dim is None else Shard(dim) for dim in dims]
         tensors[name] = distribute_tensor(tensors[name], mesh_of(*mesh), given)
@@ -76,7 +79,7 @@ def step_by_own_plan(folder, batch, rank):
 
 
 def _patched_step(model, batch, read, options):
-    """Loss and whole gradients, calls of the linear loss, gathers of logits for it, and the logits if they are read."""
+    """Loss, whole gradients, how often the linear loss was called and logits were computed, and the logits if read."""
     from fused_ignore_ce.deferred import product
     from fused_ignore_ce.hf import patch_model
 
@@ -101,7 +104,7 @@ def count(target, ranks, **options):
 
 
 def fully_sharded_step(model, batch, **options):
-    """FSDP2 over all ranks, each with its own tokens: the loss of all, and how many collectives gathered parameters."""
+    """A step of FSDP2, each rank with its own tokens: the loss of all, gradients, and gathers of parameters."""
     from fused_ignore_ce.hf import patch_model
 
     for layer in model.model.layers:

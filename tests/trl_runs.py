@@ -27,7 +27,7 @@ TRAINERS = {
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig),
     "RLOO": (trl.RLOOTrainer, trl.RLOOConfig),
 }
-#: What differs between two runs that do the same.
+#: Parts of the names of metrics that differ between equal runs.
 _TIMES = ("runtime", "time", "per_second", "flos")
 
 
@@ -51,7 +51,7 @@ def one_layer():
 
 
 def mixtral():
-    """The same weights every time; a mixture of experts, whose auxiliary loss is on."""
+    """A mixture of experts with its auxiliary loss, and the same weights every time."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -104,14 +104,14 @@ def history(trainer):
 
 
 def assert_same_runs(ours, stock, half=False):
-    """Metrics of every step and parameters at the end; training did something."""
+    """Metrics of every step and parameters at the end are equal, and every parameter was trained."""
     mine, theirs = history(ours), history(stock)
     rtol, atol = (3e-2, 2e-2) if half else (1e-4, 2e-5)
     assert [entry.keys() for entry in mine] == [entry.keys() for entry in theirs]
     for step, (got, wanted) in enumerate(zip(mine, theirs, strict=True)):
         for name in wanted:
             if half and "accurac" in name:
-                continue  # one rounding of a near tie makes it another number
+                continue  # a near tie may be decided by rounding
             bound = atol + rtol * abs(wanted[name])
             assert abs(got[name] - wanted[name]) <= bound, f"step {step}: {name} is {got[name]}, TRL's {wanted[name]}"
     before = dict(stock.initial)

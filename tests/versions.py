@@ -1,4 +1,4 @@
-"""Which versions the tests run on, for what only some of them can do."""
+"""The versions that the tests run on, for tests of what only some versions can do."""
 
 import importlib.metadata
 

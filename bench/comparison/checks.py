@@ -27,7 +27,7 @@ Truth = Callable[[Tensor, Tensor], Tensor]
 
 
 def operands(kind: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
-    """Logits, or hidden states and head; and targets, some of which are -100."""
+    """([logits], target) or ([hidden states, head], target). Some targets are -100."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(0, V, (N,), generator=generator)
     target[IGNORED] = -100
@@ -156,7 +156,7 @@ def probabilities(peer: Peer, kind: str) -> None:
 
 
 def _kept(values: Tensor, target: Tensor) -> Tensor:
-    """The values of kept tokens; a peer may return these alone."""
+    """The values of the kept tokens. A peer may return only these, or one for every token."""
     return values if values.numel() < target.numel() else values[target != -100]
 
 
@@ -206,7 +206,7 @@ def all_ignored(peer: Peer, kind: str) -> None:
 
 
 def loss_scale(peer: Peer, kind: str) -> None:
-    """Asks for gradients that float16 cannot hold before the scale of the loss is applied, and can hold after it."""
+    """Asks for gradients that float16 can hold only after the scale of the loss is applied."""
     scale = 16384.0
     x = torch.zeros(8, 256, dtype=torch.float16)
     x[:, 0] = 17.0
@@ -221,7 +221,7 @@ def loss_scale(peer: Peer, kind: str) -> None:
 
 def out_of_range(peer: Peer, kind: str) -> None:
     inputs, target = operands(kind)
-    target[0] = V  # of the first row: a wrong access stays within the tensor
+    target[0] = V  # in the first row, so that a wrong access stays within the tensor
     try:
         peer.call(*inputs, target)
     except (AssertionError, IndexError, RuntimeError, ValueError):
@@ -268,7 +268,7 @@ def on_cpu(peer: Peer, kind: str) -> None:
 
 @functools.cache
 def without_interpreter(package: str) -> dict[str, str | None]:
-    """Why a package's losses do not run on a CPU, in a process of its own without Triton's interpreter."""
+    """Why a package's losses do not run on a CPU, by kind, or None. A process without the interpreter tries them."""
     code = f"from bench.comparison import checks; checks.report({package!r})"
     done = machine.python("-c", code, capture_output=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

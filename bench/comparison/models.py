@@ -87,7 +87,7 @@ def run(model: Any, package: str) -> Any:
 
 
 def is_equal(patcher: Patcher, model: Any) -> Any:
-    """Loss and gradients of the patched model are those of the model; returns the outputs of both."""
+    """Checks that patching changes neither loss nor gradients. Returns (patched, plain) outputs."""
     plain = copy.deepcopy(model)
     wanted = run(plain, "")
     found = run(patcher.patch(model), patcher.package)

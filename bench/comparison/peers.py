@@ -1,4 +1,4 @@
-"""The losses that are compared: each is called with this package's names for operands and options."""
+"""The losses that are compared. Each is called with this package's names of operands and options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.speed.providers import TRL_CHUNK, version
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
 
-#: Names of packages as the tables have them, and of the distributions that contain them.
+#: The packages, by their names in the tables, with the distributions that contain them.
 PACKAGES = {
     "fused_ignore_ce": "fused_ignore_ce",
     "PyTorch": "torch",
@@ -31,16 +31,16 @@ PACKAGES = {
 
 
 class NotOfferedError(Exception):
-    """The package has nothing of the kind. Nothing was run, and the answer is not marked as checked."""
+    """The package does not offer what a check needs. Nothing was run, and the answer is not marked as checked."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A loss. `call(x, y, **options)` or `call(h, w, y, **options)`; what it does not offer raises an error."""
+    """A loss: `call(x, y, **options)` or `call(h, w, y, **options)`. An option that it does not offer is an error."""
 
     package: str
     call: Callable[..., Tensor]
-    #: Whether each token's prediction is correct, and each token's entropy, from the pass that computes the loss.
+    #: Functions that return, for each token, whether its prediction is correct, and its entropy; None if not offered.
     accuracy: Callable[..., Tensor] | None = None
     entropy: Callable[..., Tensor] | None = None
     #: Loss and gradients need Triton, which runs on a CPU only in its interpreter.
@@ -60,17 +60,17 @@ def _ours_linear_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 def _torch_linear(h: Tensor, w: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """The path that saves memory. Where it is not implemented, PyTorch warns and computes all logits at once."""
+    """PyTorch's loss with the option that saves memory. Where it is not implemented, PyTorch warns and ignores it."""
     chunked = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
     return F.linear_cross_entropy(h, w, y, options=chunked, **options)
 
 
 @contextmanager
 def as_in_kernels() -> Iterator[None]:
-    """Two things that Liger's kernels use, and that Triton's interpreter lacks.
+    """Adds two things to Triton's interpreter that Liger's kernels need.
 
-    A floating point argument is a scalar in a compiled kernel, and remains Python's number in the interpreter. `tanh`
-    of NVIDIA's device library is replaced by a formula.
+    A floating point argument becomes a scalar, as in a compiled kernel; the interpreter leaves it a Python number. A
+    formula replaces `tanh` of NVIDIA's device library.
     """
     from liger_kernel.ops import cross_entropy
     from triton.runtime import interpreter
@@ -109,7 +109,7 @@ def _liger_accuracy(name: str) -> Callable[..., Tensor]:
 
 
 def _trl() -> Callable[..., Any]:
-    """TRL's loss as its trainers call it: for the kept tokens alone, which are reduced afterwards."""
+    """TRL's loss as its trainers call it: for the kept tokens only, with the reduction done afterwards."""
     apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
 
     def call(

@@ -1,4 +1,4 @@
-"""The rows of the comparison, as data: a check, or what a package's documentation and source say."""
+"""The rows of the comparison, as data. An answer comes from a check, or from a package's documentation and source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Stated = tuple[str, str]
 NO_OPTION = ("no", "there is no such option")
 NO_IDS = ("no", "`ignore_index` is one number")
 
-#: Where the versions that the stated answers are about can be read.
+#: The versions that the stated answers are about, and where to read them.
 SOURCES = {
     "Liger": ("0.8.5", "https://github.com/linkedin/Liger-Kernel"),
     "CCE": ("25.1.1", "https://github.com/apple/ml-cross-entropy"),
@@ -33,7 +33,7 @@ class Row:
     kinds: tuple[str, ...] = ("logits", "linear")
     #: Answers by kind, then by package.
     stated: dict[str, dict[str, Stated]] = field(default_factory=dict)
-    short: str = ""  # the kind of which the README has the row
+    short: str = ""  # the kind for which the README shows the row; empty if it does not
 
 
 def _row(question: str, check: Any, *kinds: str, short: str = "", **stated: dict[str, Stated]) -> Row:
@@ -161,7 +161,7 @@ MODELS = (
 )  # fmt: skip
 
 NOT_OURS = ("no", "not offered")
-#: What no check can decide on a CPU. Here every answer is from documentation or source, ours too.
+#: Questions that no check can decide on a CPU. All answers, ours too, come from documentation or source.
 STATED = (
     _row(
         "Speed was measured on a GPU, and published", None, "package", short="package",

@@ -25,7 +25,7 @@ def subjects(kind: str) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 def answer(row: Row, arguments: tuple[Any, ...]) -> Cell:
-    """A "yes", with the warning of a loss that takes another way; or a "no" and the reason."""
+    """Runs a row's check: "yes", with the warning if the loss ignored its options, or "no", with the reason."""
     assert row.check is not None
     torch.manual_seed(0)
     try:

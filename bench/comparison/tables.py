@@ -70,14 +70,14 @@ def versions(result: Result) -> str:
 
 
 def short(result: Result) -> str:
-    """The README's rows."""
+    """The rows that the README shows."""
     rows = [(row, row.short) for row in ALL if row.short]
     torch = "PyTorch is `F.cross_entropy` in the row about logits, else `F.linear_cross_entropy` with `options`."
     return f"{_table(result, rows, list(PACKAGES))}\n\n{versions(result)} {torch}"
 
 
 def long(name: str, result: Result) -> str:
-    """Every row, and the reason of every no and of every answer that was not checked."""
+    """Every row, with the reason for every no and for every answer that was not checked."""
     parts = [f"{versions(result)} The result file is [{name}](bench/results/{name}.json)."]
     for kind, title in TITLES.items():
         rows = [(row, kind) for row in ALL if kind in row.kinds]
@@ -97,5 +97,5 @@ def _reasons(result: Result, row: Row, kind: str, packages: Sequence[str]) -> st
 
 
 def _why(found: dict[str, str]) -> str:
-    """Errors and values that were found are set as code."""
+    """The reason for an answer. What a check found, an error or a value, is set as code."""
     return found["why"] if found["basis"] == "stated" else f"`{found['why'].rstrip('.')}`"

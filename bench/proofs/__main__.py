@@ -1,10 +1,11 @@
-"""Every kernel in every configuration that a launcher can choose, compiled and counted without a GPU.
+"""Compiles every kernel in every configuration that a launcher can choose, and counts its instructions, without a GPU.
 
     python -m bench.proofs [--quick] [--arch 90] [--dtype bfloat16] [--json FILE] [--summary FILE] [--keep DIR]
 
-Exit status 1 when a kernel does not compile, spills, accesses logits narrowly where it could be wide, or is over its
-budget of instructions, or when one pass over rows that fit the cache is predicted to read them twice. What is predicted
-of a GPU follows from machine code and data sheets; nothing was measured.
+For AMD's targets, only the kernels of models' shapes are compiled. The exit status is 1 if a kernel does not compile,
+spills, uses narrower accesses to logits than it could or is over its budget, or if one pass is predicted to read the
+logits of a small vocabulary from device memory more than once. Predictions follow from machine code and data sheets;
+nothing was measured.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from . import cases, chips, compiling, judging, peers, predicting, reporting
 from .compiling import CUDA_TARGETS, HIP_TARGETS, Job, Proof, Target
 from .null_driver import header
 
-#: Of a quick run.
+#: What a quick run compiles.
 QUICK_DTYPES = ("bfloat16",)
 QUICK_CHIPS = ("H200",)
-QUICK_CLASSES = 32000  # of AMD's kernels
+QUICK_CLASSES = 32000  # for AMD's targets
 
 
 def targets(archs: list[str], quick: bool) -> list[Target]:
-    """Those that are asked for; without, all of them, and in a quick run one of each vendor."""
+    """The targets that `archs` names. If it is empty, all targets or, in a quick run, one of each vendor."""
     known = {str(target.arch): target for target in (*CUDA_TARGETS, *HIP_TARGETS)}
     wanted = archs or (["90", "gfx942"] if quick else list(known))
     unknown = [arch for arch in wanted if arch not in known]
@@ -41,7 +42,10 @@ def targets(archs: list[str], quick: bool) -> list[Target]:
 
 
 def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) -> list[Job]:
-    """The kernels of a target; of an AMD one, of which only spills are known, those of models' shapes alone."""
+    """The kernels to compile for a target.
+
+    AMD's machine code is only read for spills, so for AMD's targets these are the kernels of models' shapes.
+    """
     if target.backend == "hip":
         every = cases.every(QUICK_DTYPES if quick else dtypes, quick=True)
         return compiling.jobs([case for case in every if not quick or case.V == QUICK_CLASSES], target)
@@ -57,7 +61,7 @@ def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) ->
 
 
 def run(todo: list[Job]) -> list[Proof]:
-    """Compiles, with a line of progress where somebody looks on."""
+    """Compiles the kernels, and shows progress on a terminal."""
     found = []
     for proof in compiling.compile_all(todo):
         found.append(proof)
@@ -69,7 +73,7 @@ def run(todo: list[Job]) -> list[Proof]:
 
 
 def interesting(proofs: Iterable[Proof]) -> list[Proof]:
-    """Peers' kernels, and ours at a vocabulary of a model."""
+    """The proofs that are printed by default: peers' kernels, and ours at a model's shape."""
     models = {(T, V) for _, T, V in cases.MODELS}
     return [p for p in proofs if p.job.case.library != "fused_ignore_ce" or (p.job.case.T, p.job.case.V) in models]
 

@@ -1,4 +1,4 @@
-"""How wide a kernel's accesses to each of its tensors are, and whether they go along rows."""
+"""How wide a kernel's accesses to each of its tensors are, and how a warp's accesses lie over the rows of a tile."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from math import prod
 
 
 def access_widths(ptx: str, parameters: list[str], several_rows: bool = False) -> dict[str, int]:
-    """The narrowest access in bytes to every tensor, by "load x_ptr", "store dx_ptr".
+    """The width in bytes of the narrowest access to every tensor, by "load x_ptr", "store dx_ptr".
 
-    Addresses are followed back to the kernel parameters that they come from. One that depends on a loaded value, or was
-    chosen by one, is a gather, such as the target's logit, and left out. What comes from shared memory may be such a
-    value, or a row that changed threads, as happens in tiles of several rows: of accesses that depend on it, the widest
-    is taken, and only where a tensor has no others. With `several_rows`, the widest of all is taken: where such a tile
-    is the only one of its rows, the class that is looked up again for the argmax does not depend on a loaded value.
+    Addresses are followed back to the kernel parameters that they come from. An address that depends on a loaded value,
+    or was selected by one, is that of a gather, such as the load of the target's logit. Gathers are left out.
+
+    An address that comes from shared memory may be a gather's, or that of a row that changed threads, as happens in
+    tiles of several rows. Such accesses count only where a tensor has no others, and then the widest is taken.
+
+    With `several_rows`, the widest of all accesses is taken: if one tile covers its rows completely, the class that is
+    looked up again for the argmax does not depend on a loaded value, so that this gather cannot be told from others.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, int, str]] = []
-    latest: dict[str, str] = {}  # within a basic block, the one definition that reaches; else any may
+    latest: dict[str, str] = {}  # the only definition that reaches within a basic block; without it, any may
     for number, line in enumerate(ptx.splitlines()):
         if line.startswith("$L__BB"):
             latest.clear()
@@ -65,7 +68,7 @@ def access_widths(ptx: str, parameters: list[str], several_rows: bool = False) -
 
 
 def rows_together(ttgir: str) -> bool | None:
-    """Whether a warp accesses all rows of a tile, its first dimension, at once, or 32 of them; None without a tile."""
+    """Whether a warp accesses all rows of a tile (its first dimension) or 32 of them at once; None without a tile."""
     loads = re.findall(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<\w+>, (#\w+)>", ttgir)
     tiles = [(shape.split("x")[:-1], layout) for shape, layout in loads]
     tiles = [(shape, layout) for shape, layout in tiles if sum(n != "1" for n in shape) > 1]

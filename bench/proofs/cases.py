@@ -1,4 +1,4 @@
-"""What is compiled: calls of the launchers, as data.
+"""The calls of launchers whose kernels are compiled, as data.
 
 A case is one call, of this project's launchers or of a peer's. Tensors have shapes and no memory, so a case of 2^31
 logits costs as little as any. Cases that come to the same kernel are compiled once; see `bench.proofs.compiling`.
@@ -21,19 +21,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 #: Shapes (B, T, V) of language models: many rows, and so few that each is split over several programs.
 MODELS = ((1, 8192, 32000), (1, 8192, 128256), (1, 16, 128256))
 
-#: Rows (B, T) and vocabularies from which follows every tile that a launcher can choose. A row that starts at no
-#: multiple of 16 elements, or of 8, has a kernel of its own.
+#: Rows (B, T) and vocabularies that lead to every tile that a launcher can choose. Kernels also differ by whether rows
+#: start at multiples of 16 elements, of 8 or of neither, so there are vocabularies of each kind.
 ROWS = ((1, 1), (1, 32), (3, 4), (4096, 1), (3, 1001), (1, 65536))
 VOCABULARIES = sorted({v for power in range(19) for v in (2**power, 2**power - 1, 2**power - 8) if v > 0})
 
-#: Options that a kernel is compiled for. Softcap takes the scale in; it is not combined with it.
+#: Features that a kernel is compiled for. A softcap absorbs the logit scale, so the two are not combined.
 FEATURES = ("weight", "smoothing", "scale", "softcap", "stats", "probs")
 EVERYTHING = ("weight", "smoothing", "softcap", "stats")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Without `contiguous`, logits are laid out as (B, V, T)."""
+    """One call. If not `contiguous`, logits lie in memory as (B, V, T)."""
 
     operation: str
     B: int
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def aligned(self) -> bool:
-        """Whether every line of the contiguous dimension starts at a multiple of 16, which Triton specialises on."""
+        """Whether every line along the contiguous dimension starts at a multiple of 16, which Triton specialises on."""
         return (self.V if self.contiguous else self.T) % 16 == 0
 
     @property
@@ -67,12 +67,12 @@ def empty(case: Case) -> torch.Tensor:
     dtype = getattr(torch, case.dtype)
     if case.contiguous:
         return torch.empty(case.B, case.T, case.V, dtype=dtype, device="meta")
-    # At least two rows wide: with one, classes would be contiguous.
+    # At least two rows wide, because with one row, classes would be contiguous.
     return torch.empty(case.B, case.V, max(case.T, 2), dtype=dtype, device="meta")[..., : case.T].movedim(1, 2)
 
 
 class Arguments:
-    """Tensors and options of a call, as launchers take them."""
+    """The tensors and options of a call, as launchers take them."""
 
     def __init__(self, case: Case) -> None:
         has = set(case.features)
@@ -87,9 +87,9 @@ class Arguments:
             softcap=30.0 if "softcap" in has else None,
             logit_scale=0.5 if "scale" in has else 1.0,
         )
-        self.values = self.x.new_empty(self.N, dtype=torch.float32)  # one a row
+        self.values = self.x.new_empty(self.N, dtype=torch.float32)  # one per row
         self.scalar = self.values.new_empty(())
-        # "gradients": of everything that forward returns.
+        # With "gradients", everything that forward returns has an upstream gradient.
         every = self.values if "gradients" in has else None
         self.upstream = SimpleNamespace(
             dloss=self.values if every is not None or "probs" in has else self.scalar,
@@ -159,7 +159,7 @@ OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
     "scale": _scale,
 }
 
-#: Those that read rows of logits, and their kernels.
+#: The operations that read rows of logits, and the kernels that do.
 ROW_OPERATIONS = {
     "forward": "forward_kernel",
     "part": "forward_kernel",
@@ -169,7 +169,7 @@ ROW_OPERATIONS = {
 
 
 def features_of(operation: str) -> tuple[str, ...]:
-    """The options that make a difference to a launcher."""
+    """The features that make a difference to an operation's launcher."""
     if operation in ("merge", "scale", "reduce"):
         return {"merge": ("stats",), "scale": (), "reduce": ("weight", "gradients")}[operation]
     without = {"backward": {"stats"}, "one pass": {"probs"}}.get(operation, set())
@@ -179,22 +179,23 @@ def features_of(operation: str) -> tuple[str, ...]:
 
 
 def feature_sets(operation: str) -> list[tuple[str, ...]]:
-    """Nothing, each feature alone, and everything together, with and without probabilities as targets."""
+    """The sets of features: none, each alone, and all together, with and without probabilities as targets."""
     known = features_of(operation)
     return list(dict.fromkeys([(), *((feature,) for feature in known), *fullest(operation)]))
 
 
 def fullest(operation: str) -> list[tuple[str, ...]]:
-    """All features together, which take the most registers."""
+    """All features together, with and without probabilities as targets. These sets take the most registers."""
     known = features_of(operation)
     everything = tuple(feature for feature in (*EVERYTHING, "gradients") if feature in known)
     return [everything, *([(*everything, "probs")] if "probs" in known else [])]
 
 
 def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
-    """Models' shapes with every set of features, and all other shapes with the fullest; with `quick`, models' alone.
+    """Models' shapes with every set of features, and all other shapes with the fullest sets.
 
-    The one pass has few registers to spare with any feature: without `quick`, all of its shapes come with every set.
+    The one pass has few registers to spare with any feature, so all of its shapes come with every set. With `quick`,
+    models' shapes come without features and with the fullest sets, and beside them there is one strided shape.
     """
     for operation, dtype in itertools.product(OPERATIONS, dtypes):
         sets = [(), *fullest(operation)] if quick else feature_sets(operation)

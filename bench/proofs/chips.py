@@ -1,4 +1,4 @@
-"""GPUs as data: what a prediction needs to know of them."""
+"""GPUs as data: what a prediction needs to know about them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Chip:
     multiprocessors: int
     clock: float  # boost, in cycles a second
     l2: int  # bytes
-    threads: int  # resident on one multiprocessor, at most; likewise the three below
-    programs: int
-    shared: int
+    threads: int  # the most that are resident on one multiprocessor
+    programs: int  # the most that are resident on one multiprocessor
+    shared: int  # bytes of one multiprocessor
     source: str
-    registers: int = 65536
-    issue_slots: int = 4  # instructions of a warp that a multiprocessor issues in a cycle
-    special_units: int = 16  # special-function operations of a thread in a cycle
+    registers: int = 65536  # of one multiprocessor
+    issue_slots: int = 4  # warp instructions that a multiprocessor issues per cycle
+    special_units: int = 16  # special-function operations that a multiprocessor executes per cycle
 
     @property
     def warp_size(self) -> int:
@@ -50,9 +50,9 @@ def chip(name: str) -> Chip:
 def resident_programs(chip: Chip, registers: int, threads: int, shared: int) -> int:
     """Programs of a kernel that a multiprocessor holds at once."""
     warps = -(-threads // chip.warp_size)
-    # Registers are handed out to warps by 256, from one of four equal files, which a warp does not leave.
+    # A warp gets its registers in units of 256, from one of four equal register files.
     warp_registers = -(-registers * chip.warp_size // 256) * 256
     by_registers = 4 * (chip.registers // 4 // warp_registers) // warps
-    # A program's shared memory is rounded up to 128 bytes, and the system takes 1 KiB of its own.
+    # A program's shared memory is rounded up to 128 bytes, and the system reserves 1 KiB per program.
     shared_bytes = -(-shared // 128) * 128 + KB
     return min(by_registers, chip.threads // (warps * chip.warp_size), chip.shared // shared_bytes, chip.programs)

@@ -1,4 +1,4 @@
-"""Compiles the kernels of cases, once each, in several processes, and keeps what their proofs need."""
+"""Compiles each kernel that the cases need once, in several processes, and keeps what proofs need of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Target:
     backend: str
     arch: int | str
     chip: str = "H100"  # the launchers' choices depend on it; one of `chips.CHIPS`
-    table: str = ""  # and on the launch table: a device of `kernels/tables.json`, or the arithmetic one
+    table: str = ""  # the launchers' table: a device of `kernels/tables.json`; empty for the arithmetic one
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
@@ -35,9 +35,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile. `request` is its key among those that a case asks Triton for.
+    """A kernel to compile. `request` is its key among the kernels that a case asks Triton for.
 
-    Without, it is the kernel of the operation: the first that is launched, and of a peer's backward pass the last.
+    Without a request, it is the first kernel that is launched or, for a backward pass, the last.
     """
 
     case: Case
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Proof:
-    """A compiled kernel, or the error in place of it."""
+    """A compiled kernel, or the error that prevented it."""
 
     job: Job
     kernel: str = ""
@@ -57,7 +57,7 @@ class Proof:
     code: machine_code.MachineCode | None = None
     widths: dict[str, int] = field(default_factory=dict)
     rows_together: bool | None = None
-    amd: dict[str, int] = field(default_factory=dict)  # registers and spills, of the metadata of AMD's assembly
+    amd: dict[str, int] = field(default_factory=dict)  # registers and spills, from the metadata of AMD's assembly
     error: str = ""
     binary: bytes = b""
 
@@ -66,7 +66,7 @@ class Proof:
         return self.num_warps * (64 if self.job.target.backend == "hip" else 32)
 
 
-#: Compute units, bytes of L2 cache and resident threads of a unit: MI300X and MI355X, by AMD's data sheets.
+#: Compute units, bytes of L2 cache and resident threads per unit of MI300X and MI355X, from AMD's data sheets.
 AMD_CHIPS = {"gfx942": (304, 4 * 2**20, 2048), "gfx950": (256, 4 * 2**20, 2048)}
 
 #: For each architecture, a chip that has it.
@@ -75,7 +75,7 @@ HIP_TARGETS = tuple(Target("hip", arch, "") for arch in AMD_CHIPS)
 
 
 def call(case: Case, target: Target) -> None:
-    """Calls the launcher of a case, on the target that is active."""
+    """Calls the launcher of a case. The null driver of the target has to be active."""
     if case.library != "fused_ignore_ce":
         from . import peers
 
@@ -88,7 +88,7 @@ def call(case: Case, target: Target) -> None:
 
 
 def launched_on(target: Target) -> Any:
-    """The chip as the launchers know it."""
+    """The target's chip, as the launchers know it."""
     from fused_ignore_ce.kernels import launch, tables
 
     if target.backend == "hip":
@@ -99,14 +99,14 @@ def launched_on(target: Target) -> Any:
 
 
 def with_tables(target: Target) -> list[Target]:
-    """The target with every launch table that its devices may have."""
+    """The target once with the arithmetic launch table, and once with every table of its architecture."""
     from fused_ignore_ce.kernels.tables import TABLES
 
     return [target, *(replace(target, table=name) for name, table in TABLES.items() if table.arch == target.arch)]
 
 
 def jobs(every: Iterable[Case], target: Target) -> list[Job]:
-    """Every kernel that the cases ask for, by any table, with the first case that does. Nothing is compiled."""
+    """Every kernel that the cases ask for with any table, each with the first such case. Nothing is compiled."""
     found: dict[str, Job] = {}
     with NullDriver(target.backend, target.arch, select=lambda request: False) as driver:
         for case, on in itertools.product(list(every), with_tables(target)):
@@ -130,7 +130,7 @@ def compiled(job: Job) -> Proof:
 
 
 def reason(error: BaseException, length: int = 400) -> str:
-    """What an error and its causes say, in one line; the end of it, if it is long."""
+    """The messages of an error and its causes in one line; only the end of a long one."""
     said = []
     cause: BaseException | None = error
     while cause is not None:
@@ -160,7 +160,7 @@ def tile(constants: dict[str, Any]) -> tuple[int, ...]:
 
 
 def amd_usage(assembly: str) -> dict[str, int]:
-    """What the metadata at the end of AMD's assembly says of registers and spills."""
+    """Registers and spills, from the metadata at the end of AMD's assembly."""
     names = ("vgpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     found = {name: re.search(rf"^\s*(?:- )?\.{name}:\s*(\d+)", assembly, re.MULTILINE) for name in names}
     missing = [name for name, value in found.items() if value is None]
@@ -171,7 +171,7 @@ def amd_usage(assembly: str) -> dict[str, int]:
 
 def compile_all(todo: list[Job], processes: int | None = None) -> Iterator[Proof]:
     """Compiles all jobs, and returns the results in the order of the jobs."""
-    # Thousands of kernels, each looked at once, do not belong in the user's cache.
+    # Thousands of kernels that are looked at once do not belong in the user's cache.
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),

@@ -1,4 +1,4 @@
-"""Which loads of a kernel wait for which: registers are followed through its machine code."""
+"""Finds which loads of a kernel wait for which others, by following registers through its machine code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-#: Opcodes that write nothing that another instruction reads.
+#: Opcodes without a result that another instruction reads.
 _NO_RESULT = {"STG", "STS", "STL", "BRA", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL", "WARPSYNC", "DEPBAR"}
 
 #: Opcodes whose second operand is a result too.
@@ -14,7 +14,7 @@ _TWO_RESULTS = {"SHFL", "ATOMG", "ATOMS", "ATOM"}
 
 
 class Instruction(Protocol):
-    """The part of `machine_code.Instruction` that is needed here."""
+    """The part of `machine_code.Instruction` that this module needs."""
 
     @property
     def guard(self) -> str: ...
@@ -36,7 +36,7 @@ def results(instruction: Instruction) -> set[str]:
     written = registers(first, _width(instruction))
     if instruction.name in _TWO_RESULTS and others:
         return written | registers(others[0], _width(instruction))
-    # A comparison has two results; an addition may have carries, which follow its sum.
+    # A comparison has two results. An addition may also write carries, which follow its sum.
     for operand in others[: 1 if re.match(r"U?P", first) else 2]:
         if not re.fullmatch(r"U?P[T\d]+", operand):
             break
@@ -45,7 +45,7 @@ def results(instruction: Instruction) -> set[str]:
 
 
 def operands_read(instruction: Instruction) -> set[str]:
-    """Registers and predicates that an instruction reads, its guard among them."""
+    """Registers and predicates that an instruction reads, including its guard."""
     written = results(instruction)
     read = registers(instruction.guard)
     skipped = 0 if instruction.name in _NO_RESULT else 1
@@ -57,7 +57,7 @@ def operands_read(instruction: Instruction) -> set[str]:
 
 
 def registers(operand: str, width: int = 1) -> set[str]:
-    """The registers that an operand names; `R4.64` is two.
+    """The registers that an operand names. `R4.64` names two.
 
     >>> sorted(registers("desc[UR12][R2.64+0x4000]"))
     ['R2', 'R3', 'UR12']
@@ -70,14 +70,14 @@ def registers(operand: str, width: int = 1) -> set[str]:
 
 
 def _width(instruction: Instruction) -> int:
-    """The registers of a result, or of what is stored."""
+    """How many registers hold a result, or a stored value."""
     if re.search(r"\.(128|256)\b", instruction.opcode):
         return instruction.bytes // 4
     return 2 if re.search(r"\.(64|WIDE)\b", instruction.opcode) or instruction.name.startswith("D") else 1
 
 
 def peak_bytes(code: Iterable[Instruction], loads: set[str]) -> int:
-    """The most bytes that are loaded and not yet used while `code` is executed in its order."""
+    """The most bytes that are loaded and not yet used at any time, while `code` is executed in its order."""
     waiting: dict[str, int] = {}  # register -> number of the load
     size: dict[int, int] = {}
     peak = 0
@@ -97,7 +97,7 @@ def rounds(code: Sequence[Instruction], loads: set[str]) -> int:
     A load whose address or execution depends on a loaded value is one round later than that value.
     """
     ready: dict[str, int] = {}  # register -> the round after which its value is there
-    entered = 0  # the round that decided that execution came here
+    entered = 0  # the round after which it is decided that execution comes here
     last = 0
     for instruction in code:
         round_ = max([entered, *(ready.get(register, 0) for register in operands_read(instruction))])
@@ -107,6 +107,6 @@ def rounds(code: Sequence[Instruction], loads: set[str]) -> int:
             round_ += 1
             last = max(last, round_)
         for register in results(instruction):
-            # What a guard may have kept from being written has its old value too.
+            # A guard may prevent the write, so the register may still have its old value.
             ready[register] = max(round_, ready.get(register, 0)) if instruction.guard else round_
     return last

@@ -1,12 +1,12 @@
-"""The host's time of a call, and what it launches, of this project's loss and of Liger's, side by side.
+"""Measures the host's time of a call, and counts its launches, for this project's loss and Liger's, side by side.
 
     python -m bench.proofs.host [--rounds 30] [--json FILE]
 
-Kernels are compiled and not launched (`bench.proofs.null_driver`), on tensors of the CPU. What is compared is the work
-of the host around them: Python, autograd, allocations, and PyTorch's operations, which run on the CPU, on tensors of
-one element a row. Not in it are the device's time, the few microseconds that a CUDA launch takes (the same for every
-launch, so each library has as many as it has launches), switching the current device, and what waiting for the device
-costs where a library reads a value on the host. Libraries take turns, so that a busy machine slows down both.
+Kernels are compiled and not launched (`bench.proofs.null_driver`), and tensors are on the CPU. What is compared is the
+work of the host around the kernels: Python, autograd, allocations, and PyTorch's operations, which run on the CPU, on
+tensors of one element per row. The figures do not include the device's time, the few microseconds that every CUDA
+launch takes, switching the current device, or waiting for the device where a library reads a value on the host.
+Libraries take turns, so that a busy machine slows down both.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import torch
 from . import peers
 from .null_driver import NullDriver, header
 
-#: Rows and classes: too many rows to be split over programs, and small enough for an allocation to be cheap.
+#: Rows and classes. The rows are too many to be split over programs, and few enough for an allocation to be cheap.
 ROWS, CLASSES = 1024, 8192
 
-#: Calls of a library before it is the other's turn.
+#: How often a library is called before it is the other's turn.
 CALLS = 20
 
 #: PyTorch's operations that launch nothing on a GPU.
@@ -44,7 +44,7 @@ NO_LAUNCH = {
     "resize_", "is_nonzero",
 }  # fmt: skip
 
-#: Those that wait for the device.
+#: PyTorch's operations that wait for the device.
 WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select"}
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -52,7 +52,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Launches:
-    """The launches of one direction: Triton's kernels, PyTorch's operations that launch, and those that wait."""
+    """Counts for one direction: Triton's kernels, PyTorch's operations that launch one, and operations that wait."""
 
     kernels: int
     operations: int
@@ -64,7 +64,7 @@ class Launches:
 
 @dataclass(frozen=True)
 class Host:
-    """Medians in microseconds."""
+    """A library's median times in microseconds, and its launches."""
 
     library: str
     forward: float
@@ -121,7 +121,7 @@ def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
     target = torch.arange(ROWS)
     times: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in losses}
     counted = {}
-    upstream: dict[str, torch.Tensor] = {}  # given, so that autograd does not make one
+    upstream: dict[str, torch.Tensor] = {}  # passed in, so that autograd does not make one
     with ExitStack() as stack:
         driver = stack.enter_context(NullDriver("cuda", 90))
         pretend(stack)
@@ -148,7 +148,7 @@ def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
 
 
 def pretend(stack: ExitStack) -> None:
-    """Lets the package treat tensors of the CPU as a GPU's: it would interpret kernels, and look at every target."""
+    """Makes the package treat CPU tensors as a GPU's. Otherwise it would interpret kernels and check every target."""
     from fused_ignore_ce import backends
     from fused_ignore_ce.kernels import cross_entropy
 
@@ -157,7 +157,7 @@ def pretend(stack: ExitStack) -> None:
 
 
 def _true(*_: object) -> bool:
-    """Replaces a function at the cost of a call; a Mock takes ten microseconds."""
+    """Replaces a function at the cost of a call. A Mock would take ten microseconds."""
     return True
 
 

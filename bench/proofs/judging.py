@@ -1,4 +1,4 @@
-"""What a compiled kernel costs a logit, the budgets that it has to keep, and what is wrong with it."""
+"""What a compiled kernel costs per logit, the budgets that it has to keep, and the faults that it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """The most instructions a logit in the loops of a kernel, those of one pass in both of its loops together."""
+    """The most instructions per logit in the loops of a kernel. One pass has one budget for both of its loops."""
 
     operation: str
     features: tuple[str, ...]
@@ -26,8 +26,8 @@ class Budget:
     instructions: float
 
 
-#: At 92% of the memory roof an H200 has 13.4 issue slots a logit of a bfloat16 forward pass, and twice as many of a
-#: backward pass; a B200 has 9.5. A kernel keeps about three quarters of them busy.
+#: At 92% of the memory roof, an H200 has 13.4 issue slots per logit in a bfloat16 forward pass, a B200 has 9.5. In a
+#: backward pass, both have twice as many. A kernel keeps about three quarters of the slots busy.
 BUDGETS = (
     Budget("forward", (), "bfloat16", 8.0),
     Budget("forward", ("stats",), "bfloat16", 14.0),
@@ -44,21 +44,22 @@ BUDGETS = (
 #: The architectures that budgets are for.
 BUDGET_ARCHS = (90, 100)
 
-#: The least resident threads on a multiprocessor of the plain kernels. One pass is left out: it has as many programs
-#: as leave its rows in the L2 cache.
+#: The fewest threads of a plain kernel that have to be resident on a multiprocessor. One pass is left out, because it
+#: launches only as many programs as leave its rows in the L2 cache.
 RESIDENT_THREADS = {"forward": 1536, "backward": 1536}
 
-#: With fewer classes, a tile has fewer elements than threads, and how they are accessed makes no difference.
+#: Accesses are judged from this many classes on. With fewer, a tile has fewer elements than threads, and it does not
+#: matter how they are accessed.
 FEWEST_CLASSES = 16
 
-#: The least vocabulary for which a program's loops are long enough to be what counts.
+#: Budgets hold from this vocabulary on. With fewer classes, other code than the loops has a part in the time.
 BUDGET_CLASSES = 32000
 
 
 def loaded_a_logit(case: Case, rows: int = 1) -> float:
-    """Bytes that a kernel's loops load for a logit.
+    """Bytes that a kernel's loops load per logit.
 
-    Only the weights of targets over all classes are loaded in loops; one serves all rows of a tile.
+    Class weights are loaded in loops only where targets spread over all classes, and one serves all rows of a tile.
     """
     probs = "probs" in case.features
     weights = "weight" in case.features and (probs or "smoothing" in case.features)
@@ -66,7 +67,7 @@ def loaded_a_logit(case: Case, rows: int = 1) -> float:
 
 
 def work(proof: Proof, rows: int | None = None) -> roof.Work:
-    """What the launch of a proof worked on; with `rows`, the same for more rows."""
+    """The work of a proof's launch; with `rows`, of the same launch on that many rows."""
     case = proof.job.case
     launched = case.B * case.T
     rows = rows or launched
@@ -85,9 +86,10 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
 
 
 def loop_instructions(proof: Proof) -> float:
-    """Instructions a logit in loops: one of them, or two that walk a row twice; of everything where there is no loop.
+    """Instructions per logit in loops, or in all code where there is no loop.
 
-    Of loops over the same logits, the first counts: it handles most of them, and others what it leaves.
+    If a row is walked twice, the loops of both walks are added. If a walk has several loops, only the first counts: it
+    handles most logits, and the others handle what it leaves.
     """
     assert proof.code is not None
     if not proof.code.loops:
@@ -108,13 +110,13 @@ def resident_threads(proof: Proof, chip: chips.Chip) -> int:
 
 
 def is_row_kernel(proof: Proof) -> bool:
-    """Whether it is the kernel that reads the logits, and not one that a launcher adds."""
+    """Whether it is the kernel that reads the logits, not one that its launcher launches besides."""
     case = proof.job.case
     return case.library != "fused_ignore_ce" or ROW_OPERATIONS.get(case.operation) == proof.kernel
 
 
 def accesses(proof: Proof) -> set[str]:
-    """The accesses to tensors of the logits' shape that a kernel has to have."""
+    """The accesses to tensors of the logits' shape that a kernel cannot do without."""
     case = proof.job.case
     if not is_row_kernel(proof):
         return set()
@@ -125,11 +127,11 @@ def accesses(proof: Proof) -> set[str]:
 
 
 def bytes_due(proof: Proof) -> int:
-    """How wide an access to logits has to be.
+    """How many bytes wide an access to logits has to be.
 
-    16 bytes, or all that a thread has of the tile: a tile of few rows of a small vocabulary has fewer elements than
-    threads. Nothing is asked where lines are unaligned, nor of strided classes: there, neighbouring elements belong
-    to different rows, any of which may be ignored, so that each has its own mask.
+    It is 16 bytes or, where this is less, all elements of the tile that a thread has. No width is demanded where lines
+    are unaligned, nor for strided classes: their neighbouring elements belong to different rows, any of which may be
+    ignored, so that each element has its own mask.
     """
     case = proof.job.case
     if not (case.contiguous and case.aligned):
@@ -139,13 +141,13 @@ def bytes_due(proof: Proof) -> int:
 
 
 def hot_loops(proof: Proof) -> list[Block]:
-    """The loops over whole tiles; all loops where tiles are masked throughout."""
+    """The loops over whole tiles, or all loops if every tile is masked."""
     assert proof.code is not None
     return [loop for loop in proof.code.loops if not loop.masked] or list(proof.code.loops)
 
 
 def budget_of(proof: Proof) -> Budget | None:
-    """The budget that a kernel has to keep."""
+    """The budget that a kernel has to keep; None if it has none."""
     case, target = proof.job.case, proof.job.target
     due = case.contiguous and case.aligned and case.V >= BUDGET_CLASSES and target.arch in BUDGET_ARCHS
     if not due or case.library != "fused_ignore_ce" or not is_row_kernel(proof):
@@ -155,7 +157,7 @@ def budget_of(proof: Proof) -> Budget | None:
 
 
 def faults(proof: Proof) -> list[str]:
-    """What is wrong with a kernel; empty when all is well. Peers' kernels are counted and not judged."""
+    """The faults of a kernel. Peers' kernels are counted, but not judged."""
     case = proof.job.case
     if proof.error:
         return [proof.error]

@@ -1,4 +1,4 @@
-"""Triton's own launcher without a GPU: what it would give to a kernel is compared with what was passed to the launch.
+"""Runs Triton's own launcher without a GPU, and compares what it would give to a kernel with what was passed to it.
 
     python -m bench.proofs.launcher
 
@@ -59,7 +59,7 @@ class Launch(ctypes.Structure):
 
 @functools.cache
 def loaded() -> tuple[Launch, Any]:
-    """Where the stub keeps the last launch, and Triton's utilities for CUDA; the stub is the process's libcuda then."""
+    """(the last launch as the stub keeps it, Triton's utilities for CUDA). Makes the stub the process's libcuda."""
     from triton.backends.nvidia.driver import CudaUtils
 
     include = Path(nvidia.__file__ or "", "..", "include").resolve()
@@ -76,8 +76,9 @@ def loaded() -> tuple[Launch, Any]:
 def parameter_sizes(cubin: bytes, kernel: str) -> list[int]:
     """The bytes of every parameter, from the attributes that the ELF section `.nv.info.<kernel>` lists.
 
-    An attribute has a format, a number, and either two bytes or as many as these two say. Number 0x17 describes a
-    parameter: its ordinal is the third 16-bit number, and the upper 14 bits of the last word are its size.
+    An attribute has a format, a number, and two bytes, which are its value or the length of the value that follows.
+    Number 0x17 describes a parameter: its ordinal is the third 16-bit number, and the upper 14 bits of the last word
+    are its size.
     """
     info = dict(_sections(cubin))[f".nv.info.{kernel}"]
     sizes, at = {}, 0
@@ -128,7 +129,7 @@ class Handle(int):
 
 
 class CheckingLauncher:
-    """Triton's launcher for CUDA; after every launch, what the kernel would have got is compared."""
+    """Triton's launcher for CUDA. After every launch, it checks what the kernel would have got."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         from triton.backends.nvidia.driver import CudaLauncher
@@ -164,7 +165,7 @@ def flat(kinds: Any, values: Any) -> Iterator[bytes]:
 
 
 class StubDriver(NullDriver):
-    """The null driver, with Triton's launcher for CUDA; `checked` has every kernel launched, by name and identity."""
+    """The null driver with Triton's launcher for CUDA. `checked` has every kernel launched, by name and identity."""
 
     launcher_cls = CheckingLauncher
 
@@ -176,11 +177,11 @@ class StubDriver(NullDriver):
 
     @staticmethod
     def _loaded(module: object, function: Any, name: str, files: dict[str, str], hash: str) -> None:
-        """Nothing is kept of the files."""
+        """Keeps nothing of the files."""
 
 
 def launch_all() -> None:
-    """Calls the losses on tensors of the CPU, so that every kernel is launched with and without what it may get."""
+    """Calls the losses on CPU tensors, so that every kernel is launched with and without its optional arguments."""
     from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -207,7 +208,7 @@ def launch_all() -> None:
         inputs = x * 1 if options.get("inplace_backward") else x
         differentiate(fused_cross_entropy(inputs, torch.arange(40), **plain | options), x)
     few, many = tensor(2, 131072, dtype=torch.bfloat16), tensor(70000, 8, dtype=torch.bfloat16)
-    for x in (few, many):  # rows that are split and merged; rows that several programs reduce
+    for x in (few, many):  # few rows are split and merged; many are reduced by several programs
         differentiate(fused_cross_entropy(x, torch.zeros(len(x), dtype=torch.long), **plain), x)
     images, probs = tensor(2, 50, 6, 7), tensor(4, 300)
     differentiate(fused_cross_entropy(images, torch.zeros(2, 6, 7, dtype=torch.long), **plain), images)
@@ -217,7 +218,7 @@ def launch_all() -> None:
     for budget in (None, 10**6):
         linear = fused_linear_cross_entropy(h, w, torch.arange(40), memory_budget=budget, z_loss=1e-4, **plain)
         torch.autograd.grad(linear, (h, w), torch.tensor(2.0, dtype=linear.dtype))
-    for unaligned in (False, True):  # calls that differ in nothing else
+    for unaligned in (False, True):  # two calls that differ in nothing but alignment
         x, target = tensor(41, 512), torch.zeros(41, dtype=torch.long)
         weights = torch.ones(82)[int(unaligned) : 40 + int(unaligned)]
         target = target[int(unaligned) :][:40]
@@ -227,10 +228,11 @@ def launch_all() -> None:
 
 
 def check(arch: int) -> list[str]:
-    """The names of the kernels that were launched and checked, once for every launch.
+    """Checks the launches of all losses. Returns the names of the kernels, once for every launch.
 
-    Launches are prepared by their first call (`kernels/prepare.py`). So every loss is called three times: with Triton
-    choosing every kernel, with what is then remembered of it, and with the launches of the call before.
+    The first call of a launch prepares it for later calls (`kernels/prepare.py`). So every loss is called three times:
+    with nothing remembered, so that Triton chooses every kernel; while launches are prepared; and with the prepared
+    launches.
     """
     from fused_ignore_ce.kernels import prepare
 

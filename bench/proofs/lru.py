@@ -1,12 +1,12 @@
-"""How often the second read of a row misses the L2 cache: a least-recently-used cache, simulated.
+"""Simulates a least-recently-used cache, to tell how often the second read of a row misses the L2 cache.
 
 One pass over the logits reads a row twice: for its sums, and for its gradient, which it also writes. Between the two
-reads of a logit lies what all rows in flight moved meanwhile; it is the least for the row's last classes, so that a
-second walk that starts there finds more than one that starts at the first class. Rows are in every phase at once, as
-in the middle of a long launch; a row moves one block at a time, and all rows in turn.
+reads of a logit, all rows in flight move data through the cache. This is least for the row's last classes, so a second
+walk that starts there hits more often than one that starts at the first class. Rows are in every phase at once, as in
+the middle of a long launch. All rows take turns, and move one block each.
 
-The model is on the safe side in that it knows no hints (`evict_first`, `evict_last`), and on the other in that a real
-cache is not fully associative, and is in two halves on an A100 and later.
+The model is pessimistic in that it ignores hints (`evict_first`, `evict_last`). It is optimistic in that a real cache
+is not fully associative and, on an A100 and later, consists of two halves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Cache:
         self._blocks: OrderedDict[Hashable, None] = OrderedDict()
 
     def access(self, block: Hashable) -> bool:
-        """Whether the block was there; now it is."""
+        """Returns whether the block was in the cache, and puts it there."""
         hit = block in self._blocks
         self._blocks[block] = None
         self._blocks.move_to_end(block)
@@ -34,7 +34,7 @@ class Cache:
 
 
 def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator[tuple[tuple[int | str, ...], bool]]:
-    """(block, whether it is read) of one row of one pass, in their order."""
+    """The accesses of one pass to a row, in order: (block, whether it is read)."""
     for block in range(blocks):
         yield (row, block), True
     for block in reversed(range(blocks)) if backwards else range(blocks):
@@ -55,10 +55,10 @@ def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards
     for slot in range(rows):
         walk = accesses(next(numbers), blocks, in_place, backwards)
         for _ in range(length * slot // rows):
-            next(walk)  # rows in every phase
+            next(walk)  # so that rows are in every phase
         walks.append(walk)
 
-    # The first rows of every slot began in their midst, and the second found a cache that was still filling.
+    # Not counted: each slot's first row, which began in the middle, and its second, which met a cache still filling.
     counted = range(2 * rows, 3 * rows)
     missed = finished = 0
     while finished < 3 * rows:

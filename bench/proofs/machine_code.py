@@ -1,8 +1,8 @@
-"""Reads machine code of NVIDIA GPUs: what a thread executes in the loops of a kernel, and what outside of them.
+"""Reads machine code of NVIDIA GPUs: what a thread executes in the loops of a kernel, and outside of them.
 
     python -m bench.proofs.machine_code FILE.cubin [--bytes 2] [--listing]
 
-`--bytes` says how many bytes a loop loads for one logit, from which follows how many logits an iteration handles.
+`--bytes` is how many bytes a loop loads per logit. The number of logits that an iteration handles follows from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .dataflow import peak_bytes, rounds
 
-#: Opcodes that the special-function units execute: a quarter or an eighth of the rate of others.
+#: Opcodes that the special-function units execute, at a quarter or an eighth of the rate of others.
 SPECIAL = {"MUFU", "FRND", "F2I", "I2F", "F2F"}
 
 #: Opcodes at which the threads of a program, or of a warp, wait for each other.
@@ -55,7 +55,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Block:
-    """Counts of a stretch of code that a thread executes."""
+    """A stretch of code that a thread executes, and counts of what is in it."""
 
     code: tuple[Instruction, ...]
 
@@ -106,7 +106,7 @@ class Block:
 
     @property
     def masked(self) -> bool:
-        """Whether some load may be skipped."""
+        """Whether a guard may skip some load from global memory."""
         return any(i.guard and not i.guard.startswith("@UP") for i in self.code if i.name in GLOBAL_LOADS)
 
     @cached_property
@@ -124,22 +124,22 @@ class Usage:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """`loops` has the innermost loops that load from global memory; `outside` all else, executed once a program."""
+    """`loops` has the innermost loops that load from global memory; `outside` is all code but `loops` and `clears`."""
 
     usage: Usage
     outside: Block
     loops: tuple[Block, ...]
-    clears: tuple[Block, ...]  # loops that only store: they fill with zeros what the others do not visit
-    rounds: int  # of loads that wait for each other, with one iteration of every loop
+    clears: tuple[Block, ...]  # loops that only store: they write zeros where the others do not go
+    rounds: int  # how often loads wait for earlier loads, with one iteration of every loop
 
     @property
     def spills(self) -> int:
-        """Bytes of stack a thread, or instructions that spill, whichever shows."""
+        """Bytes of stack per thread or the number of instructions that spill, whichever is larger; 0 without spills."""
         return max(self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.clears)))
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions of what `nvdisasm -c` prints, and where its labels are."""
+    """The instructions that `nvdisasm -c` prints, and the positions of its labels among them."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -154,7 +154,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def successors(code: Sequence[Instruction], labels: dict[str, int]) -> list[list[int]]:
-    """Where execution may go on after each instruction."""
+    """For each instruction, the positions of those that may be executed next."""
     following = []
     for index, instruction in enumerate(code):
         target = re.search(r"`\((\.L_\w+)\)", instruction.operands[-1]) if instruction.operands else None
@@ -168,7 +168,7 @@ def successors(code: Sequence[Instruction], labels: dict[str, int]) -> list[list
 
 
 def natural_loops(following: list[list[int]]) -> list[set[int]]:
-    """The body of the loop of every jump back: the instructions that reach it without passing its target."""
+    """The bodies of all loops: for a backward jump, the instructions that reach it without passing its target."""
     preceding: list[list[int]] = [[] for _ in following]
     for index, then in enumerate(following):
         for other in then:
@@ -187,7 +187,7 @@ def natural_loops(following: list[list[int]]) -> list[set[int]]:
 
 
 def read(cubin: bytes, nvdisasm: str | None = None, cuobjdump: str | None = None) -> MachineCode:
-    """The machine code of a kernel, by the disassembler that comes with Triton."""
+    """The machine code of a kernel, from the disassembler that comes with Triton."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +212,7 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
             (loops if block.loaded else clears).append(block)
             inside |= body
     outside = set(range(len(code))) - inside
-    outside -= {i for body in every for i in body if len(body) == 1}  # what follows the end of the code
+    outside -= {i for body in every for i in body if len(body) == 1}  # the trap after the end of the code
     return MachineCode(usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS))
 
 
@@ -225,7 +225,7 @@ def _run(tool: str, *arguments: str | Path) -> str:
 
 
 def describe(code: MachineCode, bytes_a_logit: float) -> str:
-    """A line for every loop, and one for what is outside of them."""
+    """A line for the resources, one for every loop, and one for the code outside of loops."""
     lines = [f"{code.usage.registers} registers, {code.usage.shared} bytes shared, {code.spills} spilt"]
     for kind, blocks in (("loop", code.loops), ("clearing loop", code.clears), ("outside", (code.outside,))):
         for block in blocks:

@@ -23,19 +23,19 @@ ACCESSES = {
 
 @dataclass
 class Launch:
-    """What one launch moved: (load or store, the address of every element, bytes of an element)."""
+    """What one launch moved. An access is (load or store, the address of every element, bytes per element)."""
 
     kernel: str
-    tensors: dict[str, torch.Tensor]  # by the kernel's parameters
+    tensors: dict[str, torch.Tensor]  # by the name of the kernel's parameter
     accesses: list[tuple[str, np.ndarray, int]] = field(default_factory=list)
 
     def bytes(self, kind: str) -> int:
         return sum(len(addresses) * size for k, addresses, size in self.accesses if k == kind)
 
     def row_bytes(self, kind: str, name: str) -> np.ndarray:
-        """Bytes of every row (the elements that share all indices but the last) of a parameter's tensor.
+        """The bytes moved of every row of a parameter's tensor. Elements of a row share all indices but the last.
 
-        Memory that several parameters share, such as a gradient written over the logits, counts for the first of them.
+        Memory that several parameters share, as a gradient written over the logits does, counts for the first.
         """
         tensor = self.tensors[name]
         earlier = list(self.tensors.values())[: list(self.tensors).index(name)]
@@ -52,7 +52,7 @@ class Launch:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Number of elements in memory from the first to the last of a tensor."""
+    """The number of elements in memory from a tensor's first element to its last."""
     steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return 1 + sum(steps) if tensor.numel() else 0
 
@@ -63,7 +63,7 @@ def _within(tensor: torch.Tensor, addresses: np.ndarray) -> np.ndarray:
 
 
 def _rows_by_offset(tensor: torch.Tensor) -> np.ndarray:
-    """The row that each element of memory belongs to; -1 in gaps, which makes counting an access to a gap an error."""
+    """The row that each element of memory belongs to; -1 in gaps, so that counting an access there is an error."""
     rows = torch.full((_span(tensor),), -1)
     numbers = torch.arange(tensor.shape[:-1].numel()).view(*tensor.shape[:-1], 1)
     rows.as_strided(tensor.shape, tensor.stride()).copy_(numbers.expand(tensor.shape))
@@ -71,7 +71,7 @@ def _rows_by_offset(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Traffic(ExitStack):
-    """Within it, every launch in Triton's interpreter is recorded in `launches`.
+    """A context in which every launch in Triton's interpreter is recorded, in `launches`.
 
     >>> with Traffic() as traffic:
     ...     kernel[grid](x, out)

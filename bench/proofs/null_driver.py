@@ -5,8 +5,8 @@
     for kernel, grid in driver.launches:
         print(kernel.name, grid, kernel.metadata.num_warps, len(kernel.binary))
 
-Triton asks a tensor for its address and dtype only, so tensors without memory (device "meta") and tensors of the CPU
-will do. What is compiled (signature, specialisation, options) is Triton's own decision, not a copy of it.
+Triton asks a tensor only for its address and dtype, so tensors without memory (device "meta") and CPU tensors will do.
+Triton itself decides what is compiled (signature, specialisation, options).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver as active_driver
 
-#: Triton keeps compiled kernels by the number of the device; every driver is a device of its own, which has none yet.
+#: Triton keeps compiled kernels by device number. Every driver has a number of its own, for which there are none yet.
 _NUMBERS = itertools.count(1)
 
-#: What Triton asks of a device before it loads a kernel: as much as any GPU has.
+#: What Triton asks a device for before it loads a kernel. No GPU has more shared memory per program.
 PROPERTIES = {"max_shared_mem": 227 * 1024}
 
 
@@ -37,14 +37,14 @@ class Kernel:
 
     name: str
     signature: dict[str, Any]  # type by parameter; "constexpr" for those that were compiled in
-    constants: dict[str, Any]  # by parameter, also arguments that Triton specialised on, such as a stride of 1
+    constants: dict[str, Any]  # by parameter; includes arguments that Triton specialised on, such as a stride of 1
     metadata: Any  # Triton's: num_warps, shared, target, ...
     binary: bytes = b""  # cubin or hsaco
     files: dict[str, Path] = field(default_factory=dict)  # every stage of the compilation, by file name
 
     @property
     def parameters(self) -> list[str]:
-        """The arguments of the compiled function, in order; of a tuple's elements, "rows_out.0"."""
+        """The names of the compiled function's arguments, in order. A tuple's elements are "rows_out.0" etc."""
         return [name for name, kind in _flat(self.signature.items()) if kind != "constexpr"]
 
     def stage(self, suffix: str) -> str:
@@ -61,7 +61,7 @@ def _flat(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 class NullLauncher:
-    """What Triton calls in place of the function that launches a kernel on a GPU."""
+    """Takes the place of the object by which Triton launches a kernel on a GPU."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         names = source.fn.arg_names
@@ -84,11 +84,11 @@ class Loaded:
 
 
 def configuration(function: Any, request: dict[str, Any]) -> str:
-    """What is compiled, as text; without numbers of rows, programs and the like.
+    """What Triton is asked to compile, as text, without numbers of rows, programs and the like.
 
-    Triton specialises on those too, where a number is 1 or a multiple of 16, and so compiles many kernels that differ
-    by an instruction or two outside of their loops. Of numbers, only the classes and the strides of tensors make a
-    difference to loops.
+    Triton also specialises on such numbers where they are 1 or multiples of 16, and so compiles many kernels that
+    differ by an instruction or two outside of their loops. The only numbers that change loops are the number of classes
+    and the strides of tensors.
     """
     kept = []
     for index, parameter in enumerate(function.params):
@@ -97,7 +97,7 @@ def configuration(function: Any, request: dict[str, Any]) -> str:
         values = {path[1:]: value for path, value in request["constants"].items() if path[0] == index}
         counts = all(k.startswith(("i", "u")) or (k == "constexpr" and 1 in values.values()) for k in kinds)
         if parameter.is_constexpr or parameter.name == "V" or parameter.name.startswith("stride") or not counts:
-            # Strides are of one tensor: where one of them is not aligned, its rows are not.
+            # The strides of a parameter belong to one tensor. If one of them is not aligned, the tensor's rows are not.
             attributes = [value for path, value in request["configs"][0].items() if path[0] == index]
             kept.append(f"{parameter.name}: {kind} {values} {'aligned' if all(attributes) else ''}")
     options = {name: request[name] for name in ("num_warps", "num_stages")}
@@ -111,21 +111,21 @@ class NullUtils:
         return PROPERTIES
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, Loaded, int, int, int]:
-        """(module, function, registers, spills, most threads); nothing reads the registers and spills from here.
+        """(module, function, registers, spills, most threads). Nothing reads these registers and spills.
 
-        Any module but None tells Triton that the kernel is loaded, so that it does not load it at every launch.
+        A module that is not None tells Triton that the kernel is loaded. Otherwise, it would load it at every launch.
         """
         return self, Loaded(binary), 0, 0, 1024
 
 
 class NullDriver(DriverBase):
-    """Within it, Triton compiles for one architecture, and `launches` has (kernel, grid) of every launch.
+    """A context in which Triton compiles for one architecture. `launches` has (kernel, grid) of every launch.
 
     Args:
         backend: "cuda" or "hip".
-        arch: 90 of sm_90, or "gfx942".
-        select: which requests to compile, by their `configuration`; others are only listed in `requests`, and not
-            launched.
+        arch: 90 for sm_90, or "gfx942".
+        select: tells from a request's `configuration` whether to compile it. Others are only listed in `requests`, and
+            not launched.
     """
 
     launcher_cls: type[Any] = NullLauncher
@@ -142,7 +142,7 @@ class NullDriver(DriverBase):
     def __enter__(self) -> NullDriver:
         if knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: Triton would interpret kernels and compile none. Unset it.")
-        # The active driver is not asked for: Triton would look for a GPU and raise where there is none.
+        # Reads the private attribute: `active` would look for a GPU, and raise where there is none.
         self._outer = active_driver._active, knobs.runtime.jit_cache_hook
         active_driver.set_active(self)
         knobs.runtime.jit_cache_hook = self._requested
@@ -155,7 +155,7 @@ class NullDriver(DriverBase):
         knobs.runtime.kernel_load_end_hook.remove(self._loaded)
 
     def _requested(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Triton calls it before it compiles; True is the answer that it need not."""
+        """Triton calls this before it compiles. True tells Triton not to."""
         request = configuration(fn.jit_function, compile)
         self.requests.append(request)
         return self.select is not None and not self.select(request)

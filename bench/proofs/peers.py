@@ -12,19 +12,19 @@ from bench.speed.providers import TRL_CHUNK
 
 from .cases import Case
 
-#: Rows of a call. Both libraries do more than launch (Liger reads its targets on the host, TRL multiplies matrices), so
-#: their tensors need memory, and are few.
+#: Rows per call. Both libraries do more than launch (Liger reads its targets on the host, TRL multiplies matrices), so
+#: their tensors need memory, and rows are few.
 ROWS = 16
 
 
 def liger(case: Case, arch: int | str) -> None:
-    """Its one launch reads a row for its sums, and again for its gradient, which it writes over the logits."""
+    """Liger's only launch. It reads a row for its sums, and again for its gradient, which it writes over the logits."""
     from liger_kernel.ops import cross_entropy  # type: ignore[import-untyped]  # has no annotations
 
     x = torch.empty(case.T, case.V, dtype=getattr(torch, case.dtype), requires_grad=True)
     target = torch.zeros(case.T, dtype=torch.int64)
     has = set(case.features)
-    # Its number of warps depends on the generation, of which it asks the device.
+    # The number of warps depends on the device's generation, which Liger would ask for.
     family = "blackwell" if isinstance(arch, int) and arch >= 100 else "hopper"
     with mock.patch.object(cross_entropy, "infer_device_arch", return_value=family):
         cross_entropy.cross_entropy_forward(
@@ -35,7 +35,7 @@ def liger(case: Case, arch: int | str) -> None:
 
 
 def trl(case: Case, arch: int | str) -> None:
-    """The log-probabilities of a linear layer, tile by tile; with its statistics, or without."""
+    """TRL's log-probabilities of a linear layer, tile by tile, with or without its statistics."""
     from trl.kernels import chunked_logprob
 
     hidden = torch.zeros(case.T, 8, dtype=getattr(torch, case.dtype), requires_grad=True)
@@ -51,7 +51,7 @@ def trl(case: Case, arch: int | str) -> None:
             log_probs.sum().backward()
 
 
-#: Each calls the library's own launcher, on tensors that a null driver is content with.
+#: By library, the function that calls its own launcher, on tensors that suffice for a null driver.
 LIBRARIES: dict[str, Callable[[Case, int | str], None]] = {"liger_kernel": liger, "trl": trl}
 
 
@@ -62,7 +62,7 @@ def installed(library: str) -> bool:
 
 
 def every(V: int, dtypes: tuple[str, ...] = ("bfloat16",)) -> list[Case]:
-    """Liger's one launch, and TRL's two, of every library that is installed."""
+    """Liger's launch and TRL's two, forward and backward, if the libraries are installed."""
     found = []
     for dtype in dtypes:
         for features in ((), ("softcap",), ("smoothing",), ("stats",)):

@@ -10,7 +10,7 @@ from pandas import DataFrame
 
 from bench.speed.plots import LEGEND, OURS, PEERS, save
 
-#: The vocabularies that the picture shows, some of those that have predictions.
+#: The vocabularies that the picture shows. More have predictions.
 VOCABULARIES = (32000, 128256)
 
 PREDICTIONS = "predictions, not measurements"
@@ -21,7 +21,7 @@ SHADES = (OURS, "#e69f00", "#f0c987")
 
 
 def rows(proofs: dict[str, Any]) -> DataFrame:
-    """The predictions that the picture shows, of what `bench.proofs` wrote."""
+    """The predictions that the picture shows, from a result of `bench.proofs`."""
     found = DataFrame(proofs[PREDICTIONS])[["chip", "V", "kernel", SHARE]].query("V in @VOCABULARIES")
     return found.assign(kernel=found["kernel"].str.replace("_kernel", ""))
 

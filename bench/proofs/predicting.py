@@ -18,13 +18,13 @@ NOTE = "Predictions from machine code, not measurements."
 ROWS = 8192
 VOCABULARIES = (32000, 65536, 128256, 256000)
 
-#: Up to this vocabulary, one pass has to read the logits from device memory once.
+#: Up to this vocabulary, one pass may read the logits from device memory only once.
 READ_ONCE = 65536
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is predicted of one kernel, for one vocabulary on one chip."""
+    """The prediction for one kernel, at one vocabulary on one chip."""
 
     library: str
     kernel: str
@@ -37,7 +37,7 @@ class Row:
 
 
 def every(chip: chips.Chip, quick: bool) -> list[Job]:
-    """The kernels to predict on a chip, at every vocabulary; with `quick`, of peers Liger alone."""
+    """The kernels to predict on a chip, at every vocabulary. With `quick`, Liger is the only peer."""
     ours = [
         Case(operation, 1, ROWS, V)
         for V in VOCABULARIES
@@ -64,7 +64,7 @@ def predict(proofs: Iterable[Proof]) -> list[Row]:
 
 
 def faults(rows: list[Row]) -> list[str]:
-    """Where this project's one pass reads the logits more than once, of a vocabulary for which it must not."""
+    """The chips and vocabularies at which this project's one pass reads the logits more than once, but must not."""
     return [
         f"{row.prediction.chip} {row.kernel} V={row.V}: {row.prediction.hbm_reads:.2f} reads from device memory, not 1"
         for row in rows
@@ -87,7 +87,7 @@ def table(rows: list[Row]) -> str:
 
 
 def milliseconds(rows: list[Row], library: str, kernels: tuple[str, ...], chip: str, V: int) -> float | None:
-    """The prediction for kernels that run one after the other; None where one of them was not predicted."""
+    """The predicted time of kernels that run one after the other; None if one of them was not predicted."""
     found = {
         row.kernel: row.milliseconds
         for row in rows
@@ -97,7 +97,7 @@ def milliseconds(rows: list[Row], library: str, kernels: tuple[str, ...], chip: 
 
 
 def comparison(rows: list[Row]) -> str:
-    """Forward and backward together: one pass, two launches, and peers; in milliseconds."""
+    """A table of milliseconds for forward and backward together: by one pass, by two launches, and by peers."""
     columns = {
         "one pass": ("fused_ignore_ce", ("one pass",)),
         "two launches": ("fused_ignore_ce", ("forward", "backward")),

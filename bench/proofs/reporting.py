@@ -1,4 +1,4 @@
-"""Proofs as lines of a table, and as data."""
+"""Formats proofs as lines of a table, and as data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADER = (
 
 
 def figures(proof: Proof) -> dict[str, Any]:
-    """What a kernel costs, as it was launched."""
+    """The figures of a kernel, for the launch that it was compiled for."""
     if proof.code is None:
         return dict(proof.amd)
     code = proof.code
@@ -68,7 +68,7 @@ def line(proof: Proof) -> str:
 
 
 def summary(proofs: list[Proof]) -> str:
-    """How many kernels there are of each operation on each architecture, and the most registers and spills of them."""
+    """For each architecture and operation: how many kernels there are, spill and are faulty; most registers."""
     groups: dict[tuple[str, str], list[Proof]] = {}
     for proof in proofs:
         groups.setdefault((str(proof.job.target), proof.job.case.operation), []).append(proof)
@@ -96,7 +96,7 @@ def predicted(row: Row) -> dict[str, Any]:
 
 
 def totals(proofs: list[Proof], rows: list[Row], failed: list[str], about: dict[str, Any]) -> dict[str, Any]:
-    """What result files say of a run. Peers' kernels are counted and not judged, so they are left out."""
+    """What result files keep of a run. Peers' kernels are not judged, so they are left out."""
     ours = [proof for proof in proofs if proof.job.case.library == "fused_ignore_ce"]
     found = [judging.faults(proof) for proof in ours]
     return about | {
@@ -111,7 +111,7 @@ def totals(proofs: list[Proof], rows: list[Row], failed: list[str], about: dict[
 
 
 def data(proofs: list[Proof], rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
-    """Everything, for a JSON file."""
+    """Everything that was found, for a JSON file."""
     return about | {
         "kernels": [
             {

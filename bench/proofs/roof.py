@@ -1,7 +1,7 @@
-"""Predicts, from machine code and the data of a chip, which share of the memory roof a kernel can reach.
+"""Predicts the share of the memory roof that a kernel can reach, from its machine code and the data of a chip.
 
 The prediction is the least of five bounds: the bytes that have to be moved, issue slots, special-function units, bytes
-in flight (Little's law), and the reads that miss the L2 cache. It is a prediction and not a measurement.
+in flight (Little's law), and the reads that miss the L2 cache. It is no measurement.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .machine_code import Block, MachineCode
 #: The share of issue slots that real kernels use.
 ISSUE_SHARE = 0.75
 
-#: Seconds from a load to its data, in a busy memory.
+#: Seconds from a load to its data, when memory is busy.
 LATENCY = 800e-9
 
 
@@ -31,34 +31,34 @@ class Work:
     programs: int
     threads: int
     rows_a_program: int = 1  # at a time
-    loaded_a_logit: float = 0  # bytes that loops load for a logit; the logit itself where this is 0
+    loaded_a_logit: float = 0  # bytes that loops load per logit; 0 means the logit itself
     writes: bool = False  # whether the kernel writes a gradient
-    in_place: bool = False  # whether it does so over the logits
+    in_place: bool = False  # whether the gradient overwrites the logits
     backwards: bool = True  # whether a second walk over a row starts at its end
 
     @property
     def logits_a_program(self) -> float:
-        """Those between two executions of what is outside of the loops."""
+        """The logits that a program handles between two executions of the code outside of the loops."""
         return min(self.rows * self.classes / self.programs, self.classes * self.rows_a_program)
 
     @property
     def bytes_a_logit(self) -> int:
-        """The least that a launch has to move."""
+        """The fewest bytes per logit that a launch has to move."""
         return self.itemsize * (2 if self.writes else 1)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a thread executes, spread over its logits."""
+    """What a thread executes per logit."""
 
     instructions: float
     special: float
     loaded: float  # bytes
-    rounds: float  # times that a thread waits for memory, a logit
+    rounds: float  # how often a thread waits for memory, per logit
 
     @property
     def in_flight(self) -> float:
-        """Bytes that a thread has on their way, on average over its waits."""
+        """Bytes that a thread has asked for when it waits, on average."""
         return self.loaded / self.rounds if self.rounds else 0.0
 
 
@@ -67,7 +67,7 @@ class Prediction:
     chip: str
     resident_threads: int
     resident_rows: int
-    hbm_reads: float  # of every logit
+    hbm_reads: float  # how often each logit is read from device memory
     bounds: dict[str, float]  # shares of the roof
     seconds_a_logit: float
 
@@ -81,7 +81,7 @@ class Prediction:
 
 
 def trips(loops: Iterable[Block], logits: float, loaded_a_logit: float) -> list[tuple[Block, int]]:
-    """How often each loop over the same logits runs: an unrolled loop first, then what takes the rest.
+    """How many iterations each loop over the same logits takes: an unrolled loop first, then the loops for the rest.
 
     A loop whose loads have no mask handles whole tiles only; the rest is handled under a mask, in a loop or outside.
     """
@@ -89,7 +89,7 @@ def trips(loops: Iterable[Block], logits: float, loaded_a_logit: float) -> list[
     order = sorted(loops, key=lambda loop: (loop.masked, -loop.loaded))
     for loop in order:
         tile = loop.loaded / loaded_a_logit
-        # Division of integers, but that a tile may be fractional where a row's classes are shared by many threads.
+        # An integer division up to rounding: a tile is fractional where many threads share a row's classes.
         n = (ceil if loop.masked else floor)(max(logits, 0.0) / tile + (-1e-9 if loop.masked else 1e-9))
         runs.append((loop, n))
         logits -= n * tile
@@ -97,14 +97,14 @@ def trips(loops: Iterable[Block], logits: float, loaded_a_logit: float) -> list[
 
 
 def cost(code: MachineCode, work: Work) -> Cost:
-    """The instructions of a logit: of every loop, and of what is executed once."""
+    """The cost per logit, from the loops and from the code that is executed once."""
     logits = work.logits_a_program / work.threads
     loaded_a_logit = work.loaded_a_logit or work.itemsize
     instructions: float = code.outside.instructions
     special: float = code.outside.special
     loaded: float = code.outside.loaded
     rounds: float = code.rounds
-    # Loops that store belong to another walk over the row than those that only load.
+    # In one pass, loops that store belong to the second walk over the row, loops that only load to the first.
     for stores in (False, True):
         walk = trips((b for b in code.loops if bool(b.stored) == stores), logits, loaded_a_logit)
         for loop, n in walk:
@@ -113,7 +113,7 @@ def cost(code: MachineCode, work: Work) -> Cost:
             loaded += n * loop.loaded
             rounds += max(0.0, n * loop.loaded / loop.in_flight - 1)
         if walk and has_idle_tail(code, walk, logits * loaded_a_logit):
-            # The tail is the loop's body once more, under a mask.
+            # The tail is a copy of the loop's body, under a mask. It is skipped.
             instructions -= walk[-1][0].instructions
             special -= walk[-1][0].special
             loaded -= walk[-1][0].loaded
@@ -121,14 +121,14 @@ def cost(code: MachineCode, work: Work) -> Cost:
 
 
 def has_idle_tail(code: MachineCode, walk: list[tuple[Block, int]], bytes_: float) -> bool:
-    """Whether there is code after the loops for what whole tiles leave, and nothing is left."""
+    """Whether the code after the loops, for what whole tiles leave, has nothing to do."""
     last = walk[-1][0]
     whole = sum(n * loop.loaded for loop, n in walk) == bytes_
     return whole and not last.masked and code.outside.loaded >= last.loaded
 
 
 def is_one_pass(code: MachineCode) -> bool:
-    """Whether rows are walked twice: for their sums, and for their gradient."""
+    """Whether rows are walked twice, once for their sums and once for their gradient."""
     return {bool(loop.stored) for loop in code.loops} == {False, True}
 
 

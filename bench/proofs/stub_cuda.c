@@ -1,10 +1,10 @@
-// A libcuda.so.1 that launches nothing and keeps what the last launch would have given to the kernel.
+// A stand-in for libcuda.so.1 that launches nothing, and keeps what the last launch would have given to the kernel.
 #include <cuda.h>
 #include <string.h>
 
 #define MOST 256
 
-// The parameters of a kernel, as its machine code wants them.
+// The number and sizes of a kernel's parameters, from its machine code.
 typedef struct {
   int count;
   int sizes[MOST];
@@ -30,7 +30,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **par
   return CUDA_SUCCESS;
 }
 
-// All memory is the device's.
+// All memory counts as the device's.
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   *(CUdeviceptr *)data = pointer;
   return CUDA_SUCCESS;
@@ -52,7 +52,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   return CUDA_SUCCESS;
 }
 
-// Triton's launcher is linked to these, and calls none of them for a launch.
+// Triton's launcher links against these, but calls none of them for a launch.
 CUresult cuCtxSetCurrent(CUcontext c) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxSetLimit(CUlimit l, size_t v) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxGetLimit(size_t *v, CUlimit l) { return CUDA_ERROR_NOT_SUPPORTED; }

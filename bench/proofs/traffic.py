@@ -1,12 +1,12 @@
-"""Bytes that the kernels load and store, against the fewest that the loss needs.
+"""Counts the bytes that kernels load and store, and compares them with the fewest that the loss needs.
 
     python -m bench.proofs.traffic [--quick] [--json FILE]
 
-Triton's interpreter runs the real kernels and sees every load and store; a lane counts when its mask is true. Bytes are
-what bounds these kernels' speed. They are the same in every run, and counting them needs no GPU.
+Triton's interpreter runs the real kernels, and every load and store is recorded; a lane counts if its mask is true.
+Bytes bound the speed of these kernels. They are the same in every run, and counting them needs no GPU.
 
-The fewest, for rows of V logits: forward reads V of every kept row; backward reads V and writes V of every kept row and
-writes V (zeros) of every ignored one. The column "all" also counts targets, losses and sums.
+The fewest, for rows of V logits: forward reads V logits per kept row; backward reads V and writes V per kept row, and
+writes V zeros per ignored row. The column "all" also counts targets, losses and sums.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LOGITS = ("x_ptr", "dx_ptr", "X_ptr")
 class Moved:
     """What a pass over N rows of V logits moved."""
 
-    reads: np.ndarray  # (N,) elements of logits and gradient that were read, divided by V
-    writes: np.ndarray  # (N,) the same of what was written
+    reads: np.ndarray  # (N,) elements of logits and gradient read per row, divided by V
+    writes: np.ndarray  # (N,) likewise, written
     logits: int  # bytes of logits and gradient
     total: int  # bytes of all tensors
     bound: int  # the fewest bytes of logits and gradient
@@ -58,10 +58,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Case:
-    """N rows of V logits, and options of fused_cross_entropy.
+    """N rows of V logits, and options for fused_cross_entropy.
 
-    With `strided`, neighbouring elements belong to neighbouring rows. With `busy`, the chip is taken to be so small
-    that the rows keep it busy; without, the launcher may split rows.
+    With `strided`, neighbouring elements belong to neighbouring rows. With `busy`, the launcher assumes a chip so small
+    that the rows keep it busy. Otherwise, it may split rows.
     """
 
     N: int
@@ -105,7 +105,7 @@ def measure_liger(case: Case, share: float, upstream: float) -> Measurement:
 
 
 def _inputs(case: Case, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ignored rows are scattered, so that tiles of several rows hold both kinds."""
+    """(logits, targets). Ignored rows are scattered, so that tiles of several rows hold both kinds."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.N, case.V, generator=generator).to(case.dtype)
     target = torch.randint(case.V, (case.N,), generator=generator)
@@ -123,7 +123,7 @@ def _reference(case: Case, x: torch.Tensor, target: torch.Tensor) -> tuple[torch
 
 
 def _measure(run: Callable, case: Case, share: float, upstream: float) -> Measurement:
-    """Measures both passes, and checks loss and gradient: bytes of a kernel with wrong results would mean nothing."""
+    """Measures both passes. Checks loss and gradient, because a wrong kernel's bytes would mean nothing."""
     x, target = _inputs(case, share)
     loss_reference, dx_reference = _reference(case, x, target)
     with Traffic() as forward:
@@ -185,7 +185,7 @@ def _record(case: Case, share: float, passes: str, kept: np.ndarray, moved: Move
 
 
 def records(case: Case, shares: tuple[float, ...], with_liger: bool) -> Iterator[dict[str, Any]]:
-    """This package's passes and Liger's, where it has the options. It copies strided logits outside of its kernel."""
+    """This package's passes, and Liger's if it has the options and logits are not strided, which it would copy."""
     with_liger = with_liger and not case.strided and case.options.keys() <= {"label_smoothing", "softcap"}
     for share in shares:
         ours = measure(case, share)
@@ -207,7 +207,7 @@ HEAD = ("ignored", "passes", "kept: read", "written", "ignored: read", "written"
 
 
 def cells(record: dict[str, Any]) -> list[Any]:
-    """A record as a row of the printed table. Ratios are to the fewest bytes, if any are needed."""
+    """A record as a row of the printed table. Ratios are relative to the fewest bytes, if any are needed."""
     share = f"{record['ignored']:.0%}"
     if "failed" in record:
         return [share, f"{record['passes']}: not measured, {record['failed']}"]

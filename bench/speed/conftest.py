@@ -1,4 +1,4 @@
-"""The suite's options, its tables, and a record of every measurement for `bench.run`: one line of JSON each."""
+"""The suite's options, its tables, and a record of every measurement for `bench.run`, one line of JSON each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def record(pytestconfig: pytest.Config) -> Callable[[str, Any], None]:
-    """Adds an entry to a table of the result file, at once, so that a crash loses nothing that was measured before."""
+    """Appends an entry for a table of the result file at once, so that a crash loses nothing measured before."""
     path = pytestconfig.getoption("--records", None)
 
     def append(table: str, entry: Any) -> None:

@@ -1,4 +1,4 @@
-"""The gate: which losses may be timed, because they are right and at a cost that the run can afford."""
+"""The gate: a loss may be timed if it is right, and cheap enough for the run to afford."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.utils.benchmark import Timer
 from .providers import PROVIDERS, Loss, Provider
 from .workload import Base, case_of, tensors
 
-#: Largest error, relative to the largest true value: what PyTorch's own loss in that dtype may have, and a margin.
+#: The largest error, relative to the largest true value: what PyTorch's own loss in that dtype has, with a margin.
 TOLERANCE = {"bfloat16": 2**-7, "float32": 1e-4}
 
-#: The upstream gradient. It is not 1, so that a loss which ignores it is found out.
+#: The upstream gradient. It is not 1, so that a loss that ignores it fails.
 UPSTREAM = 0.5
 
-#: Why a loss has no figure that did not fit: no failure, but what the file lists as left out.
+#: Why a loss that did not fit has no figure. It is listed as left out, not as failed.
 NO_ROOM = "the device has too little memory"
 
 #: A loss whose time in the probe is more than this multiple of the baseline's is not measured at full size.
 SLOWEST = 8.0
 
-#: The sizes of the comparison, which every peer accepts, and of the probe of cost.
+#: The sizes at which results are compared, which every peer accepts, and at which the cost is probed.
 SMALL, PROBE = Base(64, 1000, 64), Base(256, 8192, 256)
 
 
 class Verdict(NamedTuple):
-    """The gate's word on a provider in a dtype. Only what is "green" is timed."""
+    """The gate's judgement of a loss in a dtype. Only a loss that is "green" is timed."""
 
     provider: str
     kind: str
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 def judge(provider: Provider, device: torch.device, dtype: str) -> Verdict:
-    """Skips a loss with a reason, or compares it with the plain path in float64 and then probes its cost."""
+    """Skips a loss that cannot run here. Compares any other with the plain path in float64, then probes its cost."""
     subject = (provider.name, provider.kind, dtype)
     reason = provider.missing(device, dtype)
     if reason is not None:
@@ -79,7 +79,7 @@ def fault(provider: Provider, device: torch.device, dtype: str) -> str | None:
 
 
 def _probe(provider: Provider, device: torch.device, dtype: str) -> float:
-    """Time of forward and backward relative to the baseline's: each the best of three, which a busy machine needs."""
+    """Time of forward and backward relative to the baseline's. Each is the best of three: the machine may be busy."""
     baseline = PROVIDERS[provider.kind][0]
     if provider == baseline:
         return 1.0

@@ -13,7 +13,7 @@ from ..machine import in_processes
 from .providers import named
 from .workload import DEVICE, Case, tensors
 
-#: The training step: a Llama of these sizes, as transformers has it and patched, with these shares of ignored tokens.
+#: The training step is that of a Llama of these sizes, plain and patched, with these shares of ignored tokens.
 WAYS = ("plain", "patched")
 SHARES = (0.0, 0.75)
 SIZES = {"V": 128256, "T": 2048, "D": 256, "layers": 2}
@@ -27,7 +27,7 @@ def of_loss(name: str, case: Case, budget: int | None = None) -> int:
 def of_training_step(way: str, share: float, sizes: dict[str, int] = SIZES) -> int:
     """Bytes that a model's training step holds at its peak, above the model and its gradients. It runs on the CPU.
 
-    `way` is one of `WAYS`, or "own-loop": patched, and the loss is taken of the logits after a forward without labels.
+    `way` is one of `WAYS`, or "own-loop": a patched model gets no labels, and the loss is taken from its logits.
     """
     return in_processes(_of_training_step, way, share, sizes)[0]
 
@@ -45,7 +45,7 @@ def _of_loss(_: int, name: str, case: Case, budget: int | None) -> int:
     provider = named(case.kind, name)
     loss = provider.build()
     options = {} if budget is None else {"memory_budget": budget}
-    # A first call allocates thread pools, lazy imports and the GEMM library's buffers, which are not the loss's.
+    # A first call starts thread pools, runs lazy imports and allocates the GEMM library's buffers; none are the loss's.
     warm = case if provider.compiled else case._replace(N=64, V=2048, D=256 if case.D else 0)
     loss(*tensors(warm, DEVICE)).backward()
     *inputs, target = tensors(case, DEVICE)
@@ -80,6 +80,6 @@ def _of_training_step(_: int, way: str, share: float, sizes: dict[str, int]) -> 
     input_ids = torch.randint(V, (1, T))
     labels = input_ids.clone()
     labels[:, : round(T * share)] = -100
-    step(input_ids[:, :64], labels[:, -64:])  # allocates thread pools, lazy imports and the gradients
+    step(input_ids[:, :64], labels[:, -64:])  # starts thread pools, runs lazy imports, allocates gradients
     model.zero_grad(set_to_none=False)
     return peak_bytes(torch.device("cpu"), lambda: step(input_ids, labels))

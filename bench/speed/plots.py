@@ -17,28 +17,28 @@ from .scaling import losses, sweep
 
 TITLES = {"logits": "Loss of logits", "linear": "Loss from hidden states"}
 
-#: Ours is drawn thick in the first colour, its peers in the others; all of them differ for colour-blind readers too.
+#: Our loss is a thick line in the first colour, peers have the others. Colour-blind readers can tell them apart, too.
 OURS = "#d55e00"
 PEERS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f", "#5b4b8a", "#a0522d")
 MARKERS = "svD^P<>X"
 
 ROOF = "copy of memory, the roof"
 
-#: What is measured, as the axes call it.
+#: What is measured, as the label of an axis.
 TIME = "milliseconds"
 PEAK = "peak MiB without operands\nand their gradients"
 RATE = "GB/s of the fewest bytes"
 
-#: What it is drawn against, by the picture's name.
+#: The label of the horizontal axis, by the picture's name.
 AGAINST = {"ignored": "ignored tokens, %", "tokens": "tokens", "bandwidth": "vocabulary"}
 
 LEGEND = {"fontsize": 8, "frameon": False, "loc": "upper center"}
 
 
 def pictures(result: dict[str, Any]) -> dict[str, DataFrame]:
-    """What each picture of a run shows, by its name: points of lines, or the figures of training steps.
+    """The data of each picture of a run, by its name: points of lines, or the figures of training steps.
 
-    What the run did not measure is left out.
+    Pictures that the run has no figures for are left out.
     """
     every = losses(result["rows"], result["memory"])
     every = every.assign(**{TIME: every["ms.p50"], PEAK: every["bytes"] / 2**20, RATE: every["rate"]})
@@ -54,14 +54,14 @@ def pictures(result: dict[str, Any]) -> dict[str, DataFrame]:
 
 
 def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
-    """The points of every line that has at least two: x, what was measured, and its value."""
+    """The points (x, measure, value) of every line that has at least two."""
     of = ["kind", "N", "V", "D", "provider", "x"]
     points = rows.assign(x=x).sort_values("x", kind="stable").melt(of, measures, var_name="measure").dropna()
     return points.groupby(["measure", "kind", "provider"]).filter(lambda line: len(line) > 1)
 
 
 def draw(name: str, data: DataFrame, about: str, path: Path) -> None:
-    """Saves what `pictures` has by a name."""
+    """Draws and saves the picture of a name, with its data from `pictures`."""
     save(_training_step(data, about) if name == "training-step" else _lines(name, data, about), path, data)
 
 
@@ -70,7 +70,7 @@ def save(figure: Figure, path: Path, data: DataFrame) -> None:
 
 
 def digest(data: DataFrame) -> str:
-    """A digest of what a picture shows. The picture carries it, and a test compares it with the newest results."""
+    """A digest of a picture's data. It is stored in the picture, and a test compares it with the newest results."""
     return hashlib.sha256(json.dumps(data.to_dict("list")).encode()).hexdigest()[:16]
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
 
-#: loss(logits, target) or loss(hidden, weight, target): the mean over the rows whose target is not -100.
+#: `loss(logits, target)` or `loss(hidden, weight, target)`: the mean over the rows whose target is not -100.
 Loss = Callable[..., Any]
 
-#: Classes of one tile of logits in TRL, whose trainers leave the choice at this.
+#: Classes per tile of logits in TRL. It is the default, which TRL's trainers keep.
 TRL_CHUNK = 32768
 
 HALF = ("bfloat16", "float16")
@@ -25,20 +25,20 @@ HALF = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Provider:
-    """A loss and what it needs. `build` imports a peer, so that only what is measured is imported."""
+    """A loss and what it needs. A peer is imported by `build`, so that only what is measured is imported."""
 
     name: str
     kind: str  # "logits" or "linear"
     build: Callable[[], Loss]
     package: str | None = None  # the distribution that contains it
-    capability: tuple[int, int] | None = None  # the least that a CUDA device must have; None where any device will do
+    capability: tuple[int, int] | None = None  # the least that a CUDA device must have; None if any device will do
     dtypes: tuple[str, ...] | None = None  # None for all
-    attribute: str | None = None  # a name that torch.nn.functional must have
+    attribute: str | None = None  # a function that torch.nn.functional must have
     compiled: bool = False  # built for one shape, at its first call
     overwrites: bool = False  # writes its gradient over the logits that it is given
 
     def missing(self, device: torch.device, dtype: str) -> str | None:
-        """The reason why it cannot run on a device in a dtype; None if none is known."""
+        """Why the loss cannot run on a device in a dtype; None if no reason is known."""
         if self.attribute is not None and not hasattr(F, self.attribute):
             return f"torch {torch.__version__} has no F.{self.attribute}"
         if self.package is not None and version(self.package) is None:
@@ -102,7 +102,7 @@ def _liger(function: str, *more: None) -> Callable[[], Loss]:
 
 
 def _trl() -> Loss:
-    """TRL's function, called with the kept tokens alone, as its trainers do. On a CPU, PyTorch folds its tiles."""
+    """TRL's function, called with the kept tokens alone, as its trainers do. On a CPU, it uses no Triton kernels."""
     apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
 
     def loss(h, w, y):
@@ -117,12 +117,12 @@ def _flash_attn() -> Loss:
     return lambda x, y: loss(x, y)[0].sum() / (y != -100).sum()
 
 
-#: The first of each kind is the baseline of all ratios: what transformers computes. The last is this package's.
-#: QuACK, flash-attn and CCE are called as their published sources say, and were never run from here; nor was a kernel
-#: of Liger's, which need a CUDA device, but only interpreted. The gate judges all of them before they are timed.
+#: The first of each kind is what transformers computes, and the baseline of all ratios. The last is this package's.
+#: QuACK, flash-attn and CCE are called as their published sources say, but were never run from here. Liger's kernels
+#: need a CUDA device, and were only interpreted. The gate judges every loss before it is timed.
 LOGITS = (
     Provider("F.cross_entropy(x.float(), y)", "logits", lambda: _plain),
-    # Not measured in float32, where it is the same as the first.
+    # Not measured in float32, because it is the same as the first there.
     Provider("F.cross_entropy(x, y)", "logits", lambda: F.cross_entropy, dtypes=HALF),
     Provider("torch.compile of the first", "logits", lambda: _compiled(_plain), compiled=True),
     Provider(

@@ -17,12 +17,12 @@ Row = dict[str, Any]
 #: The sizes that are varied, as columns of the table; "kept" is the number of kept tokens.
 VARIED = ("N", "V", "D", "kept")
 
-#: What a figure of time or memory is of.
+#: The columns that say what a figure of time or memory belongs to.
 OF = [*Case._fields, "provider"]
 
 
 def losses(times: Sequence[Row], memory: Sequence[Row] = ()) -> DataFrame:
-    """A row for each case and loss, with what a result file has of its time and of its peak memory."""
+    """A table with a row for each case and loss: its time and its peak memory, where a result file has them."""
     found = json_normalize([*times, *memory]).reindex(columns=[*OF, "ms.p50", "ratio", "rate", "roof", "bytes"])
     found = found.groupby(OF, sort=False, as_index=False).first()
     return found.assign(kept=found["N"] - (found["N"] * found["ignored"]).astype(float).round())
@@ -31,7 +31,7 @@ def losses(times: Sequence[Row], memory: Sequence[Row] = ()) -> DataFrame:
 def sweep(rows: DataFrame, varied: str) -> DataFrame:
     """Forward and backward at the base shape and at shapes that differ from it in one size.
 
-    Where no size of the shape is varied, these are the rows of the base shape with every share of ignored tokens.
+    For "kept", which is no size of the shape, these are the rows of the base shape with every share of ignored tokens.
     """
     whole = rows.query("direction == 'both' and dtype == 'bfloat16'")
     if varied in Base._fields:
@@ -40,7 +40,7 @@ def sweep(rows: DataFrame, varied: str) -> DataFrame:
 
 
 def fits(rows: Sequence[Row]) -> list[Row]:
-    """The k of time = c * size**k by kind, loss and varied size, where at least three sizes were measured.
+    """Fits k of time = c * size**k, by kind, loss and varied size, where at least three sizes were measured.
 
     Times are medians, and k comes from least squares of the logarithms.
     """

@@ -1,6 +1,6 @@
 """Measures one case: all losses and the machine's roof take turns, so that their ratios come from the same minutes.
 
-pytest-benchmark times every turn. This module adds that rounds of several functions alternate, which it cannot do.
+pytest-benchmark times every turn, but cannot alternate the rounds of several functions. This module adds that.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .workload import Case, tensors
 
 ROOF = "roof"
 
-#: A case takes about so many seconds, but never fewer or more rounds than these.
+#: A case takes about this many seconds, within these fewest and most rounds per loss.
 SECONDS = 2.5
 ROUNDS = (3, 15)
 
-#: By name, the seconds of every round, or the error for which there are none.
+#: By name of the loss, the seconds of every round, or the error that prevented the measurement.
 Seconds = dict[str, list[float] | str]
 
 
 class CudaInstant:
-    """A moment on the device's own time line; the difference of two is in seconds, as between a timer's readings."""
+    """A moment on the device's own time line. The difference of two is in seconds, as with a timer's readings."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
@@ -49,14 +49,14 @@ def timer_of(device: torch.device) -> Callable[[], Any]:
 
 
 class Turn(NamedTuple):
-    """Only `run` is timed; it is given what `prepare` returned."""
+    """A function to time. Only `run` is timed; it is given what `prepare` returned."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
 
 
 def cache_clearer(device: torch.device) -> Callable[[], None]:
-    """Clears the L2 cache on CUDA, as `do_bench` of Triton does it, so that no loss finds its logits in the cache."""
+    """Clears the L2 cache on CUDA, as Triton's `do_bench` does, so that no loss finds its logits in the cache."""
     if device.type != "cuda":
         return lambda: None
     from triton.runtime import driver
@@ -67,8 +67,8 @@ def cache_clearer(device: torch.device) -> Callable[[], None]:
 def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkFixture, compiles: bool) -> Seconds:
     """Warms every turn up, leaves out those that raise an error, and has pytest-benchmark time rounds of the others.
 
-    The warm-up tells how many rounds there is time for. With `compiles`, the first turns may compile something, and a
-    second round tells it.
+    The warm-up tells how many rounds there is time for. With `compiles`, the first turns may compile something; if they
+    took long, a second round tells it instead.
     """
     found: Seconds = {}
 
@@ -88,7 +88,7 @@ def in_turns(turns: dict[str, Turn], device: torch.device, benchmark: BenchmarkF
     rounds = min(max(ROUNDS[0], int(SECONDS / seconds)), ROUNDS[1])
     working = [name for name in turns if name not in found]
     following, clear_cache = itertools.cycle(turns[name] for name in working), cache_clearer(device)
-    held: list[Any] = []  # a turn's function, what it prepared and its result, which are freed outside of the time
+    held: list[Any] = []  # a turn's function, what it prepared, its result: freed while nothing is timed
 
     def prepare() -> None:
         held.clear()
@@ -123,7 +123,7 @@ def turn_of(loss: Loss, case: Case, inputs: list[Tensor], target: Tensor, origin
 
 
 def roof_of(case: Case, device: torch.device) -> Turn:
-    """The machine's best: a copy of the logits, or the matrix products of the kept tokens, without any allocation."""
+    """The machine's roof: a copy of the logits, or the matrix products of the kept tokens, without any allocation."""
     dtype = getattr(torch, case.dtype)
 
     def new(*shape: int) -> Tensor:
@@ -146,10 +146,11 @@ def roof_of(case: Case, device: torch.device) -> Turn:
 
 
 def least_work(case: Case) -> float:
-    """The fewest bytes that a loss of logits moves, or operations of the linear loss's matrix products.
+    """The fewest bytes that a loss of logits moves, or the operations of the linear loss's matrix products.
 
-    Forward reads the kept rows; backward reads them and writes every row. Forward is one product of the kept tokens,
-    backward two. A loss that computes gradients in forward does the work of both there: compare "both".
+    Forward reads the kept rows; backward reads them and writes every row. A linear loss takes one product of the kept
+    tokens in forward, and two in backward. A loss that computes gradients in forward does the work of both there, so
+    only its figures of "both" compare.
     """
     itemsize = getattr(torch, case.dtype).itemsize
     forward, backward = (1, 2) if case.D else (case.kept, case.kept + case.N)
@@ -164,7 +165,7 @@ def roof_work(case: Case) -> float:
 
 @lru_cache(maxsize=16)
 def _built(provider: Provider, *shape: object) -> Loss:
-    """A loss that is compiled for a shape serves all of the shape's cases, which follow each other."""
+    """Keeps a loss that was compiled for a shape, so that other cases of the shape need not compile it again."""
     return provider.build()
 
 

@@ -1,4 +1,4 @@
-"""The measured cases, as data: sizes of models, variations of one shape, and the order in which they are measured."""
+"""The cases to measure, as data: sizes of models, variations of one shape, and the order of measurement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIRECTIONS = ("both", "forward", "backward")
 SHARES = (0.0, 0.75, 0.5, 0.95)
 
 
-#: Classes and features.
+#: The numbers of classes and features of models.
 MODELS = {
     "Llama 3 8B": (128256, 4096),
     "Gemma 2 2B": (256000, 2304),
@@ -29,9 +29,9 @@ MODELS = {
 
 
 class Case(NamedTuple):
-    """Everything that a measurement depends on, except the loss. D is 0 where the loss is of logits."""
+    """Everything that a measurement depends on, except the loss. D is 0 for a loss of logits."""
 
-    shape: str  # a model's name, "training", or what is varied: "base", "N", "V", "D"
+    shape: str  # a model's name, "training", "base", or the size that is varied: "N", "V", "D"
     kind: str
     N: int
     V: int
@@ -53,12 +53,12 @@ class Limits(NamedTuple):
     """What the plain path may cost. A shape is measured with the largest power of two of tokens within these limits."""
 
     tokens: int
-    logits: int  # N V, where the loss is of logits
-    products: int  # N V D, where it is of hidden states
+    logits: int  # N V, for a loss of logits
+    products: int  # N V D, for a loss of hidden states
     bytes: int  # what the plain path holds, including its operands
 
     def tokens_for(self, V: int, D: int) -> int:
-        """The largest power of two of tokens that fits in bfloat16; 0 where not even one token does."""
+        """The largest power of two of tokens within the limits, in bfloat16; 0 if not even one token is."""
         work = self.products // (V * D) if D else self.logits // V
         most = min(self.tokens, work, (self.bytes - 4 * V * D) // (16 * V + 4 * D))
         return 2 ** (most.bit_length() - 1) if most > 0 else 0
@@ -72,10 +72,10 @@ class Limits(NamedTuple):
 
 
 def limits(device: torch.device) -> Limits:
-    """The shapes by device: the plain path takes under a second on two cores; on CUDA they are those of training."""
+    """The limits of a device: on two CPU cores, under a second for the plain path; on CUDA, shapes as in training."""
     if device.type == "cuda":
         return Limits(8192, 2**33, 2**43, int(0.6 * torch.cuda.get_device_properties(device).total_memory))
-    # Windows does not say how much memory there is.
+    # Windows has no sysconf that tells how much memory there is.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
     return Limits(8192, 2**26, 2**36, memory // 2)
 
@@ -96,15 +96,15 @@ def case_of(shape: str, kind: str, sizes: Base, ignored: float, dtype: str, dire
 BASES = {"cpu": Base(1024, 32768, 1024), "cuda": Base(8192, 131072, 4096)}
 FACTORS = (0.25, 0.5, 2.0)
 
-#: Training steps, measured on CUDA alone, the most important first. Unlike other shapes, they are measured whether or
-#: not the plain path has memory for them; a loss that has none is listed as left out.
+#: The shapes of training steps, measured on CUDA only, the most important first. Unlike other shapes, they are measured
+#: even if the plain path has too little memory for them; a loss that runs out of memory is listed as left out.
 TRAINING = [
     Base(N, V, D) for N in (8192, 16384) for V, D in ((128256, 4096), (32000, 4096), (151936, 4096), (248320, 2048))
 ]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """All cases, the most important first: a run whose time is up leaves out the end."""
+    """All cases, the most important first, because a run whose time is up leaves out the last ones."""
     base = BASES[device.type]
     shapes = [("base", kind, base) for kind in KINDS]
     if device.type == "cuda":
@@ -125,7 +125,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def _models(kind: str, within: Limits) -> Iterator[tuple[str, Base]]:
-    """The models' shapes. Of models whose losses have the same operands, only the first is there."""
+    """The models' shapes. Among models whose losses have operands of the same sizes, only the first is measured."""
     first: dict[tuple[int, int], str] = {}
     for name, (V, D) in MODELS.items():
         first.setdefault((V, D if kind == "linear" else 0), name)
@@ -141,16 +141,16 @@ def _importance(case: Case) -> int:
     if case.shape in Base._fields:
         return 3
     if case.shape == "training" and case.kind == "logits" and case.ignored == 0.0:
-        return 1  # forward alone and backward alone, too: they are compared with the roof
+        return 1  # also forward and backward alone, which are compared with the roof
     return 1 if whole and often else 5 if whole else 6
 
 
-#: How many random numbers are drawn for a tensor.
+#: The most random numbers that are drawn for a tensor.
 DRAWN = 2**24 - 3
 
 
 def tensors(case: Case, device: torch.device) -> tuple[Tensor, ...]:
-    """(logits, target), or (hidden, weight, target) with logits of the order of 1; all but target want gradients."""
+    """(logits, target), or (hidden, weight, target) with logits of the order of 1. All but target require gradients."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 

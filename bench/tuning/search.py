@@ -1,7 +1,8 @@
-"""The search for launch tables: which programs are tried where, and which of them a table gets.
+"""The search for launch tables: which programs are tried at which shapes, and which of them a table gets.
 
-A point is a kernel and a shape. At every point, all programs that come to different launches are measured. The program
-of a vocabulary is the one that loses the least time over all of its points. Nothing here looks at a clock.
+A program is a choice of warps, logits per thread, tiles per program and programs per multiprocessor. A point is a
+kernel and a shape. At every point, all programs that lead to different launches are measured. A vocabulary gets the
+program that loses the least time over all of its points. This module measures nothing itself: it is given a clock.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from fused_ignore_ce.kernels import launch as launches
 from fused_ignore_ce.kernels.launch import Chip, Launch
 from fused_ignore_ce.kernels.tables import ARITHMETIC, Program, Table, fitting
 
-#: Logits are bfloat16; a table counts bytes, so it serves other dtypes, too.
+#: Logits are bfloat16. Tables count bytes, so they serve other dtypes, too.
 ITEMSIZE = 2
 
-#: The vocabularies of models come first, and among rows, as many as a training step has.
+#: The most important first: vocabularies of models, and numbers of rows as in a training step.
 VOCABULARIES = (128256, 32000, 151936, 256000, 65536, 16384, 4096, 1024)
 ROWS = (8192, 32768, 2048, 256)
 
-#: Of a multiprocessor.
+#: Registers of a multiprocessor.
 REGISTERS = 65536
 
 #: A program replaces the arithmetic one if it saves at least this share of the time. Less than that is noise.
@@ -44,13 +45,13 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """The seconds of every launch at a point, or the reason why there are none. The arithmetic launch is the first."""
+    """The seconds of every launch at a point, or why it has none. The arithmetic program's launch is the first."""
 
     point: Point
     seconds: dict[Launch, float | str]
 
     def loss_of(self, launch: Launch) -> float:
-        """Time relative to the best launch's; infinite where the launch failed."""
+        """Time relative to the best launch's; infinite if the launch failed."""
         own = self.seconds[launch]
         return own / self.best if isinstance(own, float) else math.inf
 
@@ -63,18 +64,18 @@ class Measured:
         return any(isinstance(own, float) for own in self.seconds.values())
 
 
-#: Measures a launch at a point: seconds, or why it could not be measured.
+#: Measures a launch at a point, and returns its seconds or why it could not be measured.
 Clock = Callable[[Point, Launch], "float | str"]
 
 
 def points(free_bytes: int) -> list[Point]:
-    """The most important first, of shapes whose logits and gradient fit. Those of a shape are neighbours."""
+    """The points whose logits and gradient fit, the most important first. All points of a shape follow each other."""
     shapes = [(N, V) for N, V in itertools.product(ROWS, VOCABULARIES) if 2 * N * V * ITEMSIZE <= free_bytes]
     return [Point(operation, *shape) for shape in shapes for operation in ("forward", "backward", "one_pass")]
 
 
 def arithmetic(operation: str, V: int, chip: Chip) -> Program:
-    """What a device without a table gets."""
+    """The program of a device without a table, which arithmetic chooses."""
     if operation == "one_pass":
         return launches.one_pass_program(V, ITEMSIZE, launches.ONE_PASS_PLAIN, replace(chip, table=ARITHMETIC))
     return fitting(getattr(ARITHMETIC, operation), V * ITEMSIZE)
@@ -97,7 +98,7 @@ def _has_room(program: Program, chip: Chip) -> bool:
 
 
 def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
-    """How the launchers would launch the kernel, if their table had this program alone."""
+    """How the launchers would launch the kernel if their table had only this program."""
     ladder = ((None, program),)
     on = replace(chip, table=Table(ladder, ladder, ladder, "a candidate"))
     aligned = point.V % 8 == 0
@@ -110,7 +111,7 @@ def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
 def search(
     todo: Iterable[Point], chip: Chip, clock: Clock, in_time: Callable[[], bool]
 ) -> tuple[list[Measured], list[Point]]:
-    """(points that were measured with all of their launches, points for which there was no time)."""
+    """(points whose launches were all measured, points that there was no time for)."""
     found, left_out = [], []
     for point in todo:
         seconds: dict[Launch, float | str] = {}
@@ -142,7 +143,7 @@ def choose(operation: str, V: int, measured: list[Measured], chip: Chip) -> Prog
 
 
 def steps(operation: str, measured: list[Measured], chip: Chip) -> list[dict[str, Any]]:
-    """A ladder as `tables.json` has it. Between two vocabularies, a program ends at their geometric mean."""
+    """A ladder as `tables.json` has it. A program ends at the geometric mean of its vocabulary and the next one."""
     found: list[dict[str, Any]] = []
     vocabularies = sorted({each.point.V for each in measured})
     chosen = [(V, program) for V in vocabularies if (program := choose(operation, V, measured, chip)) is not None]
@@ -157,7 +158,7 @@ def steps(operation: str, measured: list[Measured], chip: Chip) -> list[dict[str
 
 
 def _reason(program: Program, measured: Measured, chip: Chip) -> dict[str, Any]:
-    """Why a step has its program: its time, the arithmetic program's and the best one's of a point."""
+    """One reason for a step: at a point, the times of its program, of the arithmetic program and of the best one."""
     seconds = list(measured.seconds.values())
     times = measured.seconds[launch_of(program, measured.point, chip)], seconds[0], measured.best
     names = ("microseconds", "arithmetic", "best")

@@ -1,4 +1,4 @@
-"""Runs a launch on a device and takes its time, once its results are those of the arithmetic launch."""
+"""Runs a launch on a device, and times it if its results are those of the arithmetic launch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .search import Point
 
 OPTIONS = LossOptions()
 
-#: A launch is timed so often, and gets the median.
+#: How often a launch is timed; its time is the median.
 ROUNDS = 12
 
-#: Losses are compared in every row, gradients in so many of the first and of the last rows.
+#: Losses are compared in all rows, gradients in this many of the first and of the last rows.
 COMPARED = 32
 
-#: Other tiles add in another order: losses of float32 sums, and gradients of 16 bits, may differ by so much.
+#: How far losses (float32 sums) and gradients (16 bits) may differ, because other tiles sum in another order.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2**-7
 
 #: The time of a function in seconds, measured on the device.
@@ -45,7 +45,7 @@ class Rows:
         self.scale = torch.full((), 1 / N, dtype=torch.float32, device=device)
 
     def function(self, operation: str, launch: Launch) -> Callable[[], Any]:
-        """The call of a launcher."""
+        """A call of the operation's launcher, without arguments."""
         inputs = self.x, self.target, None, None
         upstream = Upstream(self.scale)
         if operation == "forward":
@@ -57,14 +57,14 @@ class Rows:
         return lambda: cross_entropy.forward_backward(upstream, *inputs, OPTIONS, dx=self.dx, launch=launch)
 
     def results(self, operation: str, run: Callable[[], Any]) -> dict[str, Tensor]:
-        """What a call computes, in memory that held NaN before."""
+        """What a call computes. Its gradient is written to memory that held NaN before."""
         ends = [self.dx[0, :COMPARED], self.dx[0, -COMPARED:]]
         for end in ends:
             end.fill_(float("nan"))
         rows = run()
         found = {} if operation == "backward" else {"loss": rows[0].clone()}
         if operation != "forward":
-            # In units of the upstream gradient, of which a row's gradient has at most one.
+            # Divided by the upstream gradient, so that no element is larger than 1.
             found["gradient"] = torch.cat(ends).float() / self.scale
         return found
 
@@ -81,7 +81,7 @@ class Trials:
         self.reference: dict[str, Tensor] = {}
 
     def __call__(self, point: Point, launch: Launch) -> float | str:
-        """The first launch of a point is the reference of those that follow."""
+        """Seconds, or why there are none. The first launch of a point is the reference for those that follow."""
         try:
             rows = self._rows_of(point.N, point.V)
             run = rows.function(point.operation, launch)
@@ -114,7 +114,7 @@ def difference(found: dict[str, Tensor], reference: dict[str, Tensor]) -> str | 
 
 
 def cuda_timer(run: Callable[[], object]) -> float:
-    """The median over rounds between which the L2 cache is overwritten."""
+    """The median of several rounds, in seconds. The L2 cache is overwritten before each."""
     from triton.runtime import driver
 
     cache = driver.active.get_empty_cache_for_benchmark()

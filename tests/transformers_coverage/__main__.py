@@ -2,8 +2,8 @@
 
     python -m tests.transformers_coverage [--only REGEX] [--mapping NAME] [--out docs/transformers-coverage.md]
 
-Every class has a process of its own, with a timeout: a crash or a hang of one is a row of the table. The exit status is
-1 if a class differs, or if less than 95% of the generating classes that run take the linear way.
+Every class has a process of its own, with a timeout, so that a crash or a hang is only a row of the table. The exit
+status is 1 if a class differs, or if less than 95% of the generating classes that run take the linear way.
 """
 
 from __future__ import annotations

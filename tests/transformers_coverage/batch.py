@@ -16,9 +16,9 @@ IGNORED = -100
 
 
 def batches(model: Any, mapping: str, overrides: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Batches that the model may want, from few arguments to many: the first that its forward accepts will do.
+    """Batches that the model may want, from few arguments to many. The first that its forward accepts will do.
 
-    `overrides` are arguments: tensors as (kind, *arguments), the kind one of _KINDS, or None for one to leave out.
+    `overrides` has arguments by name: (kind, *arguments) for a tensor of one of _KINDS, or None to leave it out.
     """
     taken = inspect.signature(model.forward).parameters
     torch.manual_seed(1)
@@ -39,7 +39,7 @@ def _ids(*shape: int) -> Tensor:
 
 
 def _field(config: Any, *names: str, default: int) -> int:
-    """The first of the fields that the configuration or one of its parts has."""
+    """The first of these fields that the configuration or one of its parts has."""
     parts = [config, *(v for v in vars(config).values() if hasattr(v, "model_type"))]
     for part in parts:
         for name in names:
@@ -80,7 +80,7 @@ _INPUTS: dict[str, Callable[[Any], Tensor]] = {
 
 
 def _labels(taken: Mapping[str, Any], mapping: str, batch: dict[str, Any]) -> dict[str, Any]:
-    """Labels, of which some are ignored. For multiple choice the inputs get their second dimension."""
+    """Labels, some of them ignored. For multiple choice, also the inputs, with a dimension for the choices."""
     if "labels" in batch:
         return {}
     if "start_positions" in taken and mapping == "QUESTION_ANSWERING":

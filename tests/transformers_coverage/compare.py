@@ -46,9 +46,9 @@ LINEAR, LOGITS, UNTOUCHED, FAILED = "fused-linear", "fused-logits", "untouched",
 
 
 class Outcome(NamedTuple):
-    """How a class fared. `how` is LINEAR, LOGITS, UNTOUCHED or FAILED; `difference` is empty where there is none.
+    """How a class fared. `how` is LINEAR, LOGITS, UNTOUCHED or FAILED. `difference` is empty if there is none.
 
-    `outside` says how a loss fared that was taken of the logits of a forward without labels; empty where none was.
+    `outside` says how a loss fared that was taken after a forward without labels; empty if none was.
     """
 
     mapping: str
@@ -110,7 +110,7 @@ def _outside(model: Any, batch: dict[str, Any]) -> tuple[str, str]:
 
 
 def _first_that_runs(cls: Any, mapping: str) -> tuple[Any, dict[str, Any], _Run]:
-    """The ladder: scales of the model, and for each of them batches."""
+    """(model, batch, run) of the first scale and batch that run; if none does, raises the first error."""
     first: Exception | None = None
     keys = (cls.config_class.model_type, cls.__name__)
     config, inputs = ({k: v for key in keys for k, v in table.get(key, {}).items()} for table in _TABLES)
@@ -134,7 +134,11 @@ _TABLES = (overrides.CONFIG, overrides.INPUTS)
 
 @dataclass
 class Seen:
-    """How the losses of one forward and backward were computed; for each, the number of its classes."""
+    """How the losses of one forward and backward were computed.
+
+    `linear`, `logits` and `original` (PyTorch's) have each loss's number of classes, `others` the names of other
+    losses, and `reads` the operations that read logits.
+    """
 
     linear: list[int] = field(default_factory=list)
     logits: list[int] = field(default_factory=list)
@@ -205,7 +209,7 @@ def _watched() -> Iterator[Seen]:
 
 
 class _Originals(TorchFunctionMode):
-    """Sees the losses that PyTorch computes: of a patched model, those that its mode, which is inside, let through."""
+    """Records the losses that PyTorch computes. For a patched model, these are those that its own mode lets through."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -266,7 +270,7 @@ def _head(model: Any) -> str:
 
 
 def _difference(plain: _Run, fused: _Run) -> str:
-    """The first violation of RULE, or nothing."""
+    """The first violation of RULE; empty if there is none."""
     if not abs(fused.loss - plain.loss) <= LOSS * abs(plain.loss):
         return f"loss {fused.loss:.7g}, should be {plain.loss:.7g}"
     largest = max((g.abs().max().item() for g in plain.grads.values() if g is not None and g.numel()), default=0.0)
@@ -295,7 +299,7 @@ def _excess(actual: Tensor, expected: Tensor, largest: float) -> str:
 def _line(e: BaseException) -> str:
     """An error in one line of a table."""
     text = f"{type(e).__name__}: {e}".split(" but it was not found")[0]
-    text = re.sub(r"(?<![\w:/])(/[\w.@+-]+){2,}/", "", text)  # files by their names
+    text = re.sub(r"(?<![\w:/])(/[\w.@+-]+){2,}/", "", text)  # files without their folders
     text = re.sub(r"\s+", " ", text).replace("|", "/")
     return text if len(text) <= 200 else text[:197] + "..."
 

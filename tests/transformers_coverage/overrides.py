@@ -1,7 +1,7 @@
-"""Data that single classes need.
+"""Data that only some classes need.
 
-A key is a class of transformers or a model type. CONFIG are arguments of its configuration (of its parts in nested
-mappings), INPUTS arguments of its forward, REASONS why it is not built.
+A key is a class of transformers or a model type. CONFIG has arguments of its configuration (those of its parts in
+nested mappings), INPUTS arguments of its forward. REASONS says why a class is not built.
 """
 
 from __future__ import annotations

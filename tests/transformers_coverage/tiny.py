@@ -11,13 +11,14 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 #: VOCAB is the number of classes, which no other size of a tiny model equals. Special tokens with ids below PLAIN_IDS
-#: (padding, begin, end) keep them; others (images, ...) get ids from SPECIAL_IDS on. The batches' tokens lie between.
+#: (padding, begin, end) keep them, others (images, ...) get ids from SPECIAL_IDS on. The ids in batches lie between the
+#: two.
 VOCAB, PLAIN_IDS, SPECIAL_IDS = 127, 10, 30
 NUM_LABELS = 5
 
 
 class Scale(NamedTuple):
-    """One rung of the ladder: what suits most models, then what the others need."""
+    """Sizes of a model. The defaults suit most models; LADDER has those that others need."""
 
     layers: int = 2
     kv_heads: int = 2
@@ -34,12 +35,12 @@ LADDER = (
     Scale(kv_heads=4),
     Scale(kv_heads=4, layers=4),
     Scale(kv_heads=4, layers=8),
-    Scale(heads=2, head_dim=128),  # rotary embeddings in sections of a model's own, whatever the configuration says
+    Scale(heads=2, head_dim=128),  # for fixed sections of rotary embeddings, whatever the configuration says
     Scale(heads=2, head_dim=64),
 )
 
-#: The meaning of a name by its end; the first match counts. An integer of that name becomes that attribute of Scale, or
-#: that number, unless it is less already.
+#: What an integer is set to, by the end of its name. The first match counts. The integer becomes that attribute of
+#: Scale or that number, unless it is smaller already.
 _MEANINGS: tuple[tuple[str | int, str], ...] = (
     (VOCAB, "vocab_size|vocab_size_per_layer_input|num_embeddings|ngram_vocab_size_base|hash_byte_group_vocab"),
     (0, "num_kv_shared_layers"),
@@ -76,7 +77,7 @@ _LAYER_NUMBERS = re.compile(r".*(layer|index(es)?|indices|idxs|layer_ids|layer_i
 def tiny(cls: Any, scale: Scale, overrides: Mapping[str, Any]) -> Any:
     """A model of a class, with random weights.
 
-    `overrides` are arguments of its configuration, those of a part of it being mappings; the key "parts" names model
+    `overrides` has arguments of its configuration; those of a part are in a nested mapping. The key "parts" names model
     types for the parts of a configuration that has no defaults.
     """
     overrides = dict(overrides)
@@ -99,7 +100,7 @@ class _Shrinker:
         self.tokens: dict[int, int] = {}
 
     def arguments(self, config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a small configuration of the same class; what it derives from others, it will derive again."""
+        """Arguments of a small configuration of the same class, without those that it derives from others."""
         declared, default = _declared(config), _default(config)
         values = {name: _get(config, name, declared[name]) for name in declared}
         layers = {v for name, v in values.items() if _meaning(name) == "layers" and isinstance(v, int)}
@@ -152,7 +153,7 @@ class _Shrinker:
         return [self._integer(name, v) for v in values] if integers else values
 
     def _section(self, name: str, values: list[Any]) -> list[Any]:
-        """A list that shares the pairs of a head's dimensions out to rotary embeddings, or has one entry per pair."""
+        """A list of a rotary embedding: a head's pairs of dimensions in each section, or an entry per pair."""
         pairs = self.scale.head_dim // 2
         if not name.endswith("section"):
             return values[:pairs]
@@ -173,7 +174,7 @@ def _declared(config: Any) -> dict[str, Any]:
 
 
 def _get(config: Any, name: str, default: Any) -> Any:
-    """An attribute; the default also where layers differ in it, which is an error of another kind."""
+    """An attribute, or the default if it is missing or cannot be read, as where layers differ."""
     try:
         return getattr(config, name, default)
     except Exception:
@@ -183,5 +184,5 @@ def _get(config: Any, name: str, default: Any) -> Any:
 def _default(config: Any) -> Any:
     try:
         return type(config)()
-    except Exception:  # it has none: everything was given
+    except Exception:  # a class without defaults: every argument was given
         return None
