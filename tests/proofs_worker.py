@@ -77,7 +77,7 @@ def small():
 
 def liger():
     """Liger's kernel, by its own launcher."""
-    [job] = compiling.jobs(peers.every(32000)[:1], compiling.Target("cuda", 90))
+    [job] = compiling.jobs(peers.every(2048)[:1], compiling.Target("cuda", 90))
     proof = compiling.compiled(job)
     return {"error": proof.error, "tile": proof.tile, "loops": len(proof.code.loops), "grid": proof.grid}
 

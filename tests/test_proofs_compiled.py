@@ -86,7 +86,7 @@ def test_a_peer_is_launched_by_its_own_launcher(tmp_path):
     found = worker("liger", tmp_path)
     assert found["error"] == ""
     assert found["loops"] == 2  # one pass walks a row twice
-    assert found["tile"] == [1, 32768]
+    assert found["tile"] == [1, 2048]
 
 
 def test_every_kernel_that_a_launcher_asks_for_is_compiled(tmp_path):
