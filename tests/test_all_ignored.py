@@ -58,7 +58,7 @@ def test_the_mean_of_nothing(loss, options, backend, device):
 
 
 def test_a_nan_that_is_a_loss_remains_one(backend, device):
-    """A loss that went wrong does not become 0; only the mean of nothing does."""
+    """Only the mean of no tokens becomes 0. A NaN that comes from the inputs stays NaN."""
     h, w, y = problem(device, kept=True)
     h = h.detach() * float("nan")
     for loss in LOSSES.values():
@@ -96,7 +96,7 @@ def test_patched_models(outside):
 
 
 def test_it_leaves_other_losses_of_a_patched_model_alone():
-    """It changes no loss but the mean of nothing, so that it is no option that other losses would miss."""
+    """The option changes only the mean of no tokens, so it is no error where other losses are taken."""
     model = patch_model(llama(num_hidden_layers=1), without_labels=True, zero_if_all_ignored=True).train()
     ids = batches(1)[0]["input_ids"]
     log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])

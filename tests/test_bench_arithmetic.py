@@ -20,7 +20,7 @@ LINEAR = Case("base", "linear", 8, 100, 10, 0.75, "bfloat16", "both")
 
 
 def test_least_work_by_hand():
-    """2 of 8 rows are kept, of 100 classes, 2 bytes each; 10 features."""
+    """2 of 8 rows are kept. There are 100 classes of 2 bytes, and 10 features."""
     assert [least_work(LOGITS._replace(direction=d)) for d in DIRECTIONS] == [(2 + 2 + 8) * 200, 2 * 200, (2 + 8) * 200]
     assert [least_work(LINEAR._replace(direction=d)) for d in DIRECTIONS] == [6 * 2000, 2 * 2000, 4 * 2000]
     assert roof_work(LOGITS) == 2 * 8 * 200
@@ -44,7 +44,7 @@ def test_a_row_by_hand(case, unit):
 
 
 class Benchmark:
-    """In place of pytest-benchmark's fixture: it calls what it is given, and the n-th round takes n seconds."""
+    """Stands for pytest-benchmark's fixture. It calls its target, and the n-th round takes n seconds."""
 
     def pedantic(self, target, setup, rounds):
         self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
@@ -117,7 +117,7 @@ def test_every_model_share_and_direction_has_its_case():
 
 
 def test_training_steps_are_measured_where_there_is_a_gpu(monkeypatch):
-    """Models' vocabularies at 8192 and 16384 tokens, the loss of logits in each direction early on; none on a CPU."""
+    """On a GPU, models' vocabularies are measured, and the loss of logits early on. They are not on a CPU."""
     monkeypatch.setattr(workload, "limits", lambda device: Limits(8192, 2**33, 2**43, 2**36))
     every = cases(torch.device("cuda"))
     training = [case for case in every if case.shape == "training"]
@@ -149,7 +149,7 @@ def fake(kind, shape, N=1024, V=32768, D=1024, ignored=0.0, ms=1.0, **more):
 
 
 def test_fits_find_the_exponents_that_were_put_in():
-    """Time is N^1 V^1.5, and half of that of all tokens with half of them kept; rows of other kinds change nothing."""
+    """Time grows like N, like V^1.5 and like the share of kept tokens. Rows of other kinds change nothing."""
     rows = [fake("linear", "base", ms=8.0)]
     rows += [fake("linear", "N", N=1024 * k, ms=8.0 * k) for k in (0.5, 2)]
     rows += [fake("linear", "V", V=32768 * k, ms=8.0 * k**1.5) for k in (0.5, 2)]

@@ -29,7 +29,7 @@ def test_bytes_are_counted_from_shapes_and_types(tmp_path):
 
 @pytest.mark.parametrize("name", [list(distributed.LOGITS)[-1], list(distributed.LINEAR)[-1]])
 def test_the_losses_send_a_few_numbers_a_kept_token(name):
-    """Partial sums of kept rows, four numbers of 4 bytes (all rows for logits), and of the linear loss the gradient."""
+    """The loss of logits sends 16 bytes per row. The linear loss sends 16 and a gradient per kept row."""
     found = distributed.on_ranks(name, 2)
     kept = 1 - distributed.IGNORED
     header = 2 * 7 * 8 / distributed.N

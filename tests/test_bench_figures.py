@@ -24,7 +24,7 @@ PAGES = pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.nam
 
 @PAGES
 def test_pages_say_what_the_results_say(page):
-    """If they do not: make readme-figures."""
+    """If this fails, run `make readme-figures`."""
     text = page.read_text()
     assert text == figures.rewritten(page, text, reading.Results())
 
@@ -46,7 +46,7 @@ def test_a_changed_number_is_seen(page):
 
 
 def test_pictures_show_the_newest_results():
-    """If they do not: make readme-figures."""
+    """If this fails, run `make readme-figures`."""
     shown = figures.shown(reading.Results())
     assert {path.stem for path in figures.PICTURES.iterdir()} == set(shown)
     for name, (data, _) in shown.items():

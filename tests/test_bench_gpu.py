@@ -27,7 +27,7 @@ FAILING = part("failing", "print('reason'); raise SystemExit(3)", is_gate=True)
 
 @pytest.fixture
 def chain(monkeypatch, tmp_path):
-    """Runs parts as if there were a device; returns the exit status and what the file says of each part."""
+    """A function that runs parts as if there were a device, and returns the exit status and each part's entry."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def run(*parts, only=()):
@@ -61,7 +61,7 @@ def test_nothing_starts_after_a_gate_has_failed(chain, capsys):
 
 
 def test_a_part_ends_with_all_that_it_started_when_its_time_is_over(chain, tmp_path):
-    """The process that it started appends to a file as long as it lives."""
+    """The part starts a process that appends to a file as long as it lives."""
     beats = tmp_path / "beats"
     child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.1)"
     code = (

@@ -74,7 +74,7 @@ def empty():
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """What the suite says of the small cases."""
+    """The suite's results for the small cases, and those of pytest-benchmark itself."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "small_bench.py").write_text(SMALL)
     with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +205,7 @@ def test_the_gate_sees_a_wrong_gradient_of_a_right_loss():
 
         @staticmethod
         def backward(ctx, upstream):
-            """Takes the upstream gradient for 1."""
+            """Ignores the upstream gradient, as if it were 1."""
             x, y = ctx.saved_tensors
             with torch.enable_grad():
                 x = x.detach().requires_grad_()

@@ -38,7 +38,7 @@ POINTS = [Point(operation, N, V) for N in (8192, 64) for operation, V in BEST]
 
 
 def made_up(point, chosen):
-    """The best program takes a microsecond, and others longer the more they differ."""
+    """The best program takes a microsecond. Others take longer the more they differ from it."""
     best = search.launch_of(BEST[point.operation, point.V], point, INTERPRETED)
     fields = ("CHUNKS", "num_warps", "split_tiles", "programs")
     return 1e-6 * (1 + sum(abs(getattr(chosen, name) - getattr(best, name)) for name in fields))
@@ -85,7 +85,7 @@ def test_what_is_written_is_what_the_launchers_take(tmp_path):
 
 
 def test_out_of_time_keeps_what_was_measured():
-    """Time ends within the third point. Its kernel, which has no complete point, keeps the arithmetic ladder."""
+    """Time runs out within the third point. Its kernel has no complete point, and keeps its default table."""
     clock = itertools.count()
     launches = [len({search.launch_of(p, point, INTERPRETED) for p in search.candidates(*point[::2], INTERPRETED)})
                 for point in POINTS]  # fmt: skip
@@ -184,7 +184,7 @@ def trials(triton_kernels):
 
 @pytest.mark.parametrize("operation", ["forward", "backward", "one_pass"])
 def test_trials_launch_what_they_are_asked_to(trials, monkeypatch, operation):
-    """Interpreted kernels of a small shape; a launch with another result is not timed."""
+    """Runs kernels of a small shape in the interpreter. A launch with a wrong result is not timed."""
     point = Point(operation, 3, 3000)
     programs = [Program(8), Program(4, 8, tiles=1)]
     own = [search.launch_of(program, point, INTERPRETED) for program in programs]

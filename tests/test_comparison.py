@@ -31,7 +31,7 @@ def is_what_was_compared(package):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the comparison is made on a CPU, where Triton interprets")
 @pytest.mark.parametrize(("row", "kind"), CHECKED, ids=ids(CHECKED))
 def test_packages_do_what_the_table_says(row, kind):
-    """If they do not: python -m bench.comparison, and then make readme-figures."""
+    """If this fails, run `python -m bench.comparison`, and then `make readme-figures`."""
     if kind == "models":
         pytest.importorskip("peft")
     for package, arguments in running.subjects(kind):
@@ -58,7 +58,7 @@ def test_every_cell_is_in_the_result():
 
 
 def wrong(*operands, **options):
-    """Takes every option, overwrites its input, and computes nothing that is asked of it."""
+    """Accepts every option, ignores all of them, overwrites its input and returns a wrong loss."""
     *inputs, target = operands
     logits = F.linear(*inputs) if len(inputs) == 2 else inputs[0]
     loss = (logits.float() ** 2).mean() + 0 * target.float().mean()

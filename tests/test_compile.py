@@ -141,7 +141,7 @@ def test_activation_checkpointing(backend, device):
 
 
 def test_calls_in_between_compile_nothing_again(backend, device):
-    """What eager calls remember is no guard of a compiled function."""
+    """Eager calls fill caches, which must not make a compiled function compile again."""
     torch._dynamo.reset()
     x, target = torch.randn(4, 30, device=device, requires_grad=True), torch.randint(0, 30, (4,), device=device)
     compiled = torch.compile(lambda x: fused_cross_entropy(x, target, backend=backend), backend="aot_eager")

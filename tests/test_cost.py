@@ -18,7 +18,7 @@ def printed(capsys, *arguments):
 
 
 def test_the_issues_example(capsys):
-    """12 NV bytes less the gradients; 2 bytes a kept logit and the kept rows twice; 6 NVD operations at 700 TFLOP/s."""
+    """Plain: 12 NV bytes less the gradients. Fused: 2 bytes per kept logit, and the kept rows of input and gradient."""
     out = printed(capsys, "--ignored", "0.75", "--dtype", "bf16")
     plain = 12 * N * V - 2 * (N + V) * D
     fused = 2 * 4096 * V + 2 * 2 * 4096 * D + 128 * 4096
@@ -92,7 +92,7 @@ def test_where_the_gradients_are_larger_the_logits_gradient_is_what_is_left():
     [("bfloat16", 512, 32), ("float32", 2048, 128)],  # GEMM libraries add little of their own at so few features
 )
 def test_formulas_hold_in_a_process(dtype, N, D):
-    """The plain path within 3%: one tensor more or less of its three would be a third."""
+    """The plain path is predicted within 3%. One tensor more or less, of three, would be a third."""
     from bench.speed.memory import of_loss
     from bench.speed.providers import LINEAR, LOGITS
     from bench.speed.workload import Case

@@ -138,7 +138,7 @@ def test_runs_are_bitwise_equal(backend, device):
 
 
 def test_other_subclasses_of_tensor_are_tensors():
-    """PyTorch converts what a subclass's function returns to that subclass, which a tuple of statistics is not."""
+    """PyTorch converts the results of a subclass's function to the subclass, which fails for a tuple of statistics."""
 
     class Named(torch.Tensor):
         pass

@@ -21,7 +21,7 @@ def head(dtype=torch.float32):
 
 
 def gradients(out, leaves):
-    """With an upstream gradient that is not 1."""
+    """The gradients for an upstream gradient that is not 1."""
     upstream = torch.linspace(0.5, 2, out.numel(), dtype=out.dtype).view(out.shape)
     return torch.autograd.grad(out, leaves, upstream)
 
@@ -102,7 +102,7 @@ def test_anything_else_computes_the_logits_and_goes_on(name):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_programs_of_random_operations(seed):
-    """Any order of operations: the same values, the same loss, the same gradients."""
+    """Whatever the order of operations, values, loss and gradients are those of plain logits."""
     rng = random.Random(seed)
     leaves = head(torch.float64)
     pair = [defer(*leaves), F.linear(*leaves)]

@@ -75,7 +75,7 @@ ROW_BY_ROW = {
 
 
 def _divergence(student, teacher):
-    """A divergence of two models."""
+    """The divergence of a student from a teacher."""
     return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
 
 
@@ -87,7 +87,7 @@ def _tiles(request, monkeypatch):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Rows of logits that were made at once."""
+    """The number of rows of each tile of logits that is computed."""
     rows, original = [], product.Product.logits
 
     def logits(self):
@@ -257,7 +257,7 @@ def test_every_reduction_is_tried():
 
 
 def test_hooks_of_the_logits_are_called_first():
-    """FSDP has some, which take None for the gradient that there is not; a hook that changes it fails."""
+    """Hooks get None, since these logits have no gradient. FSDP's hooks accept that; a hook that changes it fails."""
     hidden, weight, bias = head()
     for value in (entropy, ROW_BY_ROW["shifted"], lambda x: F.cross_entropy(x.view(-1, V), INDEX.view(-1))):
         order = []

@@ -23,7 +23,7 @@ def tensors_of(loss, **kwargs):
 
 
 def alone(loss, tensors, wanted, upstream, **options):
-    """(what the same function gives in one process, gradients)."""
+    """(result, gradients) of the same function in one process."""
     tensors = {name: t.clone().requires_grad_(name in wanted) for name, t in tensors.items()}
     found = getattr(fused_ignore_ce, loss)(**tensors, **options)
     scalar = found[0] if type(found) is tuple else found
@@ -109,7 +109,7 @@ def test_log_probs(ranks):
 
 
 def test_causal_lm_loss(ranks):
-    """The logits' last dimension is the vocabulary, whose size the model tells."""
+    """The logits' last dimension is a shard of the vocabulary, whose full size is `vocab_size`."""
     logits, labels = torch.randn(2, 5, V), torch.randint(V, (2, 5))
     labels[:, :2] = -100
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / 3
@@ -146,7 +146,7 @@ def test_more_dimensions(ranks, reduction):
 
 
 def test_a_masked_shard_and_nan_in_ignored_rows(ranks):
-    """A rank all of whose logits are -inf."""
+    """All logits of one rank are -inf, and an ignored row is NaN."""
     tensors = problem("some")
     tensors["input"][:, parts(UNEVEN)[2]] = -math.inf
     tensors["target"][2:4] = 1
@@ -171,7 +171,7 @@ def test_second_backward(ranks, loss):
 @pytest.mark.parametrize("loss", KINDS)
 @pytest.mark.parametrize("full", [False, True], ids=["", "weight, smoothing, stats"])
 def test_collectives(ranks, loss, full):
-    """Two in forward; none in backward of logits, one of the linear loss."""
+    """Forward takes two collectives. Backward takes none for logits and one for the linear loss."""
     tensors = tensors_of(loss, ignored="some", weighted=full)
     options = {"label_smoothing": 0.1, "return_stats": True} if full else {}
     wanted = ["input", *["linear_weight"] * (loss != KINDS[0])]
@@ -244,7 +244,7 @@ MISTAKES = {
 @pytest.mark.parametrize("loss", KINDS)
 @pytest.mark.parametrize(("break_it", "error", "says"), MISTAKES.values(), ids=MISTAKES)
 def test_one_rank_s_mistake_is_the_same_error_on_all(ranks, loss, break_it, error, says):
-    """And the ranks can go on with the next call."""
+    """After the error, the ranks can go on with the next call."""
     tensors = tensors_of(loss, ignored="none")
     arguments = []
     for rank, part in enumerate(parts(UNEVEN)):

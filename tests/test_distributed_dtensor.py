@@ -90,7 +90,7 @@ def check(ranks, loss, wanted, mesh, placements, compiled=None):
 
 
 def _placement(dims, size):
-    """How a gradient's placement reads; of a tensor that is no DTensor, "plain"."""
+    """The text of a gradient's placement, or "plain" for a tensor that is no DTensor."""
     if dims is None:
         return "plain"
     names = ("Replicate()" if d is None else f"Shard(dim={d % size})" for d in dims)

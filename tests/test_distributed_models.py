@@ -104,7 +104,7 @@ def test_global_token_count(ranks, group):
 
 
 def test_unequal_numbers_of_ignored_tokens_under_fsdp2(ranks):
-    """Loss and gradients of one process with all the tokens; weights are gathered as often as without chunks."""
+    """Loss and gradients equal those of one process with all tokens. Chunks do not gather weights more often."""
     model = llama()
     batches = [batch_of(rows=1, ignored=ignored) for ignored in (2, 9, 5, 11)]
     together = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

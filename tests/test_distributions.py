@@ -73,7 +73,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interpreter(built, tmp_path_factory):
-    """Python of an environment that has the wheel, and beside it sees this one's packages, but not this repository."""
+    """Python of an environment with the wheel. It also sees this environment's packages, but not this repository."""
     environment = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"

@@ -37,7 +37,7 @@ class LightningModule(torch.nn.Module):
 
 
 def run_exp():
-    """Trains a model as LLaMA-Factory would: it is made and used in here."""
+    """Stands for LLaMA-Factory's function, which builds a model and trains it."""
     model = llama()
     run_exp.outputs = model.train()(**batches(1)[0])
     run_exp.outputs.loss.backward()
@@ -66,7 +66,7 @@ STAND_INS = {
 
 @pytest.fixture
 def _as_a_reader(precision_of_its_own, monkeypatch, tmp_path):
-    """An empty folder, the packages that guides name, and nothing that stays patched or connected."""
+    """Runs in an empty folder with stand-ins for the packages that guides name. Undoes patches and process groups."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.use_deterministic_algorithms(False)
@@ -84,7 +84,7 @@ def _as_a_reader(precision_of_its_own, monkeypatch, tmp_path):
 @pytest.mark.usefixtures("_as_a_reader")
 @pytest.mark.parametrize("block", blocks(README), ids=lambda block: str(block.line))
 def test_the_readme_s_code(block):
-    """Each block alone, as it is copied."""
+    """Each block runs alone, as it does when it is copied."""
     scope = {"__name__": "__main__"}
     block.run(scope)
     assert block.checks or scope["loss"].isfinite()
@@ -93,7 +93,7 @@ def test_the_readme_s_code(block):
 @pytest.mark.usefixtures("_as_a_reader")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_the_code_of_a_page(page):
-    """The blocks of a page in one scope, from top to bottom, as a reader tries them."""
+    """The blocks of a page run in one scope, from top to bottom, as a reader tries them."""
     for package in NEEDS.get(name_of(page), []):
         pytest.importorskip(package)
     code = blocks(page)
@@ -116,7 +116,7 @@ def test_the_stand_in_was_trained_with_the_fused_loss(monkeypatch):
 
 @pytest.mark.parametrize(("block", "line"), COMMANDS, ids=[f"{b.page}:{line}" for b, line in COMMANDS])
 def test_a_command_exists(block, line, capsys):
-    """Its options parse, its files and verbs are there; what takes no time is run."""
+    """Options parse, and files and make targets exist. Commands that take no time are run."""
     words = shlex.split(line, comments=True)
     if words[:3] == ["python", "-m", "fused_ignore_ce"]:
         options = command_line._parser().parse_args(words[3:])
@@ -164,7 +164,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 
 
 def test_the_migration_guide_names_what_others_have():
-    """The order of Liger's and TRL's arguments, and their names, in the installed versions."""
+    """Names and order of Liger's and TRL's arguments are those of the installed versions."""
     liger = pytest.importorskip("liger_kernel.transformers")
     kernels = pytest.importorskip("trl.kernels")
     guide = (DOCS / "guides" / "migrating.md").read_text()

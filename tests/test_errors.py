@@ -57,7 +57,7 @@ def test_same_class_as_pytorch(args, kwargs, backend):
 
 
 def test_a_right_call_makes_no_other_call_right(backend):
-    """What was checked is remembered by all that the checks look at."""
+    """A checked call is remembered together with everything that the checks depend on."""
     weight, probs, tokens = torch.ones(5, requires_grad=True), torch.rand(3, 5), torch.ones(3)
     with torch.no_grad():
         fused_cross_entropy(X, Y, weight, backend=backend)
@@ -137,7 +137,7 @@ def test_the_module_rejects_options_when_built(kwargs, error, says):
 
 @pytest.mark.parametrize("target", [5, -1, 2**40, -(2**40)])
 def test_out_of_range_reads_and_writes_nothing(target, backend):
-    """The logits lie between guards; a target outside raises before anything is touched."""
+    """The logits lie between guard rows. A target out of range is an error before anything is written."""
     guarded = torch.full((9, 5), float("nan"))
     x = guarded[3:6]
     x.copy_(X)
@@ -174,7 +174,7 @@ def test_ignore_index_none_is_minus_100(backend):
 
 @pytest.fixture
 def _first_use():
-    """The Triton backend is looked up once in a process: as if it had not been used before, and again afterwards."""
+    """The Triton backend is looked up once per process. This clears its cache before the test and after it."""
     backends._triton.cache_clear()
     yield
     backends._triton.cache_clear()

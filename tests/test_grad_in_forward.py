@@ -12,7 +12,7 @@ OPTIONS = {"label_smoothing": 0.1, "softcap": 5.0}
 
 @pytest.fixture
 def passes(backend, device, monkeypatch):
-    """The names of the backend's functions, as they are called from outside of it."""
+    """The names of the backend's functions in the order of calls, without the calls that they make to each other."""
     kernels = backends.implementation(backend, torch.device(device))
     called, inside = [], []
     for name in ("forward", "forward_reduce", "backward", "forward_backward", "forward_backward_reduce", "scale"):
@@ -40,7 +40,7 @@ def problem(device, dtype=torch.float64):
 
 
 def in_forward(backend, z_loss=0.0):
-    """The backend's function that computes loss and gradient; without z-loss, Triton's reduces as well."""
+    """The name of the function that computes loss and gradient. Triton's also reduces, unless there is a z-loss."""
     return "forward_backward_reduce" if backend == "triton" and not z_loss else "forward_backward"
 
 
@@ -73,7 +73,7 @@ def test_exact_for_every_upstream_gradient(reduction, inplace_backward, z_loss, 
 @pytest.mark.parametrize("normalizer", [None, 3.5, "tensor"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_weights_and_shapes(dtype, normalizer, shape, backend, device):
-    """The same as without it, but for another order of roundings."""
+    """Loss and gradient equal those without the option, up to rounding."""
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     y = torch.randint(0, V, (*shape[:1], *shape[2:]) if len(shape) > 1 else (), device=device)
     weight = torch.rand(V, device=device).to(dtype)
@@ -134,7 +134,7 @@ def test_nothing_kept(rows, dtype, backend, device):
 
 
 def test_inplace_is_noticed_by_whoever_needs_the_logits(backend, device, monkeypatch):
-    """Although kernels write where PyTorch does not see it, as here through `.data`."""
+    """Kernels write without PyTorch's knowledge, as here through `.data`. Autograd still reports the change."""
     kernels = backends.implementation(backend, torch.device(device))
     original = kernels.forward_backward
     monkeypatch.setattr(kernels, "forward_backward", lambda *args, dx, **how: original(*args, dx=dx.data, **how))
@@ -152,7 +152,7 @@ def test_inplace_is_noticed_by_whoever_needs_the_logits(backend, device, monkeyp
 
 
 def cannot(device):
-    """Calls whose gradient cannot be had in forward."""
+    """Options with which the gradient cannot be computed in forward."""
     trained = torch.ones(N, dtype=torch.float64, device=device, requires_grad=True)
     count = torch.tensor(4.0, dtype=torch.float64, device=device, requires_grad=True)
     return {

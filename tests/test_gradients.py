@@ -23,7 +23,7 @@ def problem(device, probs):
 
 
 def projected(backend):
-    """Whether to check a random projection of the Jacobian, not every element: Triton's interpreter is slow."""
+    """Whether to check a random projection of the Jacobian instead of every element. Triton's interpreter is slow."""
     return backend == "triton"
 
 
@@ -51,7 +51,7 @@ def test_gradgradcheck(options, probs, backend, device):
 
 
 def test_create_graph_is_not_detached(backend, device):
-    """With an upstream gradient of plain ones, where autograd's own once_differentiable detaches silently."""
+    """The upstream gradient needs no gradient itself. There, autograd's once_differentiable detaches silently."""
     x, y = problem(device, False)
     hidden = x * 1.5
     fused_cross_entropy(hidden, y, backend=backend).backward(create_graph=True)
@@ -100,9 +100,9 @@ def test_tiny_upstream_survives_fp16(backend, device):
 
 
 def test_gradients_are_rounded_once(backend, device):
-    """Rounded before the upstream factor and again after it, many an element would be its neighbour.
+    """If they were rounded before the upstream factor and after it, many elements would be off by one unit.
 
-    In float16: to bfloat16, Triton's interpreter truncates.
+    The test uses float16, because Triton's interpreter truncates to bfloat16.
     """
     dtype = torch.float16
     x, y = torch.randn(8, 300, device=device).to(dtype).requires_grad_(), torch.arange(8, device=device)

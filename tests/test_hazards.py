@@ -14,7 +14,7 @@ from fused_ignore_ce import fused_cross_entropy
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_forward_writes_nothing_of_the_callers(grad, backend, device):
-    """Not the gradient over the logits, not zeros over ignored rows, neither with a graph nor without."""
+    """With a graph or without one, neither the gradient nor zeros for ignored rows are written over the logits."""
     x = torch.randn(4, 300, device=device, requires_grad=True)
     y = torch.tensor([1, -100, 299, -100], device=device)
     q, token_weight = torch.rand(4, 300, device=device), torch.tensor([1.0, 1.0, 0.0, 2.0], device=device)
@@ -32,7 +32,7 @@ def test_forward_writes_nothing_of_the_callers(grad, backend, device):
 
 
 def test_mean_counts_kept_tokens_only(backend, device):
-    """Against the definition, not against another mean: the sum of the kept rows over their number."""
+    """The mean equals its definition, the sum of the kept rows' losses divided by their number."""
     x, y = torch.randn(5, 30, device=device), torch.tensor([1, -100, 3, -100, -100], device=device)
     kept = [-F.log_softmax(x[i], 0)[y[i]] for i in (0, 2)]
     torch.testing.assert_close(fused_cross_entropy(x, y, backend=backend), (kept[0] + kept[1]) / 2)
@@ -57,7 +57,7 @@ def test_the_result_does_not_depend_on_a_threshold_of_the_data(backend, device, 
 
 
 def test_weight_with_ignored_targets_and_smoothing(backend, device):
-    """Sharded losses elsewhere refuse this combination."""
+    """The sharded losses of other packages refuse this combination."""
     x, y, weight = torch.randn(4, 9, device=device), torch.tensor([1, -100, 3, 8], device=device), torch.rand(9)
     options = {"weight": weight.to(device), "label_smoothing": 0.1}
     torch.testing.assert_close(fused_cross_entropy(x, y, backend=backend, **options), F.cross_entropy(x, y, **options))

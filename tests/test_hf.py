@@ -12,7 +12,7 @@ from .hf_tiny import TINY, D, QuantizedHead, V, assert_same, batch, bert, llama,
 
 
 class MatmulHead(transformers.LlamaForCausalLM):  # type: ignore[name-defined]  # transformers is not followed
-    """The input embedding as projection: no output embedding is called."""
+    """A model whose head is a product with the input embedding's weight. It calls no head module."""
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         hidden = self.model(input_ids, **kwargs).last_hidden_state

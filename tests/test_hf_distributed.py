@@ -19,7 +19,7 @@ REFUSED = "FSDP2, head"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{(rank, name, patched): what it gave}, of one pair of processes: they take longer to start than to train."""
+    """Results by (rank, name, patched), all of one pair of processes, which take longer to start than to train."""
     folder = tmp_path_factory.mktemp("distributed")
     worker = Path(__file__).with_name("hf_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -85,7 +85,7 @@ def test_a_head_that_is_freed_after_the_forward_is_an_error(name, results):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_head_sharded_alone(rank, results):
-    """Its weights are gone when the loss is taken: the losses are right, or an error says what to do."""
+    """FSDP2 has freed the head's weights when the loss is taken. Losses are right, or an error says what to do."""
     assert "error" not in result(results, rank, REFUSED, False)
     ours = result(results, rank, REFUSED, True)
     if "error" in ours:

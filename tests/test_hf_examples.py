@@ -82,7 +82,7 @@ def test_example(name, tmp_path):
 
 
 def test_a_model_by_its_name(tmp_path):
-    """With a tokenizer that has no padding token, as many have, and a vocabulary that shows which model was trained."""
+    """The tokenizer has no padding token, as is common. The first loss shows the vocabulary, and so the model."""
     pytest.importorskip("tokenizers")
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -23,7 +23,7 @@ def _unpatched():
 
 
 class MyLlama(LlamaForCausalLM):
-    """Its loss is its own: of the logits, shifted and smoothed."""
+    """Its forward takes a loss of its own, with shifted logits and label smoothing."""
 
     def forward(self, input_ids, labels=None, **kwargs):
         outputs = super().forward(input_ids, **kwargs)
@@ -105,7 +105,7 @@ def test_generate(options):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_without_labels(mode):
-    """The model's own code: bit for bit, tensors."""
+    """Without labels the model runs its own code. Logits are plain tensors with the same bits."""
     batch = batches(1)[0]
     del batch["labels"]
     plain, model = getattr(llama(), mode)(), getattr(patch_model(llama()), mode)()
@@ -168,7 +168,7 @@ def test_a_forward_of_ones_own(monkeypatch):
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, MyLlama])
 @pytest.mark.parametrize("ids", [PAD, [PAD], {PAD, 5}], ids=str)
 def test_ignored_ids(cls, ids, monkeypatch):
-    """Labels that hold the ids, against labels in which they are -100."""
+    """Labels that contain the ids give the same losses as labels in which the ids are -100."""
     given = [ids] if isinstance(ids, int) else list(ids)
 
     def data(replaced):

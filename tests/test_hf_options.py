@@ -53,7 +53,7 @@ def test_a_second_softcap_is_applied_to_the_models_capped_logits(took):
 
 
 def test_options_do_not_touch_other_losses_of_the_model(took):
-    """Next-sentence prediction has two classes, 0 and 1: no ids to ignore are among them."""
+    """Next-sentence prediction has the classes 0 and 1. They are no token ids, and are not ignored."""
     model = bert("BertForPreTraining")
     inputs = batch() | {"next_sentence_label": torch.tensor([0, 1])}
     masked = inputs | {"labels": inputs["labels"].masked_fill(inputs["labels"] == 7, -100)}

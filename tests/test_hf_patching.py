@@ -23,7 +23,7 @@ def test_an_exception_in_the_forward_leaves_nothing_behind():
 
 
 def test_layers_run_without_a_torch_function_mode():
-    """A mode costs a Python call an operation; it begins at the head."""
+    """A mode costs a Python call per operation, so that it is active only from the head on."""
     model, seen = patch_model(llama()), []
     before = torch._C._len_torch_function_stack()
     layer, head = model.model.layers[0], model.lm_head

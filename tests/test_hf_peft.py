@@ -27,7 +27,7 @@ READS_LOGITS = {"head, DoRA": {"target_modules": HEAD, "use_dora": True}}
 
 
 def lora(patch=None, model=None, **config):
-    """LoRA whose second matrix is not zero, so that all gradients are told apart from the first step on."""
+    """LoRA whose second matrix is not zero, so that the first step has gradients for both matrices."""
     model = model or llama()
     if patch == "before":
         patch_model(model)
@@ -62,7 +62,7 @@ def test_lora(config, patch, monkeypatch):
 @pytest.mark.parametrize("patch", ["before", "after"])
 @pytest.mark.parametrize("config", [CONFIGS["head"], CONFIGS["head saved whole"]], ids=["head", "saved"])
 def test_gradients(config, patch, autocast, monkeypatch):
-    """The first step's, of every trained parameter."""
+    """Compares the first step's gradients of all trained parameters."""
 
     def grads(model):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -153,7 +153,7 @@ def test_tied_embeddings_with_lora_on_them(monkeypatch):
 
 
 def test_prompt_tuning(monkeypatch):
-    """Virtual tokens in front, for which PEFT lengthens the labels."""
+    """PEFT puts virtual tokens in front, and lengthens the labels to match."""
 
     def tuned(patched):
         model = llama()

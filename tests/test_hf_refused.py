@@ -38,7 +38,7 @@ def train(model, folder, collator=stacked, ignored=-100, trainer=Trainer, **reci
 
 
 def test_ignored_ids_under_accumulation(tmp_path):
-    """The trainer counts labels that are not -100: the wrapped collator makes them so; without it, it is an error."""
+    """The trainer counts labels that are not -100. Without IgnoreTokens, which sets them, there is an error."""
     expected = train(llama(), tmp_path, gradient_accumulation_steps=2)
     collator = IgnoreTokens(stacked, PAD)
     ours = train(patch_model(llama(), ignore_index=PAD), tmp_path, collator, ignored=PAD, gradient_accumulation_steps=2)
@@ -175,7 +175,7 @@ def criterion(outputs, labels, **options):
 
 
 def test_options_reach_a_loss_after_the_forward():
-    """With labels given, the loss of one's own has the options that the model's has."""
+    """If labels were given, a loss that the user takes has the same options as the model's own."""
     batch = batches(1)[0]
     batch["labels"][:, -5:-3] = 9
     masked = batch["labels"].masked_fill(batch["labels"] == 9, -100)

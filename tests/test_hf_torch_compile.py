@@ -20,7 +20,7 @@ def _fresh_compiler():
 
 
 class Backend:
-    """aot_eager, counting graphs and what is in them."""
+    """The backend aot_eager, which counts graphs and the losses in them."""
 
     def __init__(self):
         self.graphs = self.linear = self.plain = 0
@@ -50,7 +50,7 @@ def test_compiled_and_then_patched():
 
 
 def test_statistics_and_the_report():
-    """They are what they are in eager mode; the forward is one graph, and what follows it is none."""
+    """Statistics equal those of eager mode. The forward is one graph, and what follows it is not compiled."""
     batch, model = batches(1)[0], patch_model(small(), return_stats=True)
     expected, backend = model(**batch), Backend()
     patch_model(model, return_stats=True)
@@ -113,7 +113,7 @@ def test_other_ways_to_compile(autocast):
 
 
 def test_trainer(tmp_path):
-    """Compiled and patched, against neither."""
+    """Compares a patched and compiled model with a plain one."""
     pytest.importorskip("accelerate")
 
     def losses(model, **compiled):

@@ -85,7 +85,7 @@ def test_trainer(recipe, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_label_smoothing_of_the_trainer(recipe, tmp_path, monkeypatch):
-    """It takes the labels away from the model and smooths logits itself."""
+    """The trainer takes the labels away from the model and computes the smoothed loss itself."""
     recipe = dict(label_smoothing_factor=0.2, **recipe)
     plain, _ = train(llama(), tmp_path, recipe=recipe)
     spy = spied(monkeypatch)
@@ -146,7 +146,7 @@ def test_evaluation(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("patch", ["before", "after"])
 def test_accelerate(precision, patch, monkeypatch):
-    """Prepared before or after it is patched."""
+    """The model is patched before or after it is prepared."""
     accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=True)
 
     def run(patched):

@@ -32,7 +32,7 @@ class Fused(trl.SFTTrainer):  # type: ignore[name-defined]  # TRL is not followe
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most rows of a tensor over the vocabulary that PyTorch's operators gave."""
+    """The most rows that any result of PyTorch's operators had whose last dimension is the vocabulary."""
 
     rows = 0
 
@@ -93,7 +93,7 @@ def test_no_logits_are_made(tmp_path):
 
 @pytest.mark.skipif(not OWN_HEAD, reason="this TRL reads the model's logits")
 def test_the_loss_of_trl_itself(tmp_path, monkeypatch):
-    """TRL's fused head takes the loss past the model's: equal, and nothing for the patch to do."""
+    """TRL's fused head bypasses the model's loss. Results are equal, and the patch fuses nothing."""
     plain, expected, _ = sft(trl.SFTTrainer, llama(), tmp_path, evaluate=True)
     spy = spied(monkeypatch)
     with pytest.warns(UserWarning, match=r"nothing was fused.*patch_trainer\(trainer\) fuses it"):

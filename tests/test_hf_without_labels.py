@@ -35,7 +35,7 @@ def ours(logits, labels):
 
 
 def ours_by_row(logits, labels):
-    """Options that `F.cross_entropy` does not have, and statistics."""
+    """A loss with statistics and with options that `F.cross_entropy` does not have."""
     options = {"ignore_index": [-100], "reduction": "none", "z_loss": 1e-4, "return_stats": True}
     losses, stats = fused_cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], **options)
     assert losses.shape == stats.correct.shape == labels[:, 1:].shape
@@ -65,7 +65,7 @@ def log_probs(logits, labels):
 
 
 def selective(logits, labels):
-    """Log-probabilities by logsumexp, row by row, as TRL has them in float32; with a temperature."""
+    """Log-probabilities by logsumexp, row by row, as TRL computes them in float32, with a temperature."""
     logits, labels = logits[:, :-1] / 0.9, labels[:, 1:].clamp(min=0)
     chosen = torch.gather(logits, dim=-1, index=labels.unsqueeze(-1)).squeeze(-1)
     return -(chosen - torch.stack([torch.logsumexp(x, dim=-1) for x in logits])).mean()
@@ -225,7 +225,7 @@ def test_options_travel_with_the_logits():
 
 
 class Plain(torch.nn.Linear):
-    """A head whose product is nobody's F.linear."""
+    """A head that does not call F.linear."""
 
     def forward(self, hidden):
         return torch.einsum("btd,vd->btv", hidden, self.weight)

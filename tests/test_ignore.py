@@ -80,7 +80,7 @@ def test_token_weight_zero_is_ignored_even_with_a_bad_target(backend, device):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
 def test_masked_vocabulary(probs, smoothing, backend, device):
-    """-inf logits, a whole first block of them: probability and gradient 0, the rest as if they were not there."""
+    """Masked classes, among them the whole first block, have gradient 0. The other classes are as if alone."""
     C, masked = 9000, 8500
     x = torch.randn(3, C, device=device)
     x[:, :masked] = -torch.inf

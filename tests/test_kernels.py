@@ -64,7 +64,7 @@ def problem(device, dtype=torch.float64, probs=False, weight=True, size=4.0):
 
 
 def expected(x, target, weight, probs, options, upstream, dtype=torch.float64):
-    """(rows, dx, dprobs) by the reference, in `dtype`; autograd makes NaN of -inf, and 0 of what underflows as well."""
+    """(rows, dx, dprobs) by the reference, in `dtype`. -1e4 stands for -inf, for which autograd would give NaN."""
     x = x.to(dtype).nan_to_num(nan=float("nan"), neginf=-1e4).requires_grad_()
     q = None if probs is None else probs.to(dtype).requires_grad_()
     w = None if weight is None else weight.to(dtype)
@@ -152,7 +152,7 @@ def at_size(size, device):
 
 
 def errors(size, device):
-    """Ours and PyTorch's largest errors of (loss, dx), both in float32."""
+    """(ours, PyTorch's, the reference's) loss and dx. Ours and PyTorch's are float32, the reference's float64."""
     x, target = at_size(size, device)
     upstream = Upstream(torch.full((4,), 1.5, device=device))
     rows = cross_entropy.forward(x, target, None, None, Options())
@@ -166,7 +166,7 @@ def errors(size, device):
 
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e5, -1e5])
 def test_large_logits(size, device, no_worse):
-    """The rule as it stands, where a product that is rounded before its shift is taken off loses everything."""
+    """At these sizes, rounding a product before the shift is subtracted would lose all digits."""
     loss, dx = errors(size, device)
     no_worse("loss", *loss, terms=V)
     no_worse("dx", *dx, scale=1.5, terms=V)
@@ -174,7 +174,7 @@ def test_large_logits(size, device, no_worse):
 
 @pytest.mark.skipif(not cross_entropy.interpreted(), reason="breaks the kernels' arithmetic in the interpreter")
 def test_large_logits_need_the_fused_multiply_add(device, no_worse, monkeypatch):
-    """What the test above is for: an exponent of two roundings fails it."""
+    """The test above fails if the exponent is computed with two roundings."""
     monkeypatch.setattr(device_math, "EMULATED", False)  # Triton's interpreter rounds the product
     for size in (1e4, 1e5):
         loss, dx = errors(size, device)
@@ -186,7 +186,7 @@ def test_large_logits_need_the_fused_multiply_add(device, no_worse, monkeypatch)
 
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_a_certain_target_costs_nothing(size, device):
-    """Neither a loss below 0 nor a gradient at the size of a rounding error."""
+    """The loss and the target's gradient are exactly 0, without a rounding error."""
     x = torch.zeros(1, 4, V, device=device)
     target = torch.tensor([0, 7, 500, V - 1], device=device)
     x[0, range(4), target] = torch.tensor([60.0, 77.7, 90.1, 63.3], device=device)
@@ -210,7 +210,7 @@ def test_first_of_the_largest(launch, best, device):
 
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_rows_of_minus_infinity_and_worse(launch, device):
-    """A row of -inf: NaN loss, no gradient, the first class. +inf and NaN are not hidden, other rows not touched."""
+    """A row of -inf has loss NaN, gradient 0 and predicts class 0. +inf and NaN give NaN. Other rows are unaffected."""
     x = torch.randn(2, 3, V, device=device)
     x[0, 0] = -torch.inf
     x[0, 1, 5] = torch.inf
@@ -265,7 +265,7 @@ def test_masked_classes_have_no_gradient(smoothing, device):
 @pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
 @pytest.mark.parametrize("together", [False, True], ids=["merged", "combined"])
 def test_parts_of_the_vocabulary(together, probs, device):
-    """Blocks that divide nothing, one of them of one class; with the gradients of each block alone."""
+    """Blocks have unequal sizes, and one has a single class. Gradients are computed block by block."""
     x, target, weight, q = tensors = problem(device, probs=probs)
     upstream = upstreams(device)
     starts = [0, 300, 700, V - 1, V]
@@ -291,7 +291,7 @@ def test_parts_of_the_vocabulary(together, probs, device):
 
 
 def test_the_shift_of_a_part_follows_from_its_largest_logit(device):
-    """Logits at whole numbers of the exponent, where rounding may take the kernel's own shift to either side."""
+    """The exponents are next to whole numbers, where rounding may take the kernel's own shift to either side."""
     cap = 10.0
     whole = torch.arange(-14, 15, dtype=torch.float64) / (cap * device_math.LOG2E.value)
     ulps = torch.arange(-40, 41) * 2.0**-23

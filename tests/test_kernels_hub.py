@@ -116,7 +116,7 @@ def test_only_a_kernel_repository_is_replaced(repository, tmp_path):
 
 
 def test_kernels_loads_it(repository, tmp_path):
-    """Under a name of its own, also beside an installed package; the Triton kernels run in Triton's interpreter."""
+    """It gets a name of its own, also beside an installed package. The Triton kernels run in Triton's interpreter."""
     pytest.importorskip("kernels.load", reason="make test-kernels-hub installs it")
     modules = [n[:-3].replace("/", ".").removesuffix(".__init__") for n in NAMES if n.endswith(".py")]
     code = [sys.executable, "-c", LOAD, str(repository), entry(repository)["id"], *modules]
@@ -127,7 +127,7 @@ def test_kernels_loads_it(repository, tmp_path):
 
 
 def test_older_releases_of_kernels_find_it(repository):
-    """They import the folder that has the package's name."""
+    """Older releases import the folder that has the package's name."""
     path = repository / "build" / "torch-universal" / "fused_ignore_ce" / "__init__.py"
     spec = importlib.util.spec_from_file_location("found_by_its_folder", path)
     module = importlib.util.module_from_spec(spec)

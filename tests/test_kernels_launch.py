@@ -49,7 +49,7 @@ def test_splits_cover_the_vocabulary_once(rows, V):
 @pytest.mark.parametrize("chip", CHIPS, ids=["H100", "A100", "MI300X"])
 @pytest.mark.parametrize("V", [1, 1000, 32000, 50257, 65536, 128256])
 def test_long_rows_give_every_thread_a_lane(V, chip):
-    """The lanes of a tile are the threads of its program: no sum in the loop leaves a thread."""
+    """A tile has as many lanes as its program has threads, so that sums in the loop stay within a thread."""
     for aligned, itemsize in product((True, False), (2, 4)):
         for chosen in (
             launch.forward_launch(1, 8192, V, itemsize, True, aligned, chip),
@@ -62,7 +62,7 @@ def test_long_rows_give_every_thread_a_lane(V, chip):
 
 @pytest.mark.parametrize("chip", [INTERPRETED, A100], ids=["H100", "A100"])
 def test_rows_in_flight_fit_into_the_cache(chip):
-    """With what is read and written between the two reads, wherever one row a multiprocessor does."""
+    """So does all that is read and written between a row's two reads, where one row per multiprocessor fits."""
     for V in (1024, 8192, 32000, 60000):
         chosen = launch.one_pass_launch(2**20, V, 2, True, launch.ONE_PASS_PLAIN, chip)
         assert chosen.programs * V * 2 * launch.REUSE <= chip.l2_bytes
@@ -152,7 +152,7 @@ def test_a_table_that_is_wrong_says_where(tmp_path, changes, said):
 
 @pytest.mark.parametrize("device", ["Device", "Another"])
 def test_a_device_gets_its_own_table(monkeypatch, tmp_path, device):
-    """What PyTorch says of the device is made up."""
+    """The properties that PyTorch reports for the device are made up."""
     table = tables.read(written(tmp_path))["Device"]
     monkeypatch.setitem(launch.TABLES, "Device", table)
     properties = SimpleNamespace(
@@ -166,7 +166,7 @@ def test_a_device_gets_its_own_table(monkeypatch, tmp_path, device):
 
 @pytest.mark.parametrize(("chip", "known"), [(INTERPRETED, True), (MI300, False)], ids=["NVIDIA", "AMD"])
 def test_launch_options_are_the_chips(chip, known):
-    """A limit of registers is an option of NVIDIA's compiler; the other refuses what it does not know."""
+    """A limit on registers is an option of NVIDIA's compiler. AMD's refuses unknown options."""
     assert ("maxnreg" in chip.options(40)) == known
 
 

@@ -48,7 +48,7 @@ def problem(device, dtype=torch.float64):
 @pytest.mark.parametrize("tile", [(1, 2, 16, 4), (1, 1, 256, 8), (1, 16, 16, 1)], ids=str)
 @pytest.mark.parametrize("given", CASES, ids=str)
 def test_one_pass(given, tile, programs, device):
-    """In place, so that a logit that is read after its gradient was written shows."""
+    """The gradient overwrites the logits, so that a logit that is read too late gives a wrong result."""
     x, target = problem(device)
     weight = torch.rand(V, device=device, dtype=x.dtype)
     g, dz, token_weight = (torch.randn(6, device=device, dtype=x.dtype) for _ in range(3))
@@ -72,7 +72,7 @@ def test_one_pass(given, tile, programs, device):
 
 
 def test_one_pass_is_forward_and_backward_bit_for_bit(device):
-    """Rows and gradient of the same tiles, in float32."""
+    """With the same tiles, rows and gradient have the same bits in float32."""
     x, target = problem(device, torch.float32)
     g = torch.randn(6, device=device)
     launch = Launch(1, 2, 16, 4, 4, splits=1, split_tiles=8, programs=2)
@@ -98,7 +98,7 @@ def test_one_pass_is_forward_and_backward_bit_for_bit(device):
 
 @pytest.mark.parametrize("layout", ["strided logits", "strided gradient", "probabilities"])
 def test_two_passes_where_one_cannot_be(layout, device):
-    """Strided classes and probability targets take a launch each way, and give the same."""
+    """Strided classes and probability targets take one launch for each direction, and give right results."""
     x, target = problem(device)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     probs = torch.rand_like(x) if layout == "probabilities" else None
@@ -216,7 +216,7 @@ def test_reduce(mean, weighted, token_weighted, normalizer, programs, N, device)
 @pytest.mark.parametrize("mean", [True, False], ids=["mean", "sum"])
 @pytest.mark.parametrize(("splits", "at_most"), [(1, 1024), (4, 1024), (4, 2)], ids=["whole", "merged", "three"])
 def test_forward_and_reduce(splits, at_most, mean, probs, device):
-    """Rows and total are those of the two alone; parts are merged on the way unless rows are too many."""
+    """Rows and total equal those of two separate calls. The reduction also merges parts, unless rows are too many."""
     x, target = problem(device)
     q = torch.rand_like(x) if probs else None
     weight, token_weight = torch.rand(V, device=device, dtype=x.dtype), torch.rand(6, device=device, dtype=x.dtype)
@@ -235,7 +235,7 @@ def test_forward_and_reduce(splits, at_most, mean, probs, device):
 @interpreted
 @pytest.mark.parametrize("N", [4, 600])
 def test_forward_and_reduce_are_two_launches(N):
-    """With rows so few that they are split, and with rows in plenty."""
+    """4 rows are so few that they are split; 600 are not."""
     x, target = torch.randn(1, N, 9001), torch.zeros(N, dtype=torch.int64)
     with Traffic() as traffic:
         cross_entropy.forward_reduce(x, target, None, None, None, None, options(), mean=True)

@@ -144,7 +144,7 @@ def test_a_transposed_linear_weight():
 
 
 def test_numbers_in_the_place_of_tensors():
-    """In flash-attention's function, label_smoothing follows the labels."""
+    """In flash-attention's function, label_smoothing is the third argument; here the third is `weight`."""
     with pytest.raises(TypeError, match="weight: expected a Tensor, got float"):
         fused_cross_entropy(X, Y.flatten(), 0.1)
     with pytest.raises(TypeError, match="linear_bias: expected a Tensor, got bool"):
@@ -152,7 +152,7 @@ def test_numbers_in_the_place_of_tensors():
 
 
 def test_a_patched_model_takes_a_budget_as_a_string():
-    """Also where the logits are reduced tile by tile."""
+    """The budget also works where logits are reduced tile by tile."""
     model = patch_model(llama(num_hidden_layers=1), without_labels=True, memory_budget="1 MiB").train()
     plain = llama(num_hidden_layers=1).train()
     ids = torch.randint(3, 100, (2, 9))

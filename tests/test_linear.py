@@ -18,7 +18,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def linear_then(loss):
-    """`loss` of logits as a loss of hidden states."""
+    """Makes a loss of hidden states, head and bias from `loss`, which takes logits."""
     return lambda h, w, b, *args, **options: loss(F.linear(h, w, b), *args, **options)
 
 
@@ -44,7 +44,7 @@ def gradients(loss, tensors, factor=-1.5):
 
 
 def compare(no_worse, call, tensors, dtype, options, scale=0.0, **extra):
-    """Ours beside PyTorch in the same dtype, against float64. Logits are below 8, see `problem`."""
+    """Ours is no worse than PyTorch in the same dtype, judged by float64. Logits are below 8, see `problem`."""
     terms = max(size for t in tensors for size in t.shape)
     plain = linear_then(reference.cross_entropy)
     three = (
@@ -285,7 +285,7 @@ class Tied(torch.nn.Module):
 
 
 def test_a_head_s_weight_from_outside(backend, device):
-    """Tied embeddings: one parameter, once in the state_dict, with the gradient of both of its uses."""
+    """Tied embeddings are one parameter. It is in the state_dict once, and gets the gradients of both of its uses."""
     model = Tied(ignore_index=[1], z_loss=0.1, backend=backend).to(device)
     assert list(model.state_dict()) == ["embedding.weight"]
     ids, y = torch.randint(0, 20, (2, 5), device=device), torch.randint(0, 20, (2, 5), device=device)

@@ -57,7 +57,7 @@ def test_against_pytorch(backend, device):
 
 
 def test_only_kept_rows_are_gathered(device, monkeypatch):
-    """The shift copies no hidden states: one gather takes the kept rows, as it does for every ignored row."""
+    """The shift copies no hidden states. The gather of kept rows drops the last position like any ignored row."""
     from fused_ignore_ce.linear import problem as linear
 
     h, w, labels = problem(device)

@@ -83,7 +83,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_fullgraph(call, backend, device):
-    """With ignored rows, whose loss a peer computes wrongly when compiled."""
+    """A row is ignored. With ignored rows, the compiled loss of another package is wrong."""
 
     def step(h, w, y):
         return call(h * 2, w, y, backend=backend)

@@ -64,7 +64,7 @@ def test_bad_arguments(changed, error, match):
 @pytest.mark.parametrize("target", [9, -1, -101, 2**40])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_target_out_of_range(target, reduction, backend, plan):
-    """Neither read nor written out of bounds: a peer's heap is corrupted here."""
+    """Nothing is read or written out of bounds. Another package corrupts its heap here."""
     y = torch.tensor([1, target, -100, 2])
     h, w = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
     with pytest.raises(IndexError, match=f"target {target} is out of bounds"):

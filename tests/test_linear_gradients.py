@@ -19,7 +19,7 @@ def problem(N=20, V=90, D=8, dtype=torch.float32, device="cpu", **grad):
 @pytest.mark.parametrize("upstream", [2.0, -0.3, 0.0, 1e4])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_backward_is_right(reduction, upstream, backend, plan, device):
-    """The second and third too, which peers scale twice."""
+    """The second and third backward are right too. Other packages scale them twice."""
     h, w, y = problem(device=device)
     expected = F.cross_entropy(F.linear(h, w), y, reduction=reduction)
     loss = fused_linear_cross_entropy(h, w, y, reduction=reduction, backend=backend)
@@ -94,7 +94,7 @@ WANTED = {"both": (True, True), "frozen head": (True, False), "frozen hidden": (
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
 def test_only_the_products_that_are_needed(wanted, reduction, plan, device, monkeypatch):
-    """Counted, of the kept rows alone; and every gradient that is wanted is there and right."""
+    """Counts the operations, which are those of kept rows only. Every wanted gradient is there and right."""
     from fused_ignore_ce.linear import tiles
 
     flops = []
@@ -251,7 +251,7 @@ def test_ignored_rows_may_hold_anything(backend, plan, device):
 
 
 def test_policy_gradient(backend, device):
-    """What log-probabilities are for: a surrogate whose upstream gradients differ from row to row."""
+    """In a policy gradient, the upstream gradients of the log-probabilities differ from row to row."""
     h, w, y = problem(device=device)
     advantage = torch.randn(20, device=device)
     found = torch.autograd.grad(-(fused_linear_log_probs(h, w, y, backend=backend) * advantage).sum(), (h, w))
@@ -262,7 +262,7 @@ def test_policy_gradient(backend, device):
 
 @pytest.mark.parametrize("plan", ["token chunks"], indirect=True)
 def test_the_bias_gradient_is_summed_in_float32(plan, device):
-    """Over 400 chunks, a sum in bfloat16 stops growing where a chunk is less than half a unit of it."""
+    """A bfloat16 sum over 400 chunks stops growing where a chunk adds less than half a unit in the last place."""
     h = torch.zeros(1200, 4, dtype=torch.bfloat16, device=device)
     w, b = (torch.zeros(8, *shape, dtype=torch.bfloat16, device=device).requires_grad_() for shape in ((4,), ()))
     y = torch.zeros(1200, dtype=torch.long, device=device)

@@ -40,7 +40,7 @@ def test_dw_is_not_summed_in_bfloat16(fused, device, monkeypatch, no_worse):
 
 @pytest.mark.parametrize("D", [5, 300, 1030])
 def test_the_bias_counts_once_whatever_the_features(D, backend, plan, device):
-    """A peer adds it once for every 256 features."""
+    """Another package adds it once for every 256 features."""
     h, w = torch.zeros(4, D, device=device), torch.zeros(70, D, device=device)
     b = torch.linspace(-3, 3, 70, device=device).requires_grad_()
     y = torch.tensor([0, 69, 5, 7], device=device)
@@ -52,7 +52,7 @@ def test_the_bias_counts_once_whatever_the_features(D, backend, plan, device):
 
 @pytest.mark.parametrize("V", [37, 257])
 def test_masked_lanes_are_masked_after_the_cap(V, backend, plan, device):
-    """A padding lane that went through the cap would add exp(0) to the sum: with V off every block, it shows."""
+    """V is no multiple of a block. A padding lane that went through the cap would add exp(0) to the sum."""
     h, w = torch.full((3, 2), -4.0, device=device), torch.ones(V, 2, device=device)
     y = torch.tensor([0, V - 1, 1], device=device)
     loss = fused_linear_cross_entropy(h, w, y, softcap=1.0, backend=backend)
@@ -107,7 +107,7 @@ def test_nothing_of_the_callers_is_written(grad, reduction, backend, plan, devic
 
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 30.0}, {"return_stats": True}], ids=str)
 def test_no_option_falls_back_to_all_logits(options, device, monkeypatch):
-    """Smoothing makes a peer compute them all. Here no tile is larger than planned, whatever the option."""
+    """Smoothing makes another package compute them all. Here no tile is larger than planned, whatever the option."""
     from fused_ignore_ce.linear.tiles import Tiles
 
     tiles = []

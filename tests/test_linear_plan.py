@@ -26,7 +26,7 @@ def sizes(N, V, D, dtype=torch.bfloat16, device="cuda", **changed):
 
 
 def test_bytes_by_hand():
-    """On CUDA, where nothing is needed between the products."""
+    """The sizes are for CUDA, where the loss of a tile needs no temporaries."""
     N, V, D = LLAMA
     rows = N * plan.ROW_BYTES
     assert sizes(N, V, D).bytes(N, V) == N * V * 2 + rows
@@ -71,7 +71,7 @@ def test_every_budget_is_kept_and_less_is_never_faster(dtype, device):
 
 
 def test_a_small_budget_on_llama_takes_vocabulary_blocks():
-    """No room for an accumulator of dW."""
+    """The budget has no room for a float32 accumulator of dW, which token chunks need unless the head is frozen."""
     assert plan_linear_loss(*LLAMA, memory_budget=512 * MIB).plan == "vocabulary blocks"
     frozen = plan_linear_loss(*LLAMA, memory_budget=512 * MIB, weight_grad=False)
     assert frozen.plan == "token chunks"
@@ -85,7 +85,7 @@ def test_ignored_tokens_are_not_planned_for():
 
 
 def test_what_is_planned_is_what_runs(device, monkeypatch):
-    """The public function and the loss ask the same arithmetic with the same sizes."""
+    """The loss takes the plan that `plan_linear_loss` returns for the same sizes."""
     asked = []
     original = plan.choose
 
@@ -109,7 +109,7 @@ def test_what_is_planned_is_what_runs(device, monkeypatch):
 
 
 def test_all_plans_agree(backend, device, monkeypatch):
-    """To rounding, over odd chunks and blocks; and with each other to the last bit where only chunks differ in size."""
+    """Results agree up to rounding, also with chunks and blocks that do not divide the sizes."""
     N, V, D = 11, 37, 5
     h = torch.randn(N, D, dtype=torch.float64, device=device, requires_grad=True)
     w = torch.randn(V, D, dtype=torch.float64, device=device, requires_grad=True)

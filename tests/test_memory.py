@@ -16,7 +16,7 @@ FUSED_LINEAR, PLAIN_LINEAR = "fused_linear_cross_entropy(h, w, y)", "F.cross_ent
 
 
 def peak(name, shape, share, dtype, budget=None):
-    """Bytes beside inputs and gradients, forward and backward."""
+    """The peak memory of forward and backward in bytes, beside inputs and gradients."""
     N, V, D = (*shape, 0)[:3]
     return of_loss(name, Case("memory", "linear" if D else "logits", N, V, D, share, dtype, "both"), budget)
 
@@ -27,12 +27,12 @@ def test_beside_the_gradient_there_is_one_block(share):
 
 
 def test_the_measure_sees_what_pytorch_holds():
-    """The float32 copy and its log-softmax, at least."""
+    """It sees at least the float32 copy of the logits and its log-softmax."""
     assert peak(PLAIN, (2048, 32768), 0.0, "bfloat16") > 2 * 2048 * 32768 * 4
 
 
 def test_no_logits_beside_the_gradients():
-    """By default, against what the plain path holds: log-softmax, its gradient and that of the logits."""
+    """Without a budget, ours needs a fraction of the plain path's log-softmax, its gradient and that of the logits."""
     shape = 2048, 32768, 128
     plain, ours = (peak(name, shape, 0.0, "float32") for name in (PLAIN_LINEAR, FUSED_LINEAR))
     assert plain > 2.5 * 2048 * 32768 * 4
@@ -80,7 +80,7 @@ def test_scratch_does_not_grow_with_the_tokens():
 
 
 def test_a_patched_models_training_step_holds_no_logits():
-    """Fresh processes, forward and backward of a small Llama in float32."""
+    """Measures forward and backward of a small Llama in float32, each in a fresh process."""
     pytest.importorskip("transformers")
     sizes = SIZES | {"V": 65536, "T": 1024, "D": 64}
     patched, own_loop = (of_training_step(way, 0.0, sizes) for way in ("patched", "own-loop"))

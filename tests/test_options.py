@@ -58,7 +58,7 @@ def test_any_combination(dtype, backend, device, no_worse, data):
 
 
 def test_reference_is_pytorch():
-    """The oracle itself, against F.cross_entropy in float64."""
+    """The reference itself equals F.cross_entropy in float64."""
     x, y, w = torch.randn(6, 9, 2).double(), torch.randint(0, 9, (6, 2)), torch.rand(9).double()
     y[0] = -100
     for target in (y, torch.rand(6, 9, 2).double()):
@@ -86,7 +86,7 @@ def test_softcap_is_accurate_near_zero(backend, device, no_worse):
 
 
 def test_masked_lanes_are_masked_after_the_cap(backend, device):
-    """With C off every block size, a padding lane that went through the cap would add exp(-cap) to the sum."""
+    """C is no multiple of a block. A padding lane that went through the cap would add exp(-cap) to the sum."""
     x = torch.full((2, 37), -3.0, device=device)
     _, stats = fused_cross_entropy(x, torch.zeros(2, dtype=torch.long, device=device), softcap=1.0, return_stats=True,
                                    backend=backend)  # fmt: skip

@@ -39,7 +39,7 @@ def test_cache_equals_its_definition(capacity):
 
 
 def test_row_of_one_pass_by_hand():
-    """Four blocks forward, then backwards; a cache of two blocks has the last and the last but one."""
+    """A row of four blocks is read forward, then backwards. A cache of two blocks still has the last two."""
     cache = lru.Cache(2)
     hits = [cache.access(block) for block, read in lru.accesses(0, 4, in_place=True, backwards=True) if read]
     assert hits == [False] * 4 + [True, True, False, False]
@@ -77,7 +77,7 @@ def test_resident_threads(registers, threads, shared, resident):
 
 
 def block(instructions, loads=0, stores=0, special=0, guard="", name="FADD", width=128):
-    """Loads first, then as many other instructions; each load is used by the instruction after all of them."""
+    """A block of `instructions` in all: first the loads, then a use of each, then the others, and stores at the end."""
     loaded = [Instruction(guard, f"LDG.E.{width}", (f"R{8 * i}", "[R200.64]")) for i in range(loads)]
     used = [Instruction("", "FADD", ("R201", f"R{8 * i}", "R202")) for i in range(loads)]
     stored = [Instruction(guard, f"STG.E.{width}", ("[R204.64]", "R208"))] * stores
@@ -113,14 +113,14 @@ def test_every_bound_can_be_the_limit(kernel, launched, limit):
 
 
 def test_issue_slots_by_hand():
-    """132 multiprocessors at 1.755 GHz issue 128 instructions, three quarters of them used, for 2.4e12 logits."""
+    """132 multiprocessors at 1.755 GHz have 128 issue slots, and use 75% of them. Memory moves 2.4e12 logits/s."""
     prediction = roof.predict(code(block(320, loads=2)), work(), H200)
     assert prediction.bounds["issue slots"] == pytest.approx(132 * 1.755e9 * 128 * 0.75 / 20 / 2.4e12, rel=1e-6)
     assert prediction.seconds_a_logit == pytest.approx(1 / (2.4e12 * prediction.share))
 
 
 def test_bytes_in_flight_by_hand():
-    """512 threads have asked for 16 bytes each, which are there after 800 ns."""
+    """Per multiprocessor, 512 threads have asked for 16 bytes each, which arrive after 800 ns."""
     kernel = code(block(56, loads=1), registers=128)
     prediction = roof.predict(kernel, work(), H200)
     assert prediction.resident_threads == 512
@@ -240,7 +240,7 @@ def test_kernels_of_other_shapes_and_launches_have_no_budget():
 
 
 def test_tiles_of_few_elements_owe_less():
-    """16 bytes are due of 8 elements a thread, and what a thread has of fewer; nothing where rows are unaligned."""
+    """An access has to be 16 bytes wide, or as wide as all elements of a thread. Unaligned rows demand no width."""
     for tile, due in (((1, 1, 64, 1), 2), ((4, 1, 32, 2), 2), ((4, 1, 64, 4), 8), ((16, 1, 32, 8), 16)):
         assert judging.bytes_due(changed(tile=tile)) == due
     assert judging.bytes_due(changed(job(V=32001))) == 0

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(*arguments, **environment):
-    """Runs Python at the root, without the interpreter of Triton, which this process may be using."""
+    """Runs Python at the root without Triton's interpreter, which this process may be using."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(

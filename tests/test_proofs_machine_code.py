@@ -63,7 +63,7 @@ def test_spills_show_as_instructions_or_as_stack():
 
 
 def test_rounds_of_loads():
-    """The target; after the decision that it leads to, the logit and the loop's loads together."""
+    """The target is loaded first. After the branch on it, the logit and the loop's loads are waited for together."""
     assert analyse(LISTING, USAGE).rounds == 2
     undecided = LISTING.replace("@!P0 EXIT", "     NOP")
     assert analyse(undecided, USAGE).rounds == 1
@@ -131,7 +131,7 @@ $L__BB0_1:
 
 
 def test_widths_are_the_narrowest_without_gathers():
-    """`%rd5` depends on a loaded value; that `%r1` does too, later, says nothing of `%r2`, which had its zero."""
+    """`%rd5` depends on a loaded value. `%r2` does not: it was copied from `%r1` before that held a loaded value."""
     assert access_widths(PTX, ["x_ptr", "V", "dx_ptr"]) == {"load x_ptr": 2, "store dx_ptr": 8}
 
 
@@ -150,7 +150,7 @@ def test_an_address_that_a_loaded_value_chose_is_a_gather():
 
 @pytest.mark.parametrize(("other", "width"), [("", 16), ("ld.global.b16 { %rs3 }, [ %rd1 + 0 ];", 2)])
 def test_an_address_out_of_shared_memory_is_the_second_choice(other, width):
-    """It may be a gather (the b16) or a row that changed threads (the v4)."""
+    """It may be a gather (the b16) or a row that went to other threads (the v4). Any other access takes precedence."""
     ptx = f"""
 	ld.param.b64 	%rd1, [k_param_0];
 	ld.shared.b32 	%r1, [%r9];

@@ -48,7 +48,7 @@ def commands(job):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_files_are_of_their_schema(schema, paths):
-    """The schemas lie in the package check-jsonschema, so that nothing is fetched."""
+    """The package check-jsonschema contains the schemas, so that nothing is fetched."""
     if find_spec("check_jsonschema") is None:
         pytest.skip("pip install 'fused_ignore_ce[dev]'")
     assert paths
@@ -83,7 +83,7 @@ def test_tests_run_on_every_python_that_is_promised():
 
 
 def test_workflows_hold_few_rights():
-    """Reading, but for the job that publishes; and a GPU is lent to no code that was not merged."""
+    """Workflows may only read, except for the job that publishes. Pull requests do not run on a GPU."""
     for path in WORKFLOWS:
         assert read(path)["permissions"] == {"contents": "read"}
     for name, job in jobs().items():

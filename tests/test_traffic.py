@@ -54,7 +54,7 @@ def test_traffic_is_the_fewest(case, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_all_other_tensors_add_little(share):
-    """Targets, losses, sums: against the logits of a vocabulary as language models have it, a percent."""
+    """With a language model's vocabulary, targets, losses and sums add at most 1% to the bytes of the logits."""
     moved = measure(Case(4, 32000, torch.float32), share)
     assert moved.forward.total <= 1.01 * moved.forward.bound
     assert moved.backward.total <= 1.01 * moved.backward.bound
@@ -62,7 +62,7 @@ def test_all_other_tensors_add_little(share):
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_few_rows_are_split(busy):
-    """The cases above reach the kernels they are named after."""
+    """Programs write sums of their parts of a row, unless the case has `busy`."""
     with Traffic() as traffic:
         measure(Case(4, 20000, torch.float32, busy=busy), 0.0)
     forward = traffic.launches[0]
@@ -73,7 +73,7 @@ def test_few_rows_are_split(busy):
 
 @triton.jit
 def twice_kernel(x_ptr, out_ptr, V, BLOCK_V: tl.constexpr):
-    """Loads a row twice, stores it once, half of its lanes off; and loads one element unmasked."""
+    """Loads a row twice and stores it once, with masks. Every program also loads the first element without a mask."""
     offs_v = tl.program_id(0) * V + tl.arange(0, BLOCK_V)
     mask_v = tl.arange(0, BLOCK_V) < V
     x = tl.load(x_ptr + offs_v, mask=mask_v)
@@ -129,7 +129,7 @@ def gather_kernel(x_ptr, out_ptr, stride_xv, BLOCK_V: tl.constexpr):
 
 
 def test_vocabulary_blocks_are_read_once():
-    """What the linear loss launches: parts of the vocabulary, each logit of a kept row once and none of an ignored."""
+    """With launches on parts of the vocabulary, as in the linear loss, no logit of an ignored row is read."""
     from fused_ignore_ce.kernels import cross_entropy
 
     V, width = 5003, 1700

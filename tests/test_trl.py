@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tiny matrices: threads would only wait for each other."""
+    """The matrices are so small that threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,7 @@ def _unpatched():
 
 @pytest.fixture
 def no_head_of_trl(monkeypatch):
-    """Once this is called, TRL's own function is an error."""
+    """A function that makes every later call of TRL's own function an error."""
 
     def unexpected(*_):
         raise AssertionError("TRL's own function ran")
@@ -147,7 +147,7 @@ def test_unpatching_restores_everything(tmp_path):
 
 
 def test_other_models_keep_trls_function(tmp_path, monkeypatch):
-    """Also the same model, once it is unpatched below what accelerate has put around its forward."""
+    """So does the same model after unpatching, although accelerate has wrapped its forward."""
     calls = []
     original = ChunkedLogProbFunction.forward
     monkeypatch.setattr(
@@ -165,7 +165,7 @@ def test_other_models_keep_trls_function(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("order", ["model first", "trainer first"])
 def test_together_with_patch_model(order, tmp_path, no_head_of_trl):
-    """Both reports are one; nothing warns that the model's loss was taken elsewhere."""
+    """Both patches share one report, and no warning says that other code took the model's loss."""
     trainer = trainer_of("SFT", tmp_path, max_steps=2)
     forward = trainer.model.forward
     for patch in (patch_model, patch_trainer)[:: 1 if order == "model first" else -1]:

@@ -73,7 +73,7 @@ def test_no_tokens(summed):
 
 
 def test_gradients_of_a_sum_come_from_forward(monkeypatch):
-    """Three products: backward computes no logits, unless the upstream gradient differs from row to row."""
+    """The first backward computes no logits, unless the upstream gradient differs from row to row."""
     again = []
     original = summed_log_probs.row_results
     monkeypatch.setattr(summed_log_probs, "row_results", lambda *args: again.append(1) or original(*args))
