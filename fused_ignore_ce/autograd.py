@@ -77,7 +77,7 @@ def _forward(logits: Logits, call: RowCall) -> RowResults:
         return RowResults.of_group(*merged, torch.tensor(shard.block))
     if logits.probs is None:
         backends.check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])
-    return RowResults.of(Rows(*kernels.forward(*logits, call.options, with_stats=call.with_stats)))
+    return RowResults.of(Rows(*kernels.forward(logits, call.options, with_stats=call.with_stats)))
 
 
 def _backward(
@@ -91,7 +91,7 @@ def _backward(
     """Writes the `gradients` (dx, dprobs) that are not None; `place` is `RowResults.block`."""
     dx, dprobs = gradients
     kernels = backends.implementation(call.backend, logits.x.device)
-    kernels.backward(upstream, *logits, saved, call.options, dx=dx, dprobs=dprobs, block=block_of(place))
+    kernels.backward(upstream, logits, saved, call.options, dx=dx, dprobs=dprobs, block=block_of(place))
 
 
 _LOGITS_SCHEMA = "Tensor x, Tensor target, Tensor? weight, Tensor? probs"

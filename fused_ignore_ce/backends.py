@@ -11,7 +11,7 @@ from torch import Tensor
 from . import torch_backend
 from .operators import is_plain
 from .options import LossOptions, check_backend, out_of_bounds
-from .rows import Block, Rows, Saved, Upstream
+from .rows import Block, Logits, Rows, Saved, Upstream
 
 #: The sums over blocks of the vocabulary, (5, parts, N), and their argmax (parts, N), empty without statistics.
 Parts = tuple[Tensor, Tensor]
@@ -20,16 +20,13 @@ Parts = tuple[Tensor, Tensor]
 class Backend(Protocol):
     """The functions that a backend offers.
 
-    `x`, `probs`, `dx` and `dprobs` are (B, T, V) with any strides, `weight` is (V,) and contiguous, `target` is
-    (B * T,) int64 and contiguous; an ignored row has `target == options.ignore_index`.
+    Logits, probabilities, `dx` and `dprobs` are (B, T, V) with any strides; class weights (V,) and targets (B * T,),
+    int64, are contiguous. An ignored row has `target == options.ignore_index`.
     """
 
     def forward(
         self,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        probs: Tensor | None,
+        logits: Logits,
         options: LossOptions,
         *,
         with_stats: bool,
@@ -41,10 +38,7 @@ class Backend(Protocol):
 
     def forward_part(
         self,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        probs: Tensor | None,
+        logits: Logits,
         options: LossOptions,
         *,
         parts: Parts,
@@ -63,10 +57,7 @@ class Backend(Protocol):
     def backward(
         self,
         upstream: Upstream,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        probs: Tensor | None,
+        logits: Logits,
         saved: Saved,
         options: LossOptions,
         *,
@@ -74,25 +65,22 @@ class Backend(Protocol):
         dprobs: Tensor | None,
         block: Block | None,
     ) -> None:
-        """Writes the gradients of kept rows, and zeros for ignored ones, into `dx` (which may be `x`) and `dprobs`.
+        """Writes the gradients of kept rows, and zeros for ignored ones, into `dx` and `dprobs`.
 
-        Without a block, `x` has the whole vocabulary.
+        `dx` may be `logits.x`. Without a block, the logits have the whole vocabulary.
         """
 
     def forward_backward(
         self,
         upstream: Upstream,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        probs: Tensor | None,
+        logits: Logits,
         options: LossOptions,
         *,
         dx: Tensor,
         dz: Tensor | None,
         with_stats: bool,
     ) -> Rows:
-        """The results of all rows; writes the gradient of their scaled sum into `dx`, which may be `x`.
+        """The results of all rows; writes the gradient of their scaled sum into `dx`, which may be `logits.x`.
 
         `upstream` has the factors of the losses. `dz` (N,) are those of `options.z_loss * lse**2`; None for no z-loss.
         """

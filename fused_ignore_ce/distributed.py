@@ -191,7 +191,7 @@ def forward(
     call = (x.dtype, tuple(options), with_stats, weight is None, probs is None)
     shard = agree(group, V, target if probs is None else None, options.ignore_index, B * T, call)
     parts = kernels.new_parts(x, 1, with_stats)
-    kernels.forward_part(*logits, options, parts=parts, part=0, block=shard.block, with_stats=with_stats)
+    kernels.forward_part(logits, options, parts=parts, part=0, block=shard.block, with_stats=with_stats)
     targets = (target, weight, None if probs is None else probs.reshape(B * T, V))
     return merge(kernels, shard, parts, targets, options, with_stats), shard
 

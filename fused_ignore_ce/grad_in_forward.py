@@ -64,7 +64,7 @@ def total_with_gradient(logits: Logits, scales: Scales, call: RowCall, inplace: 
             factor = 1.0 / divisor
         rows = Rows(
             *kernels.forward_backward(
-                Upstream(scale), *logits, call.options, dx=dx, dz=z_scale, with_stats=call.with_stats
+                Upstream(scale), logits, call.options, dx=dx, dz=z_scale, with_stats=call.with_stats
             )
         )
         total = scaled_total(rows.loss, rows.lse, scales.loss, scales.z_loss, call.options.z_loss)

@@ -29,7 +29,7 @@ class _ReducedByKernel(torch.autograd.Function):
         if probs is None:
             backends.check_targets(target, options.ignore_index, input.shape[classes_dim])
         rows, (loss, factor, num_tokens) = kernels.forward_reduce(
-            _rows(input, classes_dim), target, weight, _rows(probs, classes_dim), targets.token_weight,
+            Logits(_rows(input, classes_dim), target, weight, _rows(probs, classes_dim)), targets.token_weight,
             reduction.normalizer, options, mean=reduction.reduction == "mean", out_dtype=loss_dtype,
             with_stats=with_stats,
         )  # fmt: skip
@@ -64,8 +64,8 @@ class _ReducedByKernel(torch.autograd.Function):
         if need_dprobs:
             dprobs = torch.empty_like(q)
         kernels.backward(
-            Upstream(dtotal, None, None, factor, token_weight), x, target, weight, q, Saved(norm, None), options,
-            dx=dx, dprobs=dprobs,
+            Upstream(dtotal, None, None, factor, token_weight), Logits(x, target, weight, q), Saved(norm, None),
+            options, dx=dx, dprobs=dprobs,
         )  # fmt: skip
         if need_dx and inplace:
             torch.autograd.graph.increment_version(input)
@@ -122,7 +122,7 @@ def reduced_with_gradient(problem: LogitsProblem, inplace: bool) -> tuple[Tensor
 
     def compute(dx: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         (_, lse, _, predicted, entropy), (loss, factor, num_tokens) = kernels.forward_backward_reduce(
-            x, targets.target, problem.weight, q, targets.token_weight, reduction.normalizer, options, dx=dx,
+            Logits(x, targets.target, problem.weight, q), targets.token_weight, reduction.normalizer, options, dx=dx,
             mean=reduction.reduction == "mean", divide=divide, out_dtype=loss_dtype, with_stats=with_stats,
         )  # fmt: skip
         return loss, None if divide else factor, (num_tokens, lse, predicted, entropy) if with_stats else ()

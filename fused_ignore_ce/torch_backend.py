@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .options import LossOptions
-from .rows import Block, Rows, Saved, Upstream, acc_dtype, zero_rows
+from .rows import Block, Logits, Rows, Saved, Upstream, acc_dtype, zero_rows
 from .torch_blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
 
 __all__ = ["backward", "combine", "forward", "forward_backward", "forward_part", "merge", "new_parts", "scale"]
@@ -47,14 +47,11 @@ class _Sums(NamedTuple):
 
 
 def _inputs(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
+    logits: Logits,
     options: LossOptions,
     block: Block | None = None,
 ) -> _Inputs:
-    return _Inputs(x, target, weight, probs, options, Block(0, x.shape[2]) if block is None else block)
+    return _Inputs(*logits, options, Block(0, logits.x.shape[2]) if block is None else block)
 
 
 def _finite_or_zero(m: Tensor) -> Tensor:
@@ -135,17 +132,14 @@ def _finish(sums: _Sums, with_stats: bool) -> tuple[Tensor, ...]:
 
 
 def forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
+    logits: Logits,
     options: LossOptions,
     *,
     with_stats: bool,
 ) -> Rows:
-    found = zero_rows(x, len(target), with_stats)
-    if x.shape[2]:
-        for at, sums in _row_sums(_inputs(x, target, weight, probs, options), with_stats):
+    found = zero_rows(logits.x, len(logits.target), with_stats)
+    if logits.x.shape[2]:
+        for at, sums in _row_sums(_inputs(logits, options), with_stats):
             for field, values in zip(found, _finish(sums, with_stats), strict=False):
                 field[..., at] = values
     return found
@@ -158,10 +152,7 @@ def new_parts(x: Tensor, parts: int, with_stats: bool) -> tuple[Tensor, Tensor]:
 
 
 def forward_part(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
+    logits: Logits,
     options: LossOptions,
     *,
     parts: tuple[Tensor, Tensor],
@@ -170,10 +161,10 @@ def forward_part(
     with_stats: bool,
 ) -> None:
     partial, argmax = parts
-    if x.shape[2] == 0:
+    if logits.x.shape[2] == 0:
         partial[0, part] = -torch.inf
         return
-    for at, sums in _row_sums(_inputs(x, target, weight, probs, options, block), with_stats):
+    for at, sums in _row_sums(_inputs(logits, options, block), with_stats):
         partial[:, part, at] = torch.stack(sums[:5])
         if with_stats:
             argmax[part, at] = sums.argmax + block.first_class
@@ -204,10 +195,7 @@ def merge(target: Tensor, parts: tuple[Tensor, Tensor], options: LossOptions, *,
 
 def backward(
     upstream: Upstream,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
+    logits: Logits,
     saved: Saved,
     options: LossOptions,
     *,
@@ -215,10 +203,11 @@ def backward(
     dprobs: Tensor | None,
     block: Block | None = None,
 ) -> None:
+    x, target, weight, probs = logits
     if x.numel() == 0:
         return
     x, (probs, dx, dprobs) = aligned(x, probs, dx, dprobs)
-    inputs = _inputs(x, target, weight, probs, options, block)
+    inputs = _inputs(Logits(x, target, weight, probs), options, block)
     mass = saved.norm[2]
     scratch = new_scratch(x, mass.dtype)
     g_rows = _upstream_of_rows(upstream, mass)
@@ -242,20 +231,17 @@ def backward(
 
 def forward_backward(
     upstream: Upstream,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    probs: Tensor | None,
+    logits: Logits,
     options: LossOptions,
     *,
     dx: Tensor,
     dz: Tensor | None,
     with_stats: bool,
 ) -> Rows:
-    rows = forward(x, target, weight, probs, options, with_stats=with_stats)
+    rows = forward(logits, options, with_stats=with_stats)
     if dz is not None:
         upstream = upstream._replace(dlse=2.0 * options.z_loss * rows.lse * dz)
-    backward(upstream, x, target, weight, probs, rows.saved, options, dx=dx, dprobs=None)
+    backward(upstream, logits, rows.saved, options, dx=dx, dprobs=None)
     return rows
 
 

@@ -1,8 +1,9 @@
 """Launchers: tensors in, tensors out. Shapes, dtypes and option values were checked by the caller.
 
-`x` and `probs` are (B, T, V), (N, V) or (V,) with any strides, `target` is (N,) int64 and contiguous, for N = B * T; an
-ignored row has `target == options.ignore_index`. `options`, a hashable object, has ignore_index, label_smoothing,
-softcap, logit_scale and z_loss.
+`logits` are (x, target, class weights or None, probabilities or None). `x` and the probabilities are (B, T, V), (N, V)
+or (V,) with any strides, and `target` is (N,) int64 and contiguous, for N = B * T. An ignored row has
+`target == options.ignore_index`. `options`, a hashable object, has ignore_index, label_smoothing, softcap, logit_scale
+and z_loss.
 """
 
 from collections import namedtuple
@@ -26,8 +27,9 @@ def interpreted():
     return not isinstance(forward_kernel, triton.JITFunction)
 
 
-def _forward(rows, x, target, weight, probs, options, with_stats, launch):
+def _forward(rows, logits, options, with_stats, launch):
     """Fills the rows, or returns the parts that have to be merged into them."""
+    x, target, weight, probs = logits
     if len(target) == 0:
         return None
     forward_rows = prepare.forward(
@@ -41,51 +43,48 @@ def _forward(rows, x, target, weight, probs, options, with_stats, launch):
     return parts
 
 
-def forward(x, target, weight, probs, options, *, with_stats=False, launch=None):
+def forward(logits, options, *, with_stats=False, launch=None):
     """Row losses and what backward needs: (loss, lse, norm, predicted, entropy)."""
+    x, target, *_ = logits
     rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
-    parts = _forward(rows, x, target, weight, probs, options, with_stats, launch)
+    parts = _forward(rows, logits, options, with_stats, launch)
     if parts:
         _merge(target, parts, rows, options, with_stats)
     return rows
 
 
 def forward_reduce(
-    x, target, weight, probs, token_weight, normalizer, options, *,
-    mean, out_dtype=None, with_stats=False, launch=None,
+    logits, token_weight, normalizer, options, *, mean, out_dtype=None, with_stats=False, launch=None
 ):  # fmt: skip
     """(what `forward` returns, what `reduce` returns), in two launches unless rows are very many (see `reduce.py`).
 
     Without statistics, the rows have only losses and norm. As in PyTorch, class weights enter the divisor of "mean"
     for index targets only.
     """
+    x, target, weight, probs = logits
     N, acc = len(target), acc_dtype(x.dtype)
     if with_stats:
         rows = new_rows(x, N, acc, with_stats)
     else:
         rows = x.new_empty(N, dtype=acc), None, x.new_empty((3, N), dtype=acc), None, None
-    parts = _forward(rows, x, target, weight, probs, options, with_stats, launch)
+    parts = _forward(rows, logits, options, with_stats, launch)
     if parts and len(target) > MERGE_AND_REDUCE_ROWS:
         _merge(target, parts, rows, options, with_stats)
         parts = None
-    class_weight = weight if probs is None else None
-    return rows, reduce(
-        rows, target, class_weight, token_weight, normalizer, options, mean=mean, out_dtype=out_dtype, parts=parts,
-        with_stats=with_stats,
-    )  # fmt: skip
+    shares = target, weight if probs is None else None, token_weight, normalizer
+    return rows, reduce(rows, shares, options, mean=mean, out_dtype=out_dtype, parts=parts, with_stats=with_stats)
 
 
-def reduce(
-    rows, target, weight, token_weight, normalizer, options, *,
-    mean, dtype=None, out_dtype=None, parts=None, with_stats=False,
-):  # fmt: skip
+def reduce(rows, shares, options, *, mean, dtype=None, out_dtype=None, parts=None, with_stats=False):
     """(total, the factor of every row's gradient of the total, number of kept rows (int64)), all 0-d.
 
-    The total is the sum of the kept rows' losses, times their token weights. For "mean" it is divided by `normalizer`
-    (a number or 0-d tensor), or else by the sum of the kept rows' shares: token weight times the target's class weight.
+    `shares` are (target, class weight, token weight, normalizer); all but the target may be None. The total is the sum
+    of the kept rows' losses, times their token weights. For "mean" it is divided by the normalizer (a number or 0-d
+    tensor), or else by the sum of the kept rows' shares: token weight times the target's class weight.
     `parts`, if given, are merged into the rows by the same kernel. Without statistics, the number of kept rows is None.
     Without rows, the total is None and `dtype` is the dtype of sums.
     """
+    target, weight, token_weight, normalizer = shares
     N, total = len(target), None
     if rows is not None:
         dtype = rows[0].dtype
@@ -119,11 +118,12 @@ def new_parts(x, parts, with_stats):
     return x.new_empty((5, parts, N), dtype=acc_dtype(x.dtype)), argmax
 
 
-def forward_part(x, target, weight, probs, options, *, parts, part, block, with_stats=False, launch=None):
+def forward_part(logits, options, *, parts, part, block, with_stats=False, launch=None):
     """Writes the sums over one block of the vocabulary into number `part` of `parts`.
 
-    `x`, `weight` and `probs` have only the block's classes, which begin at `block.first_class` of `block.classes`.
+    `logits` have only the block's classes, which begin at `block.first_class` of `block.classes`.
     """
+    x, target, weight, probs = logits
     if len(target) == 0:
         return
     partial, argmax = parts
@@ -172,21 +172,21 @@ def _merge(target, parts, rows, options, with_stats):
     merge_rows(target, row_pointers(rows, with_stats), _parts(parts))
 
 
-def backward(upstream, x, target, weight, probs, saved, options, *, dx, dprobs, block=None, launch=None):
+def backward(upstream, logits, saved, options, *, dx, dprobs, block=None, launch=None):
     """Writes the gradients into `dx` and `dprobs`; either may be None, and `dx` may be `x`.
 
     `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
     `saved` has the rows' norm and entropy. `block` is as in `forward_part`; without it, `x` has all classes.
     """
+    x, target, weight, probs = logits
     if x.numel() == 0:
         return
     dloss = x.new_zeros((), dtype=saved.norm.dtype) if upstream.dloss is None else upstream.dloss
     upstream = dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
     entropy = None if upstream[4] is None else saved.entropy
     gradients = prepare.backward(
-        form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(weight),
-        row_strides(upstream), entropy is not None, options, block and tuple(block), launch,
-        chip_of(x.device),
+        (form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(weight)),
+        row_strides(upstream), entropy is not None, options, block and tuple(block), launch, chip_of(x.device),
     )  # fmt: skip
     gradients(x, probs, dx, dprobs, target, weight, (saved.norm, entropy), upstream)
 
@@ -196,17 +196,18 @@ def can_one_pass(x, probs=None):
     return probs is None and x.stride(-1) == 1
 
 
-def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None, with_stats=False, launch=None):
+def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False, launch=None):
     """The rows of `forward`; writes into `dx` (which may be `x`) the gradient of sum(g * loss + z_loss * dz * lse^2).
 
     g is `upstream.dloss`, times `factor` and `token_weight` where they are given. Each row is read from device memory
     once, and from the cache for the gradient. Where classes are strided or targets are probabilities, it is read from
     device memory twice.
     """
+    x, target, weight, probs = logits
     if not can_one_pass(x, probs) or dx.stride(-1) != 1:
-        rows = forward(x, target, weight, probs, options, with_stats=with_stats)
+        rows = forward(logits, options, with_stats=with_stats)
         upstream = upstream._replace(dlse=None if dz is None else 2.0 * options.z_loss * rows[1] * dz)
-        backward(upstream, x, target, weight, probs, Saved(rows[2], None), options, dx=dx, dprobs=None)
+        backward(upstream, logits, Saved(rows[2], None), options, dx=dx, dprobs=None)
         return rows
     rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
     if len(target) == 0:
@@ -221,18 +222,18 @@ def forward_backward(upstream, x, target, weight, probs, options, *, dx, dz=None
 
 
 def forward_backward_reduce(
-    x, target, weight, probs, token_weight, normalizer, options, *,
-    dx, mean, divide=True, out_dtype=None, with_stats=False,
+    logits, token_weight, normalizer, options, *, dx, mean, divide=True, out_dtype=None, with_stats=False
 ):  # fmt: skip
     """(rows, what `reduce` returns); writes the gradient of the total into `dx`.
 
     With divide=False, that gradient is not divided as "mean" would: the caller multiplies it by the returned factor.
     """
-    given = target, weight if probs is None else None, token_weight, normalizer, options
-    _, factor, _ = reduce(None, *given, mean=mean and divide, dtype=acc_dtype(x.dtype))
+    x, target, weight, probs = logits
+    shares = target, weight if probs is None else None, token_weight, normalizer
+    _, factor, _ = reduce(None, shares, options, mean=mean and divide, dtype=acc_dtype(x.dtype))
     upstream = Upstream(factor, None, None, None, token_weight)
-    rows = forward_backward(upstream, x, target, weight, probs, options, dx=dx, with_stats=with_stats)
-    return rows, reduce(rows, *given, mean=mean, out_dtype=out_dtype, with_stats=with_stats)
+    rows = forward_backward(upstream, logits, options, dx=dx, with_stats=with_stats)
+    return rows, reduce(rows, shares, options, mean=mean, out_dtype=out_dtype, with_stats=with_stats)
 
 
 def scale(dx, factor, dloss, *, out=None):

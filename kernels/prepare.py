@@ -131,9 +131,12 @@ def merge(N, ignore_index, with_stats, chip):
 
 
 @remembered
-def backward(x, probs, dx, dprobs, weight, row_strides, has_dentropy, options, block, launch, chip):
-    """The backward kernel, called with (x, probs, dx, dprobs, target, weight, saved, upstream)."""
-    x, probs, dx, dprobs, weight = map(Form.of, (x, probs, dx, dprobs, weight))
+def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
+    """The backward kernel, called with (x, probs, dx, dprobs, target, weight, saved, upstream).
+
+    `forms` are those of x, probs, dx, dprobs and weight.
+    """
+    x, probs, dx, dprobs, weight = map(Form.of, forms)
     B, T, V = x.shape
     launch = launch or backward_launch(
         B, T, V, x.itemsize, x.contiguous, aligned(weight, x, probs, dx, dprobs), chip

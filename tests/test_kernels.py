@@ -86,7 +86,7 @@ def gradients(x, target, weight, probs, options, upstream, rows, **how):
     dx = torch.empty_like(x)
     dprobs = None if probs is None else torch.empty_like(probs)
     saved = cross_entropy.Saved(norm, entropy)
-    cross_entropy.backward(upstream, x, target, weight, probs, saved, options, dx=dx, dprobs=dprobs, **how)
+    cross_entropy.backward(upstream, (x, target, weight, probs), saved, options, dx=dx, dprobs=dprobs, **how)
     return dx, dprobs
 
 
@@ -104,7 +104,7 @@ def test_launch_does_not_matter(launch, options, probs, device):
     tensors = problem(device, probs=probs, weight=options.label_smoothing > 0 or probs)
     x, target, *_ = tensors
     upstream = upstreams(device)
-    rows = cross_entropy.forward(*tensors, options, with_stats=True, launch=launch)
+    rows = cross_entropy.forward(tensors, options, with_stats=True, launch=launch)
     wanted, dx, dprobs = expected(*tensors, options, upstream)
     loss, lse, _, predicted, entropy = rows
     torch.testing.assert_close(loss, wanted.loss.flatten())
@@ -132,7 +132,7 @@ def test_no_worse_than_pytorch(dtype, options, probs, device, no_worse):
     if probs:
         q[0, 0, :300] = 0.5
     upstream = upstreams(device, torch.float32, all_of_them=False)
-    rows = cross_entropy.forward(x, target, weight, q, options)
+    rows = cross_entropy.forward((x, target, weight, q), options)
     wanted, dx, dprobs = expected(x, target, weight, q, options, upstream)
     ref, dx_ref, dprobs_ref = expected(x, target, weight, q, options, upstream, torch.float32)
     ours, ours_probs = gradients(x, target, weight, q, options, upstream, rows)
@@ -155,7 +155,7 @@ def errors(size, device):
     """(ours, PyTorch's, the reference's) loss and dx. Ours and PyTorch's are float32, the reference's float64."""
     x, target = at_size(size, device)
     upstream = Upstream(torch.full((4,), 1.5, device=device))
-    rows = cross_entropy.forward(x, target, None, None, Options())
+    rows = cross_entropy.forward((x, target, None, None), Options())
     dx, _ = gradients(x, target, None, None, Options(), upstream, rows)
     wanted, dx_wanted, _ = expected(x, target, None, None, Options(), upstream)
     leaf = x.clone().requires_grad_()
@@ -191,7 +191,7 @@ def test_a_certain_target_costs_nothing(size, device):
     target = torch.tensor([0, 7, 500, V - 1], device=device)
     x[0, range(4), target] = torch.tensor([60.0, 77.7, 90.1, 63.3], device=device)
     x += size
-    rows = cross_entropy.forward(x, target, None, None, Options())
+    rows = cross_entropy.forward((x, target, None, None), Options())
     assert rows[0].tolist() == [0.0] * 4
     dx, _ = gradients(x, target, None, None, Options(), Upstream(torch.ones(4, device=device)), rows)
     assert (dx[0, range(4), target] == 0).all()
@@ -204,7 +204,7 @@ def test_first_of_the_largest(launch, best, device):
     x = torch.zeros(2, 3, V, device=device)
     x[..., best:] = 1.0
     target = torch.zeros(6, dtype=torch.int64, device=device)
-    *_, predicted, _ = cross_entropy.forward(x, target, None, None, Options(), with_stats=True, launch=launch)
+    *_, predicted, _ = cross_entropy.forward((x, target, None, None), Options(), with_stats=True, launch=launch)
     assert predicted.tolist() == [best] * 6
 
 
@@ -216,7 +216,7 @@ def test_rows_of_minus_infinity_and_worse(launch, device):
     x[0, 1, 5] = torch.inf
     x[0, 2, 900] = float("nan")
     target = torch.tensor([3, 3, 3, 3, -100, 3], device=device)
-    rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True, launch=launch)
+    rows = cross_entropy.forward((x, target, None, None), Options(), with_stats=True, launch=launch)
     loss, lse, _, predicted, _ = rows
     assert loss.isnan().tolist() == [True, True, True, False, False, False]
     assert lse[0] == -torch.inf
@@ -238,7 +238,7 @@ def test_ignored_rows_are_selected_not_multiplied(launch, upstream, device):
     options = Options(softcap=10.0)  # the capped logit of a row that is not read is finite
     target[:] = -100
     x[:] = float("nan")
-    rows = cross_entropy.forward(x, target, None, None, options, with_stats=True, launch=launch)
+    rows = cross_entropy.forward((x, target, None, None), options, with_stats=True, launch=launch)
     assert all((each == 0).all() for each in rows)
     g = torch.full((6,), upstream, device=device)
     dx, _ = gradients(x, target, None, None, options, Upstream(g, g, g, g[0], g), rows, launch=launch)
@@ -255,7 +255,7 @@ def test_masked_classes_have_no_gradient(smoothing, device):
     weight[:300] = 0 if smoothing else 1
     weight[7] = 1
     options = Options(label_smoothing=smoothing)
-    rows = cross_entropy.forward(x, target, weight, None, options)
+    rows = cross_entropy.forward((x, target, weight, None), options)
     dx, _ = gradients(x, target, weight, None, options, Upstream(torch.ones(6, device=device)), rows)
     assert rows[0].isfinite().tolist() == [False] + [not smoothing or target[i] == -100 for i in range(1, 6)]
     assert (dx[..., :300] == 0).all()
@@ -273,12 +273,12 @@ def test_parts_of_the_vocabulary(together, probs, device):
     parts = cross_entropy.new_parts(x, len(blocks), True)
     for part, block in enumerate(blocks):
         cross_entropy.forward_part(
-            x[..., block], target, weight[block], q[..., block] if probs else None, EVERYTHING, parts=parts,
+            (x[..., block], target, weight[block], q[..., block] if probs else None), EVERYTHING, parts=parts,
             part=part, block=(block.start, V), with_stats=True,
         )  # fmt: skip
     parts = cross_entropy.combine(parts) if together else parts
     rows = cross_entropy.merge(target, parts, EVERYTHING, with_stats=True)
-    whole = cross_entropy.forward(*tensors, EVERYTHING, with_stats=True)
+    whole = cross_entropy.forward(tensors, EVERYTHING, with_stats=True)
     for ours, other in zip(rows, whole, strict=True):
         torch.testing.assert_close(ours, other)
     _, dx, _ = expected(*tensors, EVERYTHING, upstream)
@@ -299,7 +299,7 @@ def test_the_shift_of_a_part_follows_from_its_largest_logit(device):
     target = torch.zeros(x.shape[1], dtype=torch.int64, device=device)
     parts = cross_entropy.new_parts(x, 1, False)
     options = Options(softcap=cap)
-    cross_entropy.forward_part(x, target, None, None, options, parts=parts, part=0, block=(0, 1))
+    cross_entropy.forward_part((x, target, None, None), options, parts=parts, part=0, block=(0, 1))
     loss, lse, *_ = cross_entropy.merge(target, parts, options)
     torch.testing.assert_close(lse, reference.used_logits(x.flatten().double(), cap).float())
     assert (loss.abs() < 1e-6).all()
@@ -308,7 +308,7 @@ def test_the_shift_of_a_part_follows_from_its_largest_logit(device):
 def test_upstream_of_any_stride(device):
     """A scalar, an expanded scalar, every other element."""
     x, target, *_ = problem(device, weight=False)
-    rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True)
+    rows = cross_entropy.forward((x, target, None, None), Options(), with_stats=True)
     scalar = torch.tensor(0.7, device=device, dtype=torch.float64)
     sparse = torch.randn(12, device=device, dtype=torch.float64)[::2]
     for dloss in (scalar, scalar.expand(6), sparse):
@@ -332,12 +332,12 @@ def test_layouts(layout, device):
     else:
         x = x[:1, :1].expand(2, 3, V)
     upstream = upstreams(device)
-    rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True)
+    rows = cross_entropy.forward((x, target, None, None), Options(), with_stats=True)
     wanted, dx_wanted, _ = expected(x, target, None, None, Options(), upstream)
     torch.testing.assert_close(rows[0], wanted.loss.flatten())
     dx = torch.empty(x.shape, device=device, dtype=x.dtype)
     cross_entropy.backward(
-        upstream, x, target, None, None, cross_entropy.Saved(rows[2], rows[4]), Options(), dx=dx, dprobs=None
+        upstream, (x, target, None, None), cross_entropy.Saved(rows[2], rows[4]), Options(), dx=dx, dprobs=None
     )  # fmt: skip
     torch.testing.assert_close(dx, dx_wanted)
 
@@ -345,10 +345,10 @@ def test_layouts(layout, device):
 def test_in_place(device):
     x, target, *_ = problem(device, weight=False)
     upstream = upstreams(device)
-    rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True)
+    rows = cross_entropy.forward((x, target, None, None), Options(), with_stats=True)
     _, dx, _ = expected(x, target, None, None, Options(), upstream)
     cross_entropy.backward(
-        upstream, x, target, None, None, cross_entropy.Saved(rows[2], rows[4]), Options(), dx=x, dprobs=None
+        upstream, (x, target, None, None), cross_entropy.Saved(rows[2], rows[4]), Options(), dx=x, dprobs=None
     )
     torch.testing.assert_close(x, dx)
 
@@ -357,7 +357,7 @@ def test_in_place(device):
 def test_hardly_anything(shape, device):
     x = torch.randn(shape, device=device)
     target = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
-    rows = cross_entropy.forward(x, target, None, None, Options(), with_stats=True)
+    rows = cross_entropy.forward((x, target, None, None), Options(), with_stats=True)
     assert (rows[0] == 0).all()  # with one class, the loss is 0
     dx, _ = gradients(x, target, None, None, Options(), Upstream(torch.ones(len(target), device=device)), rows)
     assert (dx == 0).all()

@@ -58,7 +58,7 @@ def test_one_pass(given, tile, programs, device):
     total = (g * factor * token_weight * wanted.loss.flatten()).sum() + 0.05 * (dz * wanted.lse.flatten() ** 2).sum()
     (dx,) = torch.autograd.grad(total, leaf)
     loss, lse, norm, predicted, entropy = cross_entropy.forward_backward(
-        upstream(g, factor, token_weight), x, target, weight, None, options(**given, z_loss=0.05), dx=x, dz=dz,
+        upstream(g, factor, token_weight), (x, target, weight, None), options(**given, z_loss=0.05), dx=x, dz=dz,
         with_stats=True, launch=Launch(*tile, 4, programs=programs),
     )  # fmt: skip
     torch.testing.assert_close(loss, wanted.loss.flatten())
@@ -66,7 +66,7 @@ def test_one_pass(given, tile, programs, device):
     torch.testing.assert_close(entropy, wanted.entropy.flatten())
     torch.testing.assert_close(x, dx)
     assert (x.view(6, V)[4] == 0).all()
-    rows = cross_entropy.forward(leaf.detach(), target, weight, None, options(**given), with_stats=True)
+    rows = cross_entropy.forward((leaf.detach(), target, weight, None), options(**given), with_stats=True)
     for one, other in zip((norm, predicted), rows[2:4], strict=True):
         torch.testing.assert_close(one, other)
 
@@ -76,22 +76,14 @@ def test_one_pass_is_forward_and_backward_bit_for_bit(device):
     x, target = problem(device, torch.float32)
     g = torch.randn(6, device=device)
     launch = Launch(1, 2, 16, 4, 4, splits=1, split_tiles=8, programs=2)
-    rows = cross_entropy.forward(x, target, None, None, options(), launch=launch)
+    rows = cross_entropy.forward((x, target, None, None), options(), launch=launch)
     two = torch.empty_like(x)
     cross_entropy.backward(
-        upstream(g),
-        x,
-        target,
-        None,
-        None,
-        cross_entropy.Saved(rows[2], None),
-        options(),
-        dx=two,
-        dprobs=None,
+        upstream(g), (x, target, None, None), cross_entropy.Saved(rows[2], None), options(), dx=two, dprobs=None,
         launch=launch,
-    )
+    )  # fmt: skip
     one = torch.empty_like(x)
-    rows_too = cross_entropy.forward_backward(upstream(g), x, target, None, None, options(), dx=one, launch=launch)
+    rows_too = cross_entropy.forward_backward(upstream(g), (x, target, None, None), options(), dx=one, launch=launch)
     assert torch.equal(one, two)
     assert all(torch.equal(a, b) for a, b in zip(rows[:4], rows_too[:4], strict=True))
 
@@ -110,7 +102,7 @@ def test_two_passes_where_one_cannot_be(layout, device):
     given, dx = strided if layout == "strided logits" else x, strided if layout == "strided gradient" else x
     assert not cross_entropy.can_one_pass(given, probs) or dx is strided
     loss, *_ = cross_entropy.forward_backward(
-        upstream(g), given, target, None, probs, options(z_loss=0.05), dx=dx, dz=dz
+        upstream(g), (given, target, None, probs), options(z_loss=0.05), dx=dx, dz=dz
     )
     torch.testing.assert_close(loss, wanted.loss.flatten())
     torch.testing.assert_close(dx, expected)
@@ -122,7 +114,7 @@ def test_traffic_of_one_pass():
     x, target = torch.randn(1, 6, 5003), torch.tensor([3, -100, 5002, 7, -100, 0])
     with Traffic() as traffic:
         cross_entropy.forward_backward(
-            upstream(torch.ones(6)), x, target, None, None, options(), dx=torch.empty_like(x)
+            upstream(torch.ones(6)), (x, target, None, None), options(), dx=torch.empty_like(x)
         )
     (launch,) = traffic.launches
     kept = (target != -100).numpy()
@@ -203,7 +195,7 @@ def test_reduce(mean, weighted, token_weighted, normalizer, programs, N, device)
     prepare.reduce.cache_clear()
     with mock.patch.multiple(prepare, REDUCE_ROWS=rows, REDUCE_BLOCK=128):
         total, factor, num_tokens = cross_entropy.reduce(
-            (loss,), target, weight, token_weight, normalizer, options(), mean=mean, with_stats=True
+            (loss,), (target, weight, token_weight, normalizer), options(), mean=mean, with_stats=True
         )
     prepare.reduce.cache_clear()
     assert total.shape == num_tokens.shape == factor.shape == ()
@@ -221,12 +213,14 @@ def test_forward_and_reduce(splits, at_most, mean, probs, device):
     q = torch.rand_like(x) if probs else None
     weight, token_weight = torch.rand(V, device=device, dtype=x.dtype), torch.rand(6, device=device, dtype=x.dtype)
     launch = Launch(1, 2, 16, 4, 4, splits=splits, split_tiles=8 // splits)
-    rows = cross_entropy.forward(x, target, weight, q, options(), with_stats=True, launch=launch)
+    rows = cross_entropy.forward((x, target, weight, q), options(), with_stats=True, launch=launch)
     class_weight = None if probs else weight
-    total = cross_entropy.reduce(rows, target, class_weight, token_weight, None, options(), mean=mean, with_stats=True)
+    total = cross_entropy.reduce(
+        rows, (target, class_weight, token_weight, None), options(), mean=mean, with_stats=True
+    )
     with mock.patch.object(cross_entropy, "MERGE_AND_REDUCE_ROWS", at_most):
         both = cross_entropy.forward_reduce(
-            x, target, weight, q, token_weight, None, options(), mean=mean, with_stats=True, launch=launch
+            (x, target, weight, q), token_weight, None, options(), mean=mean, with_stats=True, launch=launch
         )
     for ours, other in zip((*both[0], *both[1]), (*rows, *total), strict=True):
         assert torch.equal(ours, other)
@@ -238,14 +232,14 @@ def test_forward_and_reduce_are_two_launches(N):
     """4 rows are so few that they are split; 600 are not."""
     x, target = torch.randn(1, N, 9001), torch.zeros(N, dtype=torch.int64)
     with Traffic() as traffic:
-        cross_entropy.forward_reduce(x, target, None, None, None, None, options(), mean=True)
+        cross_entropy.forward_reduce((x, target, None, None), None, None, options(), mean=True)
     assert [launch.kernel for launch in traffic.launches] == ["forward_kernel", "reduce_kernel"]
 
 
 def test_reduce_to_another_dtype(device):
     loss, target, *_ = rows_to_reduce(device, 100, torch.float32)
-    whole = cross_entropy.reduce((loss,), target, None, None, None, options(), mean=True)
-    half = cross_entropy.reduce((loss,), target, None, None, None, options(), mean=True, out_dtype=torch.float16)
+    whole = cross_entropy.reduce((loss,), (target, None, None, None), options(), mean=True)
+    half = cross_entropy.reduce((loss,), (target, None, None, None), options(), mean=True, out_dtype=torch.float16)
     assert half[0].dtype == torch.float16
     torch.testing.assert_close(half[0], whole[0].half())
 
@@ -256,7 +250,7 @@ def test_reduce_of_nothing(device):
     target = torch.full((5,), -100, device=device)
 
     def total(**how):
-        return cross_entropy.reduce((loss,), target, None, None, how.pop("normalizer", None), options(), **how)[0]
+        return cross_entropy.reduce((loss,), (target, None, None, how.pop("normalizer", None)), options(), **how)[0]
 
     assert total(mean=True).isnan()
     assert total(mean=False) == 0
@@ -266,5 +260,5 @@ def test_reduce_of_nothing(device):
 
 def test_reduce_is_the_same_every_time(device):
     loss, target, *_ = rows_to_reduce(device, 5000, torch.float32)
-    totals = [cross_entropy.reduce((loss,), target, None, None, None, options(), mean=True) for _ in range(3)]
+    totals = [cross_entropy.reduce((loss,), (target, None, None, None), options(), mean=True) for _ in range(3)]
     assert len({float(total) for total, _, _ in totals}) == 1

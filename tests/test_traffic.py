@@ -142,12 +142,12 @@ def test_vocabulary_blocks_are_read_once():
         for part, start in enumerate(starts):
             block = x[:, :, start : start + width].contiguous()
             cross_entropy.forward_part(
-                block, target, None, None, options, parts=parts, part=part, block=Block(start, V), with_stats=False
+                (block, target, None, None), options, parts=parts, part=part, block=Block(start, V), with_stats=False
             )
     read = sum(launch.row_bytes("load", "x_ptr") for launch in traffic.launches)
     kept = (target != -100).numpy()
     assert (read[kept] == 4 * (V + 1)).all()  # and the target's logit, where it is
     assert (read[~kept] == 0).all()
     outputs = cross_entropy.merge(target, parts, options, with_stats=False)
-    whole = cross_entropy.forward(x, target, None, None, options, with_stats=False)
+    whole = cross_entropy.forward((x, target, None, None), options, with_stats=False)
     torch.testing.assert_close(outputs[0], whole[0])

@@ -105,15 +105,13 @@ class Arguments:
 
 
 def _forward(kernels: Any, a: Arguments) -> None:
-    kernels.forward(*a.inputs, a.options, with_stats=a.stats)
+    kernels.forward(a.inputs, a.options, with_stats=a.stats)
 
 
 def _part(kernels: Any, a: Arguments) -> None:
     V = a.x.shape[2]
     parts = kernels.new_parts(a.x, 3, a.stats)
-    kernels.forward_part(
-        *a.inputs, a.options, parts=parts, part=1, block=(V, 3 * V), with_stats=a.stats
-    )  # fmt: skip
+    kernels.forward_part(a.inputs, a.options, parts=parts, part=1, block=(V, 3 * V), with_stats=a.stats)
 
 
 def _merge(kernels: Any, a: Arguments) -> None:
@@ -123,24 +121,18 @@ def _merge(kernels: Any, a: Arguments) -> None:
 def _backward(kernels: Any, a: Arguments) -> None:
     norm = a.values.new_empty((3, a.N))
     dprobs = None if a.probs is None else torch.empty_like(a.probs)
-    kernels.backward(
-        a.upstream,
-        *a.inputs,
-        kernels.Saved(norm, a.values),
-        a.options,
-        dx=torch.empty_like(a.x),
-        dprobs=dprobs,
-    )
+    saved = kernels.Saved(norm, a.values)
+    kernels.backward(a.upstream, a.inputs, saved, a.options, dx=torch.empty_like(a.x), dprobs=dprobs)
 
 
 def _one_pass(kernels: Any, a: Arguments) -> None:
     if kernels.can_one_pass(a.x, a.probs):
-        kernels.forward_backward(a.upstream, *a.inputs, a.options, dx=a.x, dz=None, with_stats=a.stats)
+        kernels.forward_backward(a.upstream, a.inputs, a.options, dx=a.x, dz=None, with_stats=a.stats)
 
 
 def _reduce(kernels: Any, a: Arguments) -> None:
     kernels.reduce(
-        (a.values,), a.target, a.weight, a.upstream.token_weight, None, a.options, mean=True, out_dtype=a.x.dtype
+        (a.values,), (a.target, a.weight, a.upstream.token_weight, None), a.options, mean=True, out_dtype=a.x.dtype
     )
 
 

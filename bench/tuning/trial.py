@@ -40,7 +40,7 @@ class Rows:
         logits, self.target = tensors(Case("tune", "logits", N, V, 0, 0.0, "bfloat16", "both"), device)
         self.x = logits.detach()[None]
         self.dx = torch.empty_like(self.x)
-        _, _, norm, *_ = cross_entropy.forward(self.x, self.target, None, None, OPTIONS)
+        _, _, norm, *_ = cross_entropy.forward((self.x, self.target, None, None), OPTIONS)
         self.saved = cross_entropy.Saved(norm, None)
         self.scale = torch.full((), 1 / N, dtype=torch.float32, device=device)
 
@@ -49,12 +49,12 @@ class Rows:
         inputs = self.x, self.target, None, None
         upstream = Upstream(self.scale)
         if operation == "forward":
-            return lambda: cross_entropy.forward(*inputs, OPTIONS, launch=launch)
+            return lambda: cross_entropy.forward(inputs, OPTIONS, launch=launch)
         if operation == "backward":
             return lambda: cross_entropy.backward(
-                upstream, *inputs, self.saved, OPTIONS, dx=self.dx, dprobs=None, launch=launch
+                upstream, inputs, self.saved, OPTIONS, dx=self.dx, dprobs=None, launch=launch
             )
-        return lambda: cross_entropy.forward_backward(upstream, *inputs, OPTIONS, dx=self.dx, launch=launch)
+        return lambda: cross_entropy.forward_backward(upstream, inputs, OPTIONS, dx=self.dx, launch=launch)
 
     def results(self, operation: str, run: Callable[[], Any]) -> dict[str, Tensor]:
         """What a call computes. Its gradient is written to memory that held NaN before."""

@@ -49,8 +49,7 @@ class GradientSums:
         tiles = self.tiles
         tiles.kernels.backward(
             upstream,
-            x.unsqueeze(0),
-            *tiles.arguments(rows, block)[:3],
+            tiles.with_targets(x, rows, block),
             saved,
             tiles.options,
             dx=x.unsqueeze(0),
@@ -67,8 +66,8 @@ class GradientSums:
         x = tiles.logits(rows, block)
         found = tiles.kernels.forward_backward(
             Upstream(dloss),
-            x.unsqueeze(0),
-            *tiles.arguments(rows, block),
+            tiles.with_targets(x, rows, block),
+            tiles.options,
             dx=x.unsqueeze(0),
             dz=dz,
             with_stats=tiles.with_stats,

@@ -11,7 +11,7 @@ from .. import distributed
 from ..backends import Backend, Parts, implementation
 from ..distributed import Merged, Shard
 from ..options import LossOptions
-from ..rows import Block, Rows
+from ..rows import Block, Logits, Rows
 from .plan import LinearPlan
 
 
@@ -72,14 +72,14 @@ class Tiles:
             return torch.mm(h, self.weight_of(block).t(), out=out)
         return torch.addmm(b[block].to(h.dtype), h, self.weight_of(block).t(), out=out)
 
-    def arguments(self, rows: slice, block: slice) -> tuple[Tensor, Tensor | None, Tensor | None, LossOptions]:
-        """(target, weight, probs, options) of a tile, as a backend takes them."""
+    def with_targets(self, x: Tensor, rows: slice, block: slice) -> Logits:
+        """The logits of a tile and their targets, as a backend takes them."""
         _, _, _, target, weight, probs = self.operands
-        return (
+        return Logits(
+            x.unsqueeze(0),
             target[rows],
             None if weight is None else weight[block],
             None if probs is None else probs[rows, block].unsqueeze(0),
-            self.options,
         )
 
     def block_of(self, block: slice) -> Block:
@@ -88,9 +88,8 @@ class Tiles:
     def rows_of(self, rows: slice) -> Rows:
         """The results of a chunk of rows. If there is one block of the vocabulary, their logits stay in the buffer."""
         if len(self.blocks) == 1:
-            x = self.logits(rows, self.blocks[0]).unsqueeze(0)
-            arguments = self.arguments(rows, self.blocks[0])
-            return Rows(*self.kernels.forward(x, *arguments, with_stats=self.with_stats))
+            logits = self.with_targets(self.logits(rows, self.blocks[0]), rows, self.blocks[0])
+            return Rows(*self.kernels.forward(logits, self.options, with_stats=self.with_stats))
         parts = self.parts_of(rows)
         target = self.operands.target[rows]
         return Rows(*self.kernels.merge(target, parts, self.options, with_stats=self.with_stats))
@@ -99,15 +98,10 @@ class Tiles:
         """The sums over each block of the vocabulary."""
         parts = None
         for i, block in enumerate(self.blocks):
-            x = self.logits(rows, block).unsqueeze(0)
-            parts = parts or self.kernels.new_parts(x, len(self.blocks), self.with_stats)
+            logits = self.with_targets(self.logits(rows, block), rows, block)
+            parts = parts or self.kernels.new_parts(logits.x, len(self.blocks), self.with_stats)
             self.kernels.forward_part(
-                x,
-                *self.arguments(rows, block),
-                parts=parts,
-                part=i,
-                block=self.block_of(block),
-                with_stats=self.with_stats,
+                logits, self.options, parts=parts, part=i, block=self.block_of(block), with_stats=self.with_stats
             )
         assert parts is not None
         return parts
