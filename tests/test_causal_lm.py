@@ -178,7 +178,7 @@ def test_sliced_logits_are_not_copied(backend, device, monkeypatch):
     kernels = backends.implementation(backends.choose(backend, torch.device(device)), torch.device(device))
     name = "forward_reduce" if backend == "triton" else "forward"
     original = getattr(kernels, name)
-    monkeypatch.setattr(kernels, name, lambda x, *a, **k: seen.append(x.data_ptr()) or original(x, *a, **k))
+    monkeypatch.setattr(kernels, name, lambda of, *a, **k: seen.append(of.x.data_ptr()) or original(of, *a, **k))
     logits = torch.randn(2, 6, V, device=device)
     fused_causal_lm_loss(logits[:, 1:], torch.randint(0, V, (2, 5), device=device), backend=backend)
     assert seen == [logits[:, 1:].data_ptr()]

@@ -17,10 +17,12 @@ from .scaling import losses, sweep
 
 TITLES = {"logits": "Loss of logits", "linear": "Loss from hidden states"}
 
-#: Our loss is a thick line in the first colour, peers have the others. Colour-blind readers can tell them apart, too.
+#: This package's losses are thick lines of the first colour, its peers' have the others. All of them differ for
+#: colour-blind readers too. The default loss is the last, and has a solid line.
 OURS = "#d55e00"
 PEERS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f", "#5b4b8a", "#a0522d")
 MARKERS = "svD^P<>X"
+OUR_LINES = ("-", "--", ":")
 
 ROOF = "copy of memory, the roof"
 
@@ -96,11 +98,13 @@ def _lines(name: str, data: DataFrame, about: str) -> Figure:
 
 def _panel(axes: Axes, points: DataFrame, logarithmic: bool) -> None:
     peers = zip(PEERS, MARKERS, strict=True)
+    lines = iter(OUR_LINES)
+    ours = {name: next(lines) for name in reversed(points["provider"].unique()) if "fused_" in name}
     for provider, line in points.groupby("provider", sort=False):
         if provider == ROOF:
             style: dict[str, Any] = {"color": "black", "linestyle": ":"}
-        elif "fused_" in provider:
-            style = {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}
+        elif provider in ours:
+            style = {"color": OURS, "marker": "o", "linewidth": 2.5, "linestyle": ours[provider], "zorder": 3}
         else:
             style = dict(zip(("color", "marker"), next(peers), strict=True))
         axes.plot(line["x"], line["value"], label=provider, **style)
