@@ -87,7 +87,10 @@ def launched():
     from fused_ignore_ce.kernels import prepare
 
     profiled = []
-    hook = lambda metadata: profiled.append(metadata.get()["name"])  # noqa: E731
+
+    def hook(metadata):
+        profiled.append(metadata.get()["name"])
+
     triton.knobs.runtime.launch_enter_hook.add(hook)
     checked = launcher.check(90)
     triton.knobs.runtime.launch_enter_hook.remove(hook)

@@ -28,6 +28,7 @@ def of_training_step(way: str, share: float, sizes: dict[str, int] = SIZES) -> i
     """Bytes that a model's training step holds at its peak, above the model and its gradients. It runs on the CPU.
 
     `way` is one of `WAYS`, or "own-loop": a patched model gets no labels, and the loss is taken from its logits.
+    `sizes` are the model's, by the names of `SIZES`.
     """
     return in_processes(_of_training_step, way, share, sizes)[0]
 
