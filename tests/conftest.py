@@ -1,7 +1,4 @@
-"""Shared by all tests: the device, poisoned memory, and the rule by which results are judged.
-
-Without a CUDA device, the Triton kernels run in Triton's interpreter on CPU tensors.
-"""
+"""The fixtures of all tests, and what a run sets before anything is imported."""
 
 import atexit
 import gc
@@ -10,15 +7,16 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
+from .helpers.device import DEVICE
+from .helpers.judging import no_worse as judge
+from .helpers.paths import ROOT
 from .helpers.quick import select
 from .helpers.versions import release
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 else:  # cuBLAS refuses matrix products in deterministic mode without it
@@ -40,8 +38,7 @@ if DEVICE == "cpu" and release("triton") >= (3, 7):
 
 def _import_from_root(name):
     """Makes only this package importable. With the repository's root on sys.path, `kernels` would be, too."""
-    file = Path(__file__).parent.parent / name / "__init__.py"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, ROOT / name / "__init__.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
@@ -103,52 +100,10 @@ def backend(request):
     return request.param
 
 
-def _worst(name, ours, ref, gt, tiny):
-    error_ours, error_ref = (gt - ours).abs(), (gt - ref).abs()
-    at = int(error_ours.argmax())
-    return (
-        f"{name}: off by {error_ours.max():.3e} at flat position {at} (ours {ours.flatten()[at]:.9g}, true "
-        f"{gt.flatten()[at]:.9g}), PyTorch is off by {error_ref.max():.3e} and {tiny:.3e} more are allowed"
-    )
-
-
 @pytest.fixture
 def no_worse():
-    """`|gt - ours| <= |gt - ref| + tiny`, in the largest element: ours may not be worse than PyTorch.
-
-    `gt` is the truth, in float64, and `ref` is PyTorch in the dtype of ours. One run of PyTorch shows one draw of its
-    rounding errors. Another order of summation, which another processor or another matrix product kernel may choose,
-    shows another draw. `tiny` bounds how far two draws lie apart, as a sum of these parts:
-
-    - 2 units in the last place of the result's dtype, and 2 of `via`, the dtype to which values on the way are rounded;
-    - sqrt(terms) units of the dtype in which sums are computed, for sums of `terms` numbers. Rounding errors are
-      independent of each other, so those of a sum grow with the root of its length. This is six standard deviations
-      of numbers of one sign that are added one after the other; any other order is more accurate (Higham and Mary, "A
-      new approach to probabilistic rounding error analysis", 2019);
-    - `logits` such units, if logits are as large as that: the last place of a logit of 100 is worth 100 units, and the
-      probability changes by as much relative to itself.
-
-    A unit is relative to the largest value of `gt`, or to `scale` if that is larger: the size of the terms of a sum
-    that may cancel, as in a gradient's p - 1. Float64 results, whose truth is itself rounded, may differ from it by
-    1e-14 absolute and 1e-12 relative.
-    """
-
-    def check(name, ours, ref, gt, *, terms, logits=1.0, via=None, scale=0.0):
-        assert ours.shape == ref.shape, f"{name}: shape {tuple(ours.shape)}, PyTorch has {tuple(ref.shape)}"
-        assert ours.dtype == ref.dtype, f"{name}: dtype {ours.dtype}, PyTorch has {ref.dtype}"
-        relative = 2 * sum(torch.finfo(dtype).eps for dtype in (ours.dtype, via) if dtype is not None)
-        relative, floor = relative + (terms**0.5 + logits) * torch.finfo(torch.float32).eps, 0.0
-        if ours.dtype == torch.float64:
-            relative, floor = 1e-12, 1e-14
-        ours, ref, gt = ours.detach().double().cpu(), ref.detach().double().cpu(), gt.detach().double().cpu()
-        odd = ~gt.isfinite()
-        assert ((ours == gt) | (ours.isnan() & gt.isnan()))[odd].all(), f"{name}: NaN or inf differ"
-        ours, ref, gt = ours[~odd], ref[~odd], gt[~odd]
-        if gt.numel():
-            tiny = relative * max(gt.abs().max(), scale) + floor
-            assert (gt - ours).abs().max() <= (gt - ref).abs().max() + tiny, _worst(name, ours, ref, gt, tiny)
-
-    return check
+    """The rule by which results are judged, see `helpers/judging.py`."""
+    return judge
 
 
 @pytest.fixture(params=["one block", "token chunks", "vocabulary blocks"])

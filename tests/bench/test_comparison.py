@@ -12,7 +12,7 @@ from bench import reading
 from bench.comparison import models, peers, rows, running, tables
 from bench.speed.providers import version
 
-from ..conftest import DEVICE
+from ..helpers.device import DEVICE
 
 _, RESULT = reading.Results().newest("comparison", "cells")
 CHECKED = [(row, kind) for row in rows.ALL for kind in row.kinds if row.check]

@@ -4,7 +4,6 @@ import json
 import time
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ pytest.importorskip("tabulate")
 from bench import gpu
 from bench.gpu import PARTS, Part
 
-ROOT = Path(__file__).parents[2]
+from ..helpers.paths import ROOT
 
 
 def part(name, code, **more):

@@ -1,8 +1,6 @@
 """The selection of `make test-quick` (`pytest --quick`): the first case of every test on every backend."""
 
-from pathlib import Path
-
-TESTS = Path(__file__).parents[1]
+from .paths import TESTS
 
 #: Tests whose first case takes long already. They are left to `make test`. Every file keeps at least one test.
 SLOW = {

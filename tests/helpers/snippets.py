@@ -10,7 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from .paths import ROOT
+
 DOCS = ROOT / "docs"
 #: Every page that a reader may open.
 PAGES = sorted(

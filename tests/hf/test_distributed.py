@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ..helpers.hf_worker import DISTRIBUTED, assert_same
+from ..helpers.paths import TESTS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -21,7 +21,7 @@ REFUSED = "FSDP2, head"
 def results(tmp_path_factory):
     """Results by (rank, name, patched), all of one pair of processes, which take longer to start than to train."""
     folder = tmp_path_factory.mktemp("distributed")
-    worker = Path(__file__).parents[1] / "helpers" / "hf_worker.py"
+    worker = TESTS / "helpers" / "hf_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

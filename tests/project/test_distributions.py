@@ -15,7 +15,8 @@ import torch
 import fused_ignore_ce
 from scripts import project, release
 
-ROOT = Path(__file__).parents[2]
+from ..helpers.paths import ROOT
+
 VERSION = fused_ignore_ce.__version__
 
 #: What is tried in the environment: losses and gradients, the kernels and their tables, the type marker.

@@ -16,7 +16,8 @@ from transformers.models.llama import modeling_llama
 import fused_ignore_ce.__main__ as command_line
 
 from ..helpers.hf_worker import batches, llama
-from ..helpers.snippets import DOCS, PAGES, ROOT, blocks, links, name_of
+from ..helpers.paths import ROOT
+from ..helpers.snippets import DOCS, PAGES, blocks, links, name_of
 
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page)]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from ..helpers.paths import ROOT
+
+EXAMPLES = ROOT / "examples"
 NEEDS = {
     "bare_loop": ["tokenizers"],
     "trainer": ["tokenizers", "accelerate"],

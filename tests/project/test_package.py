@@ -11,7 +11,7 @@ import fused_ignore_ce
 from fused_ignore_ce.extras import needed
 from scripts import project
 
-ROOT = Path(__file__).parents[2]
+from ..helpers.paths import ROOT
 
 
 def python(code: str, *flags: str, cwd: Path = ROOT) -> str:

@@ -4,7 +4,8 @@ import ast
 
 import pytest
 
-from ..helpers.quick import SLOW, TESTS
+from ..helpers.paths import TESTS
+from ..helpers.quick import SLOW
 
 FILES = {path.relative_to(TESTS).as_posix(): path for path in sorted(TESTS.rglob("test_*.py"))}
 
