@@ -41,7 +41,8 @@ KERNELS = ("tests/kernels/test_cross_entropy.py", "tests/kernels/test_one_pass.p
 TESTS = (
     *KERNELS, "tests/kernels/test_launch.py", "tests/losses/test_cross_entropy.py", "tests/logits/test_gradients.py",
     "tests/logits/test_ignore.py", "tests/logits/test_layouts.py", "tests/core/test_options.py",
-    "tests/logits/test_hazards.py", "tests/losses/test_linear_cross_entropy.py", "tests/linear/test_gradients.py",
+    "tests/core/test_statistics.py", "tests/logits/test_hazards.py", "tests/losses/test_linear_cross_entropy.py",
+    "tests/losses/test_modules.py", "tests/losses/test_log_probs.py", "tests/linear/test_gradients.py",
 )  # fmt: skip
 
 

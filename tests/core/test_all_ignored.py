@@ -11,9 +11,6 @@ from fused_ignore_ce import (
     fused_linear_causal_lm_loss,
     fused_linear_cross_entropy,
 )
-from fused_ignore_ce.hf import patch_model
-
-from ..helpers.hf_worker import batches, llama
 
 B, T, V, D = 2, 3, 20, 4
 
@@ -73,32 +70,3 @@ def test_the_linear_module_and_a_count_of_0(device):
         assert fused_causal_lm_loss(x, y, num_items_in_batch=count, zero_if_all_ignored=True) == 0
     with pytest.raises(TypeError, match="zero_if_all_ignored: expected True or False, got 'yes'"):
         FusedCrossEntropyLoss(zero_if_all_ignored="yes")
-
-
-@pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])
-def test_patched_models(outside):
-    batch = batches(1)[0]
-    labels = torch.full_like(batch["labels"], -100)
-    losses = []
-    for options in ({}, {"zero_if_all_ignored": True}):
-        model = patch_model(llama(num_hidden_layers=1), without_labels=outside, **options).train()
-        if outside:
-            logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-            losses.append(
-                torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].flatten())
-            )
-        else:
-            losses.append(model(input_ids=batch["input_ids"], labels=labels).loss)
-    assert losses[0].isnan()
-    assert losses[1] == 0
-    losses[1].backward()
-    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
-
-
-def test_it_leaves_other_losses_of_a_patched_model_alone():
-    """The option changes only the mean of no tokens, so it is no error where other losses are taken."""
-    model = patch_model(llama(num_hidden_layers=1), without_labels=True, zero_if_all_ignored=True).train()
-    ids = batches(1)[0]["input_ids"]
-    log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
-    (-log_probs.mean()).backward()
-    assert model.lm_head.weight.grad.abs().sum() > 0

@@ -1,16 +1,11 @@
 """Bad input: PyTorch's class of error, a message that names the argument, nothing written."""
 
-import re
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fused_ignore_ce import (
     FusedCrossEntropyLoss,
-    backends,
-    fused_causal_lm_loss,
     fused_cross_entropy,
     fused_linear_cross_entropy,
 )
@@ -170,56 +165,6 @@ def test_ignore_index_none_is_minus_100(backend):
     assert torch.equal(
         fused_cross_entropy(X, y, ignore_index=None, backend=backend), fused_cross_entropy(X, y, backend=backend)
     )
-
-
-@pytest.fixture
-def _first_use():
-    """The Triton backend is looked up once per process. This clears its cache before the test and after it."""
-    backends._triton.cache_clear()
-    yield
-    backends._triton.cache_clear()
-
-
-@pytest.mark.usefixtures("_first_use")
-def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
-    from fused_ignore_ce.kernels import cross_entropy
-
-    monkeypatch.setattr(cross_entropy, "interpreted", lambda: False)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        fused_cross_entropy(X, Y, backend="triton")
-
-
-@pytest.mark.usefixtures("_first_use")
-def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fused_ignore_ce.kernels", None)
-    with pytest.raises(RuntimeError, match=re.escape('backend="torch"')):
-        fused_cross_entropy(X, Y, backend="triton")
-    assert fused_cross_entropy(X, Y).isfinite()
-
-
-class TestCausalLM:
-    labels = torch.tensor([[1, 2, 3]])
-    logits = torch.randn(1, 3, 5)
-
-    def test_misspelled_option(self):
-        with pytest.raises(TypeError, match="label_smothing.*did you mean 'label_smoothing'"):
-            fused_causal_lm_loss(self.logits, self.labels, label_smothing=0.1)
-
-    def test_vocab_size(self):
-        with pytest.raises(ValueError, match="vocab_size.*5.*6"):
-            fused_causal_lm_loss(self.logits, self.labels, vocab_size=6)
-
-    def test_labels_shape(self):
-        with pytest.raises(ValueError, match=r"labels.*\(1, 3\).*\(1, 4\)"):
-            fused_causal_lm_loss(self.logits, torch.zeros(1, 4, dtype=torch.long))
-
-    def test_no_labels(self):
-        with pytest.raises(TypeError, match="labels.*NoneType"):
-            fused_causal_lm_loss(self.logits, None)
-
-    def test_label_out_of_range(self):
-        with pytest.raises(IndexError, match="target 5 is out of bounds"):
-            fused_causal_lm_loss(self.logits, torch.tensor([[1, 5, 3]]))
 
 
 def test_likely_mistakes_are_named():

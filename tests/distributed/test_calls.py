@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 import fused_ignore_ce
 
-from .test_losses import IGNORED_IDS, SHARDS, D, N, V, joined, parts, problem, run
+from ..helpers.log_probs import CAP, SCALE, TEMPERATURE
+from ..helpers.log_probs import plain as of_pytorch
+from ..helpers.log_probs import problem as small_head
+from ..helpers.shards import IGNORED_IDS, SHARDS, D, N, V, joined, parts, problem, run
 
 UNEVEN = SHARDS["4, one empty"]
 KINDS = ["fused_cross_entropy", "fused_linear_cross_entropy"]
@@ -100,12 +103,6 @@ def test_half_precision(ranks, loss, dtype):
 def test_normalizer(ranks, loss, normalizer):
     tensors = tensors_of(loss, ignored="some", weighted=True)
     assert_equal(loss, tensors, ["input"], UNEVEN, ranks, normalizer=normalizer, ignore_index=IGNORED_IDS)
-
-
-def test_log_probs(ranks):
-    tensors = tensors_of("fused_linear_log_probs", ignored="some")
-    wanted = ["input", "linear_weight"]
-    assert_equal("fused_linear_log_probs", tensors, wanted, UNEVEN, ranks, logit_scale=0.5, ignore_index=IGNORED_IDS)
 
 
 def test_causal_lm_loss(ranks):
@@ -275,3 +272,36 @@ def test_a_budget_that_one_rank_cannot_meet(ranks):
 def test_create_graph_is_refused(ranks):
     found = ranks.run("second_derivative", [{"ranks": 2}] * 2)
     assert all("create_graph=True is not supported with a sharded vocabulary" in f for f in found)
+
+
+@pytest.mark.parametrize("plan_name", [None, "vocabulary blocks"])
+@pytest.mark.parametrize("shards", [(40, 30), (5, 0, 45, 20)], ids=["2", "4, one empty"])
+def test_log_probs(shards, plan_name, ranks):
+    *leaves, y = small_head()
+    h, w, b = leaves
+    given = y.clone()
+    given[1], ignore_index = 50, (-100, 50)  # row 1 is ignored by a class of one of the shards
+    upstream = torch.linspace(-1.5, 2.0, len(y), dtype=torch.float64)
+    log_probs, entropy = of_pytorch(h, w, b, y)
+    dh, dw, db = torch.autograd.grad((log_probs * upstream - 0.3 * entropy * upstream.flip(0)).sum(), leaves)
+    options = {"ignore_index": ignore_index, "softcap": CAP, "logit_scale": SCALE, "temperature": TEMPERATURE}
+    found = ranks.run(
+        "log_probs_and_entropy",
+        [
+            {
+                "ranks": len(shards),
+                "tensors": {
+                    "input": h.detach(), "linear_weight": w.detach()[part], "linear_bias": b.detach()[part],
+                    "target": given,
+                },
+                "upstream": upstream, "plan": plan_name, **options,
+            }
+            for part in parts(shards)
+        ],
+    )  # fmt: skip
+    for of_rank in found:
+        torch.testing.assert_close(of_rank["log_probs"], log_probs.detach())
+        torch.testing.assert_close(of_rank["entropy"], entropy.detach())
+        torch.testing.assert_close(of_rank["input"], dh)
+    torch.testing.assert_close(torch.cat([f["linear_weight"] for f in found]), dw)
+    torch.testing.assert_close(torch.cat([f["linear_bias"] for f in found]), db)

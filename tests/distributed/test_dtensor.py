@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ..helpers.shards import D, V
 from ..helpers.versions import release
-from .test_losses import D, V
 
 N = 8
 EVERYWHERE = (None,)

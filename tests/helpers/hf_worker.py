@@ -30,6 +30,20 @@ def llama(seed=0, cls=LlamaForCausalLM, **config):
     return cls(LlamaConfig(**{**sizes, **config}))
 
 
+class MyLlama(LlamaForCausalLM):
+    """Its forward takes a loss of its own, with shifted logits and label smoothing."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        outputs = super().forward(input_ids, **kwargs)
+        if labels is not None:
+            logits = outputs.logits[..., :-1, :].contiguous().float()
+            target = labels[..., 1:].contiguous()
+            outputs.loss = torch.nn.functional.cross_entropy(
+                logits.view(-1, logits.size(-1)), target.view(-1), label_smoothing=0.1
+            )
+        return outputs
+
+
 def examples(count, seed=1, ignored=-100):
     """Rows with unequal numbers of kept tokens: labels of prompts, and of padding on the right, are `ignored`."""
     generator = torch.Generator().manual_seed(seed)

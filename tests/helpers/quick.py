@@ -37,7 +37,6 @@ SLOW = {
     "linear/test_compile.py": {"test_inductor"},
     "logits/test_compile.py": {"test_inductor_with_dynamic_shapes"},
     "losses/test_linear_cross_entropy.py": {"test_gradcheck"},
-    "losses/test_log_probs.py": {"test_a_sharded_vocabulary"},
     "losses/test_memory.py": {
         "test_a_patched_models_training_step_holds_no_logits",
         "test_no_logits_beside_the_gradients",

@@ -7,16 +7,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from . import trainer_runs
 from .hf_worker import V, llama
 
 datasets, trl, peft = (pytest.importorskip(name) for name in ("datasets", "trl", "peft"))
 datasets.disable_progress_bars()
 
-SETTINGS = {
-    "per_device_train_batch_size": 2, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant",
-    "logging_steps": 1, "save_strategy": "no", "bf16": False, "report_to": "none", "use_cpu": True,
-    "gradient_checkpointing": False, "disable_tqdm": True,
-}  # fmt: skip
+SETTINGS = trainer_runs.SETTINGS | {"learning_rate": 0.1, "bf16": False, "gradient_checkpointing": False}
 WORDS = [
     "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "cat", "sat", "on", "its", "mat",
 ]  # fmt: skip

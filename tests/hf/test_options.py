@@ -5,12 +5,23 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fused_ignore_ce.deferred import forward
 from fused_ignore_ce.hf import patch_model, patch_transformers, unpatch_model
 
-from ..helpers.hf_tiny import TINY, D, QuantizedHead, V, assert_same, batch, bert, llama, step, transformers, with_head
+from ..helpers.hf_tiny import (
+    TINY,
+    D,
+    QuantizedHead,
+    V,
+    assert_same_step,
+    batch,
+    bert,
+    llama,
+    step,
+    transformers,
+    with_head,
+)
 
 
 def test_ignore_index_adds_ids_to_the_models_own():
@@ -18,7 +29,7 @@ def test_ignore_index_adds_ids_to_the_models_own():
     masked = inputs | {"labels": inputs["labels"].where(~torch.isin(inputs["labels"], torch.tensor([7, 11, 30])), -100)}
     assert (masked["labels"] != inputs["labels"]).any()
     plain = step(model, **masked)
-    assert_same(step(patch_model(model, ignore_index=[7, 11, 30]), **inputs), plain)
+    assert_same_step(step(patch_model(model, ignore_index=[7, 11, 30]), **inputs), plain)
     for special in (7, 11, 30):
         patch_model(model, ignore_index=special)  # patching again replaces
     outputs, _ = step(model, **inputs)
@@ -58,7 +69,7 @@ def test_options_do_not_touch_other_losses_of_the_model(took):
     inputs = batch() | {"next_sentence_label": torch.tensor([0, 1])}
     masked = inputs | {"labels": inputs["labels"].masked_fill(inputs["labels"] == 7, -100)}
     plain = step(model, **masked)
-    assert_same(step(patch_model(model, ignore_index=[0, 1, 7]), **inputs), plain)
+    assert_same_step(step(patch_model(model, ignore_index=[0, 1, 7]), **inputs), plain)
     assert took == ["linear"]
 
 
@@ -71,11 +82,11 @@ def test_a_model_that_hands_its_labels_to_another_inside_it(took):
     ).eval()
     inputs = batch() | {"pixel_values": torch.rand(2, 3, 8, 8)}
     plain = step(model, **inputs)
-    assert_same(step(patch_model(model), **inputs), plain)
+    assert_same_step(step(patch_model(model), **inputs), plain)
     assert took == ["linear"]
     labels = inputs["labels"].masked_fill(inputs["labels"] == 9, -100)
     masked = step(unpatch_model(model), **inputs | {"labels": labels})
-    assert_same(step(patch_model(model, ignore_index=9), **inputs), masked)
+    assert_same_step(step(patch_model(model, ignore_index=9), **inputs), masked)
     assert type(unpatch_model(model).text_decoder) is type(copy.deepcopy(model).text_decoder)
     assert "_fused_ignore_ce" not in model.text_decoder.__dict__
 
@@ -114,15 +125,47 @@ def test_wrong_options_are_errors_at_once(options, error, message):
     assert forward.process_wide.settings is None
 
 
-def test_what_is_no_transformers_model_is_an_error():
-    with pytest.raises(TypeError, match="PreTrainedModel.*Linear"):
-        patch_model(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="PreTrainedModel.*str"):
-        patch_model("meta-llama/Llama-3.1-8B")
-
-
 def test_zero_3_is_an_error_that_says_what_to_do():
     model = llama()
     model.lm_head.weight.ds_id = 0  # what DeepSpeed marks partitioned parameters by
     with pytest.raises(RuntimeError, match="ZeRO-3.*fused_causal_lm_loss"):
         patch_model(model)(**batch())
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])
+def test_zero_if_all_ignored(outside):
+    inputs = batch()
+    labels = torch.full_like(inputs["labels"], -100)
+    losses = []
+    for options in ({}, {"zero_if_all_ignored": True}):
+        model = patch_model(llama(), without_labels=outside, **options).train()
+        if outside:
+            logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+            losses.append(F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].flatten()))
+        else:
+            losses.append(model(input_ids=inputs["input_ids"], labels=labels).loss)
+    assert losses[0].isnan()
+    assert losses[1] == 0
+    losses[1].backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_zero_if_all_ignored_leaves_other_losses_alone():
+    """The option changes only the mean of no tokens, so it is no error where other losses are taken."""
+    model = patch_model(llama(), without_labels=True, zero_if_all_ignored=True).train()
+    ids = batch()["input_ids"]
+    log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+    (-log_probs.mean()).backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_a_budget_may_be_a_string():
+    """The budget also works where logits are reduced tile by tile."""
+    model = patch_model(llama(), without_labels=True, memory_budget="1 MiB").train()
+    plain = llama().train()
+    ids = batch()["input_ids"]
+    for reduced in (
+        lambda x: x.logsumexp(-1),
+        lambda x: F.cross_entropy(x.flatten(0, 1), ids.flatten()),
+    ):
+        torch.testing.assert_close(reduced(model(ids).logits), reduced(plain(ids).logits))

@@ -1,51 +1,21 @@
 """What a patched model cannot compute as asked is an error or a warning, and never another loss in silence."""
 
-import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
+from transformers import BertConfig, LlamaForCausalLM, LlamaModel
 from transformers import BertForSequenceClassification as Classifier
 
 from fused_ignore_ce.deferred import DeferredLogits
-from fused_ignore_ce.hf import IgnoreTokens, patch_model, patch_transformers, unpatch_model
+from fused_ignore_ce.hf import patch_model, patch_transformers, unpatch_model
 
-from ..helpers.hf_worker import PAD, V, assert_same, batches, examples, llama, trajectory
+from ..helpers.hf_worker import PAD, V, batches, llama, trajectory
+from ..helpers.trainer_runs import train
 from ..helpers.versions import release
 
 STEPS = 3
-
-
-def stacked(features):
-    return torch.utils.data.default_collate(features)
-
-
-def train(model, folder, collator=stacked, ignored=-100, trainer=Trainer, **recipe):
-    """The losses that the trainer logs, and the norms of the gradients."""
-    pytest.importorskip("accelerate")
-    settings = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": STEPS, "learning_rate": 0.3,
-        "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True, **recipe,
-    }  # fmt: skip
-    data = examples(24, ignored=ignored)
-    done = trainer(model=model, args=TrainingArguments(**settings), train_dataset=data, data_collator=collator)
-    done.train()
-    history = [entry for entry in done.state.log_history if "loss" in entry]
-    return [entry["loss"] for entry in history], [entry["grad_norm"] for entry in history]
-
-
-def test_ignored_ids_under_accumulation(tmp_path):
-    """The trainer counts labels that are not -100. Without IgnoreTokens, which sets them, there is an error."""
-    expected = train(llama(), tmp_path, gradient_accumulation_steps=2)
-    collator = IgnoreTokens(stacked, PAD)
-    ours = train(patch_model(llama(), ignore_index=PAD), tmp_path, collator, ignored=PAD, gradient_accumulation_steps=2)
-    for found, true in zip(ours, expected, strict=True):
-        assert_same(found, true)
-    with pytest.raises(ValueError, match=r"num_items_in_batch.*IgnoreTokens\(collator, ids\)"):
-        train(patch_model(llama(), ignore_index=PAD), tmp_path, ignored=PAD, gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -76,25 +46,6 @@ def test_a_compiled_sum_is_checked_too():
     batch["labels"][0, -4] = 7
     with pytest.raises(RuntimeError, match="num_items_in_batch"):
         model(**batch, num_items_in_batch=torch.tensor(9))
-
-
-def test_the_wrapped_collator():
-    collator = IgnoreTokens(lambda features, scale=1: {"shift_labels": scale * features, "x": features}, [2, 4])
-    features = torch.tensor([[1, 2, 3]])
-    batch = collator(features, scale=2)
-    assert batch["shift_labels"].tolist() == [[-100, -100, 6]]
-    assert batch["x"] is features
-    assert features.tolist() == [[1, 2, 3]]
-    assert IgnoreTokens(functools.partial(stacked), 3).func is stacked  # attributes are the wrapped collator's
-    for collator, message in ((lambda _: {"labels": [1]}, "list"), (lambda _: {"labels": torch.ones(2)}, "float32")):
-        with pytest.raises(TypeError, match=f"labels: expected an integer tensor.*{message}"):
-            IgnoreTokens(collator, 0)([])
-    with pytest.raises(ValueError, match="labels.*got \\['x'\\]"):
-        IgnoreTokens(lambda _: {"x": 1}, 0)([])
-    with pytest.raises(TypeError, match="collator"):
-        IgnoreTokens(None, 0)
-    with pytest.raises(ValueError, match="ignore_index"):
-        IgnoreTokens(stacked, [])
 
 
 class OtherLoss(torch.autograd.Function):
@@ -165,11 +116,6 @@ def test_a_model_without_a_head_is_an_error():
         assert LlamaModel(config)(batches(1)[0]["input_ids"]).last_hidden_state.isfinite().all()
 
 
-def test_a_model_that_was_loaded_again_is_not_patched(tmp_path):
-    patch_model(llama(), ignore_index=PAD).save_pretrained(tmp_path)
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
-
-
 def criterion(outputs, labels, **options):
     return torch.nn.CrossEntropyLoss(**options)(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
 
@@ -217,7 +163,7 @@ def test_a_loss_that_options_cannot_reach_is_an_error_in_its_backward(loss):
 def test_options_and_training_without_labels_are_an_error(tmp_path):
     model, ids = patch_model(llama(), z_loss=0.1), torch.tensor([[1, 2]])
     with pytest.raises(RuntimeError, match=r"z_loss: given to patch_model.*without_labels=True"):
-        train(model, tmp_path, label_smoothing_factor=0.2)
+        train(model, tmp_path, {"max_steps": 1, "label_smoothing_factor": 0.2})
     with torch.no_grad():
         assert model(ids).logits.isfinite().all()
     assert model.eval()(ids).logits.isfinite().all()
@@ -240,3 +186,7 @@ def test_what_is_no_model_is_told_what_to_pass():
         TypeError, match=r"the class LlamaForCausalLM; pass an instance, or call patch_transformers\(\)"
     ):
         patch_model(LlamaForCausalLM)
+    with pytest.raises(TypeError, match="PreTrainedModel.*Linear"):
+        patch_model(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="PreTrainedModel.*str"):
+        patch_model("meta-llama/Llama-3.1-8B")

@@ -4,12 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fused_ignore_ce.deferred import DeferredLogits
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
+from ..helpers import trainer_runs
 from ..helpers.hf_worker import V, assert_deferred, assert_same, batches, examples, llama, spied, trajectory
 
 accelerate = pytest.importorskip("accelerate")  # which the Trainer needs
@@ -24,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 class Recorder(Trainer):
     """Keeps what each micro batch gave: its loss as it is divided, its logits, the count it was divided by."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses, self.logits, self.counts = [], [], []
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
@@ -35,20 +40,8 @@ class Recorder(Trainer):
 
 def train(model, folder, *, recipe=None, evaluate=False, **given):
     """(the trainer, metrics of the evaluation)."""
-    settings = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
-        "max_steps": STEPS, "learning_rate": LR, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 1.0,
-    }  # fmt: skip
-    trainer = Recorder(
-        model=model,
-        args=TrainingArguments(**{**settings, **(recipe or {})}),
-        train_dataset=examples(24),
-        eval_dataset=examples(5, seed=2),
-        **given,
-    )
-    trainer.losses, trainer.logits, trainer.counts = [], [], []
-    trainer.train()
+    recipe = {"max_steps": STEPS, "per_device_eval_batch_size": 2, **(recipe or {})}
+    trainer = trainer_runs.train(model, folder, recipe, cls=Recorder, eval_dataset=examples(5, seed=2), **given)
     return trainer, trainer.evaluate() if evaluate else {}
 
 
@@ -83,24 +76,40 @@ def test_trainer(recipe, tmp_path, monkeypatch):
     assert len(set(trainer.counts)) > 1  # the micro batches differ in their numbers of ignored tokens
 
 
+@pytest.mark.parametrize("without_labels", [False, True], ids=["", "without_labels"])
 @pytest.mark.parametrize("recipe", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
-def test_label_smoothing_of_the_trainer(recipe, tmp_path, monkeypatch):
+def test_label_smoothing_of_the_trainer(recipe, without_labels, tmp_path, monkeypatch):
     """The trainer takes the labels away from the model and computes the smoothed loss itself."""
     recipe = dict(label_smoothing_factor=0.2, **recipe)
     plain, _ = train(llama(), tmp_path, recipe=recipe)
     spy = spied(monkeypatch)
-    trainer, _ = train(patch_model(llama()), tmp_path, recipe=recipe)
+    model = patch_model(llama(), without_labels=without_labels)
+    trainer, _ = train(model, tmp_path, recipe=recipe)
     assert_same(trainer.losses, plain.losses, BF16 if "bf16" in recipe else FP32)
     assert spy.calls == 0
+    if without_labels:
+        report = fusion_report(model)
+        assert {*report.fused} == {"gather(neg(log_softmax(logits)))", "sum(neg(log_softmax(logits)))"}
+        assert report.reads == {}
 
 
-def test_loss_function_of_the_caller(tmp_path):
-    """`compute_loss_func` reads the logits of a model that had no labels."""
-    loss = partial(ForCausalLMLoss, vocab_size=V)
-    given = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: loss(outputs.logits, labels)}
+@pytest.mark.parametrize(
+    ("without_labels", "accumulation"), [(False, 1), (True, 1), (True, 2)], ids=["", "without_labels", "accumulation"]
+)
+def test_loss_function_of_the_caller(without_labels, accumulation, tmp_path):
+    """`compute_loss_func` takes its loss of the logits of a model that had no labels."""
+
+    def loss_of(outputs, labels, num_items_in_batch):
+        return ForCausalLMLoss(outputs.logits, labels, V, num_items_in_batch)
+
+    given = {"compute_loss_func": loss_of, "recipe": {"gradient_accumulation_steps": accumulation}}
     plain, _ = train(llama(), tmp_path, **given)
-    trainer, _ = train(patch_model(llama()), tmp_path, **given)
+    model = patch_model(llama(), without_labels=without_labels)
+    trainer, _ = train(model, tmp_path, **given)
     assert_same(trainer.losses, plain.losses, FP32)
+    if without_labels:
+        assert fusion_report(model).fused["cross_entropy"].calls == STEPS * accumulation
+        assert fusion_report(model).reads == {}
 
 
 def accuracy(prediction):

@@ -177,3 +177,20 @@ def test_a_string_reaches_the_plan_from_everywhere(monkeypatch, device):
         asked.clear()
         call(memory_budget="2 KiB")
         assert set(asked) == {2048}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"num_tokens": -5}, ValueError),
+        ({"num_ignored": 9}, ValueError),
+        ({"memory_budget": "1 apple"}, TypeError),
+        ({"memory_budget": 1.5}, TypeError),
+        ({"reduction": "avg"}, ValueError),
+        ({"dtype": torch.int32}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_plan_needs_sensible_sizes(changed, error):
+    with pytest.raises(error, match=next(iter(changed))):
+        plan_linear_loss(**({"num_tokens": 8, "num_classes": 10, "num_features": 4} | changed))

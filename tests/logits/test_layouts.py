@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from fused_ignore_ce import fused_cross_entropy
-from fused_ignore_ce.torch_blocks import BLOCK_ELEMENTS
 
 N, V = 6, 700
 
@@ -91,22 +90,6 @@ def test_weight_strides(backend, device):
         options = {"label_smoothing": 0.1, "weight": weight}
         ours = fused_cross_entropy(x, target, backend=backend, **options)
         torch.testing.assert_close(ours, F.cross_entropy(x, target, **options))
-
-
-def test_several_blocks_of_rows(device, monkeypatch):
-    """The PyTorch backend's blocks: more than one, the last one short, ignored rows between."""
-    x = torch.randn(2, 50, 30, device=device).transpose(1, 2)[..., :49]
-    target = torch.randint(0, 30, (2, 49), device=device)
-    for ignored in (None, slice(None, None, 3)):
-        if ignored is not None:
-            target[:, ignored] = -100
-        results = []
-        for block in (BLOCK_ELEMENTS, 30 * 8):
-            monkeypatch.setattr("fused_ignore_ce.torch_blocks.BLOCK_ELEMENTS", block)
-            leaf = x.detach().requires_grad_()
-            loss = fused_cross_entropy(leaf, target, backend="torch", label_smoothing=0.1, softcap=5.0)
-            results.append((loss, *torch.autograd.grad(loss, leaf)))
-        torch.testing.assert_close(*results)
 
 
 def test_more_than_2_31_elements(backend, device):

@@ -148,7 +148,7 @@ class TestLikeTransformers:
 
     def test_what_a_model_hands_on_is_not_read(self, device):
         logits, labels = torch.randn(2, 5, V, device=device), torch.randint(0, V, (2, 5), device=device)
-        loss = fused_causal_lm_loss(logits, labels, position_ids=None, cu_seq_lens_q=1, output_attentions=True)
+        loss = fused_causal_lm_loss(logits, labels, position_ids=None, cu_seq_lens_q=1, colour=3)
         assert torch.equal(loss, fused_causal_lm_loss(logits, labels))
 
 
@@ -182,3 +182,24 @@ def test_sliced_logits_are_not_copied(backend, device, monkeypatch):
     logits = torch.randn(2, 6, V, device=device)
     fused_causal_lm_loss(logits[:, 1:], torch.randint(0, V, (2, 5), device=device), backend=backend)
     assert seen == [logits[:, 1:].data_ptr()]
+
+
+class TestErrors:
+    labels = torch.tensor([[1, 2, 3]])
+    logits = torch.randn(1, 3, 5)
+
+    def test_vocab_size(self):
+        with pytest.raises(ValueError, match="vocab_size.*5.*6"):
+            fused_causal_lm_loss(self.logits, self.labels, vocab_size=6)
+
+    def test_labels_shape(self):
+        with pytest.raises(ValueError, match=r"labels.*\(1, 3\).*\(1, 4\)"):
+            fused_causal_lm_loss(self.logits, torch.zeros(1, 4, dtype=torch.long))
+
+    def test_no_labels(self):
+        with pytest.raises(TypeError, match="labels.*NoneType"):
+            fused_causal_lm_loss(self.logits, None)
+
+    def test_label_out_of_range(self):
+        with pytest.raises(IndexError, match="target 5 is out of bounds"):
+            fused_causal_lm_loss(self.logits, torch.tensor([[1, 5, 3]]))

@@ -7,12 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fused_ignore_ce import (
-    FusedLinearCrossEntropyLoss,
     fused_cross_entropy,
     fused_linear_cross_entropy,
-    fused_linear_log_probs,
     reference,
 )
+
+from ..helpers.linear import gradients, problem
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -24,23 +24,6 @@ def linear_then(loss):
 
 def ours(h, w, b, target, weight=None, **options):
     return fused_linear_cross_entropy(h, w, target, linear_bias=b, weight=weight, **options)
-
-
-def problem(N, V, D, dtype=torch.float32, bias=True, device="cpu"):
-    """Hidden states, head and bias whose logits are of the order of 1; targets with the first and last class."""
-    h = torch.randn(N, D, dtype=torch.float64).to(device, dtype)
-    w = (torch.randn(V, D, dtype=torch.float64) / max(D, 1) ** 0.5).to(device, dtype)
-    b = torch.randn(V, dtype=torch.float64).to(device, dtype) if bias else None
-    y = torch.randint(0, V, (N,), device=device)
-    y[:2] = torch.tensor([0, V - 1], device=device)[:N]
-    return h, w, b, y
-
-
-def gradients(loss, tensors, factor=-1.5):
-    """The loss and its gradients for an upstream gradient that is not 1."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    value = loss(*leaves)
-    return value, *torch.autograd.grad(value, leaves, torch.full_like(value, factor))
 
 
 def compare(no_worse, call, tensors, dtype, options, scale=0.0, **extra):
@@ -217,100 +200,3 @@ def test_stats_without_logits(probs, share, backend, plan, device):
         torch.testing.assert_close(field, value)
         assert not field.requires_grad
     assert share == 1.0 or stats.correct[6:].all()
-
-
-@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
-def test_log_probs(stats, backend, plan, device):
-    h, w, b, y = problem(6, 70, 8, torch.bfloat16, device=device)
-    h, y = h.view(2, 3, 8), y.view(2, 3)
-    y[0, 1] = -100
-
-    def fused(h, w, b):
-        found = fused_linear_log_probs(
-            h, w, y, linear_bias=b, logit_scale=0.5, softcap=20.0, return_stats=stats, backend=backend
-        )
-        return found[0] if stats else found
-
-    def plain(h, w, b):
-        x = 20 * torch.tanh(F.linear(h, w, b).double() * 0.5 / 20)
-        found = x.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
-        return torch.where(y == -100, 0.0, found)
-
-    found, expected = gradients(fused, (h, w, b)), gradients(plain, (h, w, b))
-    assert found[0].dtype == torch.float32
-    assert found[0].shape == (2, 3)
-    assert found[0][0, 1] == 0
-    for name, a, e in zip(("log_probs", "dh", "dw", "db"), found, expected, strict=True):
-        error = (a.double() - e.double()).abs().max()
-        assert error <= 2**-7 * e.abs().max(), f"{name}: off by {error}"
-    with pytest.raises(TypeError, match="target"):
-        fused_linear_log_probs(h, w, torch.rand(2, 3, 70, device=device).bfloat16())
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_module(bias, backend, device):
-    module = FusedLinearCrossEntropyLoss(
-        8, 20, out_features=(3,), bias=bias, weight=torch.rand(20), ignore_index=[1, 2], softcap=9.0, backend=backend,
-        dtype=torch.float32, device=device, z_loss=0.1, reduction="sum", label_smoothing=0.1, logit_scale=0.5,
-        memory_budget=10**7,
-    )  # fmt: skip
-    h, y = torch.randn(5, 8, device=device), torch.randint(0, 20, (5, 3), device=device)
-    linear = module.linear
-    expected = fused_linear_cross_entropy(
-        h, linear.weight.view(20, 3, 8), y, linear_bias=linear.bias.view(20, 3) if bias else None,
-        weight=module.weight, ignore_index=[1, 2], softcap=9.0, z_loss=0.1, reduction="sum", label_smoothing=0.1,
-        logit_scale=0.5, backend=backend,
-    )  # fmt: skip
-    torch.testing.assert_close(module(h, y), expected)
-    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
-        theirs = torch.nn.LinearCrossEntropyLoss(8, 20, out_features=(3,), bias=bias, weight=torch.rand(20))
-        theirs.load_state_dict(module.state_dict())
-    assert "softcap=9.0" in repr(module)
-    with pytest.raises(ValueError, match="options"):
-        FusedLinearCrossEntropyLoss(8, 20, options=object())
-    with pytest.raises(RuntimeError, match="label_smoothing"):
-        FusedLinearCrossEntropyLoss(8, 20, label_smoothing=2.0)
-
-
-class Tied(torch.nn.Module):
-    """A model whose head is its embedding."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(20, 8)
-        self.criterion = FusedLinearCrossEntropyLoss(8, 20, external_weight=True, **options)
-
-    def forward(self, ids, target, **more):
-        return self.criterion(self.embedding(ids), target, linear_weight=self.embedding.weight, **more)
-
-
-def test_a_head_s_weight_from_outside(backend, device):
-    """Tied embeddings are one parameter. It is in the state_dict once, and gets the gradients of both of its uses."""
-    model = Tied(ignore_index=[1], z_loss=0.1, backend=backend).to(device)
-    assert list(model.state_dict()) == ["embedding.weight"]
-    ids, y = torch.randint(0, 20, (2, 5), device=device), torch.randint(0, 20, (2, 5), device=device)
-    weight, bias = model.embedding.weight, torch.randn(20, device=device, requires_grad=True)
-    ours = model(ids, y, linear_bias=bias)
-    true = fused_linear_cross_entropy(
-        F.embedding(ids, weight), weight, y, linear_bias=bias, ignore_index=1, z_loss=0.1, backend=backend
-    )
-    assert torch.equal(ours, true)
-    for one, other in zip(
-        torch.autograd.grad(ours, (weight, bias)), torch.autograd.grad(true, (weight, bias)), strict=True
-    ):
-        torch.testing.assert_close(one, other)
-    model.double()  # the next call gets the weight that replaces the embedding's
-    assert model(ids, y).dtype == torch.float64
-
-
-def test_a_head_s_weight_is_either_the_module_s_or_from_outside(device):
-    h, y = torch.randn(3, 8), torch.tensor([1, 2, 3])
-    outside = FusedLinearCrossEntropyLoss(8, 20, external_weight=True)
-    with pytest.raises(ValueError, match=r"linear_weight: expected shape \(20, 8\).*external_weight=True, got None"):
-        outside(h, y)
-    with pytest.raises(ValueError, match=r"linear_weight: expected shape \(20, 8\).*got \(19, 8\)"):
-        outside(h, y, linear_weight=torch.randn(19, 8))
-    with pytest.raises(ValueError, match="linear_weight, linear_bias: expected None.*external_weight=True"):
-        FusedLinearCrossEntropyLoss(8, 20)(h, y, linear_weight=torch.randn(20, 8))
-    with pytest.raises(ValueError, match="bias: expected False with external_weight=True; pass linear_bias"):
-        FusedLinearCrossEntropyLoss(8, 20, bias=True, external_weight=True)

@@ -1,4 +1,4 @@
-"""`fused_linear_log_probs`: temperature after the cap, token weights, entropies with gradients; sharded, too."""
+"""`fused_linear_log_probs`: temperature after the cap, token weights, entropies with gradients."""
 
 import pytest
 import torch
@@ -6,27 +6,9 @@ import torch.nn.functional as F
 
 from fused_ignore_ce import fused_linear_log_probs
 
-from ..distributed.test_losses import parts
-
-N, V, D = 5, 70, 4
-TEMPERATURE, CAP, SCALE = 0.7, 3.0, 1.3
-
-
-def problem(device="cpu"):
-    h = torch.randn(N, D, dtype=torch.float64, device=device, requires_grad=True)
-    w = (2 * torch.randn(V, D, dtype=torch.float64, device=device)).requires_grad_()
-    b = torch.randn(V, dtype=torch.float64, device=device, requires_grad=True)
-    return h, w, b, torch.tensor([3, -100, 69, 0, 12], device=device)
-
-
-def plain(h, w, b, y, cap=CAP, temperature=TEMPERATURE):
-    """(log_probs, entropy), 0 at ignored rows."""
-    x = SCALE * F.linear(h, w, b)
-    x = x if cap is None else cap * torch.tanh(x / cap)
-    log_p = (x / temperature).log_softmax(-1)
-    kept = y != -100
-    chosen = log_p.gather(-1, y.clamp(min=0)[:, None])[:, 0]
-    return torch.where(kept, chosen, 0.0), torch.where(kept, -(log_p.exp() * log_p).sum(-1), 0.0)
+from ..helpers.linear import gradients
+from ..helpers.linear import problem as linear_problem
+from ..helpers.log_probs import CAP, SCALE, TEMPERATURE, N, plain, problem
 
 
 def assert_same_gradients(ours, true, leaves):
@@ -107,31 +89,29 @@ def test_a_policy_gradient_is_compiled_without_a_break(backend, device):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("plan_name", [None, "vocabulary blocks"])
-@pytest.mark.parametrize("shards", [(40, 30), (5, 0, 45, 20)], ids=["2", "4, one empty"])
-def test_a_sharded_vocabulary(shards, plan_name, ranks):
-    *leaves, y = problem()
-    h, w, b = leaves
-    upstream = torch.linspace(-1.5, 2.0, N, dtype=torch.float64)
-    log_probs, entropy = plain(h, w, b, y)
-    dh, dw, db = torch.autograd.grad((log_probs * upstream - 0.3 * entropy * upstream.flip(0)).sum(), leaves)
-    options = {"softcap": CAP, "logit_scale": SCALE, "temperature": TEMPERATURE}
-    found = ranks.run(
-        "log_probs_and_entropy",
-        [
-            {
-                "ranks": len(shards),
-                "tensors": {
-                    "input": h.detach(), "linear_weight": w.detach()[part], "linear_bias": b.detach()[part], "target": y
-                },
-                "upstream": upstream, "plan": plan_name, **options,
-            }
-            for part in parts(shards)
-        ],
-    )  # fmt: skip
-    for of_rank in found:
-        torch.testing.assert_close(of_rank["log_probs"], log_probs.detach())
-        torch.testing.assert_close(of_rank["entropy"], entropy.detach())
-        torch.testing.assert_close(of_rank["input"], dh)
-    torch.testing.assert_close(torch.cat([f["linear_weight"] for f in found]), dw)
-    torch.testing.assert_close(torch.cat([f["linear_bias"] for f in found]), db)
+@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
+def test_bfloat16(stats, backend, plan, device):
+    h, w, b, y = linear_problem(6, 70, 8, torch.bfloat16, device=device)
+    h, y = h.view(2, 3, 8), y.view(2, 3)
+    y[0, 1] = -100
+
+    def fused(h, w, b):
+        found = fused_linear_log_probs(
+            h, w, y, linear_bias=b, logit_scale=0.5, softcap=20.0, return_stats=stats, backend=backend
+        )
+        return found[0] if stats else found
+
+    def plain(h, w, b):
+        x = 20 * torch.tanh(F.linear(h, w, b).double() * 0.5 / 20)
+        found = x.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+        return torch.where(y == -100, 0.0, found)
+
+    found, expected = gradients(fused, (h, w, b)), gradients(plain, (h, w, b))
+    assert found[0].dtype == torch.float32
+    assert found[0].shape == (2, 3)
+    assert found[0][0, 1] == 0
+    for name, a, e in zip(("log_probs", "dh", "dw", "db"), found, expected, strict=True):
+        error = (a.double() - e.double()).abs().max()
+        assert error <= 2**-7 * e.abs().max(), f"{name}: off by {error}"
+    with pytest.raises(TypeError, match="target"):
+        fused_linear_log_probs(h, w, torch.rand(2, 3, 70, device=device).bfloat16())

@@ -1,23 +1,12 @@
 """What an installation must look like, and what importing must not do."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 import fused_ignore_ce
-from fused_ignore_ce.extras import needed
-from scripts import project
 
 from ..helpers.paths import ROOT
-
-
-def python(code: str, *flags: str, cwd: Path = ROOT) -> str:
-    return subprocess.run(
-        [sys.executable, *flags, "-c", code], cwd=cwd, check=True, capture_output=True, text=True
-    ).stdout.strip()
+from ..helpers.processes import python
 
 
 def test_kernels_shadow_no_other_package():
@@ -57,35 +46,3 @@ def test_public_names_are_documented():
     for name in fused_ignore_ce.__all__:
         assert getattr(fused_ignore_ce, name).__doc__, name
     assert (ROOT / "fused_ignore_ce" / "py.typed").exists()
-
-
-@pytest.mark.parametrize(
-    ("missing", "extra", "calls"),
-    [
-        ("transformers", "hf", ("patch_model(torch.nn.Linear(1, 1))", "patch_transformers()")),
-        ("trl", "trl", ("patch_trainer(object())",)),
-    ],
-)
-def test_what_is_missing_is_named_with_its_extra(missing, extra, calls, tmp_path):
-    code = f"""
-import sys
-sys.modules[{missing!r}] = None  # importing it fails
-import torch
-from fused_ignore_ce import {extra} as module
-for call in {calls!r}:
-    try:
-        eval(f"module.{{call}}")
-    except ModuleNotFoundError as e:
-        print(e.name, e)
-"""
-    expected = f"{missing}: needed here and not installed; pip install 'fused_ignore_ce[{extra}]'"
-    assert python(code, cwd=tmp_path).splitlines() == [f"{missing} {expected}"] * len(calls)
-    assert any(missing in line for line in project.metadata()["optional-dependencies"][extra])
-
-
-def test_an_extra_is_not_blamed_for_what_its_package_lacks(tmp_path, monkeypatch):
-    (tmp_path / "broken_extra.py").write_text("import not_there_at_all")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError) as raised:
-        needed("broken_extra", "hf")
-    assert raised.value.name == "not_there_at_all"

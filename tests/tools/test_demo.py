@@ -1,8 +1,7 @@
-"""The command line: the demo trains, compares and can fail; `env` says what this machine runs."""
+"""The demo trains two models, compares them, and fails if they differ."""
 
 import contextlib
 import functools
-import importlib.util
 import io
 import re
 import sys
@@ -10,10 +9,8 @@ import sys
 import pytest
 import torch
 
-import fused_ignore_ce
 from fused_ignore_ce import demo, demo_data
 from fused_ignore_ce.__main__ import main
-from fused_ignore_ce.measure import PeakMemory
 
 STEPS, BATCH, LENGTH = 12, 2, 64
 SIZES = {"steps": STEPS, "batch": BATCH, "length": LENGTH, "vocab": 500, "hidden": 16, "functions": 200}
@@ -206,49 +203,3 @@ def test_labels_are_ignored_on_prompt_and_padding_only(tokenizer, length_of):
 def test_source_survives_the_tokenizer(tokenizer):
     for example in demo_data.split_functions(SOURCE):
         assert tokenizer.decode(tokenizer.encode(example.prompt).ids) == example.prompt
-
-
-def test_env_names_versions_and_backend(capsys):
-    assert main(["env"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["fused_ignore_ce"] == fused_ignore_ce.__version__
-    assert lines["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert lines["torch"] == torch.__version__
-    for package in ("triton", "transformers", "accelerate", "peft", "trl", "liger-kernel"):
-        known = importlib.util.find_spec(package.replace("-", "_")) is not None
-        assert (lines[package] != "not installed") == known
-    assert lines["cpu"].endswith("backend: torch")
-    assert ("cuda:0" in lines) == torch.cuda.is_available()
-
-
-def test_no_command_prints_help(capsys):
-    assert main([]) == 2
-    printed = capsys.readouterr().out
-    assert "demo" in printed
-    assert "env" in printed
-
-
-@pytest.mark.parametrize("arguments", [["train"], ["demo", "--steps=0"], ["demo", "--step", "x"]], ids=" ".join)
-def test_wrong_arguments_are_errors(arguments, capsys):
-    with pytest.raises(SystemExit) as exited:
-        main(arguments)
-    assert exited.value.code == 2
-    assert "error" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
-@pytest.mark.parametrize("mib", [24, 96], ids=["heap", "mapped"])  # below and above what glibc may keep
-def test_peak_memory_counts_reused_memory_too(mib):
-    pins = []  # what is freed below them is not at the heap's end, which glibc returns on its own
-    for _ in range(8):
-        with PeakMemory(torch.device("cpu")) as peak:
-            both = [torch.ones(mib << 18), torch.ones(mib << 18)]
-            pins.append(torch.ones(1 << 16))
-            del both
-    assert peak.bytes == pytest.approx(2 * mib << 20, abs=8 << 20)
-
-
-def test_peak_memory_is_none_on_devices_it_does_not_know():
-    with PeakMemory(torch.device("meta")) as peak:
-        torch.ones(9, device="meta")
-    assert peak.bytes is None
