@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from .. import distributed
-from ..backends import check_targets
-from ..distributed import Shard
-from ..options import LossOptions, schema_of
+from ..backends.choice import check_targets
+from ..core.options import LossOptions, schema_of
+from ..distributed import ranks
+from ..distributed.ranks import Shard
 from .gradients import Wanted
 from .plan import LinearPlan, Sizes, choose
 from .tiles import Operands, Tiles
@@ -48,7 +48,7 @@ def plan_of(operands: Operands, call: LinearCall, wanted: Wanted, *, recompute: 
         gathered=call.gathered,
         recompute=recompute,
         probs=probs is not None,
-        ranks=1 if call.group is None else distributed.group_named(call.group).size(),
+        ranks=1 if call.group is None else ranks.group_named(call.group).size(),
     )
     return choose(sizes, call.memory_budget)
 
@@ -63,7 +63,7 @@ def agreed_shard(operands: Operands, call: LinearCall) -> Shard | None:
         return None
     same = (h.dtype, h.shape[1], probs is None, tuple(options), call.with_stats, weight is None)
     index = target if probs is None else None
-    return distributed.agree(call.group, w.shape[0], index, options.ignore_index, len(target), same)
+    return ranks.agree(call.group, w.shape[0], index, options.ignore_index, len(target), same)
 
 
 def tiles_of(operands: Operands, call: LinearCall, plan: LinearPlan, shard: Shard | None) -> Tiles:

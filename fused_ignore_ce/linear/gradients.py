@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import Rows, Saved, Upstream, acc_dtype
+from ..core.rows import Rows, Saved, Upstream, acc_dtype
 from .plan import accumulates, product_elements
 from .tiles import Tiles, slices_of
 

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..arguments import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
-from ..autograd import RowResults
-from ..distributed import Replicated
-from ..operators import is_plain, may_wait, refuse_transforms
-from ..options import LossOptions, ReductionOptions, budget_bytes
-from ..reduction import (
+from ..backends import choice as backends
+from ..core.arguments import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
+from ..core.operators import is_plain, may_wait, refuse_transforms
+from ..core.options import LossOptions, ReductionOptions, budget_bytes
+from ..core.reduction import (
     Scales,
     Targets,
     finished,
@@ -26,7 +24,9 @@ from ..reduction import (
     statistics,
     weight_of_target,
 )
-from ..rows import acc_dtype
+from ..core.rows import acc_dtype
+from ..distributed.ranks import Replicated
+from ..logits.row_results import RowResults
 from .calls import LinearCall, plan_of
 from .gradients import Wanted
 from .plan import ONE_BLOCK, TOKEN_CHUNKS, operand_dtype

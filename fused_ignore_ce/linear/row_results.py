@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..autograd import RESULTS_SCHEMA, RowResults, block_of, fake_results
-from ..distributed import Shard
-from ..operators import PACKAGE, is_plain, wants_grad
-from ..options import flatten, unflatten
-from ..rows import Rows, Saved, Upstream
+from ..core.operators import PACKAGE, is_plain, wants_grad
+from ..core.options import flatten, unflatten
+from ..core.rows import Rows, Saved, Upstream
+from ..distributed import ranks
+from ..distributed.ranks import Shard
+from ..logits.row_results import RESULTS_SCHEMA, RowResults, block_of, fake_results
 from .calls import (
     CALL_SCHEMA,
     OPERANDS,
@@ -47,7 +47,7 @@ def _rows_backward(
     upstream: Upstream, operands: Operands, saved: Saved, place: Tensor, call: LinearCall, wanted: Wanted
 ) -> Gradients:
     block = block_of(place)
-    shard = None if call.group is None or block is None else Shard(distributed.group_named(call.group), block)
+    shard = None if call.group is None or block is None else Shard(ranks.group_named(call.group), block)
     plan = plan_of(operands, call, wanted, recompute=True)
     with no_autocast(operands):
         return gradients(tiles_of(operands, call, plan, shard), upstream, saved, wanted)

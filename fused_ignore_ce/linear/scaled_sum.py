@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import RowResults, fake_results
-from ..backends import scaled
-from ..distributed import Merged
-from ..operators import PACKAGE, is_plain, wants_grad
-from ..options import flatten, unflatten
-from ..reduction import scaled_total
-from ..rows import Rows
+from ..backends.choice import scaled
+from ..core.operators import PACKAGE, is_plain, wants_grad
+from ..core.options import flatten, unflatten
+from ..core.reduction import scaled_total
+from ..core.rows import Rows
+from ..distributed.ranks import Merged
+from ..logits.row_results import RowResults, fake_results
 from .calls import (
     CALL_SCHEMA,
     OPERANDS,

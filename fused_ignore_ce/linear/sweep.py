@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..distributed import Merged
-from ..options import LossOptions
-from ..rows import Rows, Saved, Upstream
+from ..core.options import LossOptions
+from ..core.rows import Rows, Saved, Upstream
+from ..distributed.ranks import Merged
 from .gradients import Gradients, GradientSums, Wanted
 from .tiles import Tiles
 

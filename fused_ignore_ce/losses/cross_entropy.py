@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from .arguments import LogitsTensors, check_inplace
-from .autograd import cross_entropy_rows
-from .grad_in_forward import can_compute_in_forward, total_with_gradient
-from .kernel_reduction import can_reduce, reduced_by_kernel, reduced_with_gradient
-from .keywords import explains_keywords
-from .operators import overridden, refuse_transforms
-from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
-from .problem import LogitsProblem, logits_problem
-from .reduction import LossStats, finished, reduce_rows, scales, statistics, weight_of_target
-from .shards import local_logits
+from ..core.arguments import LogitsTensors, check_inplace
+from ..core.keywords import explains_keywords
+from ..core.operators import overridden, refuse_transforms
+from ..core.options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
+from ..core.reduction import LossStats, finished, reduce_rows, scales, statistics, weight_of_target
+from ..distributed.shards import local_logits
+from ..logits.grad_in_forward import can_compute_in_forward, total_with_gradient
+from ..logits.kernel_reduction import can_reduce, reduced_by_kernel, reduced_with_gradient
+from ..logits.problem import LogitsProblem, logits_problem
+from ..logits.row_results import cross_entropy_rows
 
 
 @overload

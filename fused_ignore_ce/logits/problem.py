@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .arguments import LogitsTensors, Sizes, check_ignored, check_logits, check_token_weight, holds_probabilities
-from .autograd import RowCall
-from .operators import is_plain
-from .options import LossOptions, ReductionOptions
-from .reduction import Targets, loss_dtype_of, prepare_targets
-from .rows import Logits, acc_dtype, classes_last
+from ..backends import choice as backends
+from ..core.arguments import LogitsTensors, Sizes, check_ignored, check_logits, check_token_weight, holds_probabilities
+from ..core.operators import is_plain
+from ..core.options import LossOptions, ReductionOptions
+from ..core.reduction import Targets, loss_dtype_of, prepare_targets
+from ..core.rows import Logits, acc_dtype, classes_last
+from .row_results import RowCall
 
 
 class LogitsProblem(NamedTuple):

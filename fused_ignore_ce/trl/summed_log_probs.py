@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import LinearTensors
-from ..operators import is_plain
-from ..options import LossOptions, ReductionOptions
-from ..reduction import LossStats, statistics
-from .calls import refuse_create_graph
-from .log_probs import fused_linear_log_probs
-from .problem import Position, linear_problem
-from .row_results import row_results
-from .scaled_sum import scaled_sum
-from .tiles import Operands
+from ..core.arguments import LinearTensors
+from ..core.operators import is_plain
+from ..core.options import LossOptions, ReductionOptions
+from ..core.reduction import LossStats, statistics
+from ..linear.calls import refuse_create_graph
+from ..linear.problem import Position, linear_problem
+from ..linear.row_results import row_results
+from ..linear.scaled_sum import scaled_sum
+from ..linear.tiles import Operands
+from ..losses.log_probs import fused_linear_log_probs
 
 
 def summed_log_probs(

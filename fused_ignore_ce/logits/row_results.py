@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, distributed, reference
-from .operators import PACKAGE, is_plain, wants_grad
-from .options import LossOptions, flatten, schema_of, unflatten
-from .rows import Block, Logits, Rows, Saved, Upstream, zero_rows
+from ..backends import choice as backends
+from ..backends import reference
+from ..core.operators import PACKAGE, is_plain, wants_grad
+from ..core.options import LossOptions, flatten, schema_of, unflatten
+from ..core.rows import Block, Logits, Rows, Saved, Upstream, zero_rows
+from ..distributed import ranks
 
 
 class RowCall(NamedTuple):
@@ -73,7 +75,7 @@ def block_of(place: Tensor) -> Block | None:
 def _forward(logits: Logits, call: RowCall) -> RowResults:
     kernels = backends.implementation(call.backend, logits.x.device)
     if call.group is not None:
-        merged, shard = distributed.forward(kernels, call.group, logits, call.options, call.with_stats)
+        merged, shard = ranks.forward(kernels, call.group, logits, call.options, call.with_stats)
         return RowResults.of_group(*merged, torch.tensor(shard.block))
     if logits.probs is None:
         backends.check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from .operators import is_plain
-from .options import LossOptions, check_backend, out_of_bounds
-from .rows import Block, Logits, Rows, Saved, Upstream
+from ..core.operators import is_plain
+from ..core.options import LossOptions, check_backend, out_of_bounds
+from ..core.rows import Block, Logits, Rows, Saved, Upstream
+from . import pytorch
 
 #: The sums over blocks of the vocabulary, (5, parts, N), and their argmax (parts, N), empty without statistics.
 Parts = tuple[Tensor, Tensor]
@@ -99,13 +99,13 @@ def choose(backend: str, device: torch.device) -> str:
 
 def implementation(backend: str, device: torch.device) -> Backend:
     """The backend's module for this device. It is looked up when it runs, never while tracing."""
-    return torch_backend if backend == "torch" else _triton(device.type)
+    return pytorch if backend == "torch" else _triton(device.type)
 
 
 @functools.cache
 def _triton(device_type: str) -> Backend:
     try:
-        from .kernels import cross_entropy as module
+        from ..kernels import cross_entropy as module
     except ImportError as error:
         raise RuntimeError(
             f'backend="triton" for {device_type} tensors needs Triton, which cannot be imported ({error}): install it, '

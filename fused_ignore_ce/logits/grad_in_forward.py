@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .autograd import RowCall
-from .operators import is_plain, wants_grad
+from ..backends import choice as backends
+from ..core.operators import is_plain, wants_grad
+from ..core.reduction import Scales, scaled_total
+from ..core.rows import Logits, Rows, Upstream
 from .problem import LogitsProblem
-from .reduction import Scales, scaled_total
-from .rows import Logits, Rows, Upstream
+from .row_results import RowCall
 
 #: Writes the gradient into a tensor; returns (total, a factor for backward to multiply it by or None, statistics).
 Compute = Callable[[Tensor], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import LossOptions
-from .rows import Block, Logits, Rows, Saved, Upstream, acc_dtype, zero_rows
-from .torch_blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
+from ..core.options import LossOptions
+from ..core.rows import Block, Logits, Rows, Saved, Upstream, acc_dtype, zero_rows
+from .blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
 
 __all__ = ["backward", "combine", "forward", "forward_backward", "forward_part", "merge", "new_parts", "scale"]
 

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .operators import PACKAGE
-from .options import LossOptions, ignored_ids, out_of_bounds
-from .rows import Block, Logits, Rows
+from ..core.operators import PACKAGE
+from ..core.options import LossOptions, ignored_ids, out_of_bounds
+from ..core.rows import Block, Logits, Rows
 
 if TYPE_CHECKING:
-    from .backends import Backend, Parts
+    from ..backends.choice import Backend, Parts
 
 # Renamed in torch 2.13.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor

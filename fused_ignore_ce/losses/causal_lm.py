@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from .arguments import LogitsTensors, check_inplace, check_token_weight
-from .functional import loss_of
-from .keywords import explains_keywords, meaning, unknown_keyword
-from .linear.cross_entropy import fused_linear_cross_entropy
-from .operators import overridden
-from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
-from .problem import logits_problem
-from .reduction import LossStats
-from .shards import local_logits
+from ..core.arguments import LogitsTensors, check_inplace, check_token_weight
+from ..core.keywords import explains_keywords, meaning, unknown_keyword
+from ..core.operators import overridden
+from ..core.options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
+from ..core.reduction import LossStats
+from ..distributed.shards import local_logits
+from ..logits.problem import logits_problem
+from .cross_entropy import loss_of
+from .linear_cross_entropy import fused_linear_cross_entropy
 
 #: The keywords that `fused_causal_lm_loss` reads. Models hand others on to their loss function too.
 _KNOWN = (*CausalLMKeywords.__optional_keys__, "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .autograd import differentiable_backward
+from ..backends import choice as backends
+from ..core.operators import is_plain
+from ..core.rows import Logits, Saved, Upstream, classes_back, classes_last
 from .grad_in_forward import GradInForward
-from .operators import is_plain
 from .problem import LogitsProblem
-from .rows import Logits, Saved, Upstream, classes_back, classes_last
+from .row_results import differentiable_backward
 
 
 class _ReducedByKernel(torch.autograd.Function):
