@@ -4,17 +4,17 @@ import doctest
 import inspect
 import re
 
-import pytest
-import torch
-
 import fused_ignore_ce.causal_lm
 import fused_ignore_ce.collator
-import fused_ignore_ce.deferred.logits
 import fused_ignore_ce.functional
 import fused_ignore_ce.linear.cross_entropy
 import fused_ignore_ce.linear.log_probs
-import fused_ignore_ce.linear.plan
 import fused_ignore_ce.modules
+import pytest
+import torch
+
+import fused_ignore_ce.deferred.logits
+import fused_ignore_ce.linear.plan
 
 MODULES = [
     fused_ignore_ce.causal_lm,

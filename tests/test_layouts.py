@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_ignore_ce.torch_blocks import BLOCK_ELEMENTS
 
 from fused_ignore_ce import fused_cross_entropy
-from fused_ignore_ce.torch_blocks import BLOCK_ELEMENTS
 
 N, V = 6, 700
 

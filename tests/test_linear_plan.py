@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from fused_ignore_ce.options import budget_bytes
 
 from fused_ignore_ce import (
     FusedLinearCrossEntropyLoss,
@@ -14,7 +15,6 @@ from fused_ignore_ce import (
 )
 from fused_ignore_ce.linear import calls, plan
 from fused_ignore_ce.linear.plan import LinearPlan, Sizes
-from fused_ignore_ce.options import budget_bytes
 
 LLAMA = (8192, 128256, 4096)  # N, V, D
 MIB = 2**20

@@ -24,9 +24,8 @@ from ..core.reduction import (
     statistics,
     weight_of_target,
 )
-from ..core.rows import acc_dtype
+from ..core.rows import RowResults, acc_dtype
 from ..distributed.ranks import Replicated
-from ..logits.row_results import RowResults
 from .calls import LinearCall, plan_of
 from .gradients import Wanted
 from .plan import ONE_BLOCK, TOKEN_CHUNKS, operand_dtype

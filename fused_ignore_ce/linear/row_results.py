@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..core.operators import PACKAGE, is_plain, wants_grad
 from ..core.options import flatten, unflatten
-from ..core.rows import Rows, Saved, Upstream
+from ..core.rows import RESULTS_SCHEMA, RowResults, Rows, Saved, Upstream, block_of, fake_results
 from ..distributed import ranks
 from ..distributed.ranks import Shard
-from ..logits.row_results import RESULTS_SCHEMA, RowResults, block_of, fake_results
 from .calls import (
     CALL_SCHEMA,
     OPERANDS,

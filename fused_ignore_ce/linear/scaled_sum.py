@@ -14,9 +14,8 @@ from ..backends.choice import scaled
 from ..core.operators import PACKAGE, is_plain, wants_grad
 from ..core.options import flatten, unflatten
 from ..core.reduction import scaled_total
-from ..core.rows import Rows
+from ..core.rows import RowResults, Rows, fake_results
 from ..distributed.ranks import Merged
-from ..logits.row_results import RowResults, fake_results
 from .calls import (
     CALL_SCHEMA,
     OPERANDS,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.choice import Backend, Parts, implementation
+from ..backends.choice import implementation
+from ..backends.protocol import Backend, Parts
 from ..core.options import LossOptions
 from ..core.rows import Block, Logits, Rows
 from ..distributed import ranks
