@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # One process per core. A process that has nothing left to do takes tests from another one.
 PARALLEL := -n auto --dist worksteal
+NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/test_causal_lm.py tests/project/test_examples.py \
+	tests/trl/test_patch_model.py
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
@@ -15,13 +17,13 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/pytest $(PARALLEL)
 
-# One case of every test on every backend, without slow tests; see tests/quick.py.
+# One case of every test on every backend, without slow tests; see tests/helpers/quick.py.
 test-quick: $(VENV)/.ready
 	$(BIN)/pytest $(PARALLEL) --quick
 
 # The tests that need transformers, on its last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
-	$(VENV)-transformers-4/bin/pytest $(PARALLEL) tests/test_hf*.py tests/test_causal_lm.py tests/test_deferred.py tests/test_transformers_coverage.py
+	$(VENV)-transformers-4/bin/pytest $(PARALLEL) $(NEED_TRANSFORMERS)
 
 # The whole suite on the oldest versions that pyproject.toml allows, with PYTHON=python3.12; downloads 3 GB.
 test-oldest: $(VENV)-oldest/.ready
@@ -29,7 +31,7 @@ test-oldest: $(VENV)-oldest/.ready
 
 # Checks that Hugging Face's kernels loads what `make kernels-hub` writes.
 test-kernels-hub: $(VENV)-kernels-hub/.ready
-	$(VENV)-kernels-hub/bin/python -m pytest tests/test_kernels_hub.py
+	$(VENV)-kernels-hub/bin/python -m pytest tests/project/test_kernels_hub.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

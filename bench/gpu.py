@@ -34,11 +34,14 @@ MINUTES = 25.0
 #: How much of the end of a part's output is kept.
 KEPT_CHARACTERS = 20_000
 
+#: Tests of the kernels themselves.
+KERNELS = ("tests/kernels/test_cross_entropy.py", "tests/kernels/test_one_pass.py")
+
 #: Tests that run the compiled kernels where there is a CUDA device. The tests of the kernels themselves come first.
 TESTS = (
-    "test_kernels.py", "test_kernels_one_pass.py", "test_kernels_launch.py", "test_cross_entropy.py",
-    "test_gradients.py", "test_ignore.py", "test_layouts.py", "test_options.py", "test_hazards.py", "test_linear.py",
-    "test_linear_gradients.py",
+    *KERNELS, "tests/kernels/test_launch.py", "tests/losses/test_cross_entropy.py", "tests/logits/test_gradients.py",
+    "tests/logits/test_ignore.py", "tests/logits/test_layouts.py", "tests/core/test_options.py",
+    "tests/logits/test_hazards.py", "tests/losses/test_linear_cross_entropy.py", "tests/linear/test_gradients.py",
 )  # fmt: skip
 
 
@@ -74,9 +77,9 @@ PARALLEL = ("-n", "8") if find_spec("xdist") else ()
 BENCH = ("pytest", "pytest_benchmark", "tabulate", "tqdm", "numpy", "pandas")
 
 PARTS = (
-    Part("correctness", 6.0, (*PYTEST, *PARALLEL, *(f"tests/{name}" for name in TESTS)), ("pytest",), is_gate=True),
+    Part("correctness", 6.0, (*PYTEST, *PARALLEL, *TESTS), ("pytest",), is_gate=True),
     Part(
-        "sanitizer", 3.0, (*PYTEST, "--quick", "tests/test_kernels.py", "tests/test_kernels_one_pass.py"), ("pytest",),
+        "sanitizer", 3.0, (*PYTEST, "--quick", *KERNELS), ("pytest",),
         program="compute-sanitizer",
         # Without PyTorch's cache, an access past the end of a tensor does not land in another tensor's memory.
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),

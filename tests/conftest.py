@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .quick import select
-from .versions import release
+from .helpers.quick import select
+from .helpers.versions import release
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -33,7 +33,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 
 if DEVICE == "cpu" and release("triton") >= (3, 7):
-    from .interpreter import make_it_fast
+    from .helpers.interpreter import make_it_fast
 
     make_it_fast()
 
@@ -51,7 +51,8 @@ _import_from_root("scripts")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="one case of every test and backend, see tests/quick.py")
+    help = "one case of every test and backend, see tests/helpers/quick.py"
+    parser.addoption("--quick", action="store_true", help=help)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -183,8 +184,8 @@ def took(monkeypatch):
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """Four processes of a gloo group, see `ranks.py`."""
-    from .ranks import Ranks
+    """Four processes of a gloo group, see `helpers/ranks.py`."""
+    from .helpers.ranks import Ranks
 
     group = Ranks(4, tmp_path_factory)
     yield group

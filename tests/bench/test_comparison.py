@@ -1,0 +1,108 @@
+"""The comparison says what the installed packages do, and a check can fail."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("pandas")
+pytest.importorskip("tabulate")
+pytest.importorskip("transformers")
+
+from bench import reading
+from bench.comparison import models, peers, rows, running, tables
+from bench.speed.providers import version
+
+from ..conftest import DEVICE
+
+_, RESULT = reading.Results().newest("comparison", "cells")
+CHECKED = [(row, kind) for row in rows.ALL for kind in row.kinds if row.check]
+
+
+def ids(cases):
+    return [f"{kind}-{row.check.__name__}" for row, kind in cases]
+
+
+def is_what_was_compared(package):
+    names = (peers.PACKAGES[package], "torch", "triton", "transformers")
+    compared = RESULT["header"]["versions"]
+    return all((version(name) or "").split("+")[0] == compared[name].split("+")[0] for name in names)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the comparison is made on a CPU, where Triton interprets")
+@pytest.mark.parametrize(("row", "kind"), CHECKED, ids=ids(CHECKED))
+def test_packages_do_what_the_table_says(row, kind):
+    """If this fails, run `python -m bench.comparison`, and then `make readme-figures`."""
+    if kind == "models":
+        pytest.importorskip("peft")
+    for package, arguments in running.subjects(kind):
+        cell = tables.cell(RESULT, row, kind, package)
+        if package == "fused_ignore_ce":
+            assert (cell["answer"], cell["basis"]) == ("yes", "checked")
+        elif not is_what_was_compared(package):
+            continue  # another release may differ
+        found = running.answer(row, arguments)
+        assert (found["answer"], found["basis"]) == (cell["answer"], cell["basis"]), f"{package}: {found['why']}"
+
+
+def test_every_cell_is_in_the_result():
+    found = {(cell["question"], cell["kind"], cell["package"], cell["basis"]) for cell in RESULT["cells"]}
+    for row in rows.ALL:
+        for kind in row.kinds:
+            for package, (answer, why) in row.stated.get(kind, {}).items():
+                cell = tables.cell(RESULT, row, kind, package)
+                assert (cell["answer"], cell["why"], cell["basis"]) == (answer, why, "stated")
+    assert {key[:3] for key in found if key[3] == "checked"} >= {
+        (row.question, kind, "fused_ignore_ce") for row, kind in CHECKED
+    }
+    assert {row.question for row in rows.ALL} == {key[0] for key in found}
+
+
+def wrong(*operands, **options):
+    """Accepts every option, ignores all of them, overwrites its input and returns a wrong loss."""
+    *inputs, target = operands
+    logits = F.linear(*inputs) if len(inputs) == 2 else inputs[0]
+    loss = (logits.float() ** 2).mean() + 0 * target.float().mean()
+    inputs[0].data.add_(1)
+    return loss
+
+
+WRONG = peers.Peer(
+    "wrong", wrong, lambda *operands: torch.zeros(operands[-1].shape), lambda *operands: wrong(*operands)[None]
+)
+
+
+def damaged(model, monkeypatch):
+    """A model whose loss is wrong, and whose class is changed until the test is over."""
+    forward = model.forward
+
+    def other(*arguments, **keywords):
+        outputs = forward(*arguments, **keywords)
+        return type(outputs)(loss=outputs.loss * 1.5)
+
+    model.forward = other
+    monkeypatch.setattr(type(model), "forward", other)
+    return model
+
+
+@pytest.mark.parametrize(("row", "kind"), CHECKED, ids=ids(CHECKED))
+def test_a_check_sees_what_is_wrong(row, kind, monkeypatch):
+    if kind != "models":
+        arguments = (WRONG, kind)
+    else:
+        pytest.importorskip("peft")
+
+        def patch(model, **options):
+            return damaged(model, monkeypatch)
+
+        arguments = (models.Patcher("wrong", patch, lambda model: model),)
+    found = running.answer(row, arguments)
+    assert (found["answer"], found["basis"]) == ("no", "checked")
+    assert found["why"]
+
+
+def test_what_is_only_stated_is_marked():
+    text = tables.long("name", RESULT)
+    lines = [line for line in text.splitlines() if line.startswith("| Speed was measured on a GPU")]
+    assert len(lines) == 1
+    assert lines[0].split("|")[2].strip() == f"no {tables.MARK}"
+    assert f"{tables.MARK} From documentation or source, not run: CCE 25.1.1, QuACK 0.6.5" in text

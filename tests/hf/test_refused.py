@@ -1,0 +1,242 @@
+"""What a patched model cannot compute as asked is an error or a warning, and never another loss in silence."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification as Classifier
+
+from fused_ignore_ce.deferred import DeferredLogits
+from fused_ignore_ce.hf import IgnoreTokens, patch_model, patch_transformers, unpatch_model
+
+from ..helpers.hf_worker import PAD, V, assert_same, batches, examples, llama, trajectory
+from ..helpers.versions import release
+
+STEPS = 3
+
+
+def stacked(features):
+    return torch.utils.data.default_collate(features)
+
+
+def train(model, folder, collator=stacked, ignored=-100, trainer=Trainer, **recipe):
+    """The losses that the trainer logs, and the norms of the gradients."""
+    pytest.importorskip("accelerate")
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": STEPS, "learning_rate": 0.3,
+        "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, **recipe,
+    }  # fmt: skip
+    data = examples(24, ignored=ignored)
+    done = trainer(model=model, args=TrainingArguments(**settings), train_dataset=data, data_collator=collator)
+    done.train()
+    history = [entry for entry in done.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in history], [entry["grad_norm"] for entry in history]
+
+
+def test_ignored_ids_under_accumulation(tmp_path):
+    """The trainer counts labels that are not -100. Without IgnoreTokens, which sets them, there is an error."""
+    expected = train(llama(), tmp_path, gradient_accumulation_steps=2)
+    collator = IgnoreTokens(stacked, PAD)
+    ours = train(patch_model(llama(), ignore_index=PAD), tmp_path, collator, ignored=PAD, gradient_accumulation_steps=2)
+    for found, true in zip(ours, expected, strict=True):
+        assert_same(found, true)
+    with pytest.raises(ValueError, match=r"num_items_in_batch.*IgnoreTokens\(collator, ids\)"):
+        train(patch_model(llama(), ignore_index=PAD), tmp_path, ignored=PAD, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_sum_that_ignores_more_than_its_caller_knows_is_an_error(reduction):
+    model, batch = patch_model(llama(), ignore_index=[PAD, 7]), batches(1)[0]
+    labels = batch["labels"].masked_fill(batch["labels"] == 7, 8)
+    kept = F.cross_entropy(model(**batch | {"labels": labels}).logits.transpose(1, 2), labels, reduction=reduction)
+    torch.testing.assert_close(
+        kept, F.cross_entropy(llama()(batch["input_ids"], batch["attention_mask"]).logits.transpose(1, 2), labels,
+                              reduction=reduction),
+    )  # fmt: skip
+    labels[0, -4] = 7
+    outputs = model(**batch | {"labels": labels})  # a mean is right
+    with pytest.raises(ValueError, match=f"reduction='{reduction}'"):
+        F.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction=reduction)
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        model(**batch | {"labels": labels}, num_items_in_batch=20)
+    own = F.cross_entropy(outputs.logits.transpose(1, 2), labels.clamp(min=7), ignore_index=7, reduction="sum")
+    assert own.isfinite()  # the caller ignores the id explicitly
+
+
+def test_a_compiled_sum_is_checked_too():
+    torch._dynamo.reset()
+    batch = batches(1)[0]
+    model = torch.compile(patch_model(llama(num_hidden_layers=1), ignore_index=7), backend="aot_eager")
+    batch["labels"].masked_fill_(batch["labels"] == 7, 8)
+    assert model(**batch, num_items_in_batch=torch.tensor(9)).loss.isfinite()
+    batch["labels"][0, -4] = 7
+    with pytest.raises(RuntimeError, match="num_items_in_batch"):
+        model(**batch, num_items_in_batch=torch.tensor(9))
+
+
+def test_the_wrapped_collator():
+    collator = IgnoreTokens(lambda features, scale=1: {"shift_labels": scale * features, "x": features}, [2, 4])
+    features = torch.tensor([[1, 2, 3]])
+    batch = collator(features, scale=2)
+    assert batch["shift_labels"].tolist() == [[-100, -100, 6]]
+    assert batch["x"] is features
+    assert features.tolist() == [[1, 2, 3]]
+    assert IgnoreTokens(functools.partial(stacked), 3).func is stacked  # attributes are the wrapped collator's
+    for collator, message in ((lambda _: {"labels": [1]}, "list"), (lambda _: {"labels": torch.ones(2)}, "float32")):
+        with pytest.raises(TypeError, match=f"labels: expected an integer tensor.*{message}"):
+            IgnoreTokens(collator, 0)([])
+    with pytest.raises(ValueError, match="labels.*got \\['x'\\]"):
+        IgnoreTokens(lambda _: {"x": 1}, 0)([])
+    with pytest.raises(TypeError, match="collator"):
+        IgnoreTokens(None, 0)
+    with pytest.raises(ValueError, match="ignore_index"):
+        IgnoreTokens(stacked, [])
+
+
+class OtherLoss(torch.autograd.Function):
+    """The loss of some other package's head."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.shape = hidden.shape
+        return hidden.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.expand(ctx.shape)
+
+
+def other_forward(self, input_ids, attention_mask=None, labels=None):
+    outputs = self.model(input_ids, attention_mask)
+    outputs["loss"] = OtherLoss.apply(outputs.last_hidden_state) / 2
+    return outputs
+
+
+@pytest.mark.parametrize("order", ["patched first", "patched last"])
+def test_a_loss_that_something_else_takes_is_a_warning_that_names_it_once(order):
+    model = llama()
+    if order == "patched first":
+        patch_model(model)
+    model.forward = other_forward.__get__(model)
+    patch_model(model)
+    name = r"LlamaForCausalLM.*test_refused\.other_forward \(.*test_refused\.OtherLoss\)"
+    with pytest.warns(UserWarning, match=name):
+        model(**batches(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batches(1)[0])
+
+
+@pytest.mark.skipif(release("transformers") < (5, 0), reason="Liger 0.8.5 needs transformers 5")
+@pytest.mark.parametrize("order", ["patched first", "patched last"])
+def test_liger(order):
+    liger = pytest.importorskip("liger_kernel.transformers")
+    model = llama()
+    if order == "patched first":
+        patch_model(model)
+    liger.apply_liger_kernel_to_llama(
+        rope=False, rms_norm=False, swiglu=False, fused_linear_cross_entropy=True, model=model
+    )
+    if order == "patched last":
+        patch_model(model)
+    with pytest.warns(UserWarning, match="liger_kernel.*lce_forward"):
+        model.train()(**batches(1)[0])
+
+
+def test_a_loss_that_is_no_cross_entropy_is_named_as_such():
+    config = BertConfig(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                        num_labels=1)  # fmt: skip
+    model = patch_model(Classifier(config))
+    with pytest.warns(UserWarning, match="modeling_bert.forward"):
+        model(input_ids=batches(1)[0]["input_ids"], labels=torch.rand(3))
+
+
+def test_a_model_without_a_head_is_an_error():
+    config = llama().config
+    for model in (LlamaModel(config), torch.nn.Sequential(LlamaModel(config))):
+        with pytest.raises(ValueError, match="LlamaModel, which has no output embeddings.*ForCausalLM"):
+            patch_model(model)
+    assert type(model[0]) is LlamaModel
+    with patch_transformers():
+        assert LlamaModel(config)(batches(1)[0]["input_ids"]).last_hidden_state.isfinite().all()
+
+
+def test_a_model_that_was_loaded_again_is_not_patched(tmp_path):
+    patch_model(llama(), ignore_index=PAD).save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+
+
+def criterion(outputs, labels, **options):
+    return torch.nn.CrossEntropyLoss(**options)(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+
+
+def test_options_reach_a_loss_after_the_forward():
+    """If labels were given, a loss that the user takes has the same options as the model's own."""
+    batch = batches(1)[0]
+    batch["labels"][:, -5:-3] = 9
+    masked = batch["labels"].masked_fill(batch["labels"] == 9, -100)
+    outputs = patch_model(llama(), ignore_index=9, label_smoothing=0.1)(**batch)
+    ours = criterion(outputs, batch["labels"])
+    plain = llama()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    torch.testing.assert_close(ours, criterion(plain, masked, label_smoothing=0.1))
+    torch.testing.assert_close(ours, outputs.loss)
+    outputs.logits[0, 0, 0] = 1.0
+    assert isinstance(outputs.logits, DeferredLogits)
+    logits = outputs.logits.transpose(1, 2)  # a plain tensor
+    with pytest.raises(RuntimeError, match="ignore_index, label_smoothing: given to patch_model"):
+        F.cross_entropy(logits, batch["labels"]).backward()
+
+
+#: Losses of logits that are no cross entropy of class indices.
+OTHERS = {
+    "mean": lambda logits, labels: logits.square().mean(),
+    "log_softmax": lambda logits, labels: -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).mean(),
+    "cross_entropy of another tensor": lambda logits, labels: F.cross_entropy(
+        (logits.transpose(1, 2) + torch.rand(1, V, 1)), labels
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", OTHERS.values(), ids=OTHERS)
+def test_a_loss_that_options_cannot_reach_is_an_error_in_its_backward(loss):
+    batch = batches(1)[0]
+    found = loss(patch_model(llama(), ignore_index=9)(**batch).logits, batch["labels"])
+    with pytest.raises(RuntimeError, match="ignore_index: given to patch_model, but this loss"):
+        found.backward()
+    plain = patch_model(llama())
+    loss(plain(**batch).logits, batch["labels"]).backward()
+    assert plain.lm_head.weight.grad.isfinite().all()
+    logits = patch_model(llama(), ignore_index=9)(**batch).logits
+    assert logits.argmax(-1).shape == logits.shape[:2]  # logits can be read for other things than a loss
+
+
+def test_options_and_training_without_labels_are_an_error(tmp_path):
+    model, ids = patch_model(llama(), z_loss=0.1), torch.tensor([[1, 2]])
+    with pytest.raises(RuntimeError, match=r"z_loss: given to patch_model.*without_labels=True"):
+        train(model, tmp_path, label_smoothing_factor=0.2)
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+    assert model.eval()(ids).logits.isfinite().all()
+    unpatch_model(model).train()(ids)
+
+
+def test_a_patched_training_run_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trajectory(patch_model(llama(), ignore_index=PAD), batches(2))
+
+
+def test_what_is_no_model_is_told_what_to_pass():
+    class Holder:
+        model = llama()
+
+    with pytest.raises(TypeError, match=r"got Holder; pass its \.model"):
+        patch_model(Holder())
+    with pytest.raises(
+        TypeError, match=r"the class LlamaForCausalLM; pass an instance, or call patch_transformers\(\)"
+    ):
+        patch_model(LlamaForCausalLM)

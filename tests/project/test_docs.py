@@ -1,0 +1,182 @@
+"""The README and docs/: their code runs, their commands parse, their links lead somewhere, the site builds."""
+
+import abc
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+import fused_ignore_ce.__main__ as command_line
+
+from ..helpers.hf_worker import batches, llama
+from ..helpers.snippets import DOCS, PAGES, ROOT, blocks, links, name_of
+
+README = ROOT / "README.md"
+WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page)]
+#: Packages that the code of a page needs beside those that the package itself needs.
+NEEDS = {"docs/guides/trl.md": ["trl"], "docs/guides/migrating.md": ["liger_kernel"]}
+COMMANDS = [
+    (block, line)
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.code.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+class LightningModule(torch.nn.Module):
+    def log(self, name, value, **_):
+        assert value.isfinite(), name
+
+
+def run_exp():
+    """Stands for LLaMA-Factory's function, which builds a model and trains it."""
+    model = llama()
+    run_exp.outputs = model.train()(**batches(1)[0])
+    run_exp.outputs.loss.backward()
+
+
+def module(**names):
+    made = types.ModuleType("stand_in")
+    vars(made).update(names)
+    return made
+
+
+#: Stand-ins for packages that guides name and nothing here installs, with the classes and functions that are used.
+STAND_INS = {
+    "axolotl": module(),
+    "axolotl.integrations": module(),
+    "axolotl.integrations.base": module(BasePlugin=object),
+    "lightning": module(LightningModule=LightningModule),
+    "llamafactory": module(),
+    "llamafactory.train": module(),
+    "llamafactory.train.tuner": module(run_exp=run_exp),
+    "torchtune": module(),
+    "torchtune.modules": module(),
+    "torchtune.modules.loss": module(SFTLoss=type("SFTLoss", (abc.ABC, torch.nn.Module), {})),
+}
+
+
+@pytest.fixture
+def _as_a_reader(precision_of_its_own, monkeypatch, tmp_path):
+    """Runs in an empty folder with stand-ins for the packages that guides name. Undoes patches and process groups."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.use_deterministic_algorithms(False)
+    for name, stand_in in STAND_INS.items():
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    llamas = dict(vars(modeling_llama))
+    yield
+    vars(modeling_llama).update(llamas)  # Liger replaces classes of this module
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if "fused_ignore_ce.hf" in sys.modules:
+        sys.modules["fused_ignore_ce.hf"].unpatch_transformers()
+
+
+@pytest.mark.usefixtures("_as_a_reader")
+@pytest.mark.parametrize("block", blocks(README), ids=lambda block: str(block.line))
+def test_the_readme_s_code(block):
+    """Each block runs alone, as it does when it is copied."""
+    scope = {"__name__": "__main__"}
+    block.run(scope)
+    assert block.checks or scope["loss"].isfinite()
+
+
+@pytest.mark.usefixtures("_as_a_reader")
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_the_code_of_a_page(page):
+    """The blocks of a page run in one scope, from top to bottom, as a reader tries them."""
+    for package in NEEDS.get(name_of(page), []):
+        pytest.importorskip(package)
+    code = blocks(page)
+    assert any(block.checks for block in code), "no block of the page checks what it says"
+    scope = {"__name__": "__main__"}
+    for block in code:
+        block.run(scope)
+
+
+def test_the_stand_in_was_trained_with_the_fused_loss(monkeypatch):
+    """The page about LLaMA-Factory says that a model which is made in run_exp() is patched."""
+    for name in ("llamafactory", "llamafactory.train", "llamafactory.train.tuner"):
+        monkeypatch.setitem(sys.modules, name, STAND_INS[name])
+    for block in blocks(DOCS / "guides" / "axolotl-llama-factory.md"):
+        if "run_exp()" in block.code:
+            block.run({"__name__": "__main__"})
+    sys.modules["fused_ignore_ce.hf"].unpatch_transformers()
+    assert not run_exp.outputs.logits.is_materialized
+
+
+@pytest.mark.parametrize(("block", "line"), COMMANDS, ids=[f"{b.page}:{line}" for b, line in COMMANDS])
+def test_a_command_exists(block, line, capsys):
+    """Options parse, and files and make targets exist. Commands that take no time are run."""
+    words = shlex.split(line, comments=True)
+    if words[:3] == ["python", "-m", "fused_ignore_ce"]:
+        options = command_line._parser().parse_args(words[3:])
+        if options.command in ("env", "plan"):
+            assert command_line.main(words[3:]) == 0
+            assert capsys.readouterr().out.strip()
+    for word in words:
+        if re.match(r"(examples|bench|tests|kernels)/", word):
+            assert (ROOT / word).exists(), f"{block.page}:{block.line}: {word}"
+    if words[0] == "make":
+        verbs = re.search(r"^\.PHONY:(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+        assert [word for word in words[1:] if "=" not in word and word not in verbs] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page):
+    missing = [target for target in links(page) if not (page.parent / target).exists()]
+    assert not missing, f"{name_of(page)} links to {missing}"
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in DOCS.rglob("*.md"):
+        name = re.escape(page.relative_to(DOCS).as_posix())
+        assert re.search(rf"^ +- (\w+: )?{name}$", navigation, re.MULTILINE), f"{name_of(page)} is in no menu"
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    """Links, anchors and docstrings are checked by MkDocs; anything that it warns of is an error."""
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    example = "examples/trainer.py"  # a page links to it, so the site has to contain a copy
+    assert (tmp_path / "files" / example).read_bytes() == (ROOT / example).read_bytes()
+    assert f'href="../files/{example}"' in (tmp_path / "guides" / "trainer.html").read_text()
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) >= len(list(DOCS.rglob("*.md")))
+    for page in pages:
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?(https?:[^\">\s]*)", page.read_text())
+        assert not loaded, f"{page.name} loads {loaded}"
+
+
+def test_the_migration_guide_names_what_others_have():
+    """Names and order of Liger's and TRL's arguments are those of the installed versions."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    kernels = pytest.importorskip("trl.kernels")
+    guide = (DOCS / "guides" / "migrating.md").read_text()
+
+    def names(function):
+        return list(inspect.signature(function).parameters)
+
+    assert names(liger.LigerFusedLinearCrossEntropyLoss.forward) == ["self", "lin_weight", "_input", "target", "bias"]
+    options = names(liger.LigerFusedLinearCrossEntropyLoss) + names(liger.LigerCrossEntropyLoss)
+    for name in ("lse_square_scale", "return_z_loss", "ce_weight", "accum_dtype", "use_token_scaling", "softcap"):
+        assert name in options
+        assert f"`{name}`" in guide
+    theirs = names(kernels.ChunkedLogProbFunction.forward)[1:]
+    named = re.search(r"ChunkedLogProbFunction\.apply\((.*?)\)", guide)[1].split(", ")
+    assert [name.replace("final_logit_softcapping", "softcap") for name in theirs] == named
