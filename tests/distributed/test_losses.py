@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fused_ignore_ce import reference
+from fused_ignore_ce.backends import reference
 
 N, V, D = 6, 23, 5
 #: Classes of every rank: even, uneven, a rank without any, one with almost all.

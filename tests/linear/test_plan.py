@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from fused_ignore_ce.options import budget_bytes
 
 from fused_ignore_ce import (
     FusedLinearCrossEntropyLoss,
@@ -13,6 +12,7 @@ from fused_ignore_ce import (
     fused_linear_log_probs,
     plan_linear_loss,
 )
+from fused_ignore_ce.core.options import budget_bytes
 from fused_ignore_ce.linear import calls, plan
 from fused_ignore_ce.linear.plan import LinearPlan, Sizes
 

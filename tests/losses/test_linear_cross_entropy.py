@@ -11,8 +11,8 @@ from fused_ignore_ce import (
     fused_cross_entropy,
     fused_linear_cross_entropy,
     fused_linear_log_probs,
-    reference,
 )
+from fused_ignore_ce.backends import reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fused_ignore_ce.extras import needed
 
 import fused_ignore_ce
+from fused_ignore_ce.core.extras import needed
 from scripts import project
 
 ROOT = Path(__file__).parents[2]

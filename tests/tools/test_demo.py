@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from fused_ignore_ce.measure import PeakMemory
 
 import fused_ignore_ce
-from fused_ignore_ce import demo, demo_data
 from fused_ignore_ce.__main__ import main
+from fused_ignore_ce.tools import demo, demo_data
+from fused_ignore_ce.tools.measure import PeakMemory
 
 STEPS, BATCH, LENGTH = 12, 2, 64
 SIZES = {"steps": STEPS, "batch": BATCH, "length": LENGTH, "vocab": 500, "hidden": 16, "functions": 200}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fused_ignore_ce.per_token import Head, PerToken, per_token
 
-from fused_ignore_ce.linear import summed_log_probs
+from fused_ignore_ce.trl import summed_log_probs
+from fused_ignore_ce.trl.per_token import Head, PerToken, per_token
 
 ChunkedLogProbFunction = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
 
