@@ -29,8 +29,8 @@ from ..distributed.ranks import Replicated
 from .calls import LinearCall, plan_of
 from .gradients import Wanted
 from .plan import ONE_BLOCK, TOKEN_CHUNKS, operand_dtype
-from .row_results import row_results
-from .scaled_sum import ScaledSum, scaled_sum
+from .row_results import rows_function
+from .scaled_sum import ScaledSum, sum_function
 from .sweep import Scale
 from .tiles import Operands
 
@@ -66,10 +66,17 @@ class LinearProblem(NamedTuple):
         targets, reduction, call = self.targets, self.reduction, self.positions[0].call
         found: Sequence[ScaledSum | RowResults]
         if self.at_once:
-            found = sums = [_scaled_sum(position) for position in self.positions]
+            found = sums = []
+            for position in self.positions:
+                assert position.scale is not None
+                compute = sum_function(position.operands.h)
+                of_sum = compute(*position.operands, *position.scale, position.wanted, position.call)
+                sums.append(ScaledSum(*of_sum))
             loss = self._total([each.total for each in sums])
         else:
-            found = rows = [row_results(position.operands, position.call) for position in self.positions]
+            found = rows = []
+            for position in self.positions:
+                rows.append(RowResults(*rows_function(position.operands.h)(*position.operands, position.call)))
             if self.scales is None or self.divides_by_weights_of_ranks:
                 of_ranks = self._joined(rows, "target_weight") if self.divides_by_weights_of_ranks else None
                 of_all = (self._joined(rows, "loss"), self._joined(rows, "lse"))
@@ -108,11 +115,6 @@ class LinearProblem(NamedTuple):
 def _total(position: Position, rows: RowResults) -> Tensor:
     assert position.scale is not None
     return scaled_total(rows.loss, rows.lse, *position.scale, position.call.options.z_loss)
-
-
-def _scaled_sum(position: Position) -> ScaledSum:
-    assert position.scale is not None
-    return scaled_sum(position.operands, position.scale, position.wanted, position.call)
 
 
 def linear_problem(
