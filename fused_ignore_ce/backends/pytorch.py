@@ -1,4 +1,4 @@
-"""The memory-lean PyTorch backend: what CPU tensors get by default. Its functions are those of `backends.Backend`.
+"""The memory-lean PyTorch backend: what CPU tensors get by default. Its functions are those of `protocol.Backend`.
 
 It reads kept rows only, a cache-sized block of rows at a time, into one scratch buffer in the dtype of sums. A row's
 sums are relative to its largest used logit c (see `kernels/sums.py` for the formulas); the pair (c, log s) is saved.

@@ -13,7 +13,8 @@ from ..core.options import LossOptions, ReductionOptions
 from ..core.reduction import LossStats, statistics
 from ..core.rows import RowResults
 from ..linear.calls import refuse_create_graph
-from ..linear.problem import Position, linear_problem
+from ..linear.kept_rows import Position
+from ..linear.problem import linear_problem
 from ..linear.row_results import rows_function
 from ..linear.scaled_sum import ScaledSum, sum_function
 from ..losses.log_probs import fused_linear_log_probs
