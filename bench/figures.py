@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from fused_ignore_ce.cost import linear_cost
+from fused_ignore_ce.tools.cost import linear_cost
 
 from .comparison import tables as comparison
 from .machine import ROOT

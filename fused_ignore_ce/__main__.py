@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, cost, demo
-from .options import budget_bytes, floating_dtype
+from . import __version__
+from .backends import choice as backends
+from .core.options import budget_bytes, floating_dtype
+from .tools import cost, demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:

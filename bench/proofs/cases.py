@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fused_ignore_ce.options import LossOptions
+from fused_ignore_ce.core.options import LossOptions
 
 DTYPES = ("bfloat16", "float16", "float32")
 

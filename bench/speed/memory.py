@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fused_ignore_ce.measure import PeakMemory
+from fused_ignore_ce.tools.measure import PeakMemory
 
 from ..machine import in_processes
 from .providers import named

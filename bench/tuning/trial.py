@@ -11,10 +11,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench.speed.workload import Case, tensors
+from fused_ignore_ce.core.options import LossOptions
+from fused_ignore_ce.core.rows import Upstream
 from fused_ignore_ce.kernels import cross_entropy
 from fused_ignore_ce.kernels.launch import Launch
-from fused_ignore_ce.options import LossOptions
-from fused_ignore_ce.rows import Upstream
 
 from .search import Point
 

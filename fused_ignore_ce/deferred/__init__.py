@@ -1,4 +1,4 @@
-"""Logits that are computed when they are read: a product of hidden states and a head, and the operations after it."""
+"""Logits that are computed when they are read, and the losses taken of them. Models are patched by `hf`."""
 
 from .logits import DeferredLogits, defer
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import LogitsTensors
-from ..causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
-from ..functional import fused_cross_entropy
-from ..options import ignored_ids
-from ..reduction import LossStats
+from ..core.arguments import LogitsTensors
+from ..core.options import ignored_ids
+from ..core.reduction import LossStats
+from ..losses.causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
+from ..losses.cross_entropy import fused_cross_entropy
 from .origin import Origin
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..causal_lm import fused_causal_lm_loss
+from ..losses.causal_lm import fused_causal_lm_loss
 from .logits import defer
 from .loss import LOSSES
 from .origin import Origin

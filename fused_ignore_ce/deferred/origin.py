@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import ignored_ids
+from ..core.options import ignored_ids
 from .report import Recorder
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear.cross_entropy import fused_linear_cross_entropy
-from ..linear.log_probs import fused_linear_log_probs
+from ..losses.linear_cross_entropy import fused_linear_cross_entropy
+from ..losses.log_probs import fused_linear_log_probs
 
 #: ("cast", dtype), ("mul", number or 0-d tensor), ("div", the same), ("tanh", None), ("add", (V,) tensor) or
 #: ("log_softmax", None).

@@ -1,5 +1,5 @@
-"""The loss from hidden states, computed tile by tile; ignored rows are dropped before the first matrix product.
+"""The loss from hidden states, from a checked call to tiles and gradients. What users call is in `losses`.
 
-`cross_entropy` and `log_probs` have the functions that users call. `problem` checks their arguments and selects rows,
-`plan` chooses the tiles, `sweep` walks over them, and `scaled_sum` and `row_results` are the differentiable functions.
+`problem` checks a call, `kept_rows` drops the ignored rows, `plan` chooses the tiles, `sweep` walks over them, and
+`scaled_sum` and `row_results` are the differentiable functions.
 """

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import distributed
-from ..backends import check_targets
-from ..distributed import Shard
-from ..options import LossOptions, schema_of
+from ..backends.choice import check_targets
+from ..core.options import LossOptions, schema_of
+from ..core.rows import Block
+from ..distributed import ranks
+from ..distributed.ranks import Shard
 from .gradients import Wanted
 from .plan import LinearPlan, Sizes, choose
 from .tiles import Operands, Tiles
@@ -30,6 +31,7 @@ class LinearCall(NamedTuple):
 OPERANDS_SCHEMA = "Tensor h, Tensor w, Tensor? b, Tensor target, Tensor? weight, Tensor? probs"
 CALL_SCHEMA = schema_of(LinearCall)
 OPERANDS = len(Operands._fields)
+NOTHING = Wanted(False, False, False)
 
 
 def plan_of(operands: Operands, call: LinearCall, wanted: Wanted, *, recompute: bool) -> LinearPlan:
@@ -48,7 +50,7 @@ def plan_of(operands: Operands, call: LinearCall, wanted: Wanted, *, recompute: 
         gathered=call.gathered,
         recompute=recompute,
         probs=probs is not None,
-        ranks=1 if call.group is None else distributed.group_named(call.group).size(),
+        ranks=1 if call.group is None else ranks.group_named(call.group).size(),
     )
     return choose(sizes, call.memory_budget)
 
@@ -63,10 +65,21 @@ def agreed_shard(operands: Operands, call: LinearCall) -> Shard | None:
         return None
     same = (h.dtype, h.shape[1], probs is None, tuple(options), call.with_stats, weight is None)
     index = target if probs is None else None
-    return distributed.agree(call.group, w.shape[0], index, options.ignore_index, len(target), same)
+    return ranks.agree(call.group, w.shape[0], index, options.ignore_index, len(target), same)
 
 
-def tiles_of(operands: Operands, call: LinearCall, plan: LinearPlan, shard: Shard | None) -> Tiles:
+def tiles_of(operands: Operands, call: LinearCall, wanted: Wanted = NOTHING) -> Tiles:
+    """The tiles of a forward that computes the gradients that are wanted along with the losses."""
+    return _tiles(operands, call, agreed_shard(operands, call), plan_of(operands, call, wanted, recompute=False))
+
+
+def tiles_of_backward(operands: Operands, call: LinearCall, wanted: Wanted, block: Block | None) -> Tiles:
+    """The tiles of a backward that computes the logits again; `block` is what forward's ranks agreed on, if any."""
+    shard = None if call.group is None or block is None else Shard(ranks.group_named(call.group), block)
+    return _tiles(operands, call, shard, plan_of(operands, call, wanted, recompute=True))
+
+
+def _tiles(operands: Operands, call: LinearCall, shard: Shard | None, plan: LinearPlan) -> Tiles:
     return Tiles(
         operands,
         call.options,
@@ -76,11 +89,6 @@ def tiles_of(operands: Operands, call: LinearCall, plan: LinearPlan, shard: Shar
         with_stats=call.with_stats,
         shard=shard,
     )
-
-
-def no_autocast(operands: Operands) -> torch.autocast:
-    """Switches autocast off: operands have their dtypes already, and sums have to stay in float32."""
-    return torch.autocast(operands.h.device.type, enabled=False)
 
 
 def refuse_create_graph() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import Rows, Saved, Upstream, acc_dtype
+from ..core.rows import Rows, Saved, Upstream, acc_dtype
 from .plan import accumulates, product_elements
 from .tiles import Tiles, slices_of
 
@@ -40,12 +40,10 @@ class GradientSums:
         self.dw = _Sum(given.w, dtype, len(tiles.chunks) > 1, tile) if wanted.w else None
         self.db = given.w.new_zeros(len(given.w), dtype=acc_dtype(dtype)) if wanted.b else None
         self.dprobs = torch.empty_like(given.probs) if wanted.probs and given.probs is not None else None
-        self.any = any(wanted)
+        self.blocks = tiles.blocks if any(wanted) else []  # whose gradients are summed
 
     def add(self, rows: slice, block: slice, x: Tensor, upstream: Upstream, saved: Saved) -> None:
         """Overwrites the logits x of a tile with their gradient, and adds its products to the operands' gradients."""
-        if not self.any:
-            return
         tiles = self.tiles
         tiles.kernels.backward(
             upstream,
@@ -61,7 +59,7 @@ class GradientSums:
     def add_in_one_pass(self, rows: slice, dloss: Tensor, dz: Tensor | None) -> Rows:
         """The results of a chunk of rows; their gradient is computed along with them."""
         tiles, block = self.tiles, self.tiles.blocks[0]
-        if not self.any:
+        if not self.blocks:
             return tiles.rows_of(rows)
         x = tiles.logits(rows, block)
         found = tiles.kernels.forward_backward(

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..keywords import explains_keywords
-from ..options import ReductionOptions, budget_bytes, floating_dtype
-from ..torch_blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
+from ..backends.blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
+from ..core.keywords import explains_keywords
+from ..core.options import ReductionOptions, budget_bytes, floating_dtype
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
 

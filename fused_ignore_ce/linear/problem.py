@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..arguments import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
-from ..autograd import RowResults
-from ..distributed import Replicated
-from ..operators import is_plain, may_wait, refuse_transforms
-from ..options import LossOptions, ReductionOptions, budget_bytes
-from ..reduction import (
+from ..backends import choice as backends
+from ..core.arguments import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
+from ..core.operators import is_plain, refuse_transforms
+from ..core.options import LossOptions, ReductionOptions, budget_bytes
+from ..core.reduction import (
     Scales,
     Targets,
     finished,
@@ -26,29 +24,12 @@ from ..reduction import (
     statistics,
     weight_of_target,
 )
-from ..rows import acc_dtype
+from ..core.rows import RowResults, acc_dtype
 from .calls import LinearCall, plan_of
-from .gradients import Wanted
+from .kept_rows import Position, positions_of
 from .plan import ONE_BLOCK, TOKEN_CHUNKS, operand_dtype
-from .row_results import row_results
-from .scaled_sum import ScaledSum, scaled_sum
-from .sweep import Scale
-from .tiles import Operands
-
-
-class Position(NamedTuple):
-    """The kept rows of one of the d1 * ... * dK sets of logits that a batch of hidden states has."""
-
-    operands: Operands
-    scale: Scale | None  # None for reduction="none"
-    rows: Tensor | None  # which of all rows are kept; None where `operands` has all of them
-    call: LinearCall
-
-    @property
-    def wanted(self) -> Wanted:
-        wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in self.operands]
-        h, w, b, _, _, probs = wants
-        return Wanted(h, w, b, probs)
+from .row_results import rows_function
+from .scaled_sum import ScaledSum, sum_function
 
 
 class LinearProblem(NamedTuple):
@@ -67,10 +48,17 @@ class LinearProblem(NamedTuple):
         targets, reduction, call = self.targets, self.reduction, self.positions[0].call
         found: Sequence[ScaledSum | RowResults]
         if self.at_once:
-            found = sums = [_scaled_sum(position) for position in self.positions]
+            found = sums = []
+            for position in self.positions:
+                assert position.scale is not None
+                compute = sum_function(position.operands.h)
+                of_sum = compute(*position.operands, *position.scale, position.wanted, position.call)
+                sums.append(ScaledSum(*of_sum))
             loss = self._total([each.total for each in sums])
         else:
-            found = rows = [row_results(position.operands, position.call) for position in self.positions]
+            found = rows = []
+            for position in self.positions:
+                rows.append(RowResults(*rows_function(position.operands.h)(*position.operands, position.call)))
             if self.scales is None or self.divides_by_weights_of_ranks:
                 of_ranks = self._joined(rows, "target_weight") if self.divides_by_weights_of_ranks else None
                 of_all = (self._joined(rows, "loss"), self._joined(rows, "lse"))
@@ -109,11 +97,6 @@ class LinearProblem(NamedTuple):
 def _total(position: Position, rows: RowResults) -> Tensor:
     assert position.scale is not None
     return scaled_total(rows.loss, rows.lse, *position.scale, position.call.options.z_loss)
-
-
-def _scaled_sum(position: Position) -> ScaledSum:
-    assert position.scale is not None
-    return scaled_sum(position.operands, position.scale, position.wanted, position.call)
 
 
 def linear_problem(
@@ -155,7 +138,7 @@ def linear_problem(
         budget_bytes(memory_budget),
         gathered=False,
     )
-    positions = _positions(tensors._replace(weight=weight), targets, row_scales, call)
+    positions = positions_of(tensors._replace(weight=weight), targets, row_scales, call)
     divides_by_weights_of_ranks = (
         group is not None
         and weight is not None
@@ -181,56 +164,6 @@ def linear_problem(
         loss_dtype_of(reduction.loss_dtype, input, target, weight),
         all(in_forward),
     )
-
-
-def _positions(tensors: LinearTensors, targets: Targets, scales: Scales | None, call: LinearCall) -> list[Position]:
-    input, linear_weight, target, linear_bias, weight, token_weight, sum_dinput = tensors
-    C, *inner, D = linear_weight.shape
-    N, P = input.shape[:-1].numel(), torch.Size(inner).numel()
-    probs = target.reshape(N, C, P).movedim(1, 2) if holds_probabilities(target) else None
-    may_be_ignored = probs is None or token_weight is not None
-    h = input.reshape(N, D)
-    heads = linear_weight.reshape(C, P, D).unbind(1) if inner else [linear_weight]
-    positions = []
-    for p, w in enumerate(heads):
-        operands = Operands(
-            h,
-            w,
-            None if linear_bias is None else linear_bias.reshape(C, P)[:, p],
-            targets.target.view(N, P)[:, p].contiguous(),
-            weight,
-            None if probs is None else probs[:, p],
-        )
-        scale = None
-        if scales is not None:
-            rows_z = None if scales.z_loss is None else scales.z_loss.view(N, P)[:, p]
-            scale = Scale(scales.loss.view(N, P)[:, p], rows_z)
-        position = _kept(Position(operands, scale, None, call), may_be_ignored)
-        if call.group is not None and sum_dinput:  # after the selection: only gradients of kept rows are summed
-            h_kept = Replicated.apply(position.operands.h, call.group)
-            position = position._replace(operands=position.operands._replace(h=h_kept))
-        positions.append(position)
-    return positions
-
-
-def _kept(position: Position, may_be_ignored: bool) -> Position:
-    """The kept rows only; or all rows, with zeros for the ignored ones, where the kept ones cannot be selected."""
-    operands, scale, _, call = position
-    if not may_be_ignored:
-        return position
-    kept = operands.target != call.options.ignore_index
-    if operands.probs is None and may_wait(operands.h):
-        rows = kept.nonzero().squeeze(1)
-        if len(rows) == len(kept):
-            return position
-        h, target = operands.h.index_select(0, rows), operands.target.index_select(0, rows)
-        if scale is not None:
-            rows_z = None if scale.rows_z is None else scale.rows_z.index_select(0, rows)
-            scale = Scale(scale.rows.index_select(0, rows), rows_z)
-        return Position(operands._replace(h=h, target=target), scale, rows, call._replace(gathered=True))
-    # Selected, not multiplied by 0: no NaN of an ignored row reaches a matrix product.
-    h = torch.where(kept.unsqueeze(1), operands.h, 0.0)
-    return Position(operands._replace(h=h), scale, None, call._replace(gathered=True))
 
 
 def _in_forward(position: Position, early: bool) -> bool:

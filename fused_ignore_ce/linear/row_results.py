@@ -5,52 +5,26 @@ It is an autograd.Function in eager mode, and operators in tracing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..autograd import RESULTS_SCHEMA, RowResults, block_of, fake_results
-from ..distributed import Shard
-from ..operators import PACKAGE, is_plain, wants_grad
-from ..options import flatten, unflatten
-from ..rows import Rows, Saved, Upstream
-from .calls import (
-    CALL_SCHEMA,
-    OPERANDS,
-    OPERANDS_SCHEMA,
-    LinearCall,
-    agreed_shard,
-    no_autocast,
-    plan_of,
-    refuse_create_graph,
-    tiles_of,
-)
+from ..core.operators import PACKAGE, is_plain
+from ..core.options import flatten, unflatten
+from ..core.rows import RESULTS_SCHEMA, RowResults, Saved, Upstream, block_of, fake_results
+from .calls import CALL_SCHEMA, OPERANDS, OPERANDS_SCHEMA, LinearCall, refuse_create_graph, tiles_of, tiles_of_backward
 from .gradients import Gradients, Wanted
 from .sweep import gradients, losses
 from .tiles import Operands
 
 
-def _rows_forward(operands: Operands, call: LinearCall) -> RowResults:
-    shard = agreed_shard(operands, call)
-    plan = plan_of(operands, call, Wanted(False, False, False), recompute=False)
-    with no_autocast(operands):
-        found = losses(tiles_of(operands, call, plan, shard))
-    if isinstance(found, Rows):
-        return RowResults.of(found)
-    assert shard is not None
-    return RowResults.of_group(*found, torch.tensor(shard.block))
-
-
-def _rows_backward(
+def _gradients(
     upstream: Upstream, operands: Operands, saved: Saved, place: Tensor, call: LinearCall, wanted: Wanted
 ) -> Gradients:
-    block = block_of(place)
-    shard = None if call.group is None or block is None else Shard(distributed.group_named(call.group), block)
-    plan = plan_of(operands, call, wanted, recompute=True)
-    with no_autocast(operands):
-        return gradients(tiles_of(operands, call, plan, shard), upstream, saved, wanted)
+    tiles = tiles_of_backward(operands, call, wanted, block_of(place))
+    return gradients(tiles, upstream, saved, wanted)
 
 
 @torch.library.custom_op(
@@ -59,7 +33,7 @@ def _rows_backward(
     schema=f"({OPERANDS_SCHEMA}, {CALL_SCHEMA}) -> {RESULTS_SCHEMA}",
 )
 def _rows_operator(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(_rows_forward(Operands(*args[:OPERANDS]), unflatten(LinearCall, args[OPERANDS:])))
+    return tuple(losses(tiles_of(Operands(*args[:OPERANDS]), unflatten(LinearCall, args[OPERANDS:]))))
 
 
 @_rows_operator.register_fake
@@ -79,7 +53,7 @@ def _rows_backward_operator(*args: Any) -> tuple[Tensor, ...]:
     """(dh, dw, db, dprobs); one that is not needed is empty."""
     upstream, operands, saved, place = Upstream(*args[:3]), Operands(*args[3:9]), Saved(*args[9:11]), args[11]
     wanted, call = Wanted(*args[12:16]), unflatten(LinearCall, args[16:])
-    found = _rows_backward(upstream, operands, saved, place, call, wanted)
+    found = _gradients(upstream, operands, saved, place, call, wanted)
     return tuple(operands.h.new_empty(0) if each is None else each for each in found)
 
 
@@ -132,7 +106,7 @@ class _LinearRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = tuple(_rows_forward(Operands(*inputs[:OPERANDS]), inputs[OPERANDS]))
+        output = tuple(losses(tiles_of(Operands(*inputs[:OPERANDS]), inputs[OPERANDS])))
         _save_rows(ctx, inputs, output)
         return output
 
@@ -145,13 +119,13 @@ class _LinearRows(torch.autograd.Function):
         operands, saved, place = Operands(*tensors[:OPERANDS]), Saved(*tensors[OPERANDS:-1]), tensors[-1]
         (call,) = ctx.call
         upstream = Upstream(dloss, dlse, dentropy)
-        return _rows_gradients(ctx, _rows_backward(upstream, operands, saved, place, call, _wanted_of(ctx)))
+        return _rows_gradients(ctx, _gradients(upstream, operands, saved, place, call, _wanted_of(ctx)))
 
 
-def row_results(operands: Operands, call: LinearCall) -> RowResults:
-    """The results of all rows, as `autograd.cross_entropy_rows` gives them."""
-    if not is_plain(operands.h):
-        return RowResults(*_rows_operator(*operands, *flatten(call)))
-    if wants_grad(operands.h, operands.w, operands.b, operands.probs):
-        return RowResults(*_LinearRows.apply(*operands, call))
-    return _rows_forward(operands, call)
+def rows_function(h: Tensor) -> Callable[..., Any]:
+    """The function that gives the fields of `RowResults` for (*operands, call); it is differentiable as they are."""
+    return _LinearRows.apply if is_plain(h) else _traced
+
+
+def _traced(*args: Any) -> Any:
+    return _rows_operator(*args[:OPERANDS], *flatten(args[OPERANDS]))

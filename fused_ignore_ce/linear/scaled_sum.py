@@ -5,31 +5,20 @@ It is an autograd.Function in eager mode, and an operator in tracing. In backwar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..autograd import RowResults, fake_results
-from ..backends import scaled
-from ..distributed import Merged
-from ..operators import PACKAGE, is_plain, wants_grad
-from ..options import flatten, unflatten
-from ..reduction import scaled_total
-from ..rows import Rows
-from .calls import (
-    CALL_SCHEMA,
-    OPERANDS,
-    OPERANDS_SCHEMA,
-    LinearCall,
-    agreed_shard,
-    no_autocast,
-    plan_of,
-    refuse_create_graph,
-    tiles_of,
-)
-from .gradients import Gradients, Wanted
-from .sweep import Scale, losses, losses_and_gradients
+from ..backends.choice import scaled
+from ..core.operators import PACKAGE, is_plain
+from ..core.options import flatten, unflatten
+from ..core.reduction import scaled_total
+from ..core.rows import RowResults, fake_results
+from .calls import CALL_SCHEMA, OPERANDS, OPERANDS_SCHEMA, LinearCall, refuse_create_graph, tiles_of
+from .gradients import Wanted
+from .sweep import Scale, losses_and_gradients
 from .tiles import Operands
 
 
@@ -52,26 +41,11 @@ class ScaledSum(NamedTuple):
     db: Tensor
 
 
-def _forward(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCall) -> ScaledSum:
-    shard = agreed_shard(operands, call)
-    plan = plan_of(operands, call, wanted, recompute=False)
-    with no_autocast(operands):
-        tiles = tiles_of(operands, call, plan, shard)
-        found: Rows | Merged
-        gradients = Gradients(None, None, None, None)
-        if any(wanted):
-            found, gradients = losses_and_gradients(tiles, scale, wanted)
-        else:
-            found = losses(tiles)
-    results = RowResults.of(found) if isinstance(found, Rows) else RowResults.of_group(*found, found.rows.lse)
-    given = [operands.h.new_empty(0) if each is None else each for each in gradients[:3]]
-    return _summed(results, scale, call, *given)
-
-
-def _summed(results: RowResults, scale: Scale, call: LinearCall, *gradients: Tensor) -> ScaledSum:
+def _summed(results: RowResults, gradients: Sequence[Tensor | None], scale: Scale, call: LinearCall) -> ScaledSum:
     total = scaled_total(results.loss, results.lse, *scale, call.options.z_loss)
     of_rows = (results.loss, results.lse, results.entropy, results.predicted)
-    return ScaledSum(total, *of_rows, results.target_weight, results.likeliest, *gradients)
+    given = [total.new_empty(0) if each is None else each for each in gradients[:3]]
+    return ScaledSum(total, *of_rows, results.target_weight, results.likeliest, *given)
 
 
 @torch.library.custom_op(
@@ -82,8 +56,9 @@ def _summed(results: RowResults, scale: Scale, call: LinearCall, *gradients: Ten
 )
 def _operator(*args: Any) -> tuple[Tensor, ...]:
     operands, scale = Operands(*args[:OPERANDS]), Scale(*args[OPERANDS : OPERANDS + 2])
-    need_dh, need_dw, need_db, *call = args[OPERANDS + 2 :]
-    return tuple(_forward(operands, scale, Wanted(need_dh, need_dw, need_db), unflatten(LinearCall, tuple(call))))
+    need_dh, need_dw, need_db, *scalars = args[OPERANDS + 2 :]
+    wanted, call = Wanted(need_dh, need_dw, need_db), unflatten(LinearCall, tuple(scalars))
+    return tuple(_summed(*losses_and_gradients(tiles_of(operands, call, wanted), scale, wanted), scale, call))
 
 
 @_operator.register_fake
@@ -92,12 +67,10 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     *needed, call = *args[OPERANDS + 2 : OPERANDS + 5], unflatten(LinearCall, args[OPERANDS + 5 :])
     results = fake_results(operands.h, operands.h.shape[0], call, operands.weight, operands.probs)
     gradients = [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        if need and t is not None
-        else results.loss.new_empty(0)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip(operands[:3], needed, strict=True)
     ]
-    return tuple(_summed(results, scale, call, *gradients))
+    return tuple(_summed(results, gradients, scale, call))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,7 +112,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         operands, scale = Operands(*inputs[:OPERANDS]), Scale(*inputs[OPERANDS : OPERANDS + 2])
         wanted, call = inputs[OPERANDS + 2 :]
-        output = tuple(_forward(operands, scale, wanted, call))
+        output = tuple(_summed(*losses_and_gradients(tiles_of(operands, call, wanted), scale, wanted), scale, call))
         _save(ctx, inputs, output)
         ctx.z_loss, ctx.backend = call.options.z_loss, call.backend
         return output
@@ -149,10 +122,11 @@ class _Function(torch.autograd.Function):
         return _backward(ctx, *gradients)
 
 
-def scaled_sum(operands: Operands, scale: Scale, wanted: Wanted, call: LinearCall) -> ScaledSum:
-    """The scaled sum of all rows' losses."""
-    if not is_plain(operands.h):
-        return ScaledSum(*_operator(*operands, *scale, *wanted[:3], *flatten(call)))
-    if wants_grad(operands.h, operands.w, operands.b, *scale):
-        return ScaledSum(*_Function.apply(*operands, *scale, wanted, call))
-    return _forward(operands, scale, wanted, call)
+def sum_function(h: Tensor) -> Callable[..., Any]:
+    """The function that gives the fields of `ScaledSum` for (*operands, *scale, wanted, call)."""
+    return _Function.apply if is_plain(h) else _traced
+
+
+def _traced(*args: Any) -> Any:
+    *tensors, wanted, call = args
+    return _operator(*tensors, *wanted[:3], *flatten(call))

@@ -7,13 +7,14 @@ vocabulary is sharded. There are three walks: `losses`, `gradients` of saved row
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..distributed import Merged
-from ..options import LossOptions
-from ..rows import Rows, Saved, Upstream
+from ..core.options import LossOptions
+from ..core.rows import RowResults, Rows, Saved, Upstream
+from ..distributed.ranks import Merged, Shard
 from .gradients import Gradients, GradientSums, Wanted
 from .tiles import Tiles
 
@@ -28,52 +29,65 @@ class Scale(NamedTuple):
         return Scale(self.rows[rows], None if self.rows_z is None else self.rows_z[rows])
 
 
-def losses(tiles: Tiles) -> Rows | Merged:
+def losses(tiles: Tiles) -> RowResults:
     """The results of all rows, merged over the ranks where the vocabulary is sharded."""
-    if tiles.shard is not None:
-        return tiles.merged_over_ranks(tiles.shard)
-    found = None
-    for rows in tiles.chunks:
-        found = _joined(found, tiles.rows_of(rows), rows, tiles.N)
-    assert found is not None
-    return found
+    with _no_autocast(tiles):
+        if tiles.shard is not None:
+            return _of_ranks(tiles.merged_over_ranks(tiles.shard), tiles.shard)
+        found = None
+        for rows in tiles.chunks:
+            found = _joined(found, tiles.rows_of(rows), rows, tiles.N)
+        assert found is not None
+        return RowResults.of(found)
 
 
 def gradients(tiles: Tiles, upstream: Upstream, saved: Saved, wanted: Wanted) -> Gradients:
     """The gradients of saved rows, from logits that are computed again."""
-    sums = GradientSums(tiles, wanted)
-    for rows in tiles.chunks:
-        for block in tiles.blocks:
-            sums.add(rows, block, tiles.logits(rows, block), _part(upstream, rows), _saved_part(saved, rows))
-    return sums.gradients()
+    with _no_autocast(tiles):
+        sums = GradientSums(tiles, wanted)
+        for rows in tiles.chunks:
+            for block in sums.blocks:
+                sums.add(rows, block, tiles.logits(rows, block), _part(upstream, rows), _saved_part(saved, rows))
+        return sums.gradients()
 
 
-def losses_and_gradients(tiles: Tiles, scale: Scale, wanted: Wanted) -> tuple[Rows | Merged, Gradients]:
+def losses_and_gradients(tiles: Tiles, scale: Scale, wanted: Wanted) -> tuple[RowResults, Gradients]:
     """The results of all rows, and the gradients of their scaled sum.
 
     Where a tile has all classes of its rows, its logits are computed once.
     """
-    sums = GradientSums(tiles, wanted)
-    found: Any = None
-    if tiles.shard is not None:
-        found = tiles.merged_over_ranks(tiles.shard)
-        upstream = _upstream(scale, found.rows, tiles.options)
-        one_tile = len(tiles.chunks) == 1 and len(tiles.blocks) == 1
+    with _no_autocast(tiles):
+        sums = GradientSums(tiles, wanted)
+        if tiles.shard is not None:
+            merged = tiles.merged_over_ranks(tiles.shard)
+            upstream = _upstream(scale, merged.rows, tiles.options)
+            one_tile = len(tiles.chunks) == 1 and len(tiles.blocks) == 1
+            for rows in tiles.chunks:
+                for block in sums.blocks:
+                    x = tiles.tile(rows, block) if one_tile else tiles.logits(rows, block)
+                    sums.add(rows, block, x, _part(upstream, rows), _saved_part(merged.rows.saved, rows))
+            return _of_ranks(merged, tiles.shard), sums.gradients()
+        found = None
         for rows in tiles.chunks:
-            for block in tiles.blocks:
-                x = tiles.tile(rows, block) if one_tile else tiles.logits(rows, block)
-                sums.add(rows, block, x, _part(upstream, rows), _saved_part(found.rows.saved, rows))
-        return found, sums.gradients()
-    for rows in tiles.chunks:
-        if len(tiles.blocks) == 1:
-            part = sums.add_in_one_pass(rows, *scale.part(rows))
-        else:
-            part = tiles.rows_of(rows)
-            upstream = _upstream(scale.part(rows), part, tiles.options)
-            for block in tiles.blocks:
-                sums.add(rows, block, tiles.logits(rows, block), upstream, part.saved)
-        found = _joined(found, part, rows, tiles.N)
-    return found, sums.gradients()
+            if len(tiles.blocks) == 1:
+                part = sums.add_in_one_pass(rows, *scale.part(rows))
+            else:
+                part = tiles.rows_of(rows)
+                upstream = _upstream(scale.part(rows), part, tiles.options)
+                for block in sums.blocks:
+                    sums.add(rows, block, tiles.logits(rows, block), upstream, part.saved)
+            found = _joined(found, part, rows, tiles.N)
+        assert found is not None
+        return RowResults.of(found), sums.gradients()
+
+
+def _no_autocast(tiles: Tiles) -> torch.autocast:
+    """Switches autocast off: operands have their dtypes already, and sums have to stay in float32."""
+    return torch.autocast(tiles.operands.h.device.type, enabled=False)
+
+
+def _of_ranks(merged: Merged, shard: Shard) -> RowResults:
+    return RowResults.of_group(*merged, torch.tensor(shard.block))
 
 
 def _upstream(scale: Scale, rows: Rows, options: LossOptions) -> Upstream:

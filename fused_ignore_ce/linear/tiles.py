@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..backends import Backend, Parts, implementation
-from ..distributed import Merged, Shard
-from ..options import LossOptions
-from ..rows import Block, Logits, Rows
+from ..backends.choice import implementation
+from ..backends.protocol import Backend, Parts
+from ..core.options import LossOptions
+from ..core.rows import Block, Logits, Rows
+from ..distributed import ranks
+from ..distributed.ranks import Merged, Shard
 from .plan import LinearPlan
 
 
@@ -114,7 +115,7 @@ class Tiles:
             for whole, part in zip(parts, self.kernels.combine(self.parts_of(rows)), strict=True):
                 if whole.shape[-1]:
                     whole[..., rows] = part
-        return distributed.merge(self.kernels, shard, parts, self.operands[3:], self.options, self.with_stats)
+        return ranks.merge(self.kernels, shard, parts, self.operands[3:], self.options, self.with_stats)
 
 
 def slices_of(size: int, step: int) -> list[slice]:

@@ -3,7 +3,7 @@
 import torch
 
 from fused_ignore_ce import fused_cross_entropy
-from fused_ignore_ce.torch_blocks import BLOCK_ELEMENTS
+from fused_ignore_ce.backends.blocks import BLOCK_ELEMENTS
 
 
 def test_several_blocks_of_rows(device, monkeypatch):
@@ -15,7 +15,7 @@ def test_several_blocks_of_rows(device, monkeypatch):
             target[:, ignored] = -100
         results = []
         for block in (BLOCK_ELEMENTS, 30 * 8):
-            monkeypatch.setattr("fused_ignore_ce.torch_blocks.BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("fused_ignore_ce.backends.blocks.BLOCK_ELEMENTS", block)
             leaf = x.detach().requires_grad_()
             loss = fused_cross_entropy(leaf, target, backend="torch", label_smoothing=0.1, softcap=5.0)
             results.append((loss, *torch.autograd.grad(loss, leaf)))

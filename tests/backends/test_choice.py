@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from fused_ignore_ce import backends, fused_cross_entropy
+from fused_ignore_ce import fused_cross_entropy
+from fused_ignore_ce.backends import choice
 
 X = torch.randn(3, 5)
 Y = torch.tensor([1, 2, -100])
@@ -15,9 +16,9 @@ Y = torch.tensor([1, 2, -100])
 @pytest.fixture
 def _first_use():
     """The Triton backend is looked up once per process. This clears its cache before the test and after it."""
-    backends._triton.cache_clear()
+    choice._triton.cache_clear()
     yield
-    backends._triton.cache_clear()
+    choice._triton.cache_clear()
 
 
 @pytest.mark.usefixtures("_first_use")

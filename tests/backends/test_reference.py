@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_ignore_ce import reference
+from fused_ignore_ce.backends import reference
 
 
 def test_reference_is_pytorch():

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from bench.proofs.meter import Traffic
 from bench.proofs.traffic import Case, measure
-from fused_ignore_ce.options import LossOptions
-from fused_ignore_ce.rows import Block
+from fused_ignore_ce.core.options import LossOptions
+from fused_ignore_ce.core.rows import Block
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

@@ -4,11 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce import (
-    FusedCrossEntropyLoss,
-    fused_cross_entropy,
-    fused_linear_cross_entropy,
-)
+from fused_ignore_ce import FusedCrossEntropyLoss, fused_cross_entropy, fused_linear_cross_entropy
 
 X = torch.randn(3, 5)
 Y = torch.tensor([1, 2, -100])

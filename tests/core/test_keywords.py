@@ -14,9 +14,9 @@ from fused_ignore_ce import (
     fused_linear_causal_lm_loss,
     fused_linear_cross_entropy,
     fused_linear_log_probs,
-    keywords,
     plan_linear_loss,
 )
+from fused_ignore_ce.core import keywords
 from fused_ignore_ce.hf import patch_model
 
 from ..helpers.hf_worker import llama

@@ -10,8 +10,8 @@ from fused_ignore_ce import (
     fused_cross_entropy,
     fused_linear_causal_lm_loss,
     fused_linear_cross_entropy,
-    reference,
 )
+from fused_ignore_ce.backends import reference
 
 N, V, D = 5, 70, 4
 OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "z_loss": 0.02}

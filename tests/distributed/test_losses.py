@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fused_ignore_ce import reference
+from fused_ignore_ce.backends import reference
 
 from ..helpers.shards import IGNORED, IGNORED_IDS, SHARDS, D, N, V, joined, problem, run
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fused_ignore_ce
-from fused_ignore_ce import distributed
+from fused_ignore_ce.distributed import ranks as distributed
 from fused_ignore_ce.linear import calls
 from fused_ignore_ce.linear.plan import VOCABULARY_BLOCKS, LinearPlan
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from fused_ignore_ce import reference
+from fused_ignore_ce.backends import reference
 from fused_ignore_ce.kernels import cross_entropy, device_math
 from fused_ignore_ce.kernels.launch import Launch
 

@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 from bench.proofs.meter import Traffic
-from fused_ignore_ce import reference
+from fused_ignore_ce.backends import reference
+from fused_ignore_ce.core.options import LossOptions
+from fused_ignore_ce.core.rows import Upstream
 from fused_ignore_ce.kernels import cross_entropy, prepare
 from fused_ignore_ce.kernels.launch import Launch
-from fused_ignore_ce.options import LossOptions
-from fused_ignore_ce.rows import Upstream
 
 CASES = [
     {},

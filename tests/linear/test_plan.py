@@ -12,9 +12,9 @@ from fused_ignore_ce import (
     fused_linear_log_probs,
     plan_linear_loss,
 )
+from fused_ignore_ce.core.options import budget_bytes
 from fused_ignore_ce.linear import calls, plan
 from fused_ignore_ce.linear.plan import LinearPlan, Sizes
-from fused_ignore_ce.options import budget_bytes
 
 LLAMA = (8192, 128256, 4096)  # N, V, D
 MIB = 2**20

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fused_ignore_ce import FusedCrossEntropyLoss, backends, fused_causal_lm_loss, fused_cross_entropy
+from fused_ignore_ce import FusedCrossEntropyLoss, fused_causal_lm_loss, fused_cross_entropy
+from fused_ignore_ce.backends import choice as backends
 
 V, SPECIAL, PAD = 61, 7, 0
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,23 @@ def test_contributing_names_every_part():
     assert {path.name for path in bench if path.suffix == ".py"} <= named
     for path in bench:
         assert not path.is_dir() or f"{path.name}/" in text or f"`bench/{path.name}`" in text, path
+
+
+#: Files that users write, or that other programs do.
+OF_OTHERS = {"my_plugins.py", "train.py", "metadata.json"}
+
+
+def test_files_that_text_names_exist():
+    """Docstrings, comments and pages name no file that has moved."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs the repository")
+    paths = listed.stdout.split()
+    ends = {"/".join(Path(path).parts[-n:]) for path in paths for n in range(1, len(Path(path).parts) + 1)}
+    wrong = []
+    for path in paths:
+        if path.endswith((".py", ".md")) and path != "CHANGELOG.md":
+            for name in re.findall(r"`([\w./-]+\.(?:py|json|c|toml|txt))`", (ROOT / path).read_text()):
+                if name.removeprefix("../") not in ends | OF_OTHERS:
+                    wrong.append(f"{path}: {name}")
+    assert not wrong

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from fused_ignore_ce import demo, demo_data
 from fused_ignore_ce.__main__ import main
+from fused_ignore_ce.tools import demo, demo_data
 
 STEPS, BATCH, LENGTH = 12, 2, 64
 SIZES = {"steps": STEPS, "batch": BATCH, "length": LENGTH, "vocab": 500, "hidden": 16, "functions": 200}

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fused_ignore_ce.measure import PeakMemory
+from fused_ignore_ce.tools.measure import PeakMemory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")

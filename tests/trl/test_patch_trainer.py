@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from fused_ignore_ce import trl as ours
 from fused_ignore_ce.hf import IgnoreTokens, fusion_report, patch_model, unpatch_model
 from fused_ignore_ce.trl import patch_trainer, unpatch_trainer
+from fused_ignore_ce.trl import patching as ours
 
 from ..helpers.hf_worker import V
 from ..helpers.trl_runs import assert_same_runs, mixtral, one_layer, trainer_of, trl

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fused_ignore_ce.linear import summed_log_probs
-from fused_ignore_ce.per_token import Head, PerToken, per_token
+from fused_ignore_ce.trl import summed_log_probs
+from fused_ignore_ce.trl.per_token import Head, PerToken, per_token
 
 ChunkedLogProbFunction = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
 
@@ -75,8 +75,8 @@ def test_no_tokens(summed):
 def test_gradients_of_a_sum_come_from_forward(monkeypatch):
     """The first backward computes no logits, unless the upstream gradient differs from row to row."""
     again = []
-    original = summed_log_probs.row_results
-    monkeypatch.setattr(summed_log_probs, "row_results", lambda *args: again.append(1) or original(*args))
+    original = summed_log_probs.rows_function
+    monkeypatch.setattr(summed_log_probs, "rows_function", lambda *args: again.append(1) or original(*args))
     head, targets = operands()
 
     def backward(upstream):

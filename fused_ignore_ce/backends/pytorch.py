@@ -1,4 +1,4 @@
-"""The memory-lean PyTorch backend: what CPU tensors get by default. Its functions are those of `backends.Backend`.
+"""The memory-lean PyTorch backend: what CPU tensors get by default. Its functions are those of `protocol.Backend`.
 
 It reads kept rows only, a cache-sized block of rows at a time, into one scratch buffer in the dtype of sums. A row's
 sums are relative to its largest used logit c (see `kernels/sums.py` for the formulas); the pair (c, log s) is saved.
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import LossOptions
-from .rows import Block, Logits, Rows, Saved, Upstream, acc_dtype, zero_rows
-from .torch_blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
+from ..core.options import LossOptions
+from ..core.rows import Block, Logits, Rows, Saved, Upstream, acc_dtype, zero_rows
+from .blocks import RowBlock, aligned, kept_blocks, new_scratch, read, scale, write, zero_ignored
 
 __all__ = ["backward", "combine", "forward", "forward_backward", "forward_part", "merge", "new_parts", "scale"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,3 +92,51 @@ def zero_rows(like: Tensor, N: int, with_stats: bool) -> Rows:
         predicted=like.new_zeros(stats, dtype=torch.int64),
         entropy=like.new_zeros(stats, dtype=dtype),
     )
+
+
+class RowResults(NamedTuple):
+    """The results of all rows as an operator returns them. The first three are differentiable."""
+
+    loss: Tensor
+    lse: Tensor
+    entropy: Tensor
+    predicted: Tensor
+    norm: Tensor
+    # Results that need all ranks of a group; empty without a group, or where they do not apply.
+    target_weight: Tensor  # (N,) class weights of index targets
+    likeliest: Tensor  # (N,) int64 class of the largest target probability, with statistics
+    block: Tensor  # the fields of this rank's `Block`, on the CPU
+
+    @classmethod
+    def of(cls, rows: Rows) -> RowResults:
+        """The results of rows whose vocabulary is not sharded."""
+        none, place = rows.loss.new_empty(0), torch.empty(0, dtype=torch.int64)
+        return cls.of_group(rows, none, none.long(), place)
+
+    @classmethod
+    def of_group(cls, rows: Rows, target_weight: Tensor, likeliest: Tensor, place: Tensor) -> RowResults:
+        of_rows = (rows.loss, rows.lse, rows.entropy, rows.predicted, rows.norm)
+        return cls(*of_rows, target_weight, likeliest, place)
+
+    def constants(self, with_stats: bool) -> tuple[Tensor, ...]:
+        """The results that have no gradient; without statistics there is no entropy."""
+        return self[3:] if with_stats else self[2:]
+
+
+RESULTS_SCHEMA = "(" + ", ".join(["Tensor"] * len(RowResults._fields)) + ")"
+
+
+def fake_results(x: Tensor, N: int, call: Any, weight: Tensor | None, probs: Tensor | None) -> RowResults:
+    """Results of the right shapes for tracing. `call` has the fields `with_stats` and `group`."""
+    rows = zero_rows(x, N, call.with_stats)
+    if call.group is None:
+        return RowResults.of(rows)
+    none = rows.loss.new_empty(0)
+    target_weight = torch.empty_like(rows.loss) if weight is not None and probs is None else none
+    likeliest = torch.empty_like(rows.predicted) if probs is not None and call.with_stats else none.long()
+    return RowResults.of_group(rows, target_weight, likeliest, torch.empty(2, dtype=torch.int64))
+
+
+def block_of(place: Tensor) -> Block | None:
+    """The `Block` that `RowResults.block` holds; None without a group."""
+    return Block(*place.tolist()) if len(place) else None

@@ -2,81 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, distributed, reference
-from .operators import PACKAGE, is_plain, wants_grad
-from .options import LossOptions, flatten, schema_of, unflatten
-from .rows import Block, Logits, Rows, Saved, Upstream, zero_rows
-
-
-class RowCall(NamedTuple):
-    """The settings that all rows of a call share."""
-
-    options: LossOptions
-    with_stats: bool
-    backend: str
-    group: str | None  # the name of the process group that the vocabulary is sharded over
-
-
-class RowResults(NamedTuple):
-    """The results of all rows. The first three are differentiable."""
-
-    loss: Tensor
-    lse: Tensor
-    entropy: Tensor
-    predicted: Tensor
-    norm: Tensor
-    # Results that need all ranks of a group; empty without a group, or where they do not apply.
-    target_weight: Tensor  # (N,) class weights of index targets
-    likeliest: Tensor  # (N,) int64 class of the largest target probability, with statistics
-    block: Tensor  # the fields of this rank's `Block`, on the CPU
-
-    @classmethod
-    def of(cls, rows: Rows) -> RowResults:
-        """The results of rows whose vocabulary is not sharded."""
-        none, place = rows.loss.new_empty(0), torch.empty(0, dtype=torch.int64)
-        return cls.of_group(rows, none, none.long(), place)
-
-    @classmethod
-    def of_group(cls, rows: Rows, target_weight: Tensor, likeliest: Tensor, place: Tensor) -> RowResults:
-        of_rows = (rows.loss, rows.lse, rows.entropy, rows.predicted, rows.norm)
-        return cls(*of_rows, target_weight, likeliest, place)
-
-    def constants(self, with_stats: bool) -> tuple[Tensor, ...]:
-        """The results that have no gradient; without statistics there is no entropy."""
-        return self[3:] if with_stats else self[2:]
-
-
-RESULTS_SCHEMA = "(" + ", ".join(["Tensor"] * len(RowResults._fields)) + ")"
-
-
-def fake_results(x: Tensor, N: int, call: Any, weight: Tensor | None, probs: Tensor | None) -> RowResults:
-    """Results of the right shapes for tracing. `call` has the fields of `RowCall`."""
-    rows = zero_rows(x, N, call.with_stats)
-    if call.group is None:
-        return RowResults.of(rows)
-    none = rows.loss.new_empty(0)
-    target_weight = torch.empty_like(rows.loss) if weight is not None and probs is None else none
-    likeliest = torch.empty_like(rows.predicted) if probs is not None and call.with_stats else none.long()
-    return RowResults.of_group(rows, target_weight, likeliest, torch.empty(2, dtype=torch.int64))
-
-
-def block_of(place: Tensor) -> Block | None:
-    """The `Block` that `RowResults.block` holds; None without a group."""
-    return Block(*place.tolist()) if len(place) else None
+from ..backends.choice import check_targets, implementation
+from ..core.operators import PACKAGE, is_plain
+from ..core.options import flatten, schema_of, unflatten
+from ..core.rows import RESULTS_SCHEMA, Logits, RowResults, Rows, Saved, Upstream, block_of, fake_results
+from ..distributed import ranks
+from .double_backward import differentiable_backward
+from .problem import RowCall
 
 
 def _forward(logits: Logits, call: RowCall) -> RowResults:
-    kernels = backends.implementation(call.backend, logits.x.device)
+    kernels = implementation(call.backend, logits.x.device)
     if call.group is not None:
-        merged, shard = distributed.forward(kernels, call.group, logits, call.options, call.with_stats)
+        merged, shard = ranks.forward(kernels, call.group, logits, call.options, call.with_stats)
         return RowResults.of_group(*merged, torch.tensor(shard.block))
     if logits.probs is None:
-        backends.check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])
+        check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])
     return RowResults.of(Rows(*kernels.forward(logits, call.options, with_stats=call.with_stats)))
 
 
@@ -90,7 +37,7 @@ def _backward(
 ) -> None:
     """Writes the `gradients` (dx, dprobs) that are not None; `place` is `RowResults.block`."""
     dx, dprobs = gradients
-    kernels = backends.implementation(call.backend, logits.x.device)
+    kernels = implementation(call.backend, logits.x.device)
     kernels.backward(upstream, logits, saved, call.options, dx=dx, dprobs=dprobs, block=block_of(place))
 
 
@@ -215,25 +162,13 @@ def _refuse_create_graph(place: Tensor) -> None:
         )
 
 
-def differentiable_backward(
-    upstream: Upstream, logits: Logits, options: LossOptions, need_dx: bool, need_dprobs: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dprobs) with a graph of their own, from the reference; it holds several tensors of x's shape."""
-    x, target, weight, probs = logits
-    acc = x.double() if x.dtype == torch.float64 else x.float()
-    rows = reference.rows(acc, target.view(x.shape[:2]), weight, probs, **options._replace(z_loss=0.0)._asdict())
-    pairs = ((rows.loss, upstream.dloss), (rows.lse, upstream.dlse), (rows.entropy, upstream.dentropy))
-    outputs, gradients = zip(*((out.flatten(), grad) for out, grad in pairs if grad is not None), strict=True)
-    wanted = [t for t, needed in ((x, need_dx), (probs, need_dprobs)) if needed and t is not None]
-    found = list(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
-    found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
-    return found.pop(0) if need_dx else None, found.pop(0) if need_dprobs else None
+def rows_function(x: Tensor) -> Callable[..., Any]:
+    """The function that gives the fields of `RowResults` for (x, target, weight, probs, call, inplace_backward).
+
+    Loss, lse and entropy are differentiable in x, the loss also in probabilities.
+    """
+    return CrossEntropyRows.apply if is_plain(x) else _traced
 
 
-def cross_entropy_rows(logits: Logits, call: RowCall, *, inplace_backward: bool = False) -> RowResults:
-    """The results of all rows; loss, lse and entropy are differentiable in x, the loss also in probabilities."""
-    if not is_plain(logits.x):
-        return RowResults(*_forward_operator(*logits, *flatten(call)))
-    if wants_grad(logits.x, logits.probs):
-        return RowResults(*CrossEntropyRows.apply(*logits, call, inplace_backward))
-    return _forward(logits, call)
+def _traced(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, call: RowCall, _: bool) -> Any:
+    return _forward_operator(x, target, weight, probs, *flatten(call))

@@ -1,4 +1,4 @@
-"""A call of the logits loss, checked: what it computes, which follows from its tensors and options."""
+"""A call of the loss of logits, checked: what it computes, which follows from its tensors and options."""
 
 from __future__ import annotations
 
@@ -7,13 +7,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .arguments import LogitsTensors, Sizes, check_ignored, check_logits, check_token_weight, holds_probabilities
-from .autograd import RowCall
-from .operators import is_plain
-from .options import LossOptions, ReductionOptions
-from .reduction import Targets, loss_dtype_of, prepare_targets
-from .rows import Logits, acc_dtype, classes_last
+from ..backends.choice import choose
+from ..core.arguments import (
+    LogitsTensors,
+    Sizes,
+    check_ignored,
+    check_inplace,
+    check_logits,
+    check_token_weight,
+    holds_probabilities,
+)
+from ..core.operators import is_plain, refuse_transforms, wants_grad
+from ..core.options import LossOptions, ReductionOptions
+from ..core.reduction import Targets, finished, loss_dtype_of, prepare_targets, statistics
+from ..core.rows import Logits, acc_dtype, classes_last
+
+
+class RowCall(NamedTuple):
+    """The settings that all rows of a call share."""
+
+    options: LossOptions
+    with_stats: bool
+    backend: str
+    group: str | None  # the name of the process group that the vocabulary is sharded over
 
 
 class LogitsProblem(NamedTuple):
@@ -25,6 +41,8 @@ class LogitsProblem(NamedTuple):
     reduction: ReductionOptions
     loss_dtype: torch.dtype
     classes_dim: int  # of input and of probability targets
+    inplace_backward: bool
+    grad_in_forward: bool
 
     @property
     def probs(self) -> Tensor | None:
@@ -45,6 +63,56 @@ class LogitsProblem(NamedTuple):
             self.weight,
             None if probs is None else classes_last(probs, self.classes_dim),
         )
+
+    # The conditions that `ways.WAYS` is made of.
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.call.group is not None
+
+    @property
+    def is_sum_of_rows(self) -> bool:
+        """Whether the loss is a sum of the rows' losses whose factors are constants, so that forward knows them."""
+        reduction = self.reduction
+        return (
+            reduction.reduction != "none"
+            and reduction.return_stats != "differentiable"
+            and is_plain(self.tensors.input)
+            and not _differentiable(self.targets.token_weight)
+            and not _differentiable(reduction.normalizer)
+        )
+
+    @property
+    def is_reduced_by_kernel(self) -> bool:
+        """Whether the backend has a kernel that reduces the rows, which adds no z-loss."""
+        return self.call.backend == "triton" and self.call.options.z_loss == 0.0
+
+    @property
+    def has_gradient_in_forward(self) -> bool:
+        """Whether the gradient is asked for along with the loss, and only logits have one."""
+        return self.grad_in_forward and wants_grad(self.tensors.input) and not _differentiable(self.probs)
+
+    def result(
+        self,
+        loss: Tensor,
+        lse: Tensor | None = None,
+        predicted: Tensor | None = None,
+        entropy: Tensor | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+    ) -> Any:
+        """What the caller gets: the loss in its dtype; with statistics, which are then needed, (loss, LossStats)."""
+        loss = finished(loss, self.targets, self.reduction, self.loss_dtype)
+        if not self.call.with_stats:
+            return loss
+        assert lse is not None
+        assert predicted is not None
+        assert entropy is not None
+        return loss, statistics(self.targets, self.reduction, lse, predicted, entropy, num_tokens)
+
+
+def _differentiable(factor: Any) -> bool:
+    return isinstance(factor, Tensor) and factor.requires_grad
 
 
 class CheckedCall(NamedTuple):
@@ -80,6 +148,8 @@ def logits_problem(
     group: str | None,
     *,
     classes_dim: int = 1,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
 ) -> LogitsProblem:
     """Checks the tensors, and brings them into the form of the backends."""
     input, target, _, token_weight = tensors
@@ -90,7 +160,13 @@ def logits_problem(
     targets = prepare_targets(
         target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
     )
-    return LogitsProblem(tensors, targets, call, reduction, loss_dtype, len(sizes.batch))
+    problem = LogitsProblem(
+        tensors, targets, call, reduction, loss_dtype, len(sizes.batch), inplace_backward, grad_in_forward
+    )
+    refuse_transforms(input, problem.probs)
+    if inplace_backward:
+        check_inplace(problem.logits.x)
+    return problem
 
 
 def checked_before(tensors: LogitsTensors, request: Request) -> CheckedCall:
@@ -114,7 +190,7 @@ def check_call(tensors: LogitsTensors, request: Request) -> CheckedCall:
     sizes = check_logits(input, target, weight, classes_dim=request.classes_dim)
     check_ignored(request.ids, target)
     check_token_weight(token_weight, sizes.rows, target.device)
-    call = RowCall(request.options, request.with_stats, backends.choose(request.backend, input.device), request.group)
+    call = RowCall(request.options, request.with_stats, choose(request.backend, input.device), request.group)
     return CheckedCall(call, sizes, loss_dtype_of(request.loss_dtype, input, target, weight))
 
 

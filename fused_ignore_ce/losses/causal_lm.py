@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from .arguments import LogitsTensors, check_inplace, check_token_weight
-from .functional import loss_of
-from .keywords import explains_keywords, meaning, unknown_keyword
-from .linear.cross_entropy import fused_linear_cross_entropy
-from .operators import overridden
-from .options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
-from .problem import logits_problem
-from .reduction import LossStats
-from .shards import local_logits
+from ..core.arguments import LogitsTensors, check_token_weight
+from ..core.keywords import explains_keywords, meaning, unknown_keyword
+from ..core.operators import overridden
+from ..core.options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
+from ..core.reduction import LossStats
+from ..distributed.shards import local_logits
+from ..logits.problem import logits_problem
+from ..logits.ways import way_of
+from .linear_cross_entropy import fused_linear_cross_entropy
 
 #: The keywords that `fused_causal_lm_loss` reads. Models hand others on to their loss function too.
 _KNOWN = (*CausalLMKeywords.__optional_keys__, "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
@@ -77,7 +77,6 @@ def fused_causal_lm_loss(
             fused_causal_lm_loss, (logits,), logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels,
             **given,
         )  # fmt: skip
-    inplace_backward, backend = given.get("inplace_backward", False), given.get("backend", "auto")
     tensors = LogitsTensors(logits, targets, given.get("weight"), given.get("token_weight"))
     with local_logits(given.get("process_group"), tensors, classes_dim=-1) as (group, tensors):
         ids = ignored_ids(ignore_index)
@@ -98,11 +97,14 @@ def fused_causal_lm_loss(
         if group is None:
             check_vocab_size(vocab_size, logits)
         tensors, shape = aligned_with_logits(tensors, ids[0], shifted=shift_labels is not None)
-        problem = logits_problem(tensors, ids, options, reducing, backend, group, classes_dim=-1)
-        if inplace_backward:
-            check_inplace(problem.logits.x)
+        problem = logits_problem(
+            tensors, ids, options, reducing, given.get("backend", "auto"), group,
+            classes_dim=-1,
+            inplace_backward=given.get("inplace_backward", False),
+            grad_in_forward=given.get("grad_in_forward", False),
+        )  # fmt: skip
     problem = problem._replace(targets=problem.targets._replace(shape=shape))
-    return loss_of(problem, inplace_backward, given.get("grad_in_forward", False))
+    return way_of(problem).loss(problem)
 
 
 @functools.partial(explains_keywords, also=LinearCausalLMKeywords.__optional_keys__)

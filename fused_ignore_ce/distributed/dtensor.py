@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .arguments import LinearTensors, LogitsTensors, class_dimension, holds_probabilities
-from .distributed import FailingTogether
+from ..core.arguments import LinearTensors, LogitsTensors, class_dimension, holds_probabilities
+from .ranks import FailingTogether
 
 
 class LocalTensors:

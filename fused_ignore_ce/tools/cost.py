@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .linear.plan import MACHINES, VOCABULARY_BLOCKS, LinearPlan, operand_dtype, plan_linear_loss
+from ..linear.plan import MACHINES, VOCABULARY_BLOCKS, LinearPlan, operand_dtype, plan_linear_loss
 
 #: Where the rates of `MACHINES` come from.
 RATES = {

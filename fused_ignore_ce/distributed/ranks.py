@@ -11,19 +11,17 @@ from __future__ import annotations
 import builtins
 import zlib
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .operators import PACKAGE
-from .options import LossOptions, ignored_ids, out_of_bounds
-from .rows import Block, Logits, Rows
-
-if TYPE_CHECKING:
-    from .backends import Backend, Parts
+from ..backends.protocol import Backend, Parts
+from ..core.operators import PACKAGE
+from ..core.options import LossOptions, ignored_ids, out_of_bounds
+from ..core.rows import Block, Logits, Rows
 
 # Renamed in torch 2.13.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor

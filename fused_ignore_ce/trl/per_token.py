@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .deferred import defer
-from .linear.log_probs import fused_linear_log_probs
-from .linear.summed_log_probs import summed_log_probs
+from ..deferred import defer
+from ..losses.log_probs import fused_linear_log_probs
+from .summed_log_probs import summed_log_probs
 
 
 class Head(NamedTuple):

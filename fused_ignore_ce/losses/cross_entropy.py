@@ -1,4 +1,4 @@
-"""The loss of logits: check the arguments, compute the rows, reduce."""
+"""`fused_cross_entropy`: check the arguments, then compute the loss in the way that fits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from .arguments import LogitsTensors, check_inplace
-from .autograd import cross_entropy_rows
-from .grad_in_forward import can_compute_in_forward, total_with_gradient
-from .kernel_reduction import can_reduce, reduced_by_kernel, reduced_with_gradient
-from .keywords import explains_keywords
-from .operators import overridden, refuse_transforms
-from .options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
-from .problem import LogitsProblem, logits_problem
-from .reduction import LossStats, finished, reduce_rows, scales, statistics, weight_of_target
-from .shards import local_logits
+from ..core.arguments import LogitsTensors
+from ..core.keywords import explains_keywords
+from ..core.operators import overridden
+from ..core.options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
+from ..core.reduction import LossStats
+from ..distributed.shards import local_logits
+from ..logits.problem import logits_problem
+from ..logits.ways import way_of
 
 
 @overload
@@ -152,41 +150,9 @@ def fused_cross_entropy(
         ids = ignored_ids(ignore_index)
         options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
         reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored).checked()
-        problem = logits_problem(tensors, ids, options, reducing, backend, group)
-        if inplace_backward:
-            check_inplace(problem.logits.x)
-    loss: Tensor | tuple[Tensor, LossStats] = loss_of(problem, inplace_backward, grad_in_forward)
+        problem = logits_problem(
+            tensors, ids, options, reducing, backend, group,
+            inplace_backward=inplace_backward, grad_in_forward=grad_in_forward,
+        )  # fmt: skip
+    loss: Tensor | tuple[Tensor, LossStats] = way_of(problem).loss(problem)
     return loss
-
-
-def loss_of(problem: LogitsProblem, inplace_backward: bool = False, grad_in_forward: bool = False) -> Any:
-    """The loss, or (loss, LossStats)."""
-    _, targets, call, reduction, loss_dtype, _ = problem
-    probs, num_tokens = problem.probs, None
-    refuse_transforms(problem.tensors.input, probs)
-    in_forward = grad_in_forward and can_compute_in_forward(problem)
-    if can_reduce(problem):
-        reduced = reduced_with_gradient if in_forward else reduced_by_kernel
-        loss, found = reduced(problem, inplace_backward)
-        if not found:
-            return finished(loss, targets, reduction, loss_dtype)
-        num_tokens, lse, predicted, entropy = found
-    elif in_forward:
-        logits = problem.logits
-        scale = scales(targets, reduction, call.options.z_loss, weight_of_target(targets, logits.weight, probs))
-        loss, lse, predicted, entropy = total_with_gradient(logits, scale, call, inplace_backward)
-        loss = loss if scale.nothing is None else loss + scale.nothing
-    else:
-        logits = problem.logits
-        rows = cross_entropy_rows(logits, call, inplace_backward=inplace_backward)
-        target_weight: Tensor | None = rows.target_weight
-        if call.group is None:
-            target_weight = weight_of_target(targets, logits.weight, probs)
-        loss = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
-        lse, predicted, entropy = rows.lse, rows.predicted, rows.entropy
-        if call.group is not None and call.with_stats and probs is not None:
-            targets = targets.with_classes(rows.likeliest)
-    loss = finished(loss, targets, reduction, loss_dtype)
-    if not call.with_stats:
-        return loss
-    return loss, statistics(targets, reduction, lse, predicted, entropy, num_tokens)

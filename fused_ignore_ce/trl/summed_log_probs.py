@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import LinearTensors
-from ..operators import is_plain
-from ..options import LossOptions, ReductionOptions
-from ..reduction import LossStats, statistics
-from .calls import refuse_create_graph
-from .log_probs import fused_linear_log_probs
-from .problem import Position, linear_problem
-from .row_results import row_results
-from .scaled_sum import scaled_sum
-from .tiles import Operands
+from ..core.arguments import LinearTensors
+from ..core.operators import is_plain
+from ..core.options import LossOptions, ReductionOptions
+from ..core.reduction import LossStats, statistics
+from ..core.rows import RowResults
+from ..linear.calls import refuse_create_graph
+from ..linear.kept_rows import Position
+from ..linear.problem import linear_problem
+from ..linear.row_results import rows_function
+from ..linear.scaled_sum import ScaledSum, sum_function
+from ..losses.log_probs import fused_linear_log_probs
 
 
 def summed_log_probs(
@@ -64,7 +65,8 @@ class _Summed(torch.autograd.Function):
         rest: Any = position.operands[3:]
         assert position.scale is not None
         with torch.enable_grad():
-            found = scaled_sum(Operands(*leaves, *rest), position.scale, position.wanted, position.call)
+            scale, wanted, call = position.scale, position.wanted, position.call
+            found = ScaledSum(*sum_function(position.operands.h)(*leaves, *rest, *scale, wanted, call))
         ctx.sum = found.total, leaves
         # The operands are saved apart, by save_for_backward, which notices changes in place.
         ctx.rest, ctx.call = rest, position.call
@@ -87,7 +89,7 @@ class _Summed(torch.autograd.Function):
         else:
             leaves, upstream = _leaves(operands, needed), dloss
             with torch.enable_grad():
-                value = row_results(Operands(*leaves, *ctx.rest), ctx.call).loss
+                value = RowResults(*rows_function(leaves[0])(*leaves, *ctx.rest, ctx.call)).loss
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         gradients = iter(torch.autograd.grad(value, wanted, upstream))
         return None, *(next(gradients) if need else None for need in needed)

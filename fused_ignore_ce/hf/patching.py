@@ -14,23 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .collator import IgnoreTokens
-from .deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
-from .deferred.origin import Settings
-from .deferred.report import FusionReport
-from .extras import needed
-from .keywords import unknown_keyword
-from .options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
-
-__all__ = [
-    "FusionReport",
-    "IgnoreTokens",
-    "fusion_report",
-    "patch_model",
-    "patch_transformers",
-    "unpatch_model",
-    "unpatch_transformers",
-]
+from ..core.extras import needed
+from ..core.keywords import unknown_keyword
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
+from ..deferred.origin import Settings
+from ..deferred.report import FusionReport
 
 _OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "zero_if_all_ignored", "backend")
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..hf.patching import fusion_report, patch_model
 from .demo_data import END, IGNORED, Batch, functions, make_batches, train_tokenizer
-from .hf import fusion_report, patch_model
 from .measure import PeakMemory, clock
 
 #: Steps from one measurement of memory to the next. That step is not timed, since `PeakMemory` itself takes time.

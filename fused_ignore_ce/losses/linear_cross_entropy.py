@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..arguments import LinearTensors
-from ..keywords import explains_keywords
-from ..options import LinearKeywords, LossOptions, ReductionOptions, ignored_ids
-from ..reduction import LossStats
-from ..shards import local_linear
-from .problem import linear_problem
+from ..core.arguments import LinearTensors
+from ..core.keywords import explains_keywords
+from ..core.options import LinearKeywords, LossOptions, ReductionOptions, ignored_ids
+from ..core.reduction import LossStats
+from ..distributed.shards import local_linear
+from ..linear.problem import linear_problem
 
 
 @overload

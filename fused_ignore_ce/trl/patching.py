@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .deferred.forward import origin_in, recorder_of
-from .deferred.product import product_of
-from .extras import needed
-from .hf import patch_model, unpatch_model
-from .options import budget_bytes, check_backend
+from ..core.extras import needed
+from ..core.options import budget_bytes, check_backend
+from ..deferred.forward import origin_in, recorder_of
+from ..deferred.product import product_of
+from ..hf.patching import patch_model, unpatch_model
 from .per_token import Head, PerToken, per_token
-
-__all__ = ["patch_trainer", "unpatch_trainer"]
 
 #: Releases of TRL whose head is known, by "major.minor".
 KNOWN_VERSIONS = ("1.16",)

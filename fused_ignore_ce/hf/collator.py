@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .options import ignored_ids
+from ..core.options import ignored_ids
 
 _LABELS = ("labels", "shift_labels")
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import LinearTensors, holds_probabilities
-from ..keywords import explains_keywords
-from ..options import LossOptions, ReductionOptions, check_temperature, ignored_ids
-from ..shards import local_linear
-from .problem import linear_problem
+from ..core.arguments import LinearTensors, holds_probabilities
+from ..core.keywords import explains_keywords
+from ..core.options import LossOptions, ReductionOptions, check_temperature, ignored_ids
+from ..distributed.shards import local_linear
+from ..linear.problem import linear_problem
 
 
 @explains_keywords

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_process_group
-from .functional import fused_cross_entropy
-from .keywords import explains_keywords
-from .linear.cross_entropy import fused_linear_cross_entropy
-from .options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..core.arguments import check_process_group
+from ..core.keywords import explains_keywords
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from .cross_entropy import fused_cross_entropy
+from .linear_cross_entropy import fused_linear_cross_entropy
 
 #: The options that both losses take and both modules keep as attributes.
 _OPTIONS = (

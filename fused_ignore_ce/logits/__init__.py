@@ -1,0 +1,1 @@
+"""The loss of logits that are there, from a checked call to rows and gradients. What users call is in `losses`."""
