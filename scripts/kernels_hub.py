@@ -24,7 +24,7 @@ PACKAGE = ROOT / "fused_ignore_ce"
 #: The version that users ask `get_kernel` for. It is raised when a public name goes or changes its meaning.
 INTERFACE = 1
 #: Files whose names begin like this are left out, because `python -m` cannot run a package that `kernels` loaded.
-COMMANDS = ("__main__", "demo")
+COMMANDS = ("__main__", "tools/")
 
 README = """\
 ---

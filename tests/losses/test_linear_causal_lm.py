@@ -58,13 +58,13 @@ def test_against_pytorch(backend, device):
 
 def test_only_kept_rows_are_gathered(device, monkeypatch):
     """The shift copies no hidden states. The gather of kept rows drops the last position like any ignored row."""
-    from fused_ignore_ce.linear import problem as linear
+    from fused_ignore_ce.linear import kept_rows
 
     h, w, labels = problem(device)
     seen = []
-    original = linear._kept
+    original = kept_rows._kept
     monkeypatch.setattr(
-        linear, "_kept", lambda position, may: seen.append(position.operands.h) or original(position, may)
+        kept_rows, "_kept", lambda position, may: seen.append(position.operands.h) or original(position, may)
     )
     fused_linear_causal_lm_loss(h, w, labels)
     assert [t.data_ptr() for t in seen] == [h.data_ptr()]

@@ -92,7 +92,7 @@ def test_the_repository_holds_the_package_and_its_kernels(repository):
     variant = repository / "build" / "torch-universal"
     for name in NAMES:
         assert (variant / name).read_bytes() == (PACKAGE / name).read_bytes()
-    assert {"kernels/forward.py", "kernels/tables.json", "linear/sweep.py", "hf.py"} <= set(NAMES)
+    assert {"kernels/forward.py", "kernels/tables.json", "linear/sweep.py", "hf/patching.py"} <= set(NAMES)
     assert not [path for path in repository.rglob("*") if path.is_symlink()]
     assert (repository / "LICENSE").exists()
     assert "get_kernel" in (repository / "README.md").read_text()
@@ -134,7 +134,7 @@ def test_older_releases_of_kernels_find_it(repository):
     spec.loader.exec_module(module)
     try:
         assert set(module.__all__) == set(fused_ignore_ce.__all__)
-        assert module.fused_cross_entropy.__module__ == f"{entry(repository)['id']}.functional"
+        assert module.fused_cross_entropy.__module__ == f"{entry(repository)['id']}.losses.cross_entropy"
     finally:
         for name in [name for name in sys.modules if name.startswith(entry(repository)["id"])]:
             del sys.modules[name]
