@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from fused_ignore_ce.kernels import cross_entropy, tables
-from fused_ignore_ce.kernels.launch import Chip, chip_of
+from fused_ignore_ce.kernels.chip import Chip, chip_of
 
 from . import machine
 from .tuning import search

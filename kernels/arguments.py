@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .launch import ACCESS
+from .structs import Options, Rows, Strides
 
 
 def form_of(x):
@@ -16,7 +17,7 @@ class Form(NamedTuple):
     """The layout of a tensor in three dimensions: (V,) and (N, V) are taken as (1, 1, V) and (1, N, V)."""
 
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: Strides
     dtype: torch.dtype
     begins_aligned: bool  # whether its address is a multiple of ACCESS bytes
 
@@ -26,7 +27,7 @@ class Form(NamedTuple):
             return None
         shape, strides, *others = form
         missing = 3 - len(shape)
-        return cls((1,) * missing + tuple(shape), (0,) * missing + strides, *others)
+        return cls((1,) * missing + tuple(shape), Strides(*(0,) * missing, *strides), *others)
 
     @property
     def itemsize(self):
@@ -35,7 +36,7 @@ class Form(NamedTuple):
     @property
     def contiguous(self):
         """Whether neighbouring classes are adjacent in memory."""
-        return self.strides[2] == 1
+        return self.strides.v == 1
 
 
 def aligned(*forms):
@@ -43,13 +44,13 @@ def aligned(*forms):
     for form in forms:
         if form is not None:
             per_access = ACCESS // form.itemsize
-            if not form.begins_aligned or any(stride % per_access for stride in form.strides[:2]):
+            if not form.begins_aligned or form.strides.b % per_access or form.strides.t % per_access:
                 return False
     return True
 
 
 def strides_of(form):
-    return (0, 0, 0) if form is None else form.strides
+    return Strides(0, 0, 0) if form is None else form.strides
 
 
 def row_stride(x):
@@ -65,26 +66,33 @@ def acc_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scalars_of(options, probs):
-    """(smoothing, scale, cap) as the kernels take them, and the flags (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP)."""
+class Scalars(NamedTuple):
+    """The options that are numbers, as the kernels take them."""
+
+    smoothing: float
+    scale: float
+    cap: float
+
+
+def scalars_of(options):
+    """With a softcap, `cap * tanh(scale * x)` is used; without one, `scale * x`."""
     smoothing, softcap, scale = options.label_smoothing, options.softcap, options.logit_scale
-    soft = smoothing != 0.0 or probs is not None
-    if softcap is None:
-        return (smoothing, scale, 1.0), (soft, scale != 1.0, False)
-    return (smoothing, scale / softcap, softcap), (soft, False, True)
+    return Scalars(smoothing, scale, 1.0) if softcap is None else Scalars(smoothing, scale / softcap, softcap)
 
 
-def is_simple(launch, weight, probs, present):
-    """Whether few registers suffice: one aligned row per program, no float64, no soft target read from tensors."""
-    return launch.BLOCK_N == 1 and launch.WIDTH > 2 and probs is None and not (present[0] and weight is not None)
+def flags_of(options, probs=None, with_stats=False):
+    """The options that a kernel is compiled for."""
+    soft, capped = options.label_smoothing != 0.0 or probs is not None, options.softcap is not None
+    return Options(soft, not capped and options.logit_scale != 1.0, capped, with_stats)
 
 
 def new_rows(x, N, dtype, with_stats):
-    """New tensors for the results of rows: (loss, lse, norm, predicted, entropy)."""
+    """New tensors for the results of rows; without statistics, those of statistics are empty."""
     stats = N if with_stats else 0
     loss, lse, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, stats))
-    return loss, lse, x.new_empty((3, N), dtype=dtype), x.new_empty(stats, dtype=torch.int64), entropy
+    return Rows(loss, lse, x.new_empty((3, N), dtype=dtype), x.new_empty(stats, dtype=torch.int64), entropy)
 
 
 def row_pointers(rows, with_stats):
-    return rows if with_stats else (*rows[:3], None, None)
+    """The rows as kernels take them."""
+    return rows if with_stats else Rows(rows.loss, rows.lse, rows.norm, None, None)

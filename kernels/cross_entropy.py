@@ -4,22 +4,38 @@
 or (V,) with any strides, and `target` is (N,) int64 and contiguous, for N = B * T. An ignored row has
 `target == options.ignore_index`. `options`, a hashable object, has ignore_index, label_smoothing, softcap, logit_scale
 and z_loss.
+
+Functions whose names begin with an underscore prepare launches. The others make them, so that a launch is one call
+away from the package.
 """
 
-from collections import namedtuple
+from functools import partial
+from math import prod
 
 import torch
 import triton
 
 from . import prepare
 from .arguments import acc_dtype, form_of, new_rows, row_pointers, row_stride, row_strides
+from .chip import chip_of
 from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel
-from .launch import MERGE_AND_REDUCE_ROWS, chip_of
-
-#: The results of rows that `backward` needs, and the gradients of results. Callers may pass objects of their own.
-Saved = namedtuple("Saved", "norm entropy")
-Upstream = namedtuple("Upstream", "dloss dlse dentropy factor token_weight")
+from .launch import MERGE_AND_REDUCE_ROWS
+from .structs import (
+    Gradients,
+    Logits,
+    OnePassUpstream,
+    Part,
+    Parts,
+    Product,
+    ProgramSums,
+    Reduction,
+    Rows,
+    Saved,
+    Shares,
+    Totals,
+    Upstream,
+)
 
 
 def interpreted():
@@ -28,28 +44,41 @@ def interpreted():
 
 
 def _forward(rows, logits, options, with_stats, launch):
-    """Fills the rows, or returns the parts that have to be merged into them."""
-    x, target, weight, probs = logits
-    if len(target) == 0:
-        return None
+    """(launches, parts): a launch that fills the rows, or the parts that have to be merged into them."""
+    x, device = logits.x, logits.x.device
     forward_rows = prepare.forward(
-        form_of(x), form_of(probs), form_of(weight), options, with_stats, None, launch, chip_of(x.device)
+        form_of(x), form_of(logits.probs), form_of(logits.weight), options, with_stats, None, launch, chip_of(device)
     )
-    parts = new_parts(x, forward_rows.splits, with_stats) if forward_rows.splits > 1 else None
-    if parts is None:
-        forward_rows(x, probs, target, weight, row_pointers(rows, with_stats), None)
-    else:
-        forward_rows(x, probs, target, weight, None, (*parts, parts[0].stride(0)))
-    return parts
+    if forward_rows.splits == 1:
+        return [partial(forward_rows, device, logits, row_pointers(rows, with_stats), None)], None
+    sums, argmax = new_parts(x, forward_rows.splits, with_stats)
+    return [partial(forward_rows, device, logits, None, Part(sums, argmax, sums.stride(0)))], (sums, argmax)
+
+
+def _merge(target, parts, rows, options, with_stats):
+    """A launch that merges the parts into the rows."""
+    merge_rows = prepare.merge(len(target), options.ignore_index, with_stats, chip_of(target.device))
+    return partial(merge_rows, target.device, target, row_pointers(rows, with_stats), _parts(parts))
+
+
+def _parts(parts):
+    sums, argmax = parts
+    _, count, _ = sums.shape
+    return Parts(sums, argmax, count)
 
 
 def forward(logits, options, *, with_stats=False, launch=None):
     """Row losses and what backward needs: (loss, lse, norm, predicted, entropy)."""
-    x, target, *_ = logits
-    rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
-    parts = _forward(rows, logits, options, with_stats, launch)
+    logits = Logits(*logits)
+    target = logits.target
+    rows = new_rows(logits.x, len(target), acc_dtype(logits.x.dtype), with_stats)
+    if len(target) == 0:
+        return rows
+    launches, parts = _forward(rows, logits, options, with_stats, launch)
     if parts:
-        _merge(target, parts, rows, options, with_stats)
+        launches.append(_merge(target, parts, rows, options, with_stats))
+    for run in launches:
+        run()
     return rows
 
 
@@ -61,59 +90,80 @@ def forward_reduce(
     Without statistics, the rows have only losses and norm. As in PyTorch, class weights enter the divisor of "mean"
     for index targets only.
     """
-    x, target, weight, probs = logits
+    logits = Logits(*logits)
+    x, target = logits.x, logits.target
     N, acc = len(target), acc_dtype(x.dtype)
     if with_stats:
         rows = new_rows(x, N, acc, with_stats)
     else:
-        rows = x.new_empty(N, dtype=acc), None, x.new_empty((3, N), dtype=acc), None, None
-    parts = _forward(rows, logits, options, with_stats, launch)
-    if parts and len(target) > MERGE_AND_REDUCE_ROWS:
-        _merge(target, parts, rows, options, with_stats)
+        rows = Rows(x.new_empty(N, dtype=acc), None, x.new_empty((3, N), dtype=acc), None, None)
+    launches, parts = _forward(rows, logits, options, with_stats, launch) if N else ([], None)
+    if parts and N > MERGE_AND_REDUCE_ROWS:
+        launches.append(_merge(target, parts, rows, options, with_stats))
         parts = None
-    shares = target, weight if probs is None else None, token_weight, normalizer
-    return rows, reduce(rows, shares, options, mean=mean, out_dtype=out_dtype, parts=parts, with_stats=with_stats)
+    shares = Shares(target, None if logits.probs is not None else logits.weight, token_weight, normalizer)
+    totals, reduction = _reduce(rows, shares, options, mean, out_dtype=out_dtype, parts=parts, with_stats=with_stats)
+    for run in (*launches, *reduction):
+        run()
+    return rows, totals
 
 
-def reduce(rows, shares, options, *, mean, dtype=None, out_dtype=None, parts=None, with_stats=False):
+def reduce(rows, shares, options, *, mean, dtype=None, out_dtype=None, with_stats=False):
     """(total, the factor of every row's gradient of the total, number of kept rows (int64)), all 0-d.
 
     `shares` are (target, class weight, token weight, normalizer); all but the target may be None. The total is the sum
     of the kept rows' losses, times their token weights. For "mean" it is divided by the normalizer (a number or 0-d
-    tensor), or else by the sum of the kept rows' shares: token weight times the target's class weight.
-    `parts`, if given, are merged into the rows by the same kernel. Without statistics, the number of kept rows is None.
-    Without rows, the total is None and `dtype` is the dtype of sums.
+    tensor), or else by the sum of the kept rows' shares: token weight times the target's class weight. Without
+    statistics, the number of kept rows is None. Without rows, the total is None and `dtype` is the dtype of sums.
     """
-    target, weight, token_weight, normalizer = shares
+    if rows is not None:
+        loss, *_ = rows
+        rows = Rows(loss, None, None, None, None)
+    totals, launches = _reduce(rows, Shares(*shares), options, mean, dtype, out_dtype, with_stats=with_stats)
+    for run in launches:
+        run()
+    return totals
+
+
+def _reduce(rows, shares, options, mean, dtype=None, out_dtype=None, parts=None, with_stats=False):
+    """(`Totals`, launches that compute them). `parts`, if given, are merged into the rows by the same kernel."""
+    target, device = shares.target, shares.target.device
     N, total = len(target), None
     if rows is not None:
-        dtype = rows[0].dtype
+        dtype = rows.loss.dtype
         total = target.new_empty((), dtype=out_dtype or dtype)
-    factor, num_tokens = target.new_empty((), dtype=dtype), target.new_empty(()) if with_stats else None
-    tensor, number = None, None
+    out = Totals(total, target.new_empty((), dtype=dtype), target.new_empty(()) if with_stats else None)
+    weight, normalizer, number = shares.weight, None, None
     if not mean:
         weight = None
-    elif isinstance(normalizer, torch.Tensor):
-        tensor = normalizer
-    elif normalizer is not None:
-        number = float(normalizer)
-    programs = prepare.reduce_programs(N)
-    sums = None if programs == 1 else (target.new_empty((2, programs), dtype=dtype), target.new_empty(programs))
+    elif isinstance(shares.normalizer, torch.Tensor):
+        normalizer = shares.normalizer
+    elif shares.normalizer is not None:
+        number = float(shares.normalizer)
+    programs, reduction = prepare.reduce_programs(N), Reduction(mean, number is not None, with_stats)
     reduce_rows = prepare.reduce(
-        N, 0 if weight is None else len(weight), row_stride(token_weight), (mean, number is not None, with_stats),
-        options.ignore_index, chip_of(target.device),
+        N, 0 if weight is None else len(weight), row_stride(shares.token_weight), reduction, options.ignore_index,
+        chip_of(device),
     )  # fmt: skip
-    into = row_pointers(rows, with_stats) if parts else rows and rows[:1]
-    out = total, factor, num_tokens
-    reduce_rows(target, weight, token_weight, tensor, number or 1.0, into, parts and _parts(parts), sums, out)
-    if sums:
-        prepare.total(programs, (mean, number is not None))(*sums, tensor, number or 1.0, out)
-    return out
+    if parts is not None:
+        rows, parts = row_pointers(rows, with_stats), _parts(parts)
+    elif rows is not None:
+        rows = Rows(rows.loss, None, None, None, None)
+    shares, number = Shares(target, weight, shares.token_weight, normalizer), number or 1.0
+    if programs == 1:
+        return out, [partial(reduce_rows, device, shares, rows, parts, out, None, number)]
+    sums = ProgramSums(target.new_empty((2, programs), dtype=dtype), target.new_empty(programs))
+    add_sums = prepare.total(programs, reduction)
+    return out, [
+        partial(reduce_rows, device, shares, rows, parts, out, sums, number),
+        partial(add_sums, device, sums, normalizer, out, number),
+    ]
 
 
 def new_parts(x, parts, with_stats):
     """Allocates what `forward_part` writes for `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
-    N = x.shape[:-1].numel()
+    *sizes, _ = x.shape
+    N = prod(sizes)
     argmax = x.new_empty((parts, N if with_stats else 0), dtype=torch.int64)
     return x.new_empty((5, parts, N), dtype=acc_dtype(x.dtype)), argmax
 
@@ -123,15 +173,16 @@ def forward_part(logits, options, *, parts, part, block, with_stats=False, launc
 
     `logits` have only the block's classes, which begin at `block.first_class` of `block.classes`.
     """
-    x, target, weight, probs = logits
-    if len(target) == 0:
+    logits = Logits(*logits)
+    x = logits.x
+    if len(logits.target) == 0:
         return
-    partial, argmax = parts
-    into = partial[:, part:], argmax[part:], partial.stride(0)
+    sums, argmax = parts
     forward_block = prepare.forward(
-        form_of(x), form_of(probs), form_of(weight), options, with_stats, tuple(block), launch, chip_of(x.device)
-    )
-    forward_block(x, probs, target, weight, None, into)
+        form_of(x), form_of(logits.probs), form_of(logits.weight), options, with_stats, tuple(block), launch,
+        chip_of(x.device),
+    )  # fmt: skip
+    forward_block(x.device, logits, None, Part(sums[:, part:], argmax[part:], sums.stride(0)))
 
 
 def combine(parts):
@@ -143,8 +194,8 @@ def combine(parts):
     down = _shift(largest) - _shift(most)
     power = down.exp2()
     sums = s * power, r + mass * down, mass, power * (d + s * down)
-    partial = torch.stack([most, *(each.sum(0, keepdim=True) for each in sums)])
-    return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
+    merged = torch.stack([most, *(each.sum(0, keepdim=True) for each in sums)])
+    return merged, argmax.gather(0, at) if argmax.numel() else argmax.narrow(0, 0, 1)
 
 
 def _shift(largest):
@@ -154,22 +205,12 @@ def _shift(largest):
 
 def merge(target, parts, options, *, with_stats=False):
     """Merges all parts into what `forward` returns."""
-    partial, _ = parts
-    rows = new_rows(partial, partial.shape[2], partial.dtype, with_stats)
-    if partial.shape[2]:
-        _merge(target, parts, rows, options, with_stats)
+    sums, _ = parts
+    N = len(target)
+    rows = new_rows(sums, N, sums.dtype, with_stats)
+    if N:
+        _merge(target, parts, rows, options, with_stats)()
     return rows
-
-
-def _parts(parts):
-    """The arguments of `merge_rows` for these parts."""
-    partial, argmax = parts
-    return partial, argmax, partial.shape[1]
-
-
-def _merge(target, parts, rows, options, with_stats):
-    merge_rows = prepare.merge(len(target), options.ignore_index, with_stats, chip_of(target.device))
-    merge_rows(target, row_pointers(rows, with_stats), _parts(parts))
 
 
 def backward(upstream, logits, saved, options, *, dx, dprobs, block=None, launch=None):
@@ -178,22 +219,36 @@ def backward(upstream, logits, saved, options, *, dx, dprobs, block=None, launch
     `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
     `saved` has the rows' norm and entropy. `block` is as in `forward_part`; without it, `x` has all classes.
     """
-    x, target, weight, probs = logits
+    logits = Logits(*logits)
+    x, probs, dentropy = logits.x, logits.probs, upstream.dentropy
     if x.numel() == 0:
         return
     dloss = x.new_zeros((), dtype=saved.norm.dtype) if upstream.dloss is None else upstream.dloss
-    upstream = dloss, upstream.factor, upstream.token_weight, upstream.dlse, upstream.dentropy
-    entropy = None if upstream[4] is None else saved.entropy
+    upstream = Upstream(dloss, upstream.dlse, dentropy, upstream.factor, upstream.token_weight)
     gradients = prepare.backward(
-        (form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(weight)),
-        row_strides(upstream), entropy is not None, options, block and tuple(block), launch, chip_of(x.device),
+        (form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(logits.weight)),
+        row_strides(upstream), dentropy is not None, options, block and tuple(block), launch, chip_of(x.device),
     )  # fmt: skip
-    gradients(x, probs, dx, dprobs, target, weight, (saved.norm, entropy), upstream)
+    saved = Saved(saved.norm, None if dentropy is None else saved.entropy)
+    gradients(x.device, logits, saved, upstream, Gradients(dx, dprobs))
 
 
 def can_one_pass(x, probs=None):
     """Whether the one-pass kernel takes these tensors: classes are contiguous, and targets are indices."""
     return probs is None and x.stride(-1) == 1
+
+
+def _one_pass(upstream, logits, options, dx, with_stats, launch=None):
+    """(rows, launches that fill them and write the gradient into `dx`)."""
+    x, device = logits.x, logits.x.device
+    rows = new_rows(x, len(logits.target), acc_dtype(x.dtype), with_stats)
+    if len(logits.target) == 0:
+        return rows, []
+    both = prepare.one_pass(
+        form_of(x), form_of(dx), form_of(logits.weight), row_strides(upstream), options, with_stats, launch,
+        chip_of(device),
+    )  # fmt: skip
+    return rows, [partial(both, device, logits, upstream, row_pointers(rows, with_stats), Gradients(dx, None))]
 
 
 def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False, launch=None):
@@ -203,21 +258,17 @@ def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False
     once, and from the cache for the gradient. Where classes are strided or targets are probabilities, it is read from
     device memory twice.
     """
-    x, target, weight, probs = logits
-    if not can_one_pass(x, probs) or dx.stride(-1) != 1:
+    logits = Logits(*logits)
+    if not can_one_pass(logits.x, logits.probs) or not can_one_pass(dx):
         rows = forward(logits, options, with_stats=with_stats)
-        upstream = upstream._replace(dlse=None if dz is None else 2.0 * options.z_loss * rows[1] * dz)
-        backward(upstream, logits, Saved(rows[2], None), options, dx=dx, dprobs=None)
+        dlse = None if dz is None else 2.0 * options.z_loss * rows.lse * dz
+        upstream = Upstream(upstream.dloss, dlse, None, upstream.factor, upstream.token_weight)
+        backward(upstream, logits, Saved(rows.norm, None), options, dx=dx, dprobs=None)
         return rows
-    rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
-    if len(target) == 0:
-        return rows
-    upstream = upstream.dloss, upstream.factor, upstream.token_weight, dz, None
-    both = prepare.one_pass(
-        form_of(x), form_of(dx), form_of(weight), row_strides(upstream), options, with_stats, launch,
-        chip_of(x.device),
-    )  # fmt: skip
-    both(x, dx, target, weight, row_pointers(rows, with_stats), upstream)
+    upstream = OnePassUpstream(upstream.dloss, dz, upstream.factor, upstream.token_weight)
+    rows, launches = _one_pass(upstream, logits, options, dx, with_stats, launch)
+    for run in launches:
+        run()
     return rows
 
 
@@ -228,12 +279,24 @@ def forward_backward_reduce(
 
     With divide=False, that gradient is not divided as "mean" would: the caller multiplies it by the returned factor.
     """
-    x, target, weight, probs = logits
-    shares = target, weight if probs is None else None, token_weight, normalizer
-    _, factor, _ = reduce(None, shares, options, mean=mean and divide, dtype=acc_dtype(x.dtype))
-    upstream = Upstream(factor, None, None, None, token_weight)
-    rows = forward_backward(upstream, logits, options, dx=dx, with_stats=with_stats)
-    return rows, reduce(rows, shares, options, mean=mean, out_dtype=out_dtype, with_stats=with_stats)
+    logits = Logits(*logits)
+    shares = Shares(logits.target, None if logits.probs is not None else logits.weight, token_weight, normalizer)
+    divisor, launches = _reduce(None, shares, options, mean and divide, dtype=acc_dtype(logits.x.dtype))
+    for run in launches:
+        run()
+    if can_one_pass(logits.x, logits.probs) and can_one_pass(dx):
+        upstream = OnePassUpstream(divisor.factor, None, None, token_weight)
+        rows, launches = _one_pass(upstream, logits, options, dx, with_stats)
+        for run in launches:
+            run()
+    else:
+        rows = forward(logits, options, with_stats=with_stats)
+        upstream = Upstream(divisor.factor, None, None, None, token_weight)
+        backward(upstream, logits, Saved(rows.norm, None), options, dx=dx, dprobs=None)
+    totals, launches = _reduce(rows, shares, options, mean, out_dtype=out_dtype, with_stats=with_stats)
+    for run in launches:
+        run()
+    return rows, totals
 
 
 def scale(dx, factor, dloss, *, out=None):
@@ -246,6 +309,6 @@ def scale(dx, factor, dloss, *, out=None):
         return
     into = dx if out is None else out
     if dx.dim() != 3:
-        dx, into = (t.view(1, -1, t.shape[-1] if t.dim() else 1) for t in (dx, into))
+        dx, into = (t.view(1, -1, t.size(-1) if t.dim() else 1) for t in (dx, into))
     multiply = prepare.scale(form_of(dx), form_of(into), out is None, chip_of(dx.device))
-    multiply(dx, into, dloss, factor)
+    multiply(dx.device, Product(dx, dloss, factor), into)

@@ -15,6 +15,8 @@ program has one row; values per lane have the shape (BLOCK_N, 1, LANES, 1).
 import triton
 import triton.language as tl
 
+from .structs import Curve, LossOptions, Smoothing
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -41,26 +43,26 @@ def fused_multiply_add(x, y, z):
 @triton.jit
 def by_lane(x, TILE: tl.constexpr):
     """Reshapes a tile to (BLOCK_N, CHUNKS, LANES, WIDTH)."""
-    BLOCK_N: tl.constexpr = TILE[0]
-    CHUNKS: tl.constexpr = TILE[1]
-    LANES: tl.constexpr = TILE[2]
-    WIDTH: tl.constexpr = TILE[3]
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    LANES: tl.constexpr = TILE.LANES
+    WIDTH: tl.constexpr = TILE.WIDTH
     return tl.reshape(x, (BLOCK_N, CHUNKS, LANES, WIDTH))
 
 
 @triton.jit
 def over_tile(x, TILE: tl.constexpr):
     """Broadcasts values of lanes over each access of a tile: (BLOCK_N, CHUNKS * LANES, 1)."""
-    BLOCK_N: tl.constexpr = TILE[0]
-    CHUNKS: tl.constexpr = TILE[1]
-    LANES: tl.constexpr = TILE[2]
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    LANES: tl.constexpr = TILE.LANES
     return tl.reshape(tl.broadcast_to(x, (BLOCK_N, CHUNKS, LANES, 1)), (BLOCK_N, CHUNKS * LANES, 1))
 
 
 @triton.jit
 def over_lanes(x, TILE: tl.constexpr):
     """Broadcasts values of rows over their lanes."""
-    if TILE[0] == 1:
+    if TILE.BLOCK_N == 1:
         return x
     else:
         return x[:, :, :, None]
@@ -138,15 +140,15 @@ def tanh_of_half(z):
 def used_logits(x, curve, ACC: tl.constexpr, OPTIONS: tl.constexpr):
     """Returns `tanh(scale * x)` and the slope of tanh there; without a softcap, `scale * x` and 1.
 
-    `curve` is (scale, height), and the height is log2(e), times the cap if there is one. `exponent` multiplies by it
-    in its fused multiply-add, so that the product with the cap is not rounded separately.
+    They are multiplied by the curve's height, log2(e) times the cap if there is one, in the fused multiply-add of
+    `exponent`, so that the product with the cap is not rounded separately.
     """
     u = x.to(ACC)
-    if OPTIONS[1] or OPTIONS[2]:
-        u = u * curve[0]
-    if OPTIONS[2] and x.dtype.primitive_bitwidth == 16:
+    if OPTIONS.HAS_SCALE or OPTIONS.HAS_SOFTCAP:
+        u = u * curve.scale
+    if OPTIONS.HAS_SOFTCAP and x.dtype.primitive_bitwidth == 16:
         return tanh_of_half(u)
-    elif OPTIONS[2]:
+    elif OPTIONS.HAS_SOFTCAP:
         return tanh(u)
     else:
         return u, 1.0
@@ -172,14 +174,12 @@ def weighted(q, z):
 
 @triton.jit
 def loss_options(classes, smoothing, scale, cap, ACC: tl.constexpr, OPTIONS: tl.constexpr):
-    """(soft, curve, steep): see `soft_target` and `used_logits`; d used logit / d logit is `steep` times the slope.
-
-    `OPTIONS` begins with the flags (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP).
-    """
+    """The options of the loss in the dtype of sums."""
     smoothing, scale, cap = tl.full((), smoothing, ACC), tl.full((), scale, ACC), tl.full((), cap, ACC)
     height = tl.full((), LOG2E, ACC)
     steep = scale
-    if OPTIONS[2]:
+    if OPTIONS.HAS_SOFTCAP:
         height *= cap
         steep *= cap
-    return (1.0 - smoothing, smoothing / classes), (scale, height), steep
+    of_target = Smoothing(confidence=1.0 - smoothing, share=smoothing / classes)
+    return LossOptions(smoothing=of_target, curve=Curve(scale=scale, height=height, steep=steep))

@@ -9,86 +9,85 @@ import triton
 import triton.language as tl
 
 from .device_math import exponent, loss_options, used_logits, weighted
-from .sums import row_sums, store_kept, store_part, store_row, target_weight
+from .structs import ForwardStrides, Logits, Part, Place, RowInputs, Rows, RowSums
+from .sums import row_sums, store_ignored, store_kept, store_part, target_weight
 from .tiles import row_start, rows_of, tile_offsets
 
 
 @triton.jit(do_not_specialize=["T", "ignore_index"])
 def forward_kernel(
-    x_ptr,  # (B, T, V)
-    probs_ptr,  # (B, T, V) or None
-    target_ptr,  # (B * T,) int64
-    weight_ptr,  # (V,) or None
-    rows_out,  # where `store_row` writes; or None
-    parts,  # where `store_part` writes; or None
-    N: tl.int64,
+    logits: Logits,
+    rows_out: Rows,  # or None
+    part_out: Part,  # or None
+    N: tl.int64,  # B * T
     T,
     V,
-    place,  # (splits per row, tiles per split, first class, classes)
-    strides_x,  # of B, T and V
-    strides_probs,
+    place: Place,
+    strides: ForwardStrides,
     ignore_index: tl.int64,
     smoothing: tl.float64,
     scale: tl.float64,
     cap: tl.float64,
-    TILE: tl.constexpr,  # (BLOCK_N, CHUNKS, LANES, WIDTH)
-    OPTIONS: tl.constexpr,  # (HAS_SOFT, HAS_SCALE, HAS_SOFTCAP, HAS_STATS)
+    TILE: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    BLOCK_N: tl.constexpr = TILE[0]
-    BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
-    HAS_STATS: tl.constexpr = OPTIONS[3]
-    splits, split_tiles, first_class, classes = place
-    soft, curve, _ = loss_options(classes, smoothing, scale, cap, ACC, OPTIONS)
+    ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    options = loss_options(place.classes, smoothing, scale, cap, ACC, OPTIONS)
 
     pid = tl.program_id(0)
     part = 0
     v_start, v_end = 0, V
-    if parts is not None:
-        part = pid % splits
-        pid = pid // splits
-        v_start = part * split_tiles * BLOCK_V
-        v_end = tl.minimum(v_start + split_tiles * BLOCK_V, V)
-    b, t, inside = rows_of(pid, T, BLOCK_N)
+    if part_out is not None:
+        part = pid % place.splits
+        pid = pid // place.splits
+        v_start = part * place.split_tiles * BLOCK_V
+        v_end = tl.minimum(v_start + place.split_tiles * BLOCK_V, V)
+    b, t, inside = rows_of(pid, T, TILE.BLOCK_N)
     row = b.to(tl.int64) * T + t
-    target = tl.load(target_ptr + row, mask=inside, other=ignore_index)
+    target = tl.load(logits.target + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
-    if BLOCK_N == 1:
+    if TILE.BLOCK_N == 1:
         if target == ignore_index:
-            if parts is None:
-                store_row(rows_out, row, N, inside, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
+            if part_out is None:
+                store_ignored(rows_out, row, N, inside)
             return
     else:
         # A tile without a kept row runs no iteration: not one of its logits is read.
         v_end = tl.where(tl.max(keep.to(tl.int32)) > 0, v_end, v_start)
 
-    x_row = row_start(x_ptr, b, t, strides_x, TILE[3])
-    in_range = (target >= 0) & (target < classes)
-    local = target - first_class  # counted from first_class, the first of the V classes of x
-    if probs_ptr is None:
+    x_row = row_start(logits.x, b, t, strides.x, TILE.WIDTH)
+    in_range = (target >= 0) & (target < place.classes)
+    local = target - place.first_class  # counted from first_class, the first of the V classes of x
+    if logits.probs is None:
         probs_row: tl.constexpr = None
         # Loaded first, so that it arrives while the row is read.
         own = keep & in_range & (local >= v_start) & (local < v_end)
-        x_target = tl.load(x_row + local * strides_x[2], mask=own, other=0.0)
-        w_target = target_weight(weight_ptr, local, own, ACC) * soft[0]
+        x_target = tl.load(x_row + local * strides.x.v, mask=own, other=0.0)
+        w_target = target_weight(logits.weight, local, own, ACC) * options.smoothing.confidence
     else:
-        probs_row = row_start(probs_ptr, b, t, strides_probs, TILE[3])
-    rows = (x_row, strides_x[2], probs_row, strides_probs[2], keep, v_end)
-    c, s, r, mass, d, largest, predicted = row_sums(
-        rows, v_start, tile_offsets(TILE), (weight_ptr, soft, curve), ACC, TILE, OPTIONS,
-        parts is not None or HAS_STATS, HAS_STATS, "",
+        probs_row = row_start(logits.probs, b, t, strides.probs, TILE.WIDTH)
+    inputs = RowInputs(
+        x=x_row, stride_xv=strides.x.v, probs=probs_row, stride_pv=strides.probs.v, weight=logits.weight, keep=keep,
+        v_end=v_end,
     )  # fmt: skip
-    if probs_ptr is None:
-        u_target, _ = used_logits(x_target, curve, ACC, OPTIONS)
-        r += weighted(w_target, exponent(u_target, curve[1], c))
+    HAS_BEST: tl.constexpr = part_out is not None or OPTIONS.HAS_STATS
+    sums = row_sums(inputs, v_start, tile_offsets(TILE), options, ACC, TILE, OPTIONS, HAS_BEST, "")
+    r, mass = sums.r, sums.mass
+    if logits.probs is None:
+        u_target, _ = used_logits(x_target, options.curve, ACC, OPTIONS)
+        r += weighted(w_target, exponent(u_target, options.curve.height, sums.c))
         mass += w_target
 
-    predicted += first_class
-    if parts is None:
-        store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted)
-    else:
+    predicted = sums.predicted + place.first_class
+    largest = sums.largest
+    if part_out is not None:
         largest *= tl.full((), cap, ACC)
-        store_part(parts, row + part * N, keep, c, s, r, mass, d, largest, predicted, HAS_STATS)
+    sums = RowSums(c=sums.c, s=sums.s, r=r, mass=mass, d=sums.d, largest=largest, predicted=predicted)
+    if part_out is None:
+        store_kept(rows_out, row, N, inside, keep, sums)
+    else:
+        store_part(part_out, row + part * N, keep, sums, OPTIONS.HAS_STATS)
     # The assertion comes last, when no values are held in registers: a call in the middle of the kernel makes it spill.
     # A target out of range has not been used as an address, since `own` is false for it.
     tl.device_assert(in_range | (keep == 0), "fused_ignore_ce: target out of range [0, number of classes)")

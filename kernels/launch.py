@@ -1,13 +1,13 @@
 """Chooses how kernels are launched: tiles, warps, splits and programs. Measured choices are data, in `tables.py`."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
 
-import torch
 import triton
 
-from .tables import ARITHMETIC, TABLES, Program, Table, fitting
+from .chip import Chip
+from .structs import Tile
+from .tables import Program, fitting
+from .variant import ONE_PASS_PLAIN, OnePass
 
 #: Bytes of one memory access of a thread.
 ACCESS = 16
@@ -24,37 +24,6 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
 
-#: Limits on registers per thread. 40 leave room for 1536 threads per multiprocessor, and no kernel with few features
-#: spills with them. Other kernels may use all that there are. Without any limit, ptxas spills a word or two in some
-#: variants to reach the next step of occupancy; with this one, it spills nothing on any architecture.
-FEW_REGISTERS, MAX_REGISTERS = 40, 255
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Triton's own `cdiv` takes microseconds on the host."""
-    return -(-a // b)
-
-
-class OnePass(NamedTuple):
-    """A variant of the one-pass kernel: threads per multiprocessor, and each thread's registers and logits at a time.
-
-    The more features a kernel has, the fewer threads and logits it can have without spilling. The tail of a vocabulary
-    that is not a multiple of 16 counts as a feature.
-    """
-
-    threads: int
-    registers: int
-    thread_logits: int
-
-
-ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
-
-
-def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
-    """Registers per thread for this many logits: the plain variant needs half as many with half of its logits."""
-    return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
-
-
 #: Rows per program of the kernel that merges splits, and the most rows whose splits the reduction merges itself.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
 
@@ -63,28 +32,9 @@ MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
 REDUCE_BLOCK, REDUCE_THREADS, REDUCE_ROWS, REDUCE_PROGRAMS = 4096, 1024, 65536, 256
 
 
-@dataclass(frozen=True)
-class Chip:
-    """The properties of a device that a launch depends on."""
-
-    arch: int | str
-    multiprocessors: int
-    l2_bytes: int = 50 << 20
-    threads: int = 2048  # of a multiprocessor
-    warp_size: int = 32
-    table: Table = ARITHMETIC
-
-    @property
-    def is_nvidia(self) -> bool:
-        return isinstance(self.arch, int)
-
-    def options(self, registers: int) -> dict[str, int]:
-        """The launch options that only this kind of chip has."""
-        return {"maxnreg": registers} if self.is_nvidia else {}
-
-
-#: The interpreter runs what this chip would run.
-INTERPRETED = Chip(arch=90, multiprocessors=132)
+def ceil_div(a: int, b: int) -> int:
+    """Triton's own `cdiv` takes microseconds on the host."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -101,28 +51,12 @@ class Launch:
     programs: int = 0  # of the one-pass and scale kernels, whose programs loop over rows
 
     @property
-    def TILE(self) -> tuple[int, int, int, int]:
-        return self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH
+    def TILE(self) -> Tile:
+        return Tile(self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH)
 
     @property
     def BLOCK_V(self) -> int:
-        return self.CHUNKS * self.LANES * self.WIDTH
-
-
-@lru_cache
-def chip_of(device: torch.device) -> Chip:
-    if device.type != "cuda":
-        return INTERPRETED
-    of = torch.cuda.get_device_properties(device)
-    arch = of.gcnArchName.split(":")[0] if torch.version.hip else of.major * 10 + of.minor
-    return Chip(
-        arch,
-        of.multi_processor_count,
-        of.L2_cache_size,
-        of.max_threads_per_multi_processor,
-        of.warp_size,
-        TABLES.get(of.name, ARITHMETIC),
-    )
+        return self.TILE.BLOCK_V
 
 
 def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, program: Program, chip: Chip) -> Launch:

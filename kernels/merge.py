@@ -4,23 +4,20 @@ import triton
 import triton.language as tl
 
 from .device_math import LOWEST, whole_shift
+from .structs import Parts, Rows, RowSums
 from .sums import store_kept
 
 
 @triton.jit
 def merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N: tl.constexpr, HAS_STATS: tl.constexpr):
-    """Merges the parts of each row and writes the row's outputs as `store_row` does; returns (loss, lse).
-
-    `parts` is (pointer to (5, parts, N), pointer to (parts, N), number of parts), as `store_part` fills them.
-    """
-    partial_ptr, argmax_ptr, count = parts
-    field = tl.cast(count, tl.int64) * N
-    zero = tl.zeros((BLOCK_N,), partial_ptr.dtype.element_ty)
+    """Merges the parts (`Parts`) of each row and stores the row's results (`Rows`); returns (loss, lse)."""
+    field = tl.cast(parts.count, tl.int64) * N
+    zero = tl.zeros((BLOCK_N,), parts.partial.dtype.element_ty)
     largest, c = zero + float("-inf"), zero + LOWEST
     s, r, mass, d = zero, zero, zero, zero
     predicted = tl.zeros((BLOCK_N,), tl.int64)
-    for i in range(0, count):
-        part = partial_ptr + row + i * N
+    for i in range(0, parts.count):
+        part = parts.partial + row + i * N
         largest_part = tl.load(part, mask=keep, other=float("-inf"))
         s_part = tl.load(part + field, mask=keep, other=0.0)
         r_part = tl.load(part + 2 * field, mask=keep, other=0.0)
@@ -33,19 +30,20 @@ def merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N: tl.constexpr, HAS
         if HAS_STATS:
             d_part = tl.load(part + 4 * field, mask=keep, other=0.0)
             d = alpha * (d + s * (c - c_new)) + beta * (d_part + s_part * (c_part - c_new))
-            predicted_part = tl.load(argmax_ptr + row + i * N, mask=keep, other=0)
+            predicted_part = tl.load(parts.argmax + row + i * N, mask=keep, other=0)
             predicted = tl.where((largest_part > largest) | (i == 0), predicted_part, predicted)
         s = s * alpha + s_part * beta
         largest = tl.maximum(largest, largest_part)
         c = c_new
-    return store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted)
+    sums = RowSums(c=c, s=s, r=r, mass=mass, d=d, largest=largest, predicted=predicted)
+    return store_kept(rows_out, row, N, inside, keep, sums)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def merge_kernel(
     target_ptr,  # (N,) int64
-    rows_out,  # where `store_row` writes
-    parts,  # see `merge_rows`
+    rows_out: Rows,
+    parts: Parts,
     N: tl.int64,
     ignore_index: tl.int64,
     BLOCK_N: tl.constexpr,

@@ -10,16 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import Form, aligned, is_simple, scalars_of, strides_of
+from .arguments import Form, aligned, flags_of, scalars_of, strides_of
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .launch import (
-    FEW_REGISTERS,
-    MAX_REGISTERS,
     MERGE_ROWS,
-    ONE_PASS_GENERAL,
-    ONE_PASS_PLAIN,
-    ONE_PASS_SIMPLE,
     REDUCE_BLOCK,
     REDUCE_PROGRAMS,
     REDUCE_ROWS,
@@ -28,7 +23,6 @@ from .launch import (
     ceil_div,
     forward_launch,
     one_pass_launch,
-    one_pass_registers,
     part_launch,
     scale_launch,
 )
@@ -36,6 +30,8 @@ from .merge import merge_kernel
 from .one_pass import one_pass_kernel
 from .reduce import reduce_kernel, total_kernel
 from .scale import scale_kernel
+from .structs import BackwardStrides, ForwardStrides, OnePassStrides, OnePassUpstream, Place, ProductStrides, Upstream
+from .variant import FEW_REGISTERS, MAX_REGISTERS, is_simple, one_pass_registers, one_pass_variant
 
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
@@ -44,7 +40,7 @@ remembered = lru_cache(maxsize=4096)
 
 
 class Prepared:
-    """A launch of a kernel whose last arguments are fixed; it is called with the first ones.
+    """A launch of a kernel whose last arguments are fixed; it is called with the device and the first ones.
 
     At every launch, Triton looks at each argument to find the compiled kernel. That takes ten microseconds for thirty
     arguments. Here the kernel is found by its first arguments alone.
@@ -55,26 +51,32 @@ class Prepared:
         self.splits = splits  # parts that each row is split into
         self.compiled = {}
 
-    def __call__(self, *first):
-        """Launches on the device of the first argument, a tensor."""
+    def __call__(self, device, *first):
         if not isinstance(self.kernel, triton.JITFunction):  # interpreted
             self.kernel[self.grid](*first, *self.fixed, **self.options)
             return
-        driver, device = triton.runtime.driver.active, first[0].device
+        driver = triton.runtime.driver.active
         current = driver.get_current_device()
         if device.type == "cuda" and device.index != current:
             with torch.cuda.device(device):
-                self(*first)
+                self(device, *first)
             return
         key = current, kinds(first)
         compiled = self.compiled.get(key)
-        if compiled is not None:
-            launch(compiled, self.grid, driver.get_current_stream(current), (*first, *self.fixed))
+        if compiled is None:
+            compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
+            # For AMD, the kernel also depends on the size of a tensor's storage, so Triton looks it up at every launch.
+            if compiled is not None and compiled.metadata.target.backend == "cuda":
+                self.compiled[key] = compiled
             return
-        compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
-        # For AMD, the kernel also depends on the size of a tensor's storage, so Triton looks it up at every launch.
-        if compiled is not None and compiled.metadata.target.backend == "cuda":
-            self.compiled[key] = compiled
+        # As `compiled[grid](...)` does, but metadata for a profiler's hooks are prepared only if there are any.
+        arguments, stream = (*first, *self.fixed), driver.get_current_stream(current)
+        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        profiled = enter is not None and enter.calls
+        metadata = compiled.launch_metadata(self.grid, stream, *arguments) if profiled else None
+        compiled.run(
+            *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
+        )  # fmt: skip
 
 
 def kinds(arguments):
@@ -92,38 +94,32 @@ def kinds(arguments):
     return tuple(found)
 
 
-def launch(compiled, grid, stream, arguments):
-    """Launches as `compiled[grid](...)` does, but prepares metadata for a profiler's hooks only if there are any."""
-    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    metadata = compiled.launch_metadata(grid, stream, *arguments) if enter is not None and enter.calls else None
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
-
-
 @remembered
 def forward(x, probs, weight, options, with_stats, block, launch, chip):
-    """The forward kernel, called with (x, probs, target, weight, rows, parts).
+    """The forward kernel, called with (Logits, Rows, Part).
 
     `block` is None where x has the whole vocabulary. It is (first class, classes) where x is one block of it.
     """
     x, probs, weight = map(Form.of, (x, probs, weight))
     B, T, V = x.shape
-    scalars, present = scalars_of(options, probs)
+    flags = flags_of(options, probs, with_stats)
     if launch is None:
         of_x = (x.itemsize, x.contiguous, aligned(weight, x, probs), chip)
         launch = part_launch(T, V, *of_x) if block else forward_launch(B, T, V, *of_x)
     into_rows = block is None and launch.splits == 1
-    simple = into_rows and is_simple(launch, weight, probs, present) and not (with_stats or any(present))
+    simple = into_rows and is_simple(launch, weight, probs, flags) and not any(flags)
     return Prepared(
         forward_kernel, B * ceil_div(T, launch.BLOCK_N) * launch.splits,
-        B * T, T, V, (launch.splits, launch.split_tiles, *(block or (0, V))), x.strides, strides_of(probs),
-        options.ignore_index, *scalars, launch.TILE, (*present, with_stats), splits=launch.splits,
-        num_warps=launch.num_warps, **ASSERTS, **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
+        B * T, T, V, Place(launch.splits, launch.split_tiles, *(block or (0, V))),
+        ForwardStrides(x.strides, strides_of(probs)), options.ignore_index, *scalars_of(options), launch.TILE, flags,
+        splits=launch.splits, num_warps=launch.num_warps, **ASSERTS,
+        **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
     )  # fmt: skip
 
 
 @remembered
 def merge(N, ignore_index, with_stats, chip):
-    """The kernel that merges parts, called with (target, rows, parts)."""
+    """The kernel that merges parts, called with (target, Rows, Parts)."""
     return Prepared(
         merge_kernel, ceil_div(N, MERGE_ROWS), N, ignore_index, MERGE_ROWS, with_stats,
         num_warps=MERGE_ROWS // chip.warp_size,
@@ -132,7 +128,7 @@ def merge(N, ignore_index, with_stats, chip):
 
 @remembered
 def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
-    """The backward kernel, called with (x, probs, dx, dprobs, target, weight, saved, upstream).
+    """The backward kernel, called with (Logits, Saved, Upstream, Gradients).
 
     `forms` are those of x, probs, dx, dprobs and weight.
     """
@@ -141,31 +137,32 @@ def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
     launch = launch or backward_launch(
         B, T, V, x.itemsize, x.contiguous, aligned(weight, x, probs, dx, dprobs), chip
     )  # fmt: skip
-    scalars, present = scalars_of(options, probs)
-    simple = is_simple(launch, weight, probs, present) and not has_dentropy and not present[2]
+    flags = flags_of(options, probs)
+    simple = is_simple(launch, weight, probs, flags) and not has_dentropy and not flags.HAS_SOFTCAP
+    strides = BackwardStrides(
+        x.strides, strides_of(probs), strides_of(dx), strides_of(dprobs), Upstream(*row_strides)
+    )  # fmt: skip
     return Prepared(
         backward_kernel, B * ceil_div(T, launch.BLOCK_N) * launch.splits,
-        B * T, T, V, (launch.splits, launch.split_tiles, *(block or (0, V))),
-        (x.strides, strides_of(probs), strides_of(dx), strides_of(dprobs), row_strides),
-        options.ignore_index, *scalars, launch.TILE, present,
+        B * T, T, V, Place(launch.splits, launch.split_tiles, *(block or (0, V))), strides,
+        options.ignore_index, *scalars_of(options), launch.TILE, flags,
         num_warps=launch.num_warps, **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
     )  # fmt: skip
 
 
 @remembered
 def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
-    """The one-pass kernel, called with (x, dx, target, weight, rows, upstream)."""
+    """The one-pass kernel, called with (Logits, OnePassUpstream, Rows, Gradients)."""
     x, dx, weight = map(Form.of, (x, dx, weight))
     B, T, V = x.shape
-    scalars, present = scalars_of(options, None)
-    variant = ONE_PASS_SIMPLE if any(present) or V % 16 else ONE_PASS_PLAIN  # Triton specializes on V % 16 == 0
-    if with_stats or (present[0] and weight is not None) or x.dtype == torch.float64:
-        variant = ONE_PASS_GENERAL
+    flags = flags_of(options, None, with_stats)
+    variant = one_pass_variant(V, weight, x.dtype == torch.float64, flags)
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
     registers = one_pass_registers(variant, launch.CHUNKS * launch.WIDTH)
     return Prepared(
-        one_pass_kernel, launch.programs, B * T, T, V, (x.strides, dx.strides, row_strides),
-        options.ignore_index, *scalars, options.z_loss, launch.TILE, (*present, with_stats),
+        one_pass_kernel, launch.programs, B * T, T, V,
+        OnePassStrides(x.strides, dx.strides, OnePassUpstream(*row_strides)),
+        options.ignore_index, *scalars_of(options), options.z_loss, launch.TILE, flags,
         num_warps=launch.num_warps, **ASSERTS, **chip.options(registers),
     )  # fmt: skip
 
@@ -175,32 +172,29 @@ def reduce_programs(N):
 
 
 @remembered
-def reduce(N, classes, stride_tw, present, ignore_index, chip):
-    """The kernel that reduces rows.
-
-    It is called with (target, weight, token_weight, normalizer, number, rows, parts, sums, out).
-    """
+def reduce(N, classes, stride_tw, reduction, ignore_index, chip):
+    """The kernel that reduces rows, called with (Shares, Rows, Parts, Totals, ProgramSums, number)."""
     programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
     return Prepared(
-        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block, present,
+        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block, reduction,
         num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
     )  # fmt: skip
 
 
 @remembered
-def total(programs, present):
-    """The kernel that adds the sums of several programs, called with (partial, count, normalizer, number, out)."""
-    return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, present, num_warps=4)
+def total(programs, reduction):
+    """The kernel that adds the sums of several programs, called with (ProgramSums, normalizer, Totals, number)."""
+    return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, reduction, num_warps=4)
 
 
 @remembered
 def scale(x, out, inplace, chip):
-    """The kernel that multiplies a gradient, called with (x, out, dloss, factor)."""
+    """The kernel that multiplies a gradient, called with (Product, out)."""
     x, out = map(Form.of, (x, out))
     B, T, V = x.shape
     launch = scale_launch(T, V, x.itemsize, x.contiguous, aligned(None, x, out), chip)
     blocks = B * ceil_div(T, launch.BLOCK_N)
     return Prepared(
-        scale_kernel, min(blocks, launch.programs), blocks, T, V, (x.strides, out.strides), launch.TILE, inplace,
-        tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=launch.num_warps,
+        scale_kernel, min(blocks, launch.programs), blocks, T, V, ProductStrides(x.strides, out.strides),
+        launch.TILE, inplace, tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=launch.num_warps,
     )  # fmt: skip

@@ -30,24 +30,24 @@ from .device_math import (
     weighted,
     whole_shift,
 )
+from .structs import LaneSums, RowSums
 from .tiles import load_tile, load_weights
 
 
 @triton.jit
-def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
+def soft_target(inputs, v, offs, options, ACC: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """The part of the target distribution that does not come from an index target, for each class of a tile.
 
-    `soft` is (1 - smoothing, the smoothing's share of one class). Where targets are indices and classes have no
-    weights, this share is the same number for every class.
+    Where targets are indices and classes have no weights, it is the smoothing's share, the same for every class.
     """
-    _, _, probs_row, stride_pv, keep, v_end = rows
-    inside = offs < v_end - v
-    if probs_row is None:
-        q = soft[1]
+    inside = offs < inputs.v_end - v
+    if inputs.probs is None:
+        q = options.smoothing.share
     else:
-        q = load_tile(probs_row, v, offs, stride_pv, keep, v_end, 0.0, TILE[0], WHOLE, "").to(ACC) * soft[0] + soft[1]
-    if weight_ptr is not None:
-        q = q * load_weights(weight_ptr, v, offs, v_end, TILE[0], TILE[3]).to(ACC)
+        q = load_tile(inputs.probs, v, offs, inputs.stride_pv, inputs.keep, inputs.v_end, 0.0, TILE, WHOLE, "").to(ACC)
+        q = q * options.smoothing.confidence + options.smoothing.share
+    if inputs.weight is not None:
+        q = q * load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
     if not WHOLE:
         q = tl.where(inside, q, 0.0)
     return q
@@ -55,56 +55,55 @@ def soft_target(rows, v, offs, weight_ptr, soft, ACC: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def add_tile(
-    lanes, rows, v, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
+    lanes, inputs, v, offs, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the tile that starts at class `v` to the lanes' sums."""
-    c, s, r, mass, d, best, at = lanes
-    weight_ptr, soft, curve = loss
-    x_row, stride_xv, probs_row, _, keep, v_end = rows
-    x = load_tile(x_row, v, offs, stride_xv, keep, v_end, float("-inf"), TILE[0], WHOLE, EVICT)
-    u, _ = used_logits(x, curve, ACC, OPTIONS)
-    if (OPTIONS[1] or OPTIONS[2]) and not WHOLE:
-        u = tl.where(offs < v_end - v, u, float("-inf"))
-    ONE_NUMBER: tl.constexpr = WHOLE and probs_row is None and weight_ptr is None
-    if OPTIONS[0]:
-        q = soft_target(rows, v, offs, weight_ptr, soft, ACC, TILE, WHOLE)
+    """The lanes' sums (`LaneSums`) with the tile that starts at class `v` added."""
+    height = options.curve.height
+    x = load_tile(inputs.x, v, offs, inputs.stride_xv, inputs.keep, inputs.v_end, float("-inf"), TILE, WHOLE, EVICT)
+    u, _ = used_logits(x, options.curve, ACC, OPTIONS)
+    if (OPTIONS.HAS_SCALE or OPTIONS.HAS_SOFTCAP) and not WHOLE:
+        u = tl.where(offs < inputs.v_end - v, u, float("-inf"))
+    ONE_NUMBER: tl.constexpr = WHOLE and inputs.probs is None and inputs.weight is None
+    if OPTIONS.HAS_SOFT:
+        q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
         if not ONE_NUMBER:
             # `u == u` is for the compiler: it would give a sum of q alone other threads than the tile's, and a barrier.
             q = by_lane(tl.where(u == u, q, 0.0), TILE)
     u = by_lane(u, TILE)
     largest = lane_max(u)
+    best, at = lanes.best, lanes.at
     if HAS_BEST:
         at = tl.where(largest > best, v, at)
         best = tl.maximum(best, largest)
-    c_new = tl.maximum(c, tl.floor(largest * curve[1]))
-    z = exponent(u, curve[1], c_new)
+    c = tl.maximum(lanes.c, tl.floor(largest * height))
+    z = exponent(u, height, c)
     e = tl.exp2(z)
-    alpha = tl.exp2(c - c_new)
-    if OPTIONS[0]:
-        r += mass * (c - c_new)
+    alpha = tl.exp2(lanes.c - c)
+    r, mass, d = lanes.r, lanes.mass, lanes.d
+    if OPTIONS.HAS_SOFT:
+        r += mass * (lanes.c - c)
         if ONE_NUMBER:
             r += q * lane_sum(z)
-            mass += q * (TILE[1] * TILE[3])
+            mass += q * (TILE.CHUNKS * TILE.WIDTH)
         else:
             r += lane_sum(weighted(q, z))
             mass += lane_sum(q)
-    if HAS_STATS:
+    if OPTIONS.HAS_STATS:
         # A masked class adds 0 * -200, and not 0 * -inf, which is NaN.
-        d = alpha * (d + s * (c - c_new)) + lane_sum(e * tl.maximum(z, -200.0))
-    s = s * alpha + lane_sum(e)
-    return c_new, s, r, mass, d, best, at
+        d = alpha * (d + lanes.s * (lanes.c - c)) + lane_sum(e * tl.maximum(z, -200.0))
+    s = lanes.s * alpha + lane_sum(e)
+    return LaneSums(c=c, s=s, r=r, mass=mass, d=d, best=best, at=at)
 
 
 @triton.jit
 def first_of_largest(
-    best, at, rows, v_start, offs, curve, largest, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
+    lanes, inputs, v_start, offs, curve, largest, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """The first class with the row's largest logit, found by reading again the tiles where lanes met that logit."""
-    x_row, stride_xv, _, _, keep, v_end = rows
-    place = over_tile(at, TILE) + offs
-    met = keep & (over_tile(best, TILE) == largest) & (place < v_end)
-    x = tl.load(x_row + place.to(tl.int64) * stride_xv, mask=met, other=float("nan"))
+    place = over_tile(lanes.at, TILE) + offs
+    met = inputs.keep & (over_tile(lanes.best, TILE) == largest) & (place < inputs.v_end)
+    x = tl.load(inputs.x + place.to(tl.int64) * inputs.stride_xv, mask=met, other=float("nan"))
     u, _ = used_logits(x, curve, ACC, OPTIONS)
     first = row_min_of_tile(tl.where(u == largest, place, NO_CLASS))
     return tl.where(first == NO_CLASS, v_start, first)
@@ -112,51 +111,46 @@ def first_of_largest(
 
 @triton.jit
 def row_sums(
-    rows, v_start, offs, loss, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
-    HAS_BEST: tl.constexpr, HAS_STATS: tl.constexpr, EVICT: tl.constexpr,
+    inputs, v_start, offs, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    HAS_BEST: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """(c, s, r, mass, d, largest, predicted) of each row's classes from `v_start` on, without index targets' terms.
-
-    `rows` is (x_row, stride_xv, probs_row, stride_pv, keep, v_end), and `loss` is (weight_ptr, soft, curve). `largest`
-    is a value that `used_logits` returns.
-    """
-    BLOCK_N: tl.constexpr = TILE[0]
-    LANES: tl.constexpr = TILE[2]
-    BLOCK_V: tl.constexpr = TILE[1] * TILE[2] * TILE[3]
+    """The sums (`RowSums`) of each row's classes from `v_start` on, without index targets' terms."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    LANES: tl.constexpr = TILE.LANES
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
     zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
     at = tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start
-    lanes = (zero + LOWEST, zero, zero, zero, zero, zero + float("-inf"), at)
-    v_end = rows[5]
+    lanes = LaneSums(c=zero + LOWEST, s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
     whole_end = v_start
     if BLOCK_N == 1:  # tiles of several rows need their masks all along
-        whole_end += (v_end - v_start) // BLOCK_V * BLOCK_V
+        whole_end += (inputs.v_end - v_start) // BLOCK_V * BLOCK_V
         for v in range(v_start, whole_end, BLOCK_V):
-            lanes = add_tile(lanes, rows, v, offs, loss, ACC, TILE, OPTIONS, True, HAS_BEST, HAS_STATS, EVICT)
-        if whole_end < v_end:
-            lanes = add_tile(lanes, rows, whole_end, offs, loss, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT)
+            lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, True, HAS_BEST, EVICT)
+        if whole_end < inputs.v_end:
+            lanes = add_tile(lanes, inputs, whole_end, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
     else:
-        for v in range(v_start, v_end, BLOCK_V):
-            lanes = add_tile(lanes, rows, v, offs, loss, ACC, TILE, OPTIONS, False, HAS_BEST, HAS_STATS, EVICT)
+        for v in range(v_start, inputs.v_end, BLOCK_V):
+            lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
 
-    c, s, r, mass, d, best, at = lanes
-    c_row = row_max(c)
-    down = c - over_lanes(c_row, TILE)
+    c = row_max(lanes.c)
+    down = lanes.c - over_lanes(c, TILE)
     power = tl.exp2(down)
-    if HAS_STATS:
-        d = row_sum(power * (d + s * down))
-    if OPTIONS[0]:
+    r, mass, d = lanes.r, lanes.mass, lanes.d
+    if OPTIONS.HAS_STATS:
+        d = row_sum(power * (d + lanes.s * down))
+    if OPTIONS.HAS_SOFT:
         r = row_sum(r + mass * down)
         mass = row_sum(mass)
-    s = row_sum(s * power)
-    predicted = at
-    largest = best
+    s = row_sum(lanes.s * power)
+    predicted = lanes.at
+    largest = lanes.best
     if HAS_BEST:
-        largest = row_max(best)
-    if HAS_STATS:
-        predicted = first_of_largest(best, at, rows, v_start, offs, loss[2], largest, ACC, TILE, OPTIONS)
-    if not OPTIONS[0]:
+        largest = row_max(largest)
+    if OPTIONS.HAS_STATS:
+        predicted = first_of_largest(lanes, inputs, v_start, offs, options.curve, largest, ACC, TILE, OPTIONS)
+    if not OPTIONS.HAS_SOFT:
         r, mass = s * 0.0, s * 0.0
-    return c_row, s, r, mass, d, largest, predicted
+    return RowSums(c=c, s=s, r=r, mass=mass, d=d, largest=largest, predicted=predicted)
 
 
 @triton.jit
@@ -180,49 +174,50 @@ def cross_entropy(s, r, mass):
 
 @triton.jit
 def store_row(rows_out, row, N, inside, loss, lse, c, s, mass, predicted, entropy):
-    """Stores the outputs of rows.
-
-    `rows_out` holds pointers to loss (N,), lse (N,) or None, norm (3, N), predicted and entropy (N,) or None.
-    """
-    loss_ptr, lse_ptr, norm_ptr, predicted_ptr, entropy_ptr = rows_out
-    tl.store(loss_ptr + row, loss, mask=inside)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row, lse, mask=inside)
-    tl.store(norm_ptr + row, c, mask=inside)
-    tl.store(norm_ptr + N + row, s, mask=inside)
-    tl.store(norm_ptr + 2 * N + row, mass, mask=inside)
-    if entropy_ptr is not None:
-        tl.store(predicted_ptr + row, predicted, mask=inside)
-        tl.store(entropy_ptr + row, entropy, mask=inside)
+    """Stores the results of rows into `Rows`."""
+    tl.store(rows_out.loss + row, loss, mask=inside)
+    if rows_out.lse is not None:
+        tl.store(rows_out.lse + row, lse, mask=inside)
+    tl.store(rows_out.norm + row, c, mask=inside)
+    tl.store(rows_out.norm + N + row, s, mask=inside)
+    tl.store(rows_out.norm + 2 * N + row, mass, mask=inside)
+    if rows_out.entropy is not None:
+        tl.store(rows_out.predicted + row, predicted, mask=inside)
+        tl.store(rows_out.entropy + row, entropy, mask=inside)
 
 
 @triton.jit
-def store_kept(rows_out, row, N, inside, keep, c, s, r, mass, d, predicted):
-    """Stores the outputs of rows from their sums, and zeros for ignored rows; returns (loss, lse)."""
-    s = tl.where(keep, s, 1.0)
+def store_ignored(rows_out, row, N, inside):
+    """Stores the results of ignored rows, which are zeros."""
+    store_row(rows_out, row, N, inside, loss=0.0, lse=0.0, c=0.0, s=0.0, mass=0.0, predicted=0, entropy=0.0)
+
+
+@triton.jit
+def store_kept(rows_out, row, N, inside, keep, sums):
+    """Stores the results of rows from their sums (`RowSums`), and zeros for ignored rows; returns (loss, lse)."""
+    s = tl.where(keep, sums.s, 1.0)
     log_s = tl.log2(s)
-    loss = tl.where(keep, cross_entropy(s, r, mass), 0.0)
-    lse = tl.where(keep, fused_multiply_add(c, tl.full((), LN2, c.dtype), log_s * LN2), 0.0)
-    entropy = tl.where(keep, LN2 * (log_s - d / s), 0.0)
-    c, s, mass = tl.where(keep, c, 0.0), tl.where(keep, s, 0.0), tl.where(keep, mass, 0.0)
-    store_row(rows_out, row, N, inside, loss, lse, c, s, mass, tl.where(keep, predicted, 0), entropy)
+    loss = tl.where(keep, cross_entropy(s, sums.r, sums.mass), 0.0)
+    lse = tl.where(keep, fused_multiply_add(sums.c, tl.full((), LN2, sums.c.dtype), log_s * LN2), 0.0)
+    entropy = tl.where(keep, LN2 * (log_s - sums.d / s), 0.0)
+    c, s, mass = tl.where(keep, sums.c, 0.0), tl.where(keep, s, 0.0), tl.where(keep, sums.mass, 0.0)
+    store_row(rows_out, row, N, inside, loss, lse, c, s, mass, tl.where(keep, sums.predicted, 0), entropy)
     return loss, lse
 
 
 @triton.jit
-def store_part(parts, at, keep, c, s, r, mass, d, largest, predicted, HAS_STATS: tl.constexpr):
-    """Stores the sums over a part of each kept row.
+def store_part(part_out, at, keep, sums, HAS_STATS: tl.constexpr):
+    """Stores the sums (`RowSums`) over a part of each kept row into `Part`.
 
-    `parts` is (pointer into (5, parts, N), pointer into (parts, N), stride between the five fields). The shift is not
-    stored: it follows from the largest used logit, which is stored, as the argmax is chosen by it.
+    The shift is not stored: it follows from the largest used logit, which is stored, as the argmax is chosen by it.
     """
-    partial_ptr, argmax_ptr, field = parts
-    shift = whole_shift(largest)
-    back = tl.exp2(c - shift)
-    tl.store(partial_ptr + at, largest, mask=keep)
-    tl.store(partial_ptr + at + field, s * back, mask=keep)
-    tl.store(partial_ptr + at + 2 * field, r + mass * (c - shift), mask=keep)
-    tl.store(partial_ptr + at + 3 * field, mass, mask=keep)
+    partial, field = part_out.partial + at, part_out.stride_field
+    shift = whole_shift(sums.largest)
+    back = tl.exp2(sums.c - shift)
+    tl.store(partial, sums.largest, mask=keep)
+    tl.store(partial + field, sums.s * back, mask=keep)
+    tl.store(partial + 2 * field, sums.r + sums.mass * (sums.c - shift), mask=keep)
+    tl.store(partial + 3 * field, sums.mass, mask=keep)
     if HAS_STATS:
-        tl.store(partial_ptr + at + 4 * field, back * (d + s * (c - shift)), mask=keep)
-        tl.store(argmax_ptr + at, predicted, mask=keep)
+        tl.store(partial + 4 * field, back * (sums.d + sums.s * (sums.c - shift)), mask=keep)
+        tl.store(part_out.argmax + at, sums.predicted, mask=keep)

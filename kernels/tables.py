@@ -91,12 +91,11 @@ def _table(path: Path, device: str, entry: dict) -> Table:
             check(fits, f"{operation} has {program}, for which a multiprocessor has too few registers")
             check(program.programs > 0 and program.tiles != 0, f"{operation} has {program}")
             steps.append((step["row_bytes"], program))
-        limits = [limit for limit, _ in steps]
-        ascending = limits[:-1] == sorted(set(limits[:-1]) - {None})
-        check(
-            not limits or (ascending and limits[-1] is None), f"{operation} has row_bytes {limits}, whose last is null"
-        )
         check(bool(steps) or operation == "one_pass", f"{operation} has no step")
+        if steps:
+            *limits, last = [limit for limit, _ in steps]
+            ascending = limits == sorted(set(limits) - {None})
+            check(ascending and last is None, f"{operation} has row_bytes {[*limits, last]}; the last has to be null")
         ladders[operation] = tuple(steps)
     return Table(**ladders, reason=entry["reason"], arch=entry["arch"])
 

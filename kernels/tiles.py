@@ -18,7 +18,7 @@ def rows_of(pid, T, BLOCK_N: tl.constexpr):
 @triton.jit
 def row_start(ptr, b, t, strides, WIDTH: tl.constexpr):
     """Pointers to the first logits of rows of a tensor (B, T, V); every row begins at a multiple of WIDTH logits."""
-    offset = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1]
+    offset = b.to(tl.int64) * strides.b + t.to(tl.int64) * strides.t
     # Tells the compiler of these multiples; by itself, it only notices strides that are multiples of 16.
     return ptr + offset // WIDTH * WIDTH
 
@@ -26,9 +26,8 @@ def row_start(ptr, b, t, strides, WIDTH: tl.constexpr):
 @triton.jit
 def tile_offsets(TILE: tl.constexpr):
     """The classes of a tile, counted from its first: (1, CHUNKS * LANES, WIDTH)."""
-    ACCESSES: tl.constexpr = TILE[1] * TILE[2]
-    WIDTH: tl.constexpr = TILE[3]
-    return tl.arange(0, ACCESSES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    accesses = tl.arange(0, TILE.CHUNKS * TILE.LANES)[None, :, None]
+    return accesses * TILE.WIDTH + tl.arange(0, TILE.WIDTH)[None, None, :]
 
 
 @triton.jit
@@ -39,13 +38,13 @@ def tile_pointers(start, v, offs, stride_v):
 
 @triton.jit
 def load_tile(
-    start, v, offs, stride_v, keep, v_end, other, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
+    start, v, offs, stride_v, keep, v_end, other, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
 ):
     """Loads classes `v + offs` of kept rows, and `other` elsewhere. A whole tile of one row needs no mask."""
     ptrs = tile_pointers(start, v, offs, stride_v)
-    if BLOCK_N == 1 and WHOLE:
+    if TILE.BLOCK_N == 1 and WHOLE:
         return tl.load(ptrs, eviction_policy=EVICT)
-    elif BLOCK_N == 1:
+    elif TILE.BLOCK_N == 1:
         return tl.load(ptrs, mask=offs < v_end - v, other=other, eviction_policy=EVICT)
     else:
         return tl.load(ptrs, mask=keep & (offs < v_end - v), other=other, eviction_policy=EVICT)
@@ -53,28 +52,29 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    start, v, offs, stride_v, inside, v_end, value, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
+    start, v, offs, stride_v, inside, v_end, value, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
 ):
     """The counterpart of `load_tile`, rounding to the tensor's dtype."""
     ptrs = tile_pointers(start, v, offs, stride_v)
     value = value.to(start.dtype.element_ty)
-    if BLOCK_N == 1 and WHOLE:
+    if TILE.BLOCK_N == 1 and WHOLE:
         tl.store(ptrs, value, eviction_policy=EVICT)
-    elif BLOCK_N == 1:
+    elif TILE.BLOCK_N == 1:
         tl.store(ptrs, value, mask=offs < v_end - v, eviction_policy=EVICT)
     else:
         tl.store(ptrs, value, mask=inside & (offs < v_end - v), eviction_policy=EVICT)
 
 
 @triton.jit
-def load_weights(weight_ptr, v, offs, v_end, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr):
     """Loads the class weights of a tile in the layout of its logits, so that weight and logit meet in one thread.
 
     In another layout, the weights would be moved between threads in every iteration. So where the compiler does not
     know the alignment of the logits, it must not know that of the weights either. Adding the sign of `v_end`, which is
     0, hides it, since the compiler does not know that sign.
     """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     place = v + offs + tl.zeros((BLOCK_N, 1, 1), tl.int32)
-    if WIDTH == 1:
+    if TILE.WIDTH == 1:
         place += v_end >> 31
     return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)

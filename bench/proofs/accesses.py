@@ -8,8 +8,10 @@ from functools import cache
 from math import prod
 
 
-def access_widths(ptx: str, parameters: list[str], several_rows: bool = False) -> dict[str, int]:
-    """The width in bytes of the narrowest access to every tensor, by "load x_ptr", "store dx_ptr".
+def access_widths(ptx: str, pointers: list[str | None], several_rows: bool = False) -> dict[str, int]:
+    """The width in bytes of the narrowest access to every tensor, by "load logits.x", "store gradients.dx".
+
+    `pointers` has the names of the kernel's parameters, None for those that are not pointers.
 
     Addresses are followed back to the kernel parameters that they come from. An address that depends on a loaded value,
     or was selected by one, is that of a gather, such as the load of the target's logit. Gathers are left out.
@@ -52,19 +54,20 @@ def access_widths(ptx: str, parameters: list[str], several_rows: bool = False) -
             seen |= new
             pending += new
         numbers = {int(name.rsplit("_", 1)[1]) for name in seen if "_param_" in name}
-        return {parameters[i] for i in numbers if i < len(parameters)} | (seen & {"global", "shared"})
+        found = {pointers[i] for i in numbers if i < len(pointers)}
+        return {name for name in found if name} | (seen & {"global", "shared"})
 
     sure: dict[str, int] = {}
     unsure: dict[str, int] = {}
     for kind, width, address in accesses:
         origin = origins(address)
-        for name in origin if "global" not in origin else ():
+        for name in origin - {"shared"} if "global" not in origin else ():
             access = f"{kind} {name}"
             if "shared" in origin or several_rows:
                 unsure[access] = max(width, unsure.get(access, 0))
             else:
                 sure[access] = min(width, sure.get(access, width))
-    return {access: width for access, width in (unsure | sure).items() if access.endswith("_ptr")}
+    return unsure | sure
 
 
 def rows_together(ttgir: str) -> bool | None:

@@ -89,13 +89,14 @@ def call(case: Case, target: Target) -> None:
 
 def launched_on(target: Target) -> Any:
     """The target's chip, as the launchers know it."""
-    from fused_ignore_ce.kernels import launch, tables
+    from fused_ignore_ce.kernels import tables
+    from fused_ignore_ce.kernels.chip import Chip
 
     if target.backend == "hip":
-        return launch.Chip(target.arch, *AMD_CHIPS[str(target.arch)], warp_size=64)
+        return Chip(target.arch, *AMD_CHIPS[str(target.arch)], warp_size=64)
     chip = chips.chip(target.chip)
     table = tables.TABLES[target.table] if target.table else tables.ARITHMETIC
-    return launch.Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads, table=table)
+    return Chip(chip.arch, chip.multiprocessors, chip.l2, chip.threads, table=table)
 
 
 def with_tables(target: Target) -> list[Target]:
@@ -145,7 +146,7 @@ def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
     facts |= {"num_warps": kernel.metadata.num_warps, "tile": tile(kernel.constants)}
     if job.target.backend == "hip":
         return Proof(job, amd=amd_usage(kernel.stage("amdgcn")), **facts)
-    widths = access_widths(kernel.stage("ptx"), kernel.parameters, several_rows=facts["tile"][0] > 1)
+    widths = access_widths(kernel.stage("ptx"), kernel.pointers, several_rows=facts["tile"][0] > 1)
     facts |= {"widths": widths, "rows_together": rows_together(kernel.stage("ttgir"))}
     return Proof(job, code=machine_code.read(kernel.binary), **facts)
 

@@ -120,9 +120,9 @@ def accesses(proof: Proof) -> set[str]:
     case = proof.job.case
     if not is_row_kernel(proof):
         return set()
-    found = {"load x_ptr"} | ({"load probs_ptr"} if "probs" in case.features else set())
+    found = {"load logits.x"} | ({"load logits.probs"} if "probs" in case.features else set())
     if case.operation in ("backward", "one pass"):
-        found |= {"store dx_ptr"} | ({"store dprobs_ptr"} if "probs" in case.features else set())
+        found |= {"store gradients.dx"} | ({"store gradients.dprobs"} if "probs" in case.features else set())
     return found
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -26,7 +27,7 @@ class Launch:
     """What one launch moved. An access is (load or store, the address of every element, bytes per element)."""
 
     kernel: str
-    tensors: dict[str, torch.Tensor]  # by the name of the kernel's parameter
+    tensors: dict[str, torch.Tensor]  # by the name of the kernel's parameter; an element of a tuple as "logits.x"
     accesses: list[tuple[str, np.ndarray, int]] = field(default_factory=list)
 
     def bytes(self, kind: str) -> int:
@@ -70,6 +71,15 @@ def _rows_by_offset(tensor: torch.Tensor) -> np.ndarray:
     return rows.numpy()
 
 
+def _tensors(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among arguments and in their named tuples, by name."""
+    for name, value in arguments:
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif hasattr(value, "_fields"):
+            yield from _tensors((f"{name}.{field}", getattr(value, field)) for field in value._fields)
+
+
 class Traffic(ExitStack):
     """A context in which every launch in Triton's interpreter is recorded, in `launches`.
 
@@ -95,8 +105,7 @@ class Traffic(ExitStack):
         @functools.wraps(original)
         def launching(executor, *args, **kwargs):
             arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
-            tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-            self.launches.append(Launch(executor.fn.__name__, tensors))
+            self.launches.append(Launch(executor.fn.__name__, dict(_tensors(arguments.items()))))
             return original(executor, *args, **kwargs)
 
         return launching

@@ -44,8 +44,14 @@ class Kernel:
 
     @property
     def parameters(self) -> list[str]:
-        """The names of the compiled function's arguments, in order. A tuple's elements are "rows_out.0" etc."""
+        """The names of the compiled function's arguments, in order. A tuple's elements are "rows_out.loss" etc."""
         return [name for name, kind in _flat(self.signature.items()) if kind != "constexpr"]
+
+    @property
+    def pointers(self) -> list[str | None]:
+        """The same, with None in place of arguments that are not pointers."""
+        kinds = [(name, kind) for name, kind in _flat(self.signature.items()) if kind != "constexpr"]
+        return [name if kind.startswith("*") else None for name, kind in kinds]
 
     def stage(self, suffix: str) -> str:
         """A stage of the compilation as text: "ttgir", "ptx", "amdgcn"."""
@@ -55,7 +61,8 @@ class Kernel:
 def _flat(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
     for name, kind in items:
         if isinstance(kind, tuple):
-            yield from _flat((f"{name}.{index}", inner) for index, inner in enumerate(kind))
+            names = getattr(kind, "_fields", range(len(kind)))
+            yield from _flat((f"{name}.{part}", inner) for part, inner in zip(names, kind, strict=True))
         else:
             yield name, kind
 

@@ -32,7 +32,7 @@ from bench.speed.providers import version
 from .meter import Launch, Traffic
 
 #: The names of logits and gradient among the parameters of this package's kernels and of Liger's.
-LOGITS = ("x_ptr", "dx_ptr", "X_ptr")
+LOGITS = ("logits.x", "gradients.dx", "product.x", "X_ptr")
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ class Case:
 
 def measure(case: Case, share: float) -> Measurement:
     """This package's traffic where a share of the rows is ignored."""
-    from fused_ignore_ce.kernels import cross_entropy, launch
+    from fused_ignore_ce.kernels import cross_entropy
+    from fused_ignore_ce.kernels.chip import INTERPRETED, Chip
     from fused_ignore_ce.losses.cross_entropy import fused_cross_entropy
 
-    chip = launch.Chip(launch.INTERPRETED.arch, multiprocessors=1) if case.busy else launch.INTERPRETED
+    chip = Chip(INTERPRETED.arch, multiprocessors=1) if case.busy else INTERPRETED
 
     def run(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         result = fused_cross_entropy(x, target, reduction="sum", backend="triton", **case.options)

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from fused_ignore_ce.kernels import launch as launches
-from fused_ignore_ce.kernels.launch import Chip, Launch
+from fused_ignore_ce.kernels.chip import Chip
+from fused_ignore_ce.kernels.launch import Launch
 from fused_ignore_ce.kernels.tables import ARITHMETIC, Program, Table, fitting
+from fused_ignore_ce.kernels.variant import ONE_PASS_PLAIN, one_pass_registers
 
 #: Logits are bfloat16. Tables count bytes, so they serve other dtypes, too.
 ITEMSIZE = 2
@@ -77,7 +79,7 @@ def points(free_bytes: int) -> list[Point]:
 def arithmetic(operation: str, V: int, chip: Chip) -> Program:
     """The program of a device without a table, which arithmetic chooses."""
     if operation == "one_pass":
-        return launches.one_pass_program(V, ITEMSIZE, launches.ONE_PASS_PLAIN, replace(chip, table=ARITHMETIC))
+        return launches.one_pass_program(V, ITEMSIZE, ONE_PASS_PLAIN, replace(chip, table=ARITHMETIC))
     return fitting(getattr(ARITHMETIC, operation), V * ITEMSIZE)
 
 
@@ -93,7 +95,7 @@ def candidates(operation: str, V: int, chip: Chip) -> list[Program]:
 
 def _has_room(program: Program, chip: Chip) -> bool:
     """Whether a multiprocessor has the registers for all threads of the one pass."""
-    registers = launches.one_pass_registers(launches.ONE_PASS_PLAIN, program.thread_logits)
+    registers = one_pass_registers(ONE_PASS_PLAIN, program.thread_logits)
     return program.num_warps * chip.warp_size * program.programs * registers <= REGISTERS
 
 
@@ -103,7 +105,7 @@ def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
     on = replace(chip, table=Table(ladder, ladder, ladder, "a candidate"))
     aligned = point.V % 8 == 0
     if point.operation == "one_pass":
-        return launches.one_pass_launch(point.N, point.V, ITEMSIZE, aligned, launches.ONE_PASS_PLAIN, on)
+        return launches.one_pass_launch(point.N, point.V, ITEMSIZE, aligned, ONE_PASS_PLAIN, on)
     choose = launches.forward_launch if point.operation == "forward" else launches.backward_launch
     return choose(1, point.N, point.V, ITEMSIZE, True, aligned, on)
 

@@ -12,7 +12,7 @@ from triton.errors import TritonError
 
 from bench.speed.workload import Case, tensors
 from fused_ignore_ce.core.options import LossOptions
-from fused_ignore_ce.core.rows import Upstream
+from fused_ignore_ce.core.rows import Saved, Upstream
 from fused_ignore_ce.kernels import cross_entropy
 from fused_ignore_ce.kernels.launch import Launch
 
@@ -41,7 +41,7 @@ class Rows:
         self.x = logits.detach()[None]
         self.dx = torch.empty_like(self.x)
         _, _, norm, *_ = cross_entropy.forward((self.x, self.target, None, None), OPTIONS)
-        self.saved = cross_entropy.Saved(norm, None)
+        self.saved = Saved(norm, None)
         self.scale = torch.full((), 1 / N, dtype=torch.float32, device=device)
 
     def function(self, operation: str, launch: Launch) -> Callable[[], Any]:

@@ -173,7 +173,7 @@ GOOD = compiling.Proof(
     num_warps=8,
     tile=(1, 2, 256, 8),
     code=code(block(112, loads=2), registers=40),
-    widths={"load x_ptr": 16},
+    widths={"load logits.x": 16},
 )
 
 
@@ -196,14 +196,14 @@ SHUFFLE = Block((*block(100, loads=2).code, Instruction("", "SHFL.BFLY", ("PT", 
         (changed(error="PTXASError"), "PTXASError"),
         (changed(code=code(block(112, loads=2), registers=40, stack=8)), "spills 8"),
         (changed(code=code(block(112, loads=2, name="LDL"), registers=40)), "spills 108"),
-        (changed(widths={"load x_ptr": 2}), "load x_ptr 2 bytes wide, not 16"),
-        (changed(widths={}), "no load x_ptr found"),
+        (changed(widths={"load logits.x": 2}), "load logits.x 2 bytes wide, not 16"),
+        (changed(widths={}), "no load logits.x found"),
         (changed(code=code(block(129, loads=2), registers=40)), "8.1 instructions a logit, not 8"),
         (changed(code=code(BARRIER, registers=40)), "1 barriers in its loops"),
         (changed(code=code(SHUFFLE, registers=40)), "1 shuffles in its loops"),
         (changed(code=code(block(112, loads=2), registers=48)), "1280 resident threads, not 1536"),
         (
-            changed(job(contiguous=False), widths={"load x_ptr": 2}, tile=(16, 1, 32, 1), rows_together=False),
+            changed(job(contiguous=False), widths={"load logits.x": 2}, tile=(16, 1, 32, 1), rows_together=False),
             "neighbouring threads do not access neighbouring rows",
         ),
         (
@@ -224,7 +224,7 @@ def test_judgement(proof, fault):
 def test_both_walks_of_one_pass_count():
     case = dataclasses.replace(GOOD_CASE, operation="one pass")
     walks = code(block(112, loads=2), block(160, loads=2, stores=2), registers=64)
-    widths = {"load x_ptr": 16, "store dx_ptr": 16}
+    widths = {"load logits.x": 16, "store gradients.dx": 16}
     proof = changed(dataclasses.replace(GOOD.job, case=case), kernel="one_pass_kernel", code=walks, widths=widths)
     assert judging.loop_instructions(proof) == 17
     assert judging.faults(proof) == []
@@ -280,7 +280,7 @@ def test_metadata_of_amd():
         compiling.amd_usage(AMD.replace(".vgpr_spill_count", ".other"))
 
 
-@pytest.mark.parametrize(("proof", "status"), [(GOOD, 0), (changed(widths={"load x_ptr": 8}), 1)])
+@pytest.mark.parametrize(("proof", "status"), [(GOOD, 0), (changed(widths={"load logits.x": 8}), 1)])
 def test_exit_status(monkeypatch, capsys, tmp_path, proof, status):
     from bench.proofs import __main__ as command
 

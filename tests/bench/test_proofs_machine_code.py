@@ -132,7 +132,7 @@ $L__BB0_1:
 
 def test_widths_are_the_narrowest_without_gathers():
     """`%rd5` depends on a loaded value. `%r2` does not: it was copied from `%r1` before that held a loaded value."""
-    assert access_widths(PTX, ["x_ptr", "V", "dx_ptr"]) == {"load x_ptr": 2, "store dx_ptr": 8}
+    assert access_widths(PTX, ["x_ptr", None, "dx_ptr"]) == {"load x_ptr": 2, "store dx_ptr": 8}
 
 
 def test_an_address_that_a_loaded_value_chose_is_a_gather():

@@ -144,7 +144,7 @@ def test_vocabulary_blocks_are_read_once():
             cross_entropy.forward_part(
                 (block, target, None, None), options, parts=parts, part=part, block=Block(start, V), with_stats=False
             )
-    read = sum(launch.row_bytes("load", "x_ptr") for launch in traffic.launches)
+    read = sum(launch.row_bytes("load", "logits.x") for launch in traffic.launches)
     kept = (target != -100).numpy()
     assert (read[kept] == 4 * (V + 1)).all()  # and the target's logit, where it is
     assert (read[~kept] == 0).all()

@@ -20,8 +20,9 @@ from bench.tuning import search
 from bench.tuning.search import Measured, Point
 from bench.tuning.trial import Trials
 from fused_ignore_ce.kernels import cross_entropy, launch, tables
-from fused_ignore_ce.kernels.launch import INTERPRETED
+from fused_ignore_ce.kernels.chip import INTERPRETED
 from fused_ignore_ce.kernels.tables import ARITHMETIC, Program
+from fused_ignore_ce.kernels.variant import ONE_PASS_PLAIN
 
 ABOUT = {"device": "Chip", "date": "2026-01-01", "command": "python -m bench.tune", "versions": {}, "commit": "abc"}
 
@@ -70,7 +71,7 @@ def test_what_is_written_is_what_the_launchers_take(tmp_path):
             chosen = {
                 "forward": launch.forward_launch(1, N, V, 2, True, True, chip),
                 "backward": launch.backward_launch(1, N, V, 2, True, True, chip),
-                "one_pass": launch.one_pass_launch(N, V, 2, True, launch.ONE_PASS_PLAIN, chip),
+                "one_pass": launch.one_pass_launch(N, V, 2, True, ONE_PASS_PLAIN, chip),
             }
             for operation, own in chosen.items():
                 point = Point(operation, N, V)

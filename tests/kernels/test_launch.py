@@ -12,8 +12,10 @@ import torch
 pytest.importorskip("triton")
 
 from fused_ignore_ce.kernels import arguments, launch, tables
-from fused_ignore_ce.kernels.launch import INTERPRETED, Chip
+from fused_ignore_ce.kernels import chip as chips
+from fused_ignore_ce.kernels.chip import INTERPRETED, Chip
 from fused_ignore_ce.kernels.tables import Program, Table
+from fused_ignore_ce.kernels.variant import ONE_PASS_GENERAL, ONE_PASS_PLAIN, ONE_PASS_SIMPLE, one_pass_registers
 
 A100 = Chip(80, 108, 40 << 20, 2048, 32)
 MI300 = Chip("gfx942", 304, 4 << 20, 2048, 64)
@@ -54,7 +56,7 @@ def test_long_rows_give_every_thread_a_lane(V, chip):
         for chosen in (
             launch.forward_launch(1, 8192, V, itemsize, True, aligned, chip),
             launch.backward_launch(1, 8192, V, itemsize, True, aligned, chip),
-            launch.one_pass_launch(8192, V, itemsize, aligned, launch.ONE_PASS_PLAIN, chip),
+            launch.one_pass_launch(8192, V, itemsize, aligned, ONE_PASS_PLAIN, chip),
         ):
             assert chosen.BLOCK_N * chosen.LANES == chosen.num_warps * chip.warp_size
             assert chosen.WIDTH * itemsize == (16 if aligned else itemsize)
@@ -64,14 +66,14 @@ def test_long_rows_give_every_thread_a_lane(V, chip):
 def test_rows_in_flight_fit_into_the_cache(chip):
     """So does all that is read and written between a row's two reads, where one row per multiprocessor fits."""
     for V in (1024, 8192, 32000, 60000):
-        chosen = launch.one_pass_launch(2**20, V, 2, True, launch.ONE_PASS_PLAIN, chip)
+        chosen = launch.one_pass_launch(2**20, V, 2, True, ONE_PASS_PLAIN, chip)
         assert chosen.programs * V * 2 * launch.REUSE <= chip.l2_bytes
-    variants = launch.ONE_PASS_PLAIN, launch.ONE_PASS_SIMPLE, launch.ONE_PASS_GENERAL
+    variants = ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL
     for V, variant in product((1024, 32000, 262144), variants):
         chosen = launch.one_pass_launch(2**20, V, 2, True, variant, chip)
         assert chosen.programs // chip.multiprocessors * chosen.num_warps * chip.warp_size == variant.threads
         assert chosen.CHUNKS * chosen.WIDTH <= variant.thread_logits
-        assert variant.threads * launch.one_pass_registers(variant, variant.thread_logits) <= 65536
+        assert variant.threads * one_pass_registers(variant, variant.thread_logits) <= 65536
     assert launch.one_pass_launch(5, 32000, 2, True, variants[0], chip).programs == 5
 
 
@@ -85,12 +87,12 @@ def test_a_measured_table_goes_before_arithmetic():
     chip = replace(INTERPRETED, table=table)
     forward = launch.forward_launch(1, 8192, 32000, 2, True, True, chip)
     backward = launch.backward_launch(1, 8192, 32000, 2, True, True, chip)
-    one_pass = launch.one_pass_launch(8192, 32000, 2, True, launch.ONE_PASS_PLAIN, chip)
+    one_pass = launch.one_pass_launch(8192, 32000, 2, True, ONE_PASS_PLAIN, chip)
     assert (forward.num_warps, forward.CHUNKS) == (8, 1)
     assert (backward.num_warps, backward.split_tiles) == (4, 2)
     assert (one_pass.num_warps, one_pass.programs) == (16, 264)
     assert chip.table.one_pass
-    for variant in (launch.ONE_PASS_SIMPLE, launch.ONE_PASS_GENERAL):
+    for variant in (ONE_PASS_SIMPLE, ONE_PASS_GENERAL):
         arithmetic = launch.one_pass_launch(8192, 32000, 2, True, variant, INTERPRETED)
         assert launch.one_pass_launch(8192, 32000, 2, True, variant, chip) == arithmetic
 
@@ -154,13 +156,13 @@ def test_a_table_that_is_wrong_says_where(tmp_path, changes, said):
 def test_a_device_gets_its_own_table(monkeypatch, tmp_path, device):
     """The properties that PyTorch reports for the device are made up."""
     table = tables.read(written(tmp_path))["Device"]
-    monkeypatch.setitem(launch.TABLES, "Device", table)
+    monkeypatch.setitem(chips.TABLES, "Device", table)
     properties = SimpleNamespace(
         name=device, major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20,
         max_threads_per_multi_processor=2048, warp_size=32,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    chip = launch.chip_of.__wrapped__(torch.device("cuda", 0))
+    chip = chips.chip_of.__wrapped__(torch.device("cuda", 0))
     assert chip == replace(INTERPRETED, table=table if device == "Device" else tables.ARITHMETIC)
 
 

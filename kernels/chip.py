@@ -1,0 +1,48 @@
+"""What a launch has to know of a device."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .tables import ARITHMETIC, TABLES, Table
+
+
+@dataclass(frozen=True)
+class Chip:
+    """The properties of a device that a launch depends on."""
+
+    arch: int | str
+    multiprocessors: int
+    l2_bytes: int = 50 << 20
+    threads: int = 2048  # of a multiprocessor
+    warp_size: int = 32
+    table: Table = ARITHMETIC
+
+    @property
+    def is_nvidia(self) -> bool:
+        return isinstance(self.arch, int)
+
+    def options(self, registers: int) -> dict[str, int]:
+        """The launch options that only this kind of chip has."""
+        return {"maxnreg": registers} if self.is_nvidia else {}
+
+
+#: The interpreter runs what this chip would run.
+INTERPRETED = Chip(arch=90, multiprocessors=132)
+
+
+@lru_cache
+def chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return INTERPRETED
+    of = torch.cuda.get_device_properties(device)
+    architecture, *_ = of.gcnArchName.split(":") if torch.version.hip else (of.major * 10 + of.minor,)
+    return Chip(
+        architecture,
+        of.multi_processor_count,
+        of.L2_cache_size,
+        of.max_threads_per_multi_processor,
+        of.warp_size,
+        TABLES.get(of.name, ARITHMETIC),
+    )

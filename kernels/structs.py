@@ -1,0 +1,303 @@
+"""The named tuples that kernels take, build and return, so that nothing in a kernel is read by position.
+
+Triton treats each element of a tuple like an argument of its own: it compiles in None and the number 1, notices which
+addresses and numbers are multiples of 16, and passes everything else as a parameter. Real numbers would lose digits in
+a tuple, since Triton would make them float32. They are arguments of their own, as are numbers that must not be
+specialised on.
+
+Logits have B * T = N rows of V classes. A program has BLOCK_N rows of them at a time.
+"""
+
+from typing import Any, NamedTuple
+
+# Known at compile time.
+
+
+class Tile(NamedTuple):
+    """The shape of a tile of logits, see `device_math`."""
+
+    BLOCK_N: int  # rows
+    CHUNKS: int
+    LANES: int
+    WIDTH: int
+
+    @property
+    def BLOCK_V(self) -> int:
+        """Classes."""
+        return self.CHUNKS * self.LANES * self.WIDTH
+
+
+class Options(NamedTuple):
+    """Which options of the loss a kernel is compiled for."""
+
+    HAS_SOFT: bool  # targets are spread over classes, by label smoothing or as probabilities
+    HAS_SCALE: bool
+    HAS_SOFTCAP: bool  # it absorbs the scale
+    HAS_STATS: bool = False  # forward also stores predicted classes and entropies
+
+
+class Reduction(NamedTuple):
+    """What the reduction of rows is compiled for."""
+
+    MEAN: bool
+    HAS_NUMBER: bool  # the divisor is a number
+    HAS_STATS: bool
+
+
+# What kernels read and write: pointers, their strides, and numbers.
+
+
+class Logits(NamedTuple):
+    """Logits and their targets."""
+
+    x: Any  # (B, T, V)
+    target: Any  # (N,) int64
+    weight: Any  # (V,) or None
+    probs: Any  # (B, T, V) or None
+
+
+class Rows(NamedTuple):
+    """The results of rows; without statistics, kernels get None for the last two."""
+
+    loss: Any  # (N,)
+    lse: Any  # (N,) or None
+    norm: Any  # (3, N): c, s and mass, see `sums`
+    predicted: Any  # (N,) int64 or None
+    entropy: Any  # (N,) or None
+
+
+class Saved(NamedTuple):
+    """The results of rows that backward reads."""
+
+    norm: Any  # (3, N)
+    entropy: Any  # (N,); None unless the entropy has a gradient
+
+
+class Part(NamedTuple):
+    """Where the sums over a part of each row are stored: views that begin at this part."""
+
+    partial: Any  # (5, parts, N): largest used logit, s, r, mass and d, see `sums`
+    argmax: Any  # (parts, N) int64
+    stride_field: Any  # of the five fields
+
+
+class Parts(NamedTuple):
+    """The sums over all parts of each row."""
+
+    partial: Any  # (5, count, N)
+    argmax: Any  # (count, N) int64
+    count: Any
+
+
+class Place(NamedTuple):
+    """The classes that a program has: those of a split of its rows, which may be a block of a larger vocabulary."""
+
+    splits: Any  # per row
+    split_tiles: Any  # tiles per split
+    first_class: Any  # of the block
+    classes: Any  # of the whole vocabulary
+
+
+class Upstream(NamedTuple):
+    """The gradients of rows' results, and the factors of dloss; or the strides of these tensors."""
+
+    dloss: Any  # (N,) or a scalar
+    dlse: Any  # (N,) or None
+    dentropy: Any  # (N,) or None
+    factor: Any  # a scalar or None
+    token_weight: Any  # (N,) or None
+
+
+class OnePassUpstream(NamedTuple):
+    """The factors of rows' losses and of `z_loss * lse^2`; or the strides of these tensors."""
+
+    dloss: Any  # (N,) or a scalar
+    dz: Any  # (N,) or a scalar or None
+    factor: Any  # a scalar or None
+    token_weight: Any  # (N,) or None
+
+
+class Gradients(NamedTuple):
+    """Where gradients are written."""
+
+    dx: Any  # (B, T, V), may be x itself; or None
+    dprobs: Any  # (B, T, V) or None
+
+
+class Strides(NamedTuple):
+    """The strides of a tensor (B, T, V)."""
+
+    b: Any
+    t: Any
+    v: Any
+
+
+class ForwardStrides(NamedTuple):
+    x: Strides
+    probs: Strides
+
+
+class BackwardStrides(NamedTuple):
+    x: Strides
+    probs: Strides
+    dx: Strides
+    dprobs: Strides
+    upstream: Upstream
+
+
+class OnePassStrides(NamedTuple):
+    x: Strides
+    dx: Strides
+    upstream: OnePassUpstream
+
+
+class Product(NamedTuple):
+    """The factors of a product."""
+
+    x: Any  # (B, T, V)
+    dloss: Any  # a scalar
+    factor: Any  # a scalar or None
+
+
+class ProductStrides(NamedTuple):
+    x: Strides
+    out: Strides
+
+
+class Shares(NamedTuple):
+    """What gives each row its share of a mean."""
+
+    target: Any  # (N,) int64
+    weight: Any  # (classes,) or None
+    token_weight: Any  # (N,) or None
+    normalizer: Any  # a scalar that takes the place of the sum of shares; or None
+
+
+class Totals(NamedTuple):
+    """The results of a reduction, each a scalar."""
+
+    total: Any  # or None
+    factor: Any  # of every row's gradient of the total
+    num_tokens: Any  # int64, kept rows; or None
+
+
+class ProgramSums(NamedTuple):
+    """The sums of several programs that reduce rows."""
+
+    partial: Any  # (2, programs): losses and shares
+    count: Any  # (programs,) int64: kept rows
+
+
+# What kernels build and hand to each other.
+
+
+class Smoothing(NamedTuple):
+    """Label smoothing."""
+
+    confidence: Any  # 1 - smoothing, of the target
+    share: Any  # smoothing / classes, of every class
+
+
+class Curve(NamedTuple):
+    """How logits are used, see `used_logits`."""
+
+    scale: Any
+    height: Any  # log2(e), times the cap if there is one
+    steep: Any  # d used logit / d logit, without the slope of tanh
+
+
+class LossOptions(NamedTuple):
+    """The options of a loss, in the kernel's dtype of sums."""
+
+    smoothing: Smoothing
+    curve: Curve
+
+
+class RowInputs(NamedTuple):
+    """What a program reads of its rows."""
+
+    x: Any  # pointers to the first logit of each row
+    stride_xv: Any
+    probs: Any  # pointers to the first probability of each row; or None
+    stride_pv: Any
+    weight: Any  # a pointer to the weight of the first class; or None
+    keep: Any  # whether each row is kept
+    v_end: Any  # the end of the classes that the program has
+
+
+class RowOutputs(NamedTuple):
+    """Where a program writes the gradients of its rows."""
+
+    dx: Any  # pointers to the gradient of each row's first logit; or None
+    stride_dxv: Any
+    dprobs: Any  # pointers to the gradient of each row's first probability; or None
+    stride_dpv: Any
+    inside: Any  # whether each row exists
+
+
+class LaneSums(NamedTuple):
+    """The sums over the classes of each lane, see `sums`."""
+
+    c: Any
+    s: Any
+    r: Any
+    mass: Any
+    d: Any
+    best: Any  # the largest used logit
+    at: Any  # the first class of the tile that has it
+
+
+class RowSums(NamedTuple):
+    """The sums over the classes of each row, see `sums`."""
+
+    c: Any
+    s: Any
+    r: Any
+    mass: Any
+    d: Any
+    largest: Any  # the largest used logit, without the cap
+    predicted: Any  # the first class that has it
+
+
+class TargetTerms(NamedTuple):
+    """The numbers of a row for its target's logit: its gradient is `(e mass - q_s) g_s + e of_lse`, e = 2^(y - c)."""
+
+    local: Any  # the target, counted from the first class of x
+    q_s: Any  # its share of the target distribution, times s
+    mass: Any
+    g_s: Any  # the gradient of the loss over s
+    of_lse: Any
+
+
+class EntropyTerms(NamedTuple):
+    """The numbers of a row for the gradient of its entropy, `-e multiplier ((y - c) + offset)`."""
+
+    multiplier: Any
+    offset: Any
+
+
+class ProbsTerms(NamedTuple):
+    """The numbers of a row for the gradient of its probabilities, `multiplier (log_s - (y - c))`."""
+
+    multiplier: Any
+    log_s: Any
+
+
+class Terms(NamedTuple):
+    """The numbers of a row that its gradient is computed from."""
+
+    c: Any
+    multiplier: Any  # of 2^(y - c)
+    g: Any  # of q
+    target: TargetTerms
+    entropy: EntropyTerms
+    probs: ProbsTerms
+
+
+class GradientRows(NamedTuple):
+    """All that the gradients of a program's rows are computed from, and where they go."""
+
+    inputs: RowInputs
+    outputs: RowOutputs
+    terms: Terms
+    options: LossOptions

@@ -1,0 +1,41 @@
+"""The variants of kernels: how many registers a thread has, which follows from the features of a call."""
+
+from typing import NamedTuple
+
+from .structs import Options
+
+#: Limits on registers per thread. 40 leave room for 1536 threads per multiprocessor, and no kernel with few features
+#: spills with them. Other kernels may use all that there are. Without any limit, ptxas spills a word or two in some
+#: variants to reach the next step of occupancy; with this one, it spills nothing on any architecture.
+FEW_REGISTERS, MAX_REGISTERS = 40, 255
+
+
+def is_simple(tile, weight, probs, options: Options) -> bool:
+    """Whether few registers suffice: one aligned row per program, no float64, no soft target read from tensors."""
+    return tile.BLOCK_N == 1 and tile.WIDTH > 2 and probs is None and not (options.HAS_SOFT and weight is not None)
+
+
+class OnePass(NamedTuple):
+    """A variant of the one-pass kernel: threads per multiprocessor, and each thread's registers and logits at a time.
+
+    The more features a kernel has, the fewer threads and logits it can have without spilling. The tail of a vocabulary
+    that is not a multiple of 16 counts as a feature.
+    """
+
+    threads: int
+    registers: int
+    thread_logits: int
+
+
+ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
+
+
+def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OnePass:
+    if options.HAS_STATS or (options.HAS_SOFT and weight is not None) or is_float64:
+        return ONE_PASS_GENERAL
+    return ONE_PASS_SIMPLE if any(options) or V % 16 else ONE_PASS_PLAIN  # Triton specializes on V % 16 == 0
+
+
+def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
+    """Registers per thread for this many logits: the plain variant needs half as many with half of its logits."""
+    return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
