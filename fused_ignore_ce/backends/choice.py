@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.operators import is_plain
+from ..core.eager import is_plain
 from ..core.options import check_backend, out_of_bounds
 from . import pytorch
 from .protocol import Backend

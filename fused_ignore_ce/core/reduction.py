@@ -1,4 +1,7 @@
-"""The reduction that all losses share: it turns the results of rows into what the caller gets."""
+"""From the results of rows to what the caller gets, for all losses: divisors, sums and statistics.
+
+Triton's kernels reduce the plain losses of logits themselves, by the same formulas (`kernels/reduce.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Sizes, holds_probabilities
 from .options import ReductionOptions
+from .tensors import Sizes, holds_probabilities
 
 
 class LossStats(NamedTuple):

@@ -28,7 +28,7 @@ class DeferredLogits(Tensor):
     changed in place (by an optimizer's step), reading raises RuntimeError: the logits can no longer be computed.
     """
 
-    takes_losses = True  # read by `operators.overridden`
+    takes_losses = True  # read by `eager.overridden`
 
     _product: Any  # a Product or an Expression
     _versions: list[int]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.arguments import LogitsTensors
 from ..core.options import ignored_ids
 from ..core.reduction import LossStats
+from ..core.tensors import LogitsTensors
 from ..losses.causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
 from ..losses.cross_entropy import fused_cross_entropy
 from .origin import Origin

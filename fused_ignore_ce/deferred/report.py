@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.operators import PACKAGE
+from ..core.eager import PACKAGE
 
 #: The end of the name of a loss that was taken while torch.compile traced. Its ignored tokens are not counted.
 COMPILED = "(compiled)"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ..core.arguments import LinearTensors, LogitsTensors, class_dimension, holds_probabilities
+from ..core.tensors import LinearTensors, LogitsTensors, class_dimension, holds_probabilities
 from .ranks import FailingTogether
 
 

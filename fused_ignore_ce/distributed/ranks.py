@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ..backends.protocol import Backend, Parts
-from ..core.operators import PACKAGE
+from ..core.eager import PACKAGE
 from ..core.options import LossOptions, ignored_ids, out_of_bounds
 from ..core.rows import Block, Logits, Rows
 

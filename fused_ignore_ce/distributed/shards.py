@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.arguments import LinearTensors, LogitsTensors, check_process_group
+from ..core.tensors import LinearTensors, LogitsTensors, check_process_group
 
 
 def is_distributed(process_group: Any, *tensors: Tensor | None) -> bool:

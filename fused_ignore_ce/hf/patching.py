@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.extras import needed
-from ..core.keywords import unknown_keyword
+from ..core.optional_packages import needed
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..core.unknown_keywords import unknown_keyword
 from ..deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
 from ..deferred.origin import Settings
 from ..deferred.report import FusionReport

@@ -1,4 +1,4 @@
-"""Drops the ignored rows of hidden states, before the first matrix product."""
+"""Drops the ignored rows of hidden states before the first matrix product, or zeros them where none may be dropped."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.arguments import LinearTensors, holds_probabilities
-from ..core.operators import may_wait
+from ..core.eager import may_wait
 from ..core.reduction import Scales, Targets
+from ..core.tensors import LinearTensors, holds_probabilities
 from ..distributed.ranks import Replicated
 from .calls import LinearCall
 from .gradients import Wanted

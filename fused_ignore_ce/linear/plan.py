@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 
 from ..backends.blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
-from ..core.keywords import explains_keywords
 from ..core.options import ReductionOptions, budget_bytes, floating_dtype
+from ..core.unknown_keywords import explains_keywords
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice as backends
-from ..core.arguments import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
-from ..core.operators import is_plain, refuse_transforms
+from ..core.eager import is_plain, refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes
 from ..core.reduction import (
     Scales,
@@ -25,11 +24,12 @@ from ..core.reduction import (
     weight_of_target,
 )
 from ..core.rows import RowResults, acc_dtype
+from ..core.tensors import LinearTensors, check_ignored, check_linear, check_token_weight, holds_probabilities
 from .calls import LinearCall, plan_of
+from .grad_in_forward import ScaledSum, sum_function
 from .kept_rows import Position, positions_of
 from .plan import ONE_BLOCK, TOKEN_CHUNKS, operand_dtype
 from .row_results import rows_function
-from .scaled_sum import ScaledSum, sum_function
 
 
 class LinearProblem(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.operators import PACKAGE, is_plain
+from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, unflatten
 from ..core.rows import RESULTS_SCHEMA, RowResults, Saved, Upstream, block_of, fake_results
 from .calls import CALL_SCHEMA, OPERANDS, OPERANDS_SCHEMA, LinearCall, refuse_create_graph, tiles_of, tiles_of_backward

@@ -29,15 +29,18 @@ class Computed(NamedTuple):
     num_tokens: Tensor | None  # None if the kernel did not count
 
 
-def loss(problem: LogitsProblem) -> Any:
+def loss_reduced_by_kernel(problem: LogitsProblem) -> Any:
     """The loss, or (loss, LossStats); the loss is differentiable in the logits."""
-    input, dim = problem.tensors.input, problem.classes_dim
-    if problem.is_reduced_by_kernel:
-        found = GradInForward.apply(as_rows(input, dim), _reduced_by_kernel, problem)
-    else:
-        found = GradInForward.apply(classes_last(input, dim), _reduced_by_pytorch, problem)
-    total, lse, predicted, entropy, num_tokens = found
-    return problem.result(total, lse, predicted, entropy, num_tokens=num_tokens)
+    x = as_rows(problem.tensors.input, problem.classes_dim)
+    total, *statistics, num_tokens = GradInForward.apply(x, _reduced_by_kernel, problem)
+    return problem.result(total, *statistics, num_tokens=num_tokens)
+
+
+def loss_reduced_by_pytorch(problem: LogitsProblem) -> Any:
+    """As `loss_reduced_by_kernel`, on any backend and with any option."""
+    x = classes_last(problem.tensors.input, problem.classes_dim)
+    total, *statistics, _ = GradInForward.apply(x, _reduced_by_pytorch, problem)
+    return problem.result(total, *statistics)
 
 
 class GradInForward(torch.autograd.Function):

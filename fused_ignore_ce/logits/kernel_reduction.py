@@ -1,7 +1,7 @@
 """A scalar loss of logits that the backend's own kernel reduces: two launches forward and one backward.
 
-Forward takes a third launch if rows are very many. The general reduction in `reduction.py` takes some ten operations
-of PyTorch, each of which is a launch.
+Forward takes a third launch if rows are very many. The general reduction in `core/reduction.py` takes some ten
+operations of PyTorch, each of which is a launch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import choose
-from ..core.arguments import (
+from ..core.eager import is_plain, refuse_transforms, wants_grad
+from ..core.options import LossOptions, ReductionOptions
+from ..core.reduction import Targets, finished, loss_dtype_of, prepare_targets, statistics
+from ..core.rows import Logits, acc_dtype, classes_last
+from ..core.tensors import (
     LogitsTensors,
     Sizes,
     check_ignored,
@@ -17,10 +21,6 @@ from ..core.arguments import (
     check_token_weight,
     holds_probabilities,
 )
-from ..core.operators import is_plain, refuse_transforms, wants_grad
-from ..core.options import LossOptions, ReductionOptions
-from ..core.reduction import Targets, finished, loss_dtype_of, prepare_targets, statistics
-from ..core.rows import Logits, acc_dtype, classes_last
 
 
 class RowCall(NamedTuple):
@@ -71,7 +71,22 @@ class LogitsProblem(NamedTuple):
         return self.call.group is not None
 
     @property
-    def is_sum_of_rows(self) -> bool:
+    def has_gradient_in_forward(self) -> bool:
+        """Whether the gradient is asked for along with the loss, and only logits have one."""
+        return (
+            self.grad_in_forward
+            and wants_grad(self.tensors.input)
+            and not _differentiable(self.probs)
+            and self._is_sum_of_rows
+        )
+
+    @property
+    def is_reduced_by_kernel(self) -> bool:
+        """Whether the backend has a kernel for the sum of the rows, which adds no z-loss."""
+        return self.call.backend == "triton" and self.call.options.z_loss == 0.0 and self._is_sum_of_rows
+
+    @property
+    def _is_sum_of_rows(self) -> bool:
         """Whether the loss is a sum of the rows' losses whose factors are constants, so that forward knows them."""
         reduction = self.reduction
         return (
@@ -81,16 +96,6 @@ class LogitsProblem(NamedTuple):
             and not _differentiable(self.targets.token_weight)
             and not _differentiable(reduction.normalizer)
         )
-
-    @property
-    def is_reduced_by_kernel(self) -> bool:
-        """Whether the backend has a kernel that reduces the rows, which adds no z-loss."""
-        return self.call.backend == "triton" and self.call.options.z_loss == 0.0
-
-    @property
-    def has_gradient_in_forward(self) -> bool:
-        """Whether the gradient is asked for along with the loss, and only logits have one."""
-        return self.grad_in_forward and wants_grad(self.tensors.input) and not _differentiable(self.probs)
 
     def result(
         self,

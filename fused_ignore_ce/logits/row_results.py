@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import check_targets, implementation
-from ..core.operators import PACKAGE, is_plain
+from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
 from ..core.rows import RESULTS_SCHEMA, Logits, RowResults, Rows, Saved, Upstream, block_of, fake_results
 from ..distributed import ranks

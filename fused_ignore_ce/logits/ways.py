@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import grad_in_forward, kernel_reduction, row_reduction, sharded
+from . import grad_in_forward, kernel_reduction, pytorch_reduction, sharded
 from .problem import LogitsProblem
 
 
@@ -23,19 +23,24 @@ WAYS = {
         loss=sharded.loss,
         saved="the rank's logits; the normaliser of every row, merged over the ranks",
     ),
+    "gradient in forward, reduced by the kernel": Way(
+        condition=lambda problem: problem.has_gradient_in_forward and problem.is_reduced_by_kernel,
+        loss=grad_in_forward.loss_reduced_by_kernel,
+        saved="the gradient of the logits",
+    ),
     "gradient in forward": Way(
-        condition=lambda problem: problem.has_gradient_in_forward and problem.is_sum_of_rows,
-        loss=grad_in_forward.loss,
+        condition=lambda problem: problem.has_gradient_in_forward,
+        loss=grad_in_forward.loss_reduced_by_pytorch,
         saved="the gradient of the logits",
     ),
     "reduced by the kernel": Way(
-        condition=lambda problem: problem.is_reduced_by_kernel and problem.is_sum_of_rows,
+        condition=lambda problem: problem.is_reduced_by_kernel,
         loss=kernel_reduction.loss,
         saved="the logits; the normaliser of every row; the factor of all rows, and their token weights",
     ),
     "reduced by PyTorch": Way(
         condition=lambda problem: True,
-        loss=row_reduction.loss,
+        loss=pytorch_reduction.loss,
         saved="the logits; the normaliser of every row; its entropy, if that has a gradient",
     ),
 }

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from ..core.arguments import LogitsTensors, check_token_weight
-from ..core.keywords import explains_keywords, meaning, unknown_keyword
-from ..core.operators import overridden
+from ..core.eager import overridden
 from ..core.options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
 from ..core.reduction import LossStats
+from ..core.tensors import LogitsTensors, check_token_weight
+from ..core.unknown_keywords import explains_keywords, meaning, unknown_keyword
 from ..distributed.shards import local_logits
 from ..logits.problem import logits_problem
 from ..logits.ways import way_of

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 from typing_extensions import Unpack
 
-from ..core.arguments import LogitsTensors
-from ..core.keywords import explains_keywords
-from ..core.operators import overridden
+from ..core.eager import overridden
 from ..core.options import CrossEntropyKeywords, LossOptions, ReductionOptions, ignored_ids
 from ..core.reduction import LossStats
+from ..core.tensors import LogitsTensors
+from ..core.unknown_keywords import explains_keywords
 from ..distributed.shards import local_logits
 from ..logits.problem import logits_problem
 from ..logits.ways import way_of

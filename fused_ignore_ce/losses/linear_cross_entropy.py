@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.arguments import LinearTensors
-from ..core.keywords import explains_keywords
 from ..core.options import LinearKeywords, LossOptions, ReductionOptions, ignored_ids
 from ..core.reduction import LossStats
+from ..core.tensors import LinearTensors
+from ..core.unknown_keywords import explains_keywords
 from ..distributed.shards import local_linear
 from ..linear.problem import linear_problem
 

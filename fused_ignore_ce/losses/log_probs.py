@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.arguments import LinearTensors, holds_probabilities
-from ..core.keywords import explains_keywords
 from ..core.options import LossOptions, ReductionOptions, check_temperature, ignored_ids
+from ..core.tensors import LinearTensors, holds_probabilities
+from ..core.unknown_keywords import explains_keywords
 from ..distributed.shards import local_linear
 from ..linear.problem import linear_problem
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.arguments import check_process_group
-from ..core.keywords import explains_keywords
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..core.tensors import check_process_group
+from ..core.unknown_keywords import explains_keywords
 from .cross_entropy import fused_cross_entropy
 from .linear_cross_entropy import fused_linear_cross_entropy
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.extras import needed
+from ..core.optional_packages import needed
 from ..core.options import budget_bytes, check_backend
 from ..deferred.forward import origin_in, recorder_of
 from ..deferred.product import product_of

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.arguments import LinearTensors
-from ..core.operators import is_plain
+from ..core.eager import is_plain
 from ..core.options import LossOptions, ReductionOptions
 from ..core.reduction import LossStats, statistics
 from ..core.rows import RowResults
+from ..core.tensors import LinearTensors
 from ..linear.calls import refuse_create_graph
+from ..linear.grad_in_forward import ScaledSum, sum_function
 from ..linear.kept_rows import Position
 from ..linear.problem import linear_problem
 from ..linear.row_results import rows_function
-from ..linear.scaled_sum import ScaledSum, sum_function
 from ..losses.log_probs import fused_linear_log_probs
 
 

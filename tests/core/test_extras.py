@@ -2,7 +2,7 @@
 
 import pytest
 
-from fused_ignore_ce.core.extras import needed
+from fused_ignore_ce.core.optional_packages import needed
 from scripts import project
 
 from ..helpers.processes import python

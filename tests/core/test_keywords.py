@@ -16,7 +16,7 @@ from fused_ignore_ce import (
     fused_linear_log_probs,
     plan_linear_loss,
 )
-from fused_ignore_ce.core import keywords
+from fused_ignore_ce.core import unknown_keywords as keywords
 from fused_ignore_ce.hf import patch_model
 
 from ..helpers.hf_worker import llama

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import scaled
-from ..core.operators import PACKAGE, is_plain
+from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, unflatten
 from ..core.reduction import scaled_total
 from ..core.rows import RowResults, fake_results
