@@ -5,8 +5,8 @@ or (V,) with any strides, and `target` is (N,) int64 and contiguous, for N = B *
 `target == options.ignore_index`. `options`, a hashable object, has ignore_index, label_smoothing, softcap, logit_scale
 and z_loss.
 
-Functions whose names begin with an underscore prepare launches. The others make them, so that a launch is one call
-away from the package.
+Functions whose names begin with an underscore prepare launches: pairs of a kernel and its arguments. The others launch
+them, so that a launch is one call away from the package.
 """
 
 from math import prod
@@ -60,6 +60,7 @@ def _merge(target, parts, rows_out, options, with_stats):
 
 
 def _parts(parts):
+    """The parts as kernels take them."""
     sums, argmax = parts
     _, count, _ = sums.shape
     return Parts(sums, argmax, count)
@@ -129,6 +130,7 @@ def reduce(rows, shares, options, *, mean, dtype=None, out_dtype=None, with_stat
 
 
 def _shares(logits, token_weight, normalizer):
+    """The shares of rows, as `reduce` takes them."""
     return logits.target, None if logits.probs is not None else logits.weight, token_weight, normalizer
 
 
@@ -147,16 +149,18 @@ def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
         N, 0 if weight is None else len(weight), row_stride(token_weight), divided, options.ignore_index,
         chip_of(device),
     )  # fmt: skip
-    number = 1.0 if number is None else number
-    if parts is None:
-        inputs = Losses(None if rows is None else rows.loss, target, weight, token_weight, normalizer), None, None
-    else:
-        inputs = Losses(None, target, weight, token_weight, normalizer), _parts(parts), rows
+    number = number or 1.0
+    loss = None if rows is None or parts is not None else rows.loss
+    losses = Losses(loss, target, weight, token_weight, normalizer)
+    parts, rows_out = (None, None) if parts is None else (_parts(parts), rows)
     if programs == 1:
-        return out, [(reduce_rows, (*inputs, out, None, number))]
+        return out, [(reduce_rows, (losses, parts, rows_out, out, None, number))]
     sums = ProgramSums(target.new_empty((2, programs), dtype=acc), target.new_empty(programs))
     add_sums = prepare.total(programs, divided)
-    return out, [(reduce_rows, (*inputs, out, sums, number)), (add_sums, (sums, normalizer, out, number))]
+    return out, [
+        (reduce_rows, (losses, parts, rows_out, out, sums, number)),
+        (add_sums, (sums, normalizer, out, number)),
+    ]
 
 
 def new_parts(x, parts, with_stats):

@@ -43,7 +43,7 @@ def reduce_kernel(
     stride_tw,  # of the token weights
     ignore_index: tl.int64,
     BLOCK_N: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    REDUCTION: tl.constexpr,  # Reduction
 ):
     ACC: tl.constexpr = out.factor.dtype.element_ty
     pid = tl.program_id(0)
@@ -89,7 +89,7 @@ def total_kernel(
     number: tl.float64,  # the normalizer, if it is a number
     programs,
     BLOCK: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    REDUCTION: tl.constexpr,  # Reduction
 ):
     ACC: tl.constexpr = sums.partial.dtype.element_ty
     offs = tl.arange(0, BLOCK)
