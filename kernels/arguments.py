@@ -89,8 +89,9 @@ def flags_of(options, probs=None, with_stats=False):
 def new_rows(x, N, dtype, with_stats):
     """New tensors for the results of rows; without statistics, those of statistics are empty."""
     stats = N if with_stats else 0
-    loss, lse, entropy = (x.new_empty(n, dtype=dtype) for n in (N, N, stats))
-    return Rows(loss, lse, x.new_empty((3, N), dtype=dtype), x.new_empty(stats, dtype=torch.int64), entropy)
+    loss = x.new_empty(N, dtype=dtype)
+    predicted = x.new_empty(stats, dtype=torch.int64)
+    return Rows(loss, loss.new_empty(N), loss.new_empty(3, N), predicted, loss.new_empty(stats))
 
 
 def row_pointers(rows, with_stats):

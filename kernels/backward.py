@@ -25,8 +25,8 @@ def backward_kernel(
     smoothing: tl.float64,
     scale: tl.float64,
     cap: tl.float64,
-    TILE: tl.constexpr,
-    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,  # Tile
+    OPTIONS: tl.constexpr,  # Options
 ):
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_V: tl.constexpr = TILE.BLOCK_V

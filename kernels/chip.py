@@ -37,9 +37,11 @@ def chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":
         return INTERPRETED
     of = torch.cuda.get_device_properties(device)
-    architecture, *_ = of.gcnArchName.split(":") if torch.version.hip else (of.major * 10 + of.minor,)
+    arch = of.major * 10 + of.minor
+    if torch.version.hip:
+        arch, _, _ = of.gcnArchName.partition(":")
     return Chip(
-        architecture,
+        arch,
         of.multi_processor_count,
         of.L2_cache_size,
         of.max_threads_per_multi_processor,

@@ -5,11 +5,10 @@ or (V,) with any strides, and `target` is (N,) int64 and contiguous, for N = B *
 `target == options.ignore_index`. `options`, a hashable object, has ignore_index, label_smoothing, softcap, logit_scale
 and z_loss.
 
-Functions whose names begin with an underscore prepare launches. The others make them, so that a launch is one call
-away from the package.
+Functions whose names begin with an underscore prepare launches: pairs of a kernel and its arguments. The others launch
+them, so that a launch is one call away from the package.
 """
 
-from functools import partial
 from math import prod
 
 import torch
@@ -24,15 +23,14 @@ from .launch import MERGE_AND_REDUCE_ROWS
 from .structs import (
     Gradients,
     Logits,
+    Losses,
     OnePassUpstream,
     Part,
     Parts,
     Product,
     ProgramSums,
-    Reduction,
     Rows,
     Saved,
-    Shares,
     Totals,
     Upstream,
 )
@@ -43,25 +41,26 @@ def interpreted():
     return not isinstance(forward_kernel, triton.JITFunction)
 
 
-def _forward(rows, logits, options, with_stats, launch):
+def _forward(logits, rows_out, options, with_stats, launch):
     """(launches, parts): a launch that fills the rows, or the parts that have to be merged into them."""
-    x, device = logits.x, logits.x.device
+    x = logits.x
     forward_rows = prepare.forward(
-        form_of(x), form_of(logits.probs), form_of(logits.weight), options, with_stats, None, launch, chip_of(device)
+        form_of(x), form_of(logits.probs), form_of(logits.weight), options, with_stats, None, launch, chip_of(x.device)
     )
     if forward_rows.splits == 1:
-        return [partial(forward_rows, device, logits, row_pointers(rows, with_stats), None)], None
+        return [(forward_rows, (logits, rows_out, None))], None
     sums, argmax = new_parts(x, forward_rows.splits, with_stats)
-    return [partial(forward_rows, device, logits, None, Part(sums, argmax, sums.stride(0)))], (sums, argmax)
+    return [(forward_rows, (logits, None, Part(sums, argmax, sums.stride(0))))], (sums, argmax)
 
 
-def _merge(target, parts, rows, options, with_stats):
+def _merge(target, parts, rows_out, options, with_stats):
     """A launch that merges the parts into the rows."""
     merge_rows = prepare.merge(len(target), options.ignore_index, with_stats, chip_of(target.device))
-    return partial(merge_rows, target.device, target, row_pointers(rows, with_stats), _parts(parts))
+    return merge_rows, (target, rows_out, _parts(parts))
 
 
 def _parts(parts):
+    """The parts as kernels take them."""
     sums, argmax = parts
     _, count, _ = sums.shape
     return Parts(sums, argmax, count)
@@ -70,15 +69,16 @@ def _parts(parts):
 def forward(logits, options, *, with_stats=False, launch=None):
     """Row losses and what backward needs: (loss, lse, norm, predicted, entropy)."""
     logits = Logits(*logits)
-    target = logits.target
-    rows = new_rows(logits.x, len(target), acc_dtype(logits.x.dtype), with_stats)
+    x, target = logits.x, logits.target
+    rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
     if len(target) == 0:
         return rows
-    launches, parts = _forward(rows, logits, options, with_stats, launch)
+    rows_out = row_pointers(rows, with_stats)
+    launches, parts = _forward(logits, rows_out, options, with_stats, launch)
     if parts:
-        launches.append(_merge(target, parts, rows, options, with_stats))
-    for run in launches:
-        run()
+        launches.append(_merge(target, parts, rows_out, options, with_stats))
+    for kernel, arguments in launches:
+        kernel(x.device, *arguments)
     return rows
 
 
@@ -96,67 +96,70 @@ def forward_reduce(
     if with_stats:
         rows = new_rows(x, N, acc, with_stats)
     else:
-        rows = Rows(x.new_empty(N, dtype=acc), None, x.new_empty((3, N), dtype=acc), None, None)
-    launches, parts = _forward(rows, logits, options, with_stats, launch) if N else ([], None)
+        loss = x.new_empty(N, dtype=acc)
+        rows = Rows(loss, None, loss.new_empty(3, N), None, None)
+    launches, parts = _forward(logits, rows, options, with_stats, launch) if N else ([], None)
     if parts and N > MERGE_AND_REDUCE_ROWS:
         launches.append(_merge(target, parts, rows, options, with_stats))
         parts = None
-    shares = Shares(target, None if logits.probs is not None else logits.weight, token_weight, normalizer)
-    totals, reduction = _reduce(rows, shares, options, mean, out_dtype=out_dtype, parts=parts, with_stats=with_stats)
-    for run in (*launches, *reduction):
-        run()
+    totals, reduction = _reduce(
+        rows, _shares(logits, token_weight, normalizer), options, mean, acc, out_dtype, parts, with_stats
+    )
+    for kernel, arguments in (*launches, *reduction):
+        kernel(x.device, *arguments)
     return rows, totals
 
 
 def reduce(rows, shares, options, *, mean, dtype=None, out_dtype=None, with_stats=False):
     """(total, the factor of every row's gradient of the total, number of kept rows (int64)), all 0-d.
 
-    `shares` are (target, class weight, token weight, normalizer); all but the target may be None. The total is the sum
-    of the kept rows' losses, times their token weights. For "mean" it is divided by the normalizer (a number or 0-d
-    tensor), or else by the sum of the kept rows' shares: token weight times the target's class weight. Without
-    statistics, the number of kept rows is None. Without rows, the total is None and `dtype` is the dtype of sums.
+    `rows` begin with losses. `shares` are (target, class weight, token weight, normalizer); all but the target may be
+    None. The total is the sum of the kept rows' losses, times their token weights. For "mean" it is divided by the
+    normalizer (a number or 0-d tensor), or else by the sum of the kept rows' shares: token weight times the target's
+    class weight. Without statistics, the number of kept rows is None. Without rows, the total is None and `dtype` is
+    the dtype of sums.
     """
+    target, *_ = shares
     if rows is not None:
         loss, *_ = rows
-        rows = Rows(loss, None, None, None, None)
-    totals, launches = _reduce(rows, Shares(*shares), options, mean, dtype, out_dtype, with_stats=with_stats)
-    for run in launches:
-        run()
+        rows, dtype = Rows(loss, None, None, None, None), loss.dtype
+    totals, launches = _reduce(rows, shares, options, mean, dtype, out_dtype, None, with_stats)
+    for kernel, arguments in launches:
+        kernel(target.device, *arguments)
     return totals
 
 
-def _reduce(rows, shares, options, mean, dtype=None, out_dtype=None, parts=None, with_stats=False):
+def _shares(logits, token_weight, normalizer):
+    """The shares of rows, as `reduce` takes them."""
+    return logits.target, None if logits.probs is not None else logits.weight, token_weight, normalizer
+
+
+def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
     """(`Totals`, launches that compute them). `parts`, if given, are merged into the rows by the same kernel."""
-    target, device = shares.target, shares.target.device
-    N, total = len(target), None
-    if rows is not None:
-        dtype = rows.loss.dtype
-        total = target.new_empty((), dtype=out_dtype or dtype)
-    out = Totals(total, target.new_empty((), dtype=dtype), target.new_empty(()) if with_stats else None)
-    weight, normalizer, number = shares.weight, None, None
+    target, weight, token_weight, normalizer = shares
+    N, device, number = len(target), target.device, None
     if not mean:
-        weight = None
-    elif isinstance(shares.normalizer, torch.Tensor):
-        normalizer = shares.normalizer
-    elif shares.normalizer is not None:
-        number = float(shares.normalizer)
-    programs, reduction = prepare.reduce_programs(N), Reduction(mean, number is not None, with_stats)
+        weight = normalizer = None
+    elif normalizer is not None and not isinstance(normalizer, torch.Tensor):
+        number, normalizer = float(normalizer), None
+    total = None if rows is None else target.new_empty((), dtype=out_dtype or acc)
+    out = Totals(total, target.new_empty((), dtype=acc), target.new_empty(()) if with_stats else None)
+    programs, divided = prepare.reduce_programs(N), (mean, number is not None, with_stats)
     reduce_rows = prepare.reduce(
-        N, 0 if weight is None else len(weight), row_stride(shares.token_weight), reduction, options.ignore_index,
+        N, 0 if weight is None else len(weight), row_stride(token_weight), divided, options.ignore_index,
         chip_of(device),
     )  # fmt: skip
-    if parts is not None:
-        rows, parts = row_pointers(rows, with_stats), _parts(parts)
-    elif rows is not None:
-        rows = Rows(rows.loss, None, None, None, None)
-    shares, number = Shares(target, weight, shares.token_weight, normalizer), number or 1.0
+    number = number or 1.0
+    loss = None if rows is None or parts is not None else rows.loss
+    losses = Losses(loss, target, weight, token_weight, normalizer)
+    parts, rows_out = (None, None) if parts is None else (_parts(parts), rows)
     if programs == 1:
-        return out, [partial(reduce_rows, device, shares, rows, parts, out, None, number)]
-    sums = ProgramSums(target.new_empty((2, programs), dtype=dtype), target.new_empty(programs))
-    add_sums = prepare.total(programs, reduction)
+        return out, [(reduce_rows, (losses, parts, rows_out, out, None, number))]
+    sums = ProgramSums(target.new_empty((2, programs), dtype=acc), target.new_empty(programs))
+    add_sums = prepare.total(programs, divided)
     return out, [
-        partial(reduce_rows, device, shares, rows, parts, out, sums, number),
-        partial(add_sums, device, sums, normalizer, out, number),
+        (reduce_rows, (losses, parts, rows_out, out, sums, number)),
+        (add_sums, (sums, normalizer, out, number)),
     ]
 
 
@@ -209,7 +212,8 @@ def merge(target, parts, options, *, with_stats=False):
     N = len(target)
     rows = new_rows(sums, N, sums.dtype, with_stats)
     if N:
-        _merge(target, parts, rows, options, with_stats)()
+        merge_rows, arguments = _merge(target, parts, row_pointers(rows, with_stats), options, with_stats)
+        merge_rows(target.device, *arguments)
     return rows
 
 
@@ -240,15 +244,15 @@ def can_one_pass(x, probs=None):
 
 def _one_pass(upstream, logits, options, dx, with_stats, launch=None):
     """(rows, launches that fill them and write the gradient into `dx`)."""
-    x, device = logits.x, logits.x.device
+    x = logits.x
     rows = new_rows(x, len(logits.target), acc_dtype(x.dtype), with_stats)
     if len(logits.target) == 0:
         return rows, []
     both = prepare.one_pass(
         form_of(x), form_of(dx), form_of(logits.weight), row_strides(upstream), options, with_stats, launch,
-        chip_of(device),
+        chip_of(x.device),
     )  # fmt: skip
-    return rows, [partial(both, device, logits, upstream, row_pointers(rows, with_stats), Gradients(dx, None))]
+    return rows, [(both, (logits, upstream, row_pointers(rows, with_stats), Gradients(dx, None)))]
 
 
 def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False, launch=None):
@@ -267,8 +271,8 @@ def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False
         return rows
     upstream = OnePassUpstream(upstream.dloss, dz, upstream.factor, upstream.token_weight)
     rows, launches = _one_pass(upstream, logits, options, dx, with_stats, launch)
-    for run in launches:
-        run()
+    for kernel, arguments in launches:
+        kernel(dx.device, *arguments)
     return rows
 
 
@@ -280,22 +284,23 @@ def forward_backward_reduce(
     With divide=False, that gradient is not divided as "mean" would: the caller multiplies it by the returned factor.
     """
     logits = Logits(*logits)
-    shares = Shares(logits.target, None if logits.probs is not None else logits.weight, token_weight, normalizer)
-    divisor, launches = _reduce(None, shares, options, mean and divide, dtype=acc_dtype(logits.x.dtype))
-    for run in launches:
-        run()
+    device, acc = dx.device, acc_dtype(logits.x.dtype)
+    shares = _shares(logits, token_weight, normalizer)
+    divisor, launches = _reduce(None, shares, options, mean and divide, acc, None, None, False)
+    for kernel, arguments in launches:
+        kernel(device, *arguments)
     if can_one_pass(logits.x, logits.probs) and can_one_pass(dx):
         upstream = OnePassUpstream(divisor.factor, None, None, token_weight)
         rows, launches = _one_pass(upstream, logits, options, dx, with_stats)
-        for run in launches:
-            run()
+        for kernel, arguments in launches:
+            kernel(device, *arguments)
     else:
         rows = forward(logits, options, with_stats=with_stats)
         upstream = Upstream(divisor.factor, None, None, None, token_weight)
         backward(upstream, logits, Saved(rows.norm, None), options, dx=dx, dprobs=None)
-    totals, launches = _reduce(rows, shares, options, mean, out_dtype=out_dtype, with_stats=with_stats)
-    for run in launches:
-        run()
+    totals, launches = _reduce(rows, shares, options, mean, acc, out_dtype, None, with_stats)
+    for kernel, arguments in launches:
+        kernel(device, *arguments)
     return rows, totals
 
 

@@ -81,27 +81,27 @@ def lane_sum(x):
 
 
 @triton.jit
-def row_max(x):
+def row_max(x, TILE: tl.constexpr):
     """The largest value of each row's lanes; a scalar where there is one row."""
-    if x.shape[0] == 1:
+    if TILE.BLOCK_N == 1:
         return tl.max(x)
     else:
         return tl.max(x, 2)
 
 
 @triton.jit
-def row_sum(x):
+def row_sum(x, TILE: tl.constexpr):
     """The sum over each row's lanes; a scalar where there is one row."""
-    if x.shape[0] == 1:
+    if TILE.BLOCK_N == 1:
         return tl.sum(x)
     else:
         return tl.sum(x, 2)
 
 
 @triton.jit
-def row_min_of_tile(x):
+def row_min_of_tile(x, TILE: tl.constexpr):
     """The smallest value in each row of a tile; a scalar where there is one row."""
-    if x.shape[0] == 1:
+    if TILE.BLOCK_N == 1:
         return tl.min(x)
     else:
         return tl.min(tl.min(x, 2, keep_dims=True), 1, keep_dims=True)

@@ -17,8 +17,8 @@ from .tiles import row_start, rows_of, tile_offsets
 @triton.jit(do_not_specialize=["T", "ignore_index"])
 def forward_kernel(
     logits: Logits,
-    rows_out: Rows,  # or None
-    part_out: Part,  # or None
+    rows_out: Rows,  # None if sums of a part are stored
+    part_out: Part,  # None if the results of rows are stored
     N: tl.int64,  # B * T
     T,
     V,
@@ -28,8 +28,8 @@ def forward_kernel(
     smoothing: tl.float64,
     scale: tl.float64,
     cap: tl.float64,
-    TILE: tl.constexpr,
-    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,  # Tile
+    OPTIONS: tl.constexpr,  # Options
 ):
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_V: tl.constexpr = TILE.BLOCK_V

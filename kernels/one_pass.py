@@ -40,8 +40,8 @@ def one_pass_kernel(
     scale: tl.float64,
     cap: tl.float64,
     z_loss: tl.float64,
-    TILE: tl.constexpr,  # of one row
-    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,  # Tile of one row
+    OPTIONS: tl.constexpr,  # Options
 ):
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
     NO_PROBS: tl.constexpr = None

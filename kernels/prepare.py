@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
 from .arguments import Form, aligned, flags_of, scalars_of, strides_of
 from .backward import backward_kernel
@@ -30,7 +32,16 @@ from .merge import merge_kernel
 from .one_pass import one_pass_kernel
 from .reduce import reduce_kernel, total_kernel
 from .scale import scale_kernel
-from .structs import BackwardStrides, ForwardStrides, OnePassStrides, OnePassUpstream, Place, ProductStrides, Upstream
+from .structs import (
+    BackwardStrides,
+    ForwardStrides,
+    OnePassStrides,
+    OnePassUpstream,
+    Place,
+    ProductStrides,
+    Reduction,
+    Upstream,
+)
 from .variant import FEW_REGISTERS, MAX_REGISTERS, is_simple, one_pass_registers, one_pass_variant
 
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
@@ -49,48 +60,47 @@ class Prepared:
     def __init__(self, kernel, programs, *fixed, splits=1, **options):
         self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options
         self.splits = splits  # parts that each row is split into
+        self.interpreted = not isinstance(kernel, triton.JITFunction)
         self.compiled = {}
 
     def __call__(self, device, *first):
-        if not isinstance(self.kernel, triton.JITFunction):  # interpreted
+        if self.interpreted:
             self.kernel[self.grid](*first, *self.fixed, **self.options)
             return
-        driver = triton.runtime.driver.active
-        current = driver.get_current_device()
-        if device.type == "cuda" and device.index != current:
+        active = driver.active
+        current = active.get_current_device()
+        if device.index not in (current, None):  # a CPU tensor's device has no index
             with torch.cuda.device(device):
                 self(device, *first)
             return
         key = current, kinds(first)
-        compiled = self.compiled.get(key)
-        if compiled is None:
+        found = self.compiled.get(key)
+        if found is None:
             compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
             # For AMD, the kernel also depends on the size of a tensor's storage, so Triton looks it up at every launch.
             if compiled is not None and compiled.metadata.target.backend == "cuda":
-                self.compiled[key] = compiled
+                self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
             return
         # As `compiled[grid](...)` does, but metadata for a profiler's hooks are prepared only if there are any.
-        arguments, stream = (*first, *self.fixed), driver.get_current_stream(current)
-        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-        profiled = enter is not None and enter.calls
-        metadata = compiled.launch_metadata(self.grid, stream, *arguments) if profiled else None
-        compiled.run(
-            *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
-        )  # fmt: skip
+        compiled, run, function, packed = found
+        stream, metadata = active.get_current_stream(current), None
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if enter is not None and enter.calls:
+            metadata = compiled.launch_metadata(self.grid, stream, *first, *self.fixed)
+        run(*self.grid, stream, function, packed, metadata, enter, leave, *first, *self.fixed)
 
 
 def kinds(arguments):
     """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers."""
     found = []
-    for value in arguments:
-        if value is None:
-            found.append(None)
-        elif isinstance(value, tuple):
-            found.append(kinds(value))
-        elif isinstance(value, (int, float)):
-            found.append(float if isinstance(value, float) else value)
-        else:
-            found += value.dtype, value.data_ptr() % 16 == 0
+    for argument in arguments:
+        for value in argument if isinstance(argument, tuple) else (argument,):
+            if value is None:
+                found.append(None)
+            elif isinstance(value, (int, float)):
+                found.append(float if isinstance(value, float) else value)
+            else:
+                found += value.dtype, value.data_ptr() % 16 == 0
     return tuple(found)
 
 
@@ -172,19 +182,22 @@ def reduce_programs(N):
 
 
 @remembered
-def reduce(N, classes, stride_tw, reduction, ignore_index, chip):
-    """The kernel that reduces rows, called with (Shares, Rows, Parts, Totals, ProgramSums, number)."""
+def reduce(N, classes, stride_tw, divided, ignore_index, chip):
+    """The kernel that reduces rows, called with (Losses, Parts, Rows, Totals, ProgramSums, number).
+
+    `divided` are the fields of a `Reduction`.
+    """
     programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
     return Prepared(
-        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block, reduction,
-        num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
+        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block,
+        Reduction(*divided), num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
     )  # fmt: skip
 
 
 @remembered
-def total(programs, reduction):
+def total(programs, divided):
     """The kernel that adds the sums of several programs, called with (ProgramSums, normalizer, Totals, number)."""
-    return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, reduction, num_warps=4)
+    return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, Reduction(*divided), num_warps=4)
 
 
 @remembered

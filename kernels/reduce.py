@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .merge import merge_rows
-from .structs import Parts, ProgramSums, Rows, Shares, Totals
+from .structs import Losses, Parts, ProgramSums, Rows, Totals
 
 
 @triton.jit
@@ -31,11 +31,11 @@ def store_totals(out, normalizer_ptr, number, loss, share, count, ACC: tl.conste
 
 @triton.jit(do_not_specialize=["N", "rows_per_program", "classes", "stride_tw", "ignore_index"])
 def reduce_kernel(
-    shares: Shares,
-    rows: Rows,  # only losses are read; with parts, all are written; None if no total is wanted
-    parts: Parts,  # or None
+    losses: Losses,
+    parts: Parts,  # from which losses come; or None
+    rows_out: Rows,  # the rows of the parts; or None
     out: Totals,
-    sums_out: ProgramSums,  # in place of totals if there are several programs; or None
+    sums_out: ProgramSums,  # takes the place of `out` if there are several programs; or None
     number: tl.float64,  # the normalizer, if it is a number
     N: tl.int64,
     rows_per_program,
@@ -43,7 +43,7 @@ def reduce_kernel(
     stride_tw,  # of the token weights
     ignore_index: tl.int64,
     BLOCK_N: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    REDUCTION: tl.constexpr,  # Reduction
 ):
     ACC: tl.constexpr = out.factor.dtype.element_ty
     pid = tl.program_id(0)
@@ -55,26 +55,26 @@ def reduce_kernel(
     for first in range(start, end, BLOCK_N):
         row = first + tl.arange(0, BLOCK_N)
         inside = row < end
-        target = tl.load(shares.target + row, mask=inside, other=ignore_index)
+        target = tl.load(losses.target + row, mask=inside, other=ignore_index)
         keep = inside & (target != ignore_index)
         count += keep.to(tl.int32)
         token = tl.where(keep, 1.0, 0.0).to(ACC)
-        if shares.token_weight is not None:
-            token = tl.load(shares.token_weight + row * stride_tw, mask=keep, other=0.0).to(ACC)
+        if losses.token_weight is not None:
+            token = tl.load(losses.token_weight + row * stride_tw, mask=keep, other=0.0).to(ACC)
         if out.total is not None:
             if parts is None:
-                loss_row = tl.load(rows.loss + row, mask=keep, other=0.0)
+                loss_row = tl.load(losses.loss + row, mask=keep, other=0.0)
             else:
-                loss_row, _ = merge_rows(rows, parts, row, N, inside, keep, BLOCK_N, REDUCTION.HAS_STATS)
+                loss_row, _ = merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N, REDUCTION.HAS_STATS)
             loss += tl.where(keep, token * loss_row, 0.0)
-        if shares.weight is None:
+        if losses.weight is None:
             share += token
         else:
             here = keep & (target >= 0) & (target < classes)
-            share += token * tl.load(shares.weight + target, mask=here, other=0.0).to(ACC)
+            share += token * tl.load(losses.weight + target, mask=here, other=0.0).to(ACC)
     loss, share, count = tl.sum(loss), tl.sum(share), tl.sum(count).to(tl.int64)
     if sums_out is None:
-        store_totals(out, shares.normalizer, number, loss, share, count, ACC, REDUCTION)
+        store_totals(out, losses.normalizer, number, loss, share, count, ACC, REDUCTION)
     else:
         tl.store(sums_out.partial + pid, loss)
         tl.store(sums_out.partial + tl.num_programs(0) + pid, share)
@@ -89,7 +89,7 @@ def total_kernel(
     number: tl.float64,  # the normalizer, if it is a number
     programs,
     BLOCK: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    REDUCTION: tl.constexpr,  # Reduction
 ):
     ACC: tl.constexpr = sums.partial.dtype.element_ty
     offs = tl.arange(0, BLOCK)

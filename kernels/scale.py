@@ -15,7 +15,7 @@ def scale_kernel(
     T,
     V,
     strides: ProductStrides,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr,  # Tile
     INPLACE: tl.constexpr,
     ACC: tl.constexpr,
 ):

@@ -133,11 +133,15 @@ class Strides(NamedTuple):
 
 
 class ForwardStrides(NamedTuple):
+    """The strides of what forward reads."""
+
     x: Strides
     probs: Strides
 
 
 class BackwardStrides(NamedTuple):
+    """The strides of what backward reads and writes; 0 for tensors that are None."""
+
     x: Strides
     probs: Strides
     dx: Strides
@@ -146,6 +150,8 @@ class BackwardStrides(NamedTuple):
 
 
 class OnePassStrides(NamedTuple):
+    """The strides of what the one pass reads and writes."""
+
     x: Strides
     dx: Strides
     upstream: OnePassUpstream
@@ -160,13 +166,16 @@ class Product(NamedTuple):
 
 
 class ProductStrides(NamedTuple):
+    """The strides of a product and of its result."""
+
     x: Strides
     out: Strides
 
 
-class Shares(NamedTuple):
-    """What gives each row its share of a mean."""
+class Losses(NamedTuple):
+    """What a reduction reads: losses, and what gives each row its share of a mean."""
 
+    loss: Any  # (N,); None if no total is wanted, or if losses come from parts
     target: Any  # (N,) int64
     weight: Any  # (classes,) or None
     token_weight: Any  # (N,) or None

@@ -105,7 +105,7 @@ def first_of_largest(
     met = inputs.keep & (over_tile(lanes.best, TILE) == largest) & (place < inputs.v_end)
     x = tl.load(inputs.x + place.to(tl.int64) * inputs.stride_xv, mask=met, other=float("nan"))
     u, _ = used_logits(x, curve, ACC, OPTIONS)
-    first = row_min_of_tile(tl.where(u == largest, place, NO_CLASS))
+    first = row_min_of_tile(tl.where(u == largest, place, NO_CLASS), TILE)
     return tl.where(first == NO_CLASS, v_start, first)
 
 
@@ -132,20 +132,20 @@ def row_sums(
         for v in range(v_start, inputs.v_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
 
-    c = row_max(lanes.c)
+    c = row_max(lanes.c, TILE)
     down = lanes.c - over_lanes(c, TILE)
     power = tl.exp2(down)
     r, mass, d = lanes.r, lanes.mass, lanes.d
     if OPTIONS.HAS_STATS:
-        d = row_sum(power * (d + lanes.s * down))
+        d = row_sum(power * (d + lanes.s * down), TILE)
     if OPTIONS.HAS_SOFT:
-        r = row_sum(r + mass * down)
-        mass = row_sum(mass)
-    s = row_sum(lanes.s * power)
+        r = row_sum(r + mass * down, TILE)
+        mass = row_sum(mass, TILE)
+    s = row_sum(lanes.s * power, TILE)
     predicted = lanes.at
     largest = lanes.best
     if HAS_BEST:
-        largest = row_max(largest)
+        largest = row_max(largest, TILE)
     if OPTIONS.HAS_STATS:
         predicted = first_of_largest(lanes, inputs, v_start, offs, options.curve, largest, ACC, TILE, OPTIONS)
     if not OPTIONS.HAS_SOFT:

@@ -10,9 +10,9 @@ from .structs import Options
 FEW_REGISTERS, MAX_REGISTERS = 40, 255
 
 
-def is_simple(tile, weight, probs, options: Options) -> bool:
+def is_simple(launch, weight, probs, options: Options) -> bool:
     """Whether few registers suffice: one aligned row per program, no float64, no soft target read from tensors."""
-    return tile.BLOCK_N == 1 and tile.WIDTH > 2 and probs is None and not (options.HAS_SOFT and weight is not None)
+    return launch.BLOCK_N == 1 and launch.WIDTH > 2 and probs is None and not (options.HAS_SOFT and weight is not None)
 
 
 class OnePass(NamedTuple):

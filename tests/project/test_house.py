@@ -1,4 +1,4 @@
-"""The architecture, read from the source: few rooms, imports that point downward, kernels that read by name."""
+"""The architecture, read from the source: few rooms, imports that point downward, few frames before a launch."""
 
 import ast
 import sys
@@ -107,33 +107,6 @@ def test_kernels_import_nothing_of_the_package():
                 assert node.level == 1 or "fused_ignore_ce" not in (node.module or "")
             elif isinstance(node, ast.Import):
                 assert all("fused_ignore_ce" not in alias.name for alias in node.names)
-
-
-def positions(tree):
-    """The subscripts that read by position: by a number, or by a slice between numbers."""
-
-    def is_number(node):
-        node = node.operand if isinstance(node, ast.UnaryOp) else node
-        return isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool)
-
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript):
-            indices = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            for index in indices:
-                ends = (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
-                if any(is_number(end) for end in ends if end is not None):
-                    yield node
-
-
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_kernels_read_by_name(path):
-    found = [f"{path.name}:{node.lineno}: {ast.unparse(node)}" for node in positions(ast.parse(path.read_text()))]
-    assert not found, "\n".join(found)
-
-
-def test_what_reads_by_position_is_seen():
-    source = "a[0]; a[-1]; a[1:]; a[:, 2]; a[i]; a[:, None]; a[i:]; a.b; a['c']; a[...]"
-    assert [ast.unparse(node) for node in positions(ast.parse(source))] == ["a[0]", "a[-1]", "a[1:]", "a[:, 2]"]
 
 
 @pytest.fixture
