@@ -15,6 +15,7 @@ from .predicting import NOTE, Row
 SHOWN = (
     "kernel", "shape", "target", "dtype", "tile", "warps", "registers", "shared", "spills", "resident threads",
     "instructions a logit in loops", "instructions a logit", "special functions a logit", "bytes in flight a thread",
+    "vgpr_count", "vgpr_spill_count",
 )  # fmt: skip
 
 
