@@ -85,6 +85,11 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
 
 
+def one_line(error: BaseException) -> str:
+    """An error as a reason in a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": ")
+
+
 def last_line(text: str) -> str:
     """The last line of an error's text, which says what it is."""
     return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")

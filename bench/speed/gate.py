@@ -8,6 +8,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from bench import truth
+from bench.machine import one_line
 
 from .providers import PROVIDERS, Loss, Provider
 from .workload import Base, case_of, tensors
@@ -56,11 +57,6 @@ def judge(provider: Provider, device: torch.device, dtype: str) -> Verdict:
         sizes = "x".join(map(str, PROBE if provider.kind == "linear" else PROBE[:2]))
         return Verdict(*subject, "slow", f"{ratio:.0f} times the plain path's time at {sizes}", ratio)
     return Verdict(*subject, "green", probe=ratio)
-
-
-def one_line(error: Exception) -> str:
-    """An error as a reason in a table."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": ")
 
 
 def fault(provider: Provider, device: torch.device, dtype: str) -> str | None:

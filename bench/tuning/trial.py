@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench import truth
-from bench.speed.gate import one_line
+from bench.machine import one_line
 from bench.speed.workload import Case, tensors
 from fused_ignore_ce.kernels import cross_entropy
 from fused_ignore_ce.kernels.launch import Launch
