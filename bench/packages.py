@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 #: The names of packages in tables, and the distributions that contain them.
 PACKAGES = {
@@ -40,10 +39,14 @@ def imported(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def trl(
-    h: Tensor, w: Tensor, y: Tensor, *, bias: Tensor | None = None, softcap: float | None = None,
-    outputs: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
-    """TRL's log-probabilities, and what else `outputs` names. On a CPU, TRL uses no Triton kernels."""
+def trl() -> Callable[..., Any]:
+    """TRL's function of hidden states, head and targets: log-probabilities, and what else `outputs` names.
+
+    On a CPU, it uses no Triton kernels.
+    """
     apply = imported("trl.kernels", "ChunkedLogProbFunction").apply
-    return apply(h, w, bias, y, 1.0, TRL_CHUNK, softcap, 1.0, outputs)
+
+    def log_probs(h, w, y, *, bias=None, softcap=None, outputs=()):
+        return apply(h, w, bias, y, 1.0, TRL_CHUNK, softcap, 1.0, outputs)
+
+    return log_probs

@@ -97,24 +97,29 @@ def _liger_accuracy(name: str) -> Callable[..., Tensor]:
     return lambda *operands: call(*operands, reduction="none", return_token_accuracy=True).token_accuracy
 
 
-def _trl(
-    h: Tensor, w: Tensor, y: Tensor, *, ignore_index: Any = -100, reduction: str = "mean",
-    linear_bias: Tensor | None = None, softcap: float | None = None, outputs: tuple[str, ...] = (), **options: Any,
-) -> Any:  # fmt: skip
+def _trl() -> Callable[..., Any]:
     """TRL's loss as its trainers call it: for the kept tokens only, with the reduction done afterwards."""
-    if options:
-        raise NotOfferedError("there is no such option")
-    if not isinstance(ignore_index, int):
-        raise NotOfferedError("the trainers ignore one id, -100")
-    if y.is_floating_point():
-        raise NotOfferedError("targets are integers")
-    kept = y != ignore_index
-    log_probs, *more = trl(h[kept], w, y[kept], bias=linear_bias, softcap=softcap, outputs=outputs)
-    if outputs:
-        return next(value for value in more if value is not None)
-    if reduction == "none":
-        return torch.zeros(y.shape).masked_scatter(kept, -log_probs)
-    return -log_probs.sum() / kept.sum().clamp(min=1)
+    log_probs_of = trl()
+
+    def call(
+        h: Tensor, w: Tensor, y: Tensor, *, ignore_index: Any = -100, reduction: str = "mean",
+        linear_bias: Tensor | None = None, softcap: float | None = None, outputs: tuple[str, ...] = (), **options: Any,
+    ) -> Any:  # fmt: skip
+        if options:
+            raise NotOfferedError("there is no such option")
+        if not isinstance(ignore_index, int):
+            raise NotOfferedError("the trainers ignore one id, -100")
+        if y.is_floating_point():
+            raise NotOfferedError("targets are integers")
+        kept = y != ignore_index
+        log_probs, *more = log_probs_of(h[kept], w, y[kept], bias=linear_bias, softcap=softcap, outputs=outputs)
+        if outputs:
+            return next(value for value in more if value is not None)
+        if reduction == "none":
+            return torch.zeros(y.shape).masked_scatter(kept, -log_probs)
+        return -log_probs.sum() / kept.sum().clamp(min=1)
+
+    return call
 
 
 def logits() -> Iterator[Peer]:
@@ -136,8 +141,9 @@ def linear() -> Iterator[Peer]:
         call = _liger(name, linear_bias="bias", weight="ce_weight")
         yield Peer("Liger", call, _liger_accuracy(name), triton=True)
     if version("trl"):
-        accuracy, entropy = (functools.partial(_trl, outputs=(name,)) for name in ("is_top1", "entropy"))
-        yield Peer("TRL", _trl, accuracy, entropy)
+        call = _trl()
+        accuracy, entropy = (functools.partial(call, outputs=(name,)) for name in ("is_top1", "entropy"))
+        yield Peer("TRL", call, accuracy, entropy)
 
 
 PEERS: dict[str, Callable[[], Iterator[Peer]]] = {"logits": logits, "linear": linear}

@@ -33,7 +33,7 @@ def call_trl(case: Case, arch: int | str) -> None:
     hidden = torch.zeros(case.T, 8, dtype=getattr(torch, case.dtype), requires_grad=True)
     weight = torch.zeros(case.V, 8, dtype=hidden.dtype)
     with mock.patch("trl.kernels.chunked_logprob._use_triton", return_value=True):
-        log_probs, *_ = trl(hidden, weight, torch.zeros(case.T, dtype=torch.int64))
+        log_probs, *_ = trl()(hidden, weight, torch.zeros(case.T, dtype=torch.int64))
         if case.operation == "backward":
             log_probs.sum().backward()
 

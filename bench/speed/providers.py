@@ -85,10 +85,15 @@ def _liger(function: str, *more: None) -> Callable[[], Loss]:
     return build
 
 
-def _trl(h, w, y):
+def _trl() -> Loss:
     """TRL's loss of the kept tokens alone, as its trainers call it."""
-    kept = y != -100
-    return -trl(h[kept], w, y[kept])[0].mean()
+    log_probs = trl()
+
+    def loss(h, w, y):
+        kept = y != -100
+        return -log_probs(h[kept], w, y[kept])[0].mean()
+
+    return loss
 
 
 def _flash_attn() -> Loss:
@@ -135,7 +140,7 @@ LINEAR = (
         "Liger", "linear", _liger("LigerFusedLinearCrossEntropyFunction"),
         package="liger-kernel", capability=(7, 0),
     ),
-    Provider("TRL", "linear", lambda: _trl, package="trl"),
+    Provider("TRL", "linear", _trl, package="trl"),
     Provider(
         "CCE", "linear", lambda: imported("cut_cross_entropy", "linear_cross_entropy"),
         package="cut-cross-entropy", capability=(8, 0), dtypes=HALF,
