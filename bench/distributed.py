@@ -150,7 +150,7 @@ def main() -> None:
     rows = [{"name": name, "ranks": ranks, **on_ranks(name, ranks)} for name, ranks in tqdm(todo, unit="measurement")]
     print(tabulate(rows, headers="keys", floatfmt=".1f"))
     result = {"header": header, "N": N, "V": V, "D": D, "ignored": IGNORED, "ranks": given.ranks, "rows": rows}
-    machine.write(given.out, f"distributed-{header['date']}", result)
+    machine.write(given.out / f"distributed-{header['date']}.json", result)
 
 
 if __name__ == "__main__":

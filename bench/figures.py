@@ -178,10 +178,9 @@ def traffic(results: Results) -> str:
     return f"{case}, half of the rows ignored:\n\n{drawn}"
 
 
-NO_PROOFS = "No committed result has them yet: `make proofs`."
-
-
-def _compiled(name: str, found: Row) -> str:
+def compiled(results: Results) -> str:
+    """What was compiled, and whether a fault was found in it."""
+    name, found = results.newest_proofs()
     which = "shapes of models" if found["quick"] else "every tile size that a launch can choose"
     judged = (
         "No kernel spills registers to memory. On NVIDIA's targets, long aligned rows are read by wide loads, and the "
@@ -199,23 +198,15 @@ def _compiled(name: str, found: Row) -> str:
     )
 
 
-def compiled(results: Results) -> str:
-    found = results.newest_proofs()
-    return _compiled(*found) if found else NO_PROOFS
-
-
 def proofs(results: Results) -> str:
-    newest = results.newest_proofs()
-    if newest is None:
-        return NO_PROOFS
-    name, found = newest
+    _, found = results.newest_proofs()
     rows = DataFrame(found[picture.PREDICTIONS]).query("V == @PREDICTED_V")
     rows["cell"] = rows[picture.SHARE].map("{:.2f}, ".format) + rows["bound"]
     cells = rows.pivot_table("cell", "chip", "kernel", aggfunc="first", sort=False).fillna("-")
     head = [kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in cells.columns]
     text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:"
     drawn = embedded(PREDICTED, "A prediction, not a measurement: shares of the memory roof")
-    return "\n\n".join([_compiled(name, found), text, table(cells, head), drawn])
+    return "\n\n".join([compiled(results), text, table(cells, head), drawn])
 
 
 def distributed(results: Results) -> str:
@@ -295,10 +286,8 @@ def shown(results: Results) -> dict[str, tuple[DataFrame, str]]:
     found: dict[str, tuple[DataFrame, str]] = {}
     for result in results.files["run"].values():
         found = {name: (data, heading(result["header"])) for name, data in plots.pictures(result).items()} | found
-    newest = results.newest_proofs()
-    if newest:
-        found[PREDICTED] = picture.rows(newest[1]), f"commit {newest[1]['header']['commit'][:7]}"
-    return found
+    _, proved = results.newest_proofs()
+    return found | {PREDICTED: (picture.rows(proved), f"commit {proved['header']['commit'][:7]}")}
 
 
 if __name__ == "__main__":

@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
 def run(parts: Sequence[Part], out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """Runs one part after the other. The file is written after each, so that an interrupt loses nothing."""
     result: dict[str, Any] = {"header": about, "parts": []}
-    stem = f"gpu-{machine.slug(about['device'])}-{about['date']}"
-    path = machine.write(out, stem, result)
+    path = machine.write(out / f"gpu-{machine.slug(about['device'])}-{about['date']}.json", result)
     deadline = time.time() + 60 * MINUTES
     failed_gate = None
     for part in parts:
@@ -132,7 +131,7 @@ def run(parts: Sequence[Part], out: Path, about: dict[str, Any]) -> tuple[dict[s
         if part.is_gate and done["status"] != "passed":
             failed_gate = failed_gate or part.name
         result["parts"].append({"name": part.name} | done)
-        machine.write(out, stem, result)
+        machine.write(path, result)
     return result, path
 
 

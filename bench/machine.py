@@ -1,4 +1,4 @@
-"""What all commands that measure share: --out, result files, and their header with the machine and the versions."""
+"""What all commands share: their options, result files with the machine and the versions, and fresh processes."""
 
 from __future__ import annotations
 
@@ -12,42 +12,53 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing import get_all_start_methods, set_forkserver_preload
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import start_processes
 
-from .speed.providers import PROVIDERS, version
-from .speed.workload import DEVICE, limits
+from .packages import PACKAGES, versions
+from .speed.workload import DEVICE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of a command that writes a result file. The first line of its module's docstring describes it."""
+def parser(module: str, doc: str | None, **files: str) -> argparse.ArgumentParser:
+    """The parser of a command, which the first line of its module's docstring describes.
+
+    `files` are options that name a file, with what is written to it. A command without any has --out, a folder for its
+    result file.
+    """
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
-    found.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the result file")
+    for name, what in files.items():
+        found.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to this file")
+    if not files:
+        found.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the result file")
     return found
 
 
-def write(folder: Path, stem: str, result: dict[str, Any]) -> Path:
+def write(path: Path, result: Any) -> Path:
     """Writes a result file; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
+def compile_kernels(module: str) -> None:
+    """Starts a command anew if TRITON_INTERPRET is set, under which Triton would compile nothing."""
+    if "TRITON_INTERPRET" in os.environ:
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment())
+
+
 def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> dict[str, Any]:
     """The device, versions, commit, date and command of a run, and whatever `more` adds."""
-    packages = {provider.package for providers in PROVIDERS.values() for provider in providers if provider.package}
-    versions = {name: version(name) for name in ("triton", "transformers", *sorted(packages))}
     return {
         "device": device_name(),
         "kind": DEVICE.type,
@@ -57,7 +68,7 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__} | {name: found for name, found in versions.items() if found},
+        "versions": versions(*PACKAGES.values(), "flash-attn", "triton", "transformers") | {"torch": torch.__version__},
         # Where the repository's history is not at hand, BENCH_COMMIT names the commit.
         "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
         # Results of an earlier run do not change what is measured. A launch table that was tuned just before does,
@@ -66,7 +77,6 @@ def header(arguments: Sequence[str], module: str = "bench.run", **more: Any) -> 
         "launch tables": hashlib.sha256((ROOT / "kernels" / "tables.json").read_bytes()).hexdigest()[:16],
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", module, *arguments]),
-        "tokens": str(limits(DEVICE)),
     } | more
 
 
@@ -75,14 +85,19 @@ def python(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, **keywords)
 
 
-@contextmanager
-def importable() -> Iterator[None]:
+def one_line(error: BaseException) -> str:
+    """An error as a reason in a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": ")
+
+
+def last_line(text: str) -> str:
+    """The last line of an error's text, which says what it is."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
+
+
+def importable() -> AbstractContextManager[Any]:
     """Makes this checkout importable in processes that are started within the context."""
-    sys.path.insert(0, str(ROOT))  # new processes inherit it
-    try:
-        yield
-    finally:
-        sys.path.remove(str(ROOT))
+    return mock.patch.object(sys, "path", [str(ROOT), *sys.path])  # new processes inherit it
 
 
 def in_processes(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:

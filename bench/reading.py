@@ -36,7 +36,7 @@ class Results:
                 return name, result
         raise SystemExit(f"no result in bench/results has {section}: python -m bench.{command}")
 
-    def newest_proofs(self) -> tuple[str, Row] | None:
+    def newest_proofs(self) -> tuple[str, Row]:
         """The newest result of `bench.proofs` that compiled all kernels, or else the newest that compiled some.
 
         It may be a file of its own or a part of a result of `bench.run`.
@@ -47,7 +47,9 @@ class Results:
             if result.get("proofs")
         }
         runs = (self.files["proofs"] | parts).items()
-        return max(runs, key=lambda run: (not run[1]["quick"], run[1]["header"]["date"]), default=None)
+        if not runs:
+            raise SystemExit("no result in bench/results has proofs: python -m bench.proofs")
+        return max(runs, key=lambda run: (not run[1]["quick"], run[1]["header"]["date"]))
 
 
 def table(cells: DataFrame, head: Sequence[str]) -> str:

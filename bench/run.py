@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     minutes = options.minutes if options.minutes is not None else QUICK_MINUTES if options.quick else 9.0
     result = run(minutes, options.quick, arguments)
-    stem = f"{machine.slug(result['header']['device'])}-{result['header']['date']}"
-    path = machine.write(options.out, stem + "-quick" * options.quick, result)
+    stem = f"{machine.slug(result['header']['device'])}-{result['header']['date']}{'-quick' * options.quick}"
+    path = machine.write(options.out / f"{stem}.json", result)
     print(summary(result), f"\n{path}", sep="\n")
     return 1 if result["failed"] or any(gate["status"] == "red" for gate in result["gates"]) else 0
 
@@ -123,7 +123,7 @@ def _peak(result: Result, deadline: float, table: str, label: str, fields: Resul
     try:
         result[table].append(fields | {"bytes": measure()})
     except ProcessException as e:
-        reason = _last_line(str(e))
+        reason = machine.last_line(str(e))
         if "OutOfMemoryError" in reason:
             result["left out"].append(f"{table}: {label}: {NO_ROOM}")
         else:
@@ -152,12 +152,8 @@ def _proof(result: Result, deadline: float, module: str, flag: str, *more: str) 
         done = machine.python("-m", module, flag, str(path), *more, capture_output=True)
         if done.returncode:
             faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
-            result["failed"].append(f"{name}: {'; '.join(faults) or _last_line(done.stderr)}")
+            result["failed"].append(f"{name}: {'; '.join(faults) or machine.last_line(done.stderr)}")
         return json.loads(path.read_text()) if path.exists() else None
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
 def summary(result: Result) -> str:

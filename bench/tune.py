@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine.header(arguments, "bench.tune", minutes=options.minutes)
     found = tuned(todo, chip, Trials(device, cuda_timer), 60 * options.minutes, about, time.time)
     write(options.table, torch.cuda.get_device_name(device), found["table"])
-    path = machine.write(options.out, f"tune-{machine.slug(about['device'])}-{about['date']}", found)
+    path = machine.write(options.out / f"tune-{machine.slug(about['device'])}-{about['date']}.json", found)
     print(f"{summary(found)}\n{options.table}\n{path}")
     return 1 if found["failed"] else 0
 

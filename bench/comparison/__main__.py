@@ -13,17 +13,14 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 def main() -> int:
     from bench import machine
-    from bench.speed.providers import version
 
     from . import running, tables
-    from .peers import PACKAGES
     from .rows import SOURCES
 
     options = machine.parser("bench.comparison", __doc__).parse_args()
     header = machine.header(sys.argv[1:], "bench.comparison")
-    header["versions"] |= {name: found for name in PACKAGES.values() if (found := version(name))}
     result = {"header": header, "sources": SOURCES, "cells": list(running.cells())}
-    path = machine.write(options.out, f"comparison-{header['date']}", result)
+    path = machine.write(options.out / f"comparison-{header['date']}.json", result)
     print(tables.long(path.stem, result))
     return 0
 

@@ -6,9 +6,6 @@ numbers uses float32 operands unless it says otherwise, and allows for rounding 
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import machine
+from bench import machine, truth
+from bench.truth import Truth, expected
 
 from .peers import PEERS, NotOfferedError, Peer
 
 N, V, D = 16, 100, 64
 IGNORED = [1, 2, 6, 7, 8, 13]
-
-Truth = Callable[[Tensor, Tensor], Tensor]
 
 
 def operands(kind: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
@@ -36,33 +32,21 @@ def operands(kind: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor
     return [tensor.to(dtype).requires_grad_() for tensor in found], target
 
 
-def expected(inputs: Sequence[Tensor], target: Tensor, truth: Truth, upstream: Tensor | float = 1.0) -> list[Tensor]:
-    """The loss and the gradients in float64."""
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    logits = exact[0] if len(exact) == 1 else F.linear(*exact)
-    loss = truth(logits, target)
-    gradients = torch.autograd.grad(loss, exact, torch.as_tensor(upstream, dtype=torch.float64).expand_as(loss))
-    return [loss.detach(), *gradients]
-
-
 def close(name: str, found: Tensor | None, wanted: Tensor, tolerance: float = 1e-4) -> None:
-    assert found is not None, f"{name} is None"
-    error = (found.detach().double() - wanted).abs().max().item()
-    assert not math.isnan(error), f"{name} is NaN"
-    largest = max(wanted.abs().max().item(), 1e-3)
-    assert error <= tolerance * largest, f"{name} is wrong by {error / largest:.0%} of its largest value"
+    wrong = truth.fault(name, found, wanted, tolerance)
+    assert wrong is None, wrong
 
 
-def is_right(peer: Peer, kind: str, truth: Truth = F.cross_entropy, **options: Any) -> None:
-    agrees(peer.call, *operands(kind), truth, **options)
+def is_right(peer: Peer, kind: str, loss: Truth = F.cross_entropy, **options: Any) -> None:
+    agrees(peer.call, *operands(kind), loss, **options)
 
 
 def agrees(
-    call: Callable[..., Tensor], inputs: Sequence[Tensor], target: Tensor, truth: Truth = F.cross_entropy,
+    call: Callable[..., Tensor], inputs: Sequence[Tensor], target: Tensor, loss: Truth = F.cross_entropy,
     **options: Any,
 ) -> None:  # fmt: skip
     """Compares loss and gradients with the truth."""
-    wanted = expected(inputs, target, truth)
+    wanted = expected(inputs, target, loss)
     compare(call(*inputs, target, **options), inputs, wanted)
 
 
@@ -81,7 +65,7 @@ def several_ids(peer: Peer, kind: str) -> None:
 
 def ignored_nan(peer: Peer, kind: str) -> None:
     inputs, target = operands(kind)
-    wanted = expected(inputs, target, F.cross_entropy)
+    wanted = expected(inputs, target)
     with torch.no_grad():
         inputs[0][IGNORED] = float("nan")
     compare(peer.call(*inputs, target), inputs, wanted)
@@ -111,7 +95,7 @@ def untouched(peer: Peer, kind: str) -> None:
 
 def upstream(peer: Peer, kind: str) -> None:
     inputs, target = operands(kind)
-    wanted = expected(inputs, target, F.cross_entropy, 3.0)[1:]
+    wanted = expected(inputs, target, upstream=3.0)[1:]
     loss = peer.call(*inputs, target)
     for turn in ("first", "second"):
         found = torch.autograd.grad(loss, inputs, torch.tensor(3.0), retain_graph=True)
@@ -143,10 +127,10 @@ def softcap(peer: Peer, kind: str) -> None:
 
 
 def z_loss(peer: Peer, kind: str) -> None:
-    def truth(x: Tensor, y: Tensor) -> Tensor:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(x, y) + 0.1 * x.logsumexp(-1)[y != -100].square().mean()
 
-    is_right(peer, kind, truth, z_loss=0.1)
+    is_right(peer, kind, loss, z_loss=0.1)
 
 
 def probabilities(peer: Peer, kind: str) -> None:
@@ -179,10 +163,10 @@ def entropy(peer: Peer, kind: str) -> None:
     inputs, target = operands(kind)
     kept = target != -100
 
-    def truth(x: Tensor, y: Tensor) -> Tensor:
+    def every(x: Tensor, y: Tensor) -> Tensor:
         return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)[kept]
 
-    wanted = expected(inputs, target, truth)
+    wanted = expected(inputs, target, every)
     found = _kept(peer.entropy(*inputs, target), target)
     close("the entropy", found, wanted[0])
     for ours, value in zip(torch.autograd.grad(found.sum(), inputs), wanted[1:], strict=True):
@@ -212,7 +196,7 @@ def loss_scale(peer: Peer, kind: str) -> None:
     x[:, 0] = 17.0
     x.requires_grad_()
     target = torch.zeros(8, dtype=torch.int64)
-    wanted = expected([x], target, F.cross_entropy, scale)[1]
+    wanted = expected([x], target, upstream=scale)[1]
     (peer.call(x, target).float() * scale).backward()
     assert x.grad is not None
     worst = (x.grad.double() / wanted - 1)[:, 1:].abs().max().item()
@@ -252,36 +236,21 @@ def bias(peer: Peer, kind: str) -> None:
 
 def frozen_hidden(peer: Peer, kind: str) -> None:
     inputs, target = operands(kind)
-    wanted = expected(inputs, target, F.cross_entropy)[2]
+    wanted = expected(inputs, target)[2]
     inputs[0].requires_grad_(False)
     peer.call(*inputs, target).backward()
     close("the gradient of the head", inputs[1].grad, wanted)
 
 
 def on_cpu(peer: Peer, kind: str) -> None:
-    if peer.triton:
-        why = without_interpreter(peer.package)[kind]
-        assert why is None, why
-    else:
+    """Loss and gradients are right in a process where Triton does not interpret."""
+    if not peer.triton:
         is_right(peer, kind)
+        return
+    code = f"from bench.comparison import checks; checks.without_interpreter({peer.package!r}, {kind!r})"
+    done = machine.python("-c", code, capture_output=True)
+    assert not done.returncode, machine.last_line(done.stderr)
 
 
-@functools.cache
-def without_interpreter(package: str) -> dict[str, str | None]:
-    """Why a package's losses do not run on a CPU, by kind, or None. A process without the interpreter tries them."""
-    code = f"from bench.comparison import checks; checks.report({package!r})"
-    done = machine.python("-c", code, capture_output=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(package: str) -> None:
-    found: dict[str, str | None] = {}
-    for kind, peers in PEERS.items():
-        for peer in peers():
-            if peer.package == package:
-                try:
-                    is_right(peer, kind)
-                    found[kind] = None
-                except Exception as e:
-                    found[kind] = str(e)
-    print(json.dumps(found))
+def without_interpreter(package: str, kind: str) -> None:
+    is_right(next(peer for peer in PEERS[kind]() if peer.package == package), kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.speed.providers import version
+from bench.packages import version
 
 from .checks import close
 from .peers import NotOfferedError, as_in_kernels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,18 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.speed.providers import TRL_CHUNK, version
+from bench.packages import imported, trl, version
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
-
-#: The packages, by their names in the tables, with the distributions that contain them.
-PACKAGES = {
-    "fused_ignore_ce": "fused_ignore_ce",
-    "PyTorch": "torch",
-    "Liger": "liger-kernel",
-    "TRL": "trl",
-    "CCE": "cut-cross-entropy",
-    "QuACK": "quack-kernels",
-}
 
 
 class NotOfferedError(Exception):
@@ -91,7 +80,7 @@ def as_in_kernels() -> Iterator[None]:
 
 
 def _liger(name: str, **names: str) -> Callable[..., Any]:
-    function = getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+    function = imported("liger_kernel.transformers.functional", name)
 
     def call(*operands: Tensor, **options: Any) -> Any:
         renamed = {{"z_loss": "lse_square_scale", **names}.get(key, key): value for key, value in options.items()}
@@ -110,12 +99,11 @@ def _liger_accuracy(name: str) -> Callable[..., Tensor]:
 
 def _trl() -> Callable[..., Any]:
     """TRL's loss as its trainers call it: for the kept tokens only, with the reduction done afterwards."""
-    apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
+    log_probs_of = trl()
 
     def call(
-        h: Tensor, w: Tensor, y: Tensor, *,
-        ignore_index: int = -100, reduction: str = "mean", linear_bias: Tensor | None = None,
-        softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = (), **options: Any,
+        h: Tensor, w: Tensor, y: Tensor, *, ignore_index: Any = -100, reduction: str = "mean",
+        linear_bias: Tensor | None = None, softcap: float | None = None, outputs: tuple[str, ...] = (), **options: Any,
     ) -> Any:  # fmt: skip
         if options:
             raise NotOfferedError("there is no such option")
@@ -124,12 +112,12 @@ def _trl() -> Callable[..., Any]:
         if y.is_floating_point():
             raise NotOfferedError("targets are integers")
         kept = y != ignore_index
-        log_probs, *more = apply(h[kept], w, linear_bias, y[kept], 1.0, TRL_CHUNK, softcap, logit_scale, outputs)
+        log_probs, *more = log_probs_of(h[kept], w, y[kept], bias=linear_bias, softcap=softcap, outputs=outputs)
         if outputs:
             return next(value for value in more if value is not None)
         if reduction == "none":
             return torch.zeros(y.shape).masked_scatter(kept, -log_probs)
-        return -log_probs.sum() if reduction == "sum" else -log_probs.sum() / kept.sum().clamp(min=1)
+        return -log_probs.sum() / kept.sum().clamp(min=1)
 
     return call
 

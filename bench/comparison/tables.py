@@ -7,7 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .peers import PACKAGES
+from bench.packages import PACKAGES
+
 from .rows import ALL, Row
 
 Result = dict[str, Any]

@@ -20,15 +20,24 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 #: Shapes (B, T, V) of language models: many rows, and so few that each is split over several programs.
 MODELS = ((1, 8192, 32000), (1, 8192, 128256), (1, 16, 128256))
+MODEL_ROWS = {(T, V) for _, T, V in MODELS}
 
 #: Rows (B, T) and vocabularies that lead to every tile that a launcher can choose. Kernels also differ by whether rows
 #: start at multiples of 16 elements, of 8 or of neither, so there are vocabularies of each kind.
 ROWS = ((1, 1), (1, 32), (3, 4), (4096, 1), (3, 1001), (1, 65536))
 VOCABULARIES = sorted({v for power in range(19) for v in (2**power, 2**power - 1, 2**power - 8) if v > 0})
 
-#: Features that a kernel is compiled for. A softcap absorbs the logit scale, so the two are not combined.
-FEATURES = ("weight", "smoothing", "scale", "softcap", "stats", "probs")
-EVERYTHING = ("weight", "smoothing", "softcap", "stats")
+#: The features that make a difference to an operation's launcher. With "gradients", everything that forward returns has
+#: an upstream gradient.
+FEATURES = {
+    "forward": ("weight", "smoothing", "scale", "softcap", "stats", "probs"),
+    "part": ("weight", "smoothing", "scale", "softcap", "stats", "probs"),
+    "merge": ("stats",),
+    "backward": ("weight", "smoothing", "scale", "softcap", "probs", "gradients"),
+    "one pass": ("weight", "smoothing", "scale", "softcap", "stats"),
+    "reduce": ("weight", "gradients"),
+    "scale": (),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,6 @@ class Arguments:
         )
         self.values = self.x.new_empty(self.N, dtype=torch.float32)  # one per row
         self.scalar = self.values.new_empty(())
-        # With "gradients", everything that forward returns has an upstream gradient.
         every = self.values if "gradients" in has else None
         self.upstream = SimpleNamespace(
             dloss=self.values if every is not None or "probs" in has else self.scalar,
@@ -160,27 +168,18 @@ ROW_OPERATIONS = {
 }
 
 
-def features_of(operation: str) -> tuple[str, ...]:
-    """The features that make a difference to an operation's launcher."""
-    if operation in ("merge", "scale", "reduce"):
-        return {"merge": ("stats",), "scale": (), "reduce": ("weight", "gradients")}[operation]
-    without = {"backward": {"stats"}, "one pass": {"probs"}}.get(operation, set())
-    return tuple(
-        f for f in (*FEATURES, "gradients") if f not in without and (f != "gradients" or operation == "backward")
-    )
-
-
 def feature_sets(operation: str) -> list[tuple[str, ...]]:
     """The sets of features: none, each alone, and all together, with and without probabilities as targets."""
-    known = features_of(operation)
-    return list(dict.fromkeys([(), *((feature,) for feature in known), *fullest(operation)]))
+    return list(dict.fromkeys([(), *((feature,) for feature in FEATURES[operation]), *fullest(operation)]))
 
 
 def fullest(operation: str) -> list[tuple[str, ...]]:
-    """All features together, with and without probabilities as targets. These sets take the most registers."""
-    known = features_of(operation)
-    everything = tuple(feature for feature in (*EVERYTHING, "gradients") if feature in known)
-    return [everything, *([(*everything, "probs")] if "probs" in known else [])]
+    """All features together, with and without probabilities as targets. These sets take the most registers.
+
+    The logit scale is left out, because a softcap absorbs it.
+    """
+    everything = tuple(feature for feature in FEATURES[operation] if feature not in ("scale", "probs"))
+    return [everything, (*everything, "probs")] if "probs" in FEATURES[operation] else [everything]
 
 
 def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:

@@ -24,10 +24,7 @@ class Chip:
     registers: int = 65536  # of one multiprocessor
     issue_slots: int = 4  # warp instructions that a multiprocessor issues per cycle
     special_units: int = 16  # special-function operations that a multiprocessor executes per cycle
-
-    @property
-    def warp_size(self) -> int:
-        return 32
+    warp_size: int = 32
 
 
 #: Resident threads, programs, shared memory, registers and the rate of special functions are in the tables "Technical
@@ -45,6 +42,11 @@ CHIPS = (
 
 def chip(name: str) -> Chip:
     return next(chip for chip in CHIPS if chip.name == name)
+
+
+def of_arch(arch: int | str) -> Chip:
+    """The first chip of an architecture."""
+    return next(chip for chip in CHIPS if chip.arch == arch)
 
 
 def resident_programs(chip: Chip, registers: int, threads: int, shared: int) -> int:

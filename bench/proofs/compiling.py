@@ -130,7 +130,7 @@ def compiled(job: Job) -> Proof:
         return Proof(job, error=reason(error))
 
 
-def reason(error: BaseException, length: int = 400) -> str:
+def reason(error: BaseException) -> str:
     """The messages of an error and its causes in one line; only the end of a long one."""
     said = []
     cause: BaseException | None = error
@@ -138,7 +138,7 @@ def reason(error: BaseException, length: int = 400) -> str:
         said.append(f"{type(cause).__name__}: {cause}")
         cause = cause.__cause__
     line = " ".join(" <- ".join(said).split())
-    return line if len(line) <= length else f"...{line[-length:]}"
+    return line if len(line) <= 400 else f"...{line[-400:]}"
 
 
 def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
@@ -170,13 +170,13 @@ def amd_usage(assembly: str) -> dict[str, int]:
     return {name: int(value[1]) for name, value in found.items() if value}
 
 
-def compile_all(todo: list[Job], processes: int | None = None) -> Iterator[Proof]:
+def compile_all(todo: list[Job]) -> Iterator[Proof]:
     """Compiles all jobs, and returns the results in the order of the jobs."""
     # Thousands of kernels that are looked at once do not belong in the user's cache.
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
-        ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
     ):
         yield from pool.map(compiled, todo, chunksize=2)
 

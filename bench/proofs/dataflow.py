@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .machine_code import Instruction
 
 #: Opcodes without a result that another instruction reads.
 _NO_RESULT = {"STG", "STS", "STL", "BRA", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "RET", "CALL", "WARPSYNC", "DEPBAR"}
 
 #: Opcodes whose second operand is a result too.
 _TWO_RESULTS = {"SHFL", "ATOMG", "ATOMS", "ATOM"}
-
-
-class Instruction(Protocol):
-    """The part of `machine_code.Instruction` that this module needs."""
-
-    @property
-    def guard(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def opcode(self) -> str: ...
-    @property
-    def operands(self) -> tuple[str, ...]: ...
-    @property
-    def bytes(self) -> int: ...
 
 
 def results(instruction: Instruction) -> set[str]:

@@ -11,24 +11,22 @@ Libraries take turns, so that a busy machine slows down both.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 
-from . import peers
-from .null_driver import NullDriver, header
+from bench import machine
+from bench.packages import imported, version, versions
+from fused_ignore_ce import fused_cross_entropy
+
+from .null_driver import NullDriver
 
 #: Rows and classes. The rows are too many to be split over programs, and few enough for an allocation to be cheap.
 ROWS, CLASSES = 1024, 8192
@@ -50,53 +48,16 @@ WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select"}
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Launches:
-    """Counts for one direction: Triton's kernels, PyTorch's operations that launch one, and operations that wait."""
-
-    kernels: int
-    operations: int
-    waits: int
-
-    def __str__(self) -> str:
-        return f"{self.kernels} + {self.operations}" + (f", {self.waits} waits" if self.waits else "")
-
-
-@dataclass(frozen=True)
-class Host:
-    """A library's median times in microseconds, and its launches."""
-
-    library: str
-    forward: float
-    backward: float
-    launches_forward: Launches
-    launches_backward: Launches
-
-    @property
-    def both(self) -> float:
-        return self.forward + self.backward
-
-
-def ours(**options: Any) -> Loss:
-    from fused_ignore_ce import fused_cross_entropy
-
-    return lambda x, target: fused_cross_entropy(x, target, backend="triton", **options)
-
-
-def liger() -> Loss:
-    from liger_kernel.transformers.functional import liger_cross_entropy  # type: ignore[import-untyped]  # untyped
-
-    return lambda x, target: liger_cross_entropy(x, target)
-
-
 def libraries() -> dict[str, Loss]:
-    found = {"fused_ignore_ce": ours(), "fused_ignore_ce, one pass": ours(grad_in_forward=True)}
-    if peers.installed("liger_kernel"):
-        found["liger_kernel"] = liger()
+    ours = partial(fused_cross_entropy, backend="triton")
+    found: dict[str, Loss] = {"fused_ignore_ce": ours, "fused_ignore_ce, one pass": partial(ours, grad_in_forward=True)}
+    if version("liger-kernel"):
+        found["liger_kernel"] = imported("liger_kernel.transformers.functional", "liger_cross_entropy")
     return found
 
 
-def launches(function: Callable[[], object], driver: NullDriver) -> Launches:
+def launches(function: Callable[[], object], driver: NullDriver) -> dict[str, int]:
+    """Triton's kernels, PyTorch's operations that launch one, and its operations that wait for the device."""
     before = len(driver.launches)
     with torch.autograd.profiler.profile() as profile:
         function()
@@ -104,19 +65,11 @@ def launches(function: Callable[[], object], driver: NullDriver) -> Launches:
     leaves = [event for event in events if not any(child.name.startswith("aten::") for child in event.cpu_children)]
     operations = sum(event.name.removeprefix("aten::") not in NO_LAUNCH | WAITS for event in leaves)
     waits = sum(event.name.removeprefix("aten::") in WAITS for event in events)
-    return Launches(len(driver.launches) - before, operations, waits)
+    return {"kernels": len(driver.launches) - before, "operations": operations, "waits": waits}
 
 
-def launches_of(
-    loss: Loss, x: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor, driver: NullDriver
-) -> tuple[Launches, Launches]:
-    """The launches of forward, and those of backward."""
-    value: list[torch.Tensor] = []
-    forward = launches(lambda: value.append(loss(x, target)), driver)
-    return forward, launches(lambda: torch.autograd.grad(value[0], x, upstream), driver)
-
-
-def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
+def measure(losses: dict[str, Loss], rounds: int) -> list[dict[str, Any]]:
+    """For each library and direction: the median of its times in microseconds, and its launches."""
     x = torch.zeros(ROWS, CLASSES, dtype=torch.bfloat16, requires_grad=True)
     target = torch.arange(ROWS)
     times: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in losses}
@@ -128,8 +81,10 @@ def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
         for name, loss in losses.items():
             for _ in range(3):  # compiles
                 torch.autograd.grad(loss(x, target), x)
-            upstream[name] = torch.ones_like(loss(x, target))
-            counted[name] = launches_of(loss, x, target, upstream[name], driver)
+            value = loss(x, target)
+            upstream[name] = torch.ones_like(value)
+            backward = partial(torch.autograd.grad, value, x, upstream[name])
+            counted[name] = launches(partial(loss, x, target), driver), launches(backward, driver)
         gc.collect()
         gc.disable()
         stack.callback(gc.enable)
@@ -143,8 +98,11 @@ def measure(losses: dict[str, Loss], rounds: int) -> list[Host]:
                     end = time.perf_counter_ns()
                     times[name][0].append(middle - start)
                     times[name][1].append(end - middle)
-    medians = {name: [round(statistics.median(t) / 1e3, 1) for t in both] for name, both in times.items()}
-    return [Host(name, medians[name][0], medians[name][1], *counted[name]) for name in losses]
+    return [
+        {"library": name, "direction": direction, "microseconds": round(statistics.median(spans) / 1e3, 1)} | counts
+        for name in losses
+        for direction, spans, counts in zip(("forward", "backward"), times[name], counted[name], strict=True)
+    ]
 
 
 def pretend(stack: ExitStack) -> None:
@@ -161,35 +119,18 @@ def _true(*_: object) -> bool:
     return True
 
 
-def table(measured: list[Host]) -> str:
-    lines = [
-        f"{'library':26} {'forward':>8} {'backward':>8} {'both':>8}  {'launches forward':20} {'launches backward':20}"
-    ]
-    lines += [
-        f"{h.library:26} {h.forward:8.1f} {h.backward:8.1f} {h.both:8.1f}"
-        f"  {h.launches_forward!s:20} {h.launches_backward!s:20}"
-        for h in measured
-    ]
-    *mine, last = measured
-    lines += [f"{h.library}: {h.both / last.both:.2f} times the time of {last.library}" for h in mine]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    if "TRITON_INTERPRET" in os.environ:  # nothing would be compiled
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "bench.proofs.host", *sys.argv[1:]], environment)
-    parser = argparse.ArgumentParser(prog="python -m bench.proofs.host", description=(__doc__ or "").splitlines()[0])
+    machine.compile_kernels("bench.proofs.host")
+    parser = machine.parser("bench.proofs.host", __doc__, json="the figures")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     measured = measure(libraries(), options.rounds)
-    print(f"{header()}; microseconds of the host, medians of {options.rounds * CALLS} calls")
-    print("launches: Triton's kernels + PyTorch's operations that launch one, beside allocations")
-    print(table(measured))
+    print(f"{versions('torch', 'triton')}; microseconds of the host, medians of {options.rounds * CALLS} calls")
+    for row in measured:
+        print(" ".join(f"{value:<26}" if name == "library" else f"{name}: {value:<8}" for name, value in row.items()))
     if options.json:
-        options.json.write_text(json.dumps([asdict(h) for h in measured], indent=1) + "\n")
+        machine.write(options.json, measured)
 
 
 if __name__ == "__main__":

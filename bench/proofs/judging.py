@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
@@ -16,30 +15,21 @@ from .machine_code import Block
 WIDE = 16
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The most instructions per logit in the loops of a kernel. One pass has one budget for both of its loops."""
-
-    operation: str
-    features: tuple[str, ...]
-    dtype: str
-    instructions: float
-
-
-#: At 92% of the memory roof, an H200 has 13.4 issue slots per logit in a bfloat16 forward pass, a B200 has 9.5. In a
-#: backward pass, both have twice as many. A kernel keeps about three quarters of the slots busy.
-BUDGETS = (
-    Budget("forward", (), "bfloat16", 8.0),
-    Budget("forward", ("stats",), "bfloat16", 14.0),
-    Budget("forward", ("smoothing",), "bfloat16", 11.0),
-    Budget("forward", ("softcap",), "bfloat16", 19.0),
-    Budget("forward", (), "float32", 9.0),
-    Budget("backward", (), "bfloat16", 10.0),
-    Budget("backward", ("smoothing",), "bfloat16", 11.0),
-    Budget("backward", ("softcap",), "bfloat16", 24.0),
-    Budget("backward", (), "float32", 11.0),
-    Budget("one pass", (), "bfloat16", 17.0),
-)
+#: The most instructions per logit in a kernel's loops, by operation, features and dtype; for one pass, in both of its
+#: loops together. At 92% of the memory roof, an H200 has 13.4 issue slots per logit in a bfloat16 forward pass, a B200
+#: has 9.5. In a backward pass, both have twice as many. A kernel keeps about three quarters of the slots busy.
+BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
+    ("forward", (), "bfloat16"): 8.0,
+    ("forward", ("stats",), "bfloat16"): 14.0,
+    ("forward", ("smoothing",), "bfloat16"): 11.0,
+    ("forward", ("softcap",), "bfloat16"): 19.0,
+    ("forward", (), "float32"): 9.0,
+    ("backward", (), "bfloat16"): 10.0,
+    ("backward", ("smoothing",), "bfloat16"): 11.0,
+    ("backward", ("softcap",), "bfloat16"): 24.0,
+    ("backward", (), "float32"): 11.0,
+    ("one pass", (), "bfloat16"): 17.0,
+}
 
 #: The architectures that budgets are for.
 BUDGET_ARCHS = (90, 100)
@@ -146,14 +136,13 @@ def hot_loops(proof: Proof) -> list[Block]:
     return [loop for loop in proof.code.loops if not loop.masked] or list(proof.code.loops)
 
 
-def budget_of(proof: Proof) -> Budget | None:
+def budget_of(proof: Proof) -> float | None:
     """The budget that a kernel has to keep; None if it has none."""
     case, target = proof.job.case, proof.job.target
     due = case.contiguous and case.aligned and case.V >= BUDGET_CLASSES and target.arch in BUDGET_ARCHS
     if not due or case.library != "fused_ignore_ce" or not is_row_kernel(proof):
         return None
-    wanted = case.operation, case.features, case.dtype
-    return next((b for b in BUDGETS if (b.operation, b.features, b.dtype) == wanted), None)
+    return BUDGETS.get((case.operation, case.features, case.dtype))
 
 
 def faults(proof: Proof) -> list[str]:
@@ -180,18 +169,18 @@ def faults(proof: Proof) -> list[str]:
 
 
 def over_budget(proof: Proof) -> list[str]:
-    budget = budget_of(proof)
+    case, budget = proof.job.case, budget_of(proof)
     if budget is None:
         return []
     found = []
     instructions = loop_instructions(proof)
-    if instructions > budget.instructions:
-        found.append(f"{instructions:.1f} instructions a logit, not {budget.instructions:g}")
+    if instructions > budget:
+        found.append(f"{instructions:.1f} instructions a logit, not {budget:g}")
     for what in ("barriers", "shuffles"):
         if count := sum(getattr(loop, what) for loop in hot_loops(proof)):
             found.append(f"{count} {what} in its loops")
-    least = RESIDENT_THREADS.get(budget.operation, 0) if not budget.features and budget.dtype == "bfloat16" else 0
-    chip = next(chip for chip in chips.CHIPS if chip.arch == proof.job.target.arch)
+    least = RESIDENT_THREADS.get(case.operation, 0) if not case.features and case.dtype == "bfloat16" else 0
+    chip = chips.of_arch(proof.job.target.arch)
     # A grid of few programs does not fill a multiprocessor, however few registers they take.
     least = min(least, ceil(prod(proof.grid) / chip.multiprocessors) * proof.threads)
     if (threads := resident_threads(proof, chip)) < least:

@@ -17,7 +17,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +27,9 @@ from unittest import mock
 import torch
 from triton.backends import nvidia
 
+from bench.machine import compile_kernels
+
+from .machine_code import parameter_sizes
 from .null_driver import NullDriver, NullUtils
 
 MOST = 256
@@ -73,36 +75,6 @@ def loaded() -> tuple[Launch, Any]:
     return last, CudaUtils()
 
 
-def parameter_sizes(cubin: bytes, kernel: str) -> list[int]:
-    """The bytes of every parameter, from the attributes that the ELF section `.nv.info.<kernel>` lists.
-
-    An attribute has a format, a number, and two bytes, which are its value or the length of the value that follows.
-    Number 0x17 describes a parameter: its ordinal is the third 16-bit number, and the upper 14 bits of the last word
-    are its size.
-    """
-    info = dict(_sections(cubin))[f".nv.info.{kernel}"]
-    sizes, at = {}, 0
-    while at < len(info):
-        form, number, value = struct.unpack_from("<BBH", info, at)
-        at += 4
-        if form == 4:
-            if number == 0x17:
-                _, ordinal, _, flags = struct.unpack_from("<IHHI", info, at)
-                sizes[ordinal] = flags >> 18
-            at += value
-    return [sizes[ordinal] for ordinal in range(len(sizes))]
-
-
-def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    (table,) = struct.unpack_from("<Q", elf, 0x28)
-    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", elf, table + size * index) for index in range(count)]
-    start = headers[names][4]
-    for name, _, _, _, offset, length in headers:
-        end = elf.index(b"\0", start + name)
-        yield elf[start + name : end].decode(), elf[offset : offset + length]
-
-
 class StubUtils(NullUtils):
     """Triton's utilities for CUDA, whose loading of kernels needs no device."""
 
@@ -113,7 +85,7 @@ class StubUtils(NullUtils):
         return getattr(self._cuda, name)
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, Any, int, int, int]:
-        sizes = parameter_sizes(binary, name)
+        sizes = parameter_sizes(binary)
         return self, Handle(Function(len(sizes), (ctypes.c_int * MOST)(*sizes))), 0, 0, 1024
 
 
@@ -255,9 +227,7 @@ def check(arch: int) -> list[str]:
 
 
 def main() -> None:
-    if "TRITON_INTERPRET" in os.environ:  # nothing would be compiled
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "bench.proofs.launcher", *sys.argv[1:]], environment)
+    compile_kernels("bench.proofs.launcher")
     checked = check(90)
     for name in sorted(set(checked)):
         print(f"{name:20} {checked.count(name)} launches, parameters as passed")

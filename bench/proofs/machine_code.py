@@ -1,13 +1,7 @@
-"""Reads machine code of NVIDIA GPUs: what a thread executes in the loops of a kernel, and outside of them.
-
-    python -m bench.proofs.machine_code FILE.cubin [--bytes 2] [--listing]
-
-`--bytes` is how many bytes a loop loads per logit. The number of logits that an iteration handles follows from it.
-"""
+"""Reads machine code of NVIDIA GPUs: what a thread executes in the loops of a kernel, and outside of them."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import tempfile
@@ -48,9 +42,6 @@ class Instruction:
         """The width of a memory access."""
         found = re.search(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
         return int(found[1]) // 8 if found else 4
-
-    def __str__(self) -> str:
-        return f"{self.guard:5} {self.opcode} {', '.join(self.operands)}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -97,12 +88,6 @@ class Block:
     @property
     def stored(self) -> int:
         return self.bytes(GLOBAL_STORES)
-
-    @property
-    def narrowest(self) -> int:
-        """The narrowest access to global memory, in bytes; 0 where there is none."""
-        names = GLOBAL_LOADS | GLOBAL_STORES
-        return min((instruction.bytes for instruction in self.code if instruction.name in names), default=0)
 
     @property
     def masked(self) -> bool:
@@ -186,17 +171,30 @@ def natural_loops(following: list[list[int]]) -> list[set[int]]:
     return list(found.values())
 
 
-def read(cubin: bytes, nvdisasm: str | None = None, cuobjdump: str | None = None) -> MachineCode:
-    """The machine code of a kernel, from the disassembler that comes with Triton."""
+def read(cubin: bytes) -> MachineCode:
+    """The machine code of a kernel."""
+    usage = _dump(cubin, "cuobjdump", "--dump-resource-usage")
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return analyse(_dump(cubin, "nvdisasm", "-c"), Usage(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]))
+
+
+def parameter_sizes(cubin: bytes) -> list[int]:
+    """The bytes of every parameter of a kernel."""
+    parameter = r"Ordinal\s*: 0x(\w+)\s+Offset\s*: 0x\w+\s+Size\s*: 0x(\w+)"
+    found = re.findall(parameter, _dump(cubin, "cuobjdump", "--dump-elf"))
+    sizes = {int(ordinal, 16): int(size, 16) for ordinal, size in found}
+    return [sizes[ordinal] for ordinal in range(len(sizes))]
+
+
+def _dump(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool that comes with Triton prints of a kernel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        listing = _run(nvdisasm or knobs.nvidia.nvdisasm.path, "-c", file)
-        usage = _run(cuobjdump or knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file)
-    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    return analyse(listing, Usage(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]))
+        command = [getattr(knobs.nvidia, tool).path, option, str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def analyse(listing: str, usage: Usage) -> MachineCode:
@@ -218,40 +216,3 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
 
 def _block(code: Sequence[Instruction], indices: Iterable[int]) -> Block:
     return Block(tuple(code[i] for i in sorted(indices)))
-
-
-def _run(tool: str, *arguments: str | Path) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def describe(code: MachineCode, bytes_a_logit: float) -> str:
-    """A line for the resources, one for every loop, and one for the code outside of loops."""
-    lines = [f"{code.usage.registers} registers, {code.usage.shared} bytes shared, {code.spills} spilt"]
-    for kind, blocks in (("loop", code.loops), ("clearing loop", code.clears), ("outside", (code.outside,))):
-        for block in blocks:
-            line = f"{kind}: {block.instructions} instructions"
-            if kind == "loop":
-                logits = block.loaded / bytes_a_logit
-                line += f", {logits:g} logits, {block.instructions / logits:.2f} instructions a logit"
-                line += f", {block.special / logits:.2f} special{', masked' if block.masked else ''}"
-            line += f", {block.barriers} barriers, {block.shuffles} shuffles, {block.loaded} bytes loaded"
-            line += f", {block.stored} stored, at least {block.narrowest} wide, {block.in_flight} in flight"
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.proofs.machine_code")
-    parser.add_argument("cubin", type=Path, nargs="+")
-    parser.add_argument("--bytes", type=float, default=2.0, help="bytes loaded for one logit")
-    parser.add_argument("--listing", action="store_true", help="print the instructions of every loop")
-    options = parser.parse_args()
-    for file in options.cubin:
-        code = read(file.read_bytes())
-        print(f"{file}: {describe(code, options.bytes)}")
-        for loop in code.loops if options.listing else ():
-            print("\n".join(map(str, loop.code)), end="\n\n")
-
-
-if __name__ == "__main__":
-    main()

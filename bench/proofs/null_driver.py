@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -199,7 +198,3 @@ class NullDriver(DriverBase):
 
     def get_device_interface(self) -> Any:
         return torch.cpu
-
-
-def header() -> str:
-    return f"torch {torch.__version__}, triton {triton.__version__}"

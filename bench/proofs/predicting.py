@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from bench.speed.providers import TRL_CHUNK
+from bench.packages import TRL_CHUNK
 
 from . import chips, peers, roof
 from .cases import Case
@@ -43,8 +43,7 @@ def every(chip: chips.Chip, quick: bool) -> list[Job]:
         for V in VOCABULARIES
         for operation in ("forward", "backward", "one pass")
     ]  # fmt: skip
-    theirs = [case for V in VOCABULARIES for case in peers.every(V) if not case.features]
-    theirs = [case for case in theirs if not quick or case.library == "liger_kernel"]
+    theirs = [case for V in VOCABULARIES for case in peers.every(V) if not quick or case.library == "liger_kernel"]
     return [Job(case, Target("cuda", chip.arch, chip.name)) for case in (*ours, *theirs)]
 
 
@@ -70,45 +69,3 @@ def faults(rows: list[Row]) -> list[str]:
         for row in rows
         if row.library == "fused_ignore_ce" and row.V <= READ_ONCE and row.prediction.hbm_reads > 1.01
     ]
-
-
-def table(rows: list[Row]) -> str:
-    lines = [
-        f"{'chip':9} {'V':>6}  {'kernel':28} {'share':>5}  {'bound':17} {'ms':>7}  {'HBM reads':>9} {'threads':>7}"
-    ]
-    for row in rows:
-        p = row.prediction
-        name = f"{row.library} {row.kernel}"
-        lines.append(
-            f"{p.chip:9} {row.V:6}  {name:28} {p.share:5.2f}  {p.limit:17} {row.milliseconds:7.3f}"
-            f"  {p.hbm_reads:9.2f} {p.resident_threads:7}"
-        )
-    return "\n".join(lines)
-
-
-def milliseconds(rows: list[Row], library: str, kernels: tuple[str, ...], chip: str, V: int) -> float | None:
-    """The predicted time of kernels that run one after the other; None if one of them was not predicted."""
-    found = {
-        row.kernel: row.milliseconds
-        for row in rows
-        if (row.library, row.prediction.chip, row.V) == (library, chip, V)
-    }  # fmt: skip
-    return sum(found[kernel] for kernel in kernels) if found.keys() >= set(kernels) else None
-
-
-def comparison(rows: list[Row]) -> str:
-    """A table of milliseconds for forward and backward together: by one pass, by two launches, and by peers."""
-    columns = {
-        "one pass": ("fused_ignore_ce", ("one pass",)),
-        "two launches": ("fused_ignore_ce", ("forward", "backward")),
-        "Liger": ("liger_kernel", ("one pass",)),
-        "TRL": ("trl", ("forward", "backward")),
-    }
-    lines = [f"{'forward + backward, ms':23}" + "".join(f"{name:>13}" for name in columns)]
-    for chip in chips.CHIPS:
-        for V in VOCABULARIES:
-            times = [milliseconds(rows, *column, chip.name, V) for column in columns.values()]
-            if any(time is not None for time in times):
-                cells = "".join(f"{'-' if time is None else f'{time:.3f}':>13}" for time in times)
-                lines.append(f"{chip.name:9} V={V:<12}{cells}")
-    return "\n".join(lines)

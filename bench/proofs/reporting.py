@@ -1,27 +1,46 @@
-"""Formats proofs as lines of a table, and as data."""
+"""Proofs and predictions as rows: of the tables that are printed, and of the files that are written."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
-from . import chips, judging, roof
+from tabulate import tabulate
+
+from . import cases, chips, judging, roof
 from .compiling import Proof
-from .predicting import Row
+from .predicting import NOTE, Row
 
-HEADER = (
-    f"{'kernel':56} {'shape':>14} {'arch':7} {'dtype':8} {'tile':>13} {'warps':>5}"
-    f" {'regs':>4} {'shared':>6} {'spilt':>5} {'threads':>7}"
-    f" {'loop':>5} {'all':>6} {'special':>7} {'barriers':>8} {'shuffles':>8} {'in flight':>9}"
-)
+#: What the table of kernels shows. A file has all figures of all kernels.
+SHOWN = (
+    "kernel", "shape", "target", "dtype", "tile", "warps", "registers", "shared", "spills", "resident threads",
+    "instructions a logit in loops", "instructions a logit", "special functions a logit", "bytes in flight a thread",
+    "vgpr_count", "vgpr_spill_count",
+)  # fmt: skip
 
 
-def figures(proof: Proof) -> dict[str, Any]:
-    """The figures of a kernel, for the launch that it was compiled for."""
-    if proof.code is None:
-        return dict(proof.amd)
+def kernel(proof: Proof) -> dict[str, Any]:
+    """A kernel's figures, for the launch that it was compiled for, and its faults."""
+    case = proof.job.case
+    other = "" if judging.is_row_kernel(proof) else f": {proof.kernel}"
+    found = {
+        "kernel": f"{case.name}{'' if case.contiguous else ' strided'}{other}",
+        "shape": f"{case.B}x{case.T}x{case.V}",
+        "target": str(proof.job.target),
+        "dtype": case.dtype,
+        "tile": "x".join(map(str, proof.tile)),
+        "warps": proof.num_warps,
+        "grid": proof.grid,
+        "widths": proof.widths,
+        "faults": judging.faults(proof),
+    }
+    return found | (counted(proof) if proof.code else proof.amd)
+
+
+def counted(proof: Proof) -> dict[str, Any]:
+    """What was counted in NVIDIA's machine code."""
     code = proof.code
-    chip = next((chip for chip in chips.CHIPS if chip.arch == proof.job.target.arch), None)
+    assert code is not None
     found: dict[str, Any] = {
         "registers": code.usage.registers,
         "shared": code.usage.shared,
@@ -30,103 +49,59 @@ def figures(proof: Proof) -> dict[str, Any]:
         "shuffles in loops": sum(loop.shuffles for loop in judging.hot_loops(proof)),
         "bytes in flight a thread": max((loop.in_flight for loop in code.loops), default=code.outside.in_flight),
         "instructions outside of loops": code.outside.instructions,
+        "resident threads": judging.resident_threads(proof, chips.of_arch(proof.job.target.arch)),
     }
-    if chip:
-        found["resident threads"] = judging.resident_threads(proof, chip)
     if judging.is_row_kernel(proof):
         cost = roof.cost(code, judging.work(proof))
         found |= {
             "instructions a logit in loops": round(judging.loop_instructions(proof), 2),
             "instructions a logit": round(cost.instructions, 2),
-            "special-function operations a logit": round(cost.special, 2),
+            "special functions a logit": round(cost.special, 2),
         }
     return found
 
 
-def line(proof: Proof) -> str:
-    """A row under `HEADER`."""
-    case = proof.job.case
-    name = case.name if case.library == "fused_ignore_ce" else f"{case.library} {case.name}"
-    if proof.kernel and not judging.is_row_kernel(proof):
-        name = f"{name}: {proof.kernel}"
-    shape = f"{case.B * case.T}x{case.V}"
-    tile = "x".join(map(str, proof.tile))
-    start = f"{name:56} {shape:>14} {proof.job.target!s:7} {case.dtype:8} {tile:>13} {proof.num_warps:5}"
-    if proof.error:
-        return f"{start} {proof.error}"
-    f = figures(proof)
-    if proof.code is None:
-        registers, spills = f["vgpr_count"], f["vgpr_spill_count"] + f["sgpr_spill_count"]
-        return f"{start} {registers:4} {'':6} {spills:5}"
-    logit = [f.get(n, "") for n in ("instructions a logit in loops", "instructions a logit")]
-    special = f.get("special-function operations a logit", "")
-    return (
-        f"{start} {f['registers']:4} {f['shared']:6} {f['spills']:5} {f.get('resident threads', ''):7}"
-        f" {logit[0]:>5} {logit[1]:>6} {special:>7}"
-        f" {f['barriers in loops']:8} {f['shuffles in loops']:8} {f['bytes in flight a thread']:9}"
-    )
-
-
-def summary(proofs: list[Proof]) -> str:
-    """For each architecture and operation: how many kernels there are, spill and are faulty; most registers."""
-    groups: dict[tuple[str, str], list[Proof]] = {}
-    for proof in proofs:
-        groups.setdefault((str(proof.job.target), proof.job.case.operation), []).append(proof)
-    lines = [f"{'arch':8} {'operation':10} {'kernels':>7} {'most registers':>14} {'spilling':>8} {'faults':>6}"]
-    for (target, operation), group in sorted(groups.items()):
-        registers = [f.get("registers", f.get("vgpr_count", 0)) for f in map(figures, group)]
-        spilling = sum(any("spill" in fault for fault in judging.faults(proof)) for proof in group)
-        wrong = sum(bool(judging.faults(proof)) for proof in group)
-        lines.append(f"{target:8} {operation:10} {len(group):7} {max(registers, default=0):14} {spilling:8} {wrong:6}")
-    return "\n".join(lines)
-
-
 def predicted(row: Row) -> dict[str, Any]:
+    prediction = row.prediction
     return {
-        "chip": row.prediction.chip,
+        "chip": prediction.chip,
         "V": row.V,
         "kernel": f"{row.library} {row.kernel}",
-        "share of the memory roof": round(row.prediction.share, 3),
-        "bound": row.prediction.limit,
-        "bounds": {name: round(share, 3) for name, share in row.prediction.bounds.items()},
-        "HBM reads of a logit": round(row.prediction.hbm_reads, 3),
-        "resident threads": row.prediction.resident_threads,
+        "share of the memory roof": round(prediction.share, 3),
+        "bound": prediction.limit,
+        "bounds": {name: round(share, 3) for name, share in prediction.bounds.items()},
+        "HBM reads of a logit": round(prediction.hbm_reads, 3),
+        "resident threads": prediction.resident_threads,
         "milliseconds": round(row.milliseconds, 4),
     }
 
 
+def tables(proofs: list[Proof], rows: list[Row]) -> str:
+    """The kernels at models' shapes, the number of all kernels by target and operation, and the predictions."""
+    models = [kernel(proof) for proof in proofs if (proof.job.case.T, proof.job.case.V) in cases.MODEL_ROWS]
+    shown = [{name: figures.get(name) for name in SHOWN} for figures in models]
+    groups: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for proof in proofs:
+        groups[str(proof.job.target), proof.job.case.operation].append(bool(judging.faults(proof)))
+    counts = [(*of, len(faulty), sum(faulty)) for of, faulty in sorted(groups.items())]
+    predictions = [{name: value for name, value in predicted(row).items() if name != "bounds"} for row in rows]
+    return "\n\n".join([
+        tabulate(shown, "keys", maxheadercolwidths=12),
+        tabulate(counts, ("target", "operation", "kernels", "with faults")),
+        NOTE,
+        tabulate(predictions, "keys", maxheadercolwidths=12),
+    ])  # fmt: skip
+
+
 def totals(proofs: list[Proof], rows: list[Row], failed: list[str], about: dict[str, Any]) -> dict[str, Any]:
-    """What result files keep of a run. Peers' kernels are not judged, so they are left out."""
-    ours = [proof for proof in proofs if proof.job.case.library == "fused_ignore_ce"]
-    found = [judging.faults(proof) for proof in ours]
+    """What result files keep of a run."""
+    found = [judging.faults(proof) for proof in proofs]
     return about | {
-        "kernels": len(ours),
-        "targets": list(dict.fromkeys(str(proof.job.target) for proof in ours)),
-        "dtypes": list(dict.fromkeys(proof.job.case.dtype for proof in ours)),
+        "kernels": len(proofs),
+        "targets": list(dict.fromkeys(str(proof.job.target) for proof in proofs)),
+        "dtypes": list(dict.fromkeys(proof.job.case.dtype for proof in proofs)),
         "spilling": sum(any("spill" in fault for fault in faults) for faults in found),
         "narrow": sum(any("wide" in fault for fault in faults) for faults in found),
         "faults": failed,
         "predictions, not measurements": [predicted(row) for row in rows],
-    }
-
-
-def data(proofs: list[Proof], rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was found, for a JSON file."""
-    return about | {
-        "kernels": [
-            {
-                "case": str(proof.job.case),
-                "kernel": proof.kernel,
-                "target": str(proof.job.target),
-                "tile": proof.tile,
-                "num_warps": proof.num_warps,
-                "grid": proof.grid,
-                "widths": proof.widths,
-                "faults": judging.faults(proof),
-                **figures(proof),
-            }
-            for proof in proofs
-        ],
-        "predictions, not measurements": [predicted(row) for row in rows],
-        "faults": dict(Counter(fault for proof in proofs for fault in judging.faults(proof))),
     }

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, floor
 
+import numpy
+
 from . import lru
 from .chips import Chip, resident_programs
 from .machine_code import Block, MachineCode
@@ -100,24 +102,23 @@ def cost(code: MachineCode, work: Work) -> Cost:
     """The cost per logit, from the loops and from the code that is executed once."""
     logits = work.logits_a_program / work.threads
     loaded_a_logit = work.loaded_a_logit or work.itemsize
-    instructions: float = code.outside.instructions
-    special: float = code.outside.special
-    loaded: float = code.outside.loaded
-    rounds: float = code.rounds
+    total, rounds = executed(code.outside), float(code.rounds)
     # In one pass, loops that store belong to the second walk over the row, loops that only load to the first.
     for stores in (False, True):
         walk = trips((b for b in code.loops if bool(b.stored) == stores), logits, loaded_a_logit)
         for loop, n in walk:
-            instructions += n * loop.instructions
-            special += n * loop.special
-            loaded += n * loop.loaded
+            total += n * executed(loop)
             rounds += max(0.0, n * loop.loaded / loop.in_flight - 1)
         if walk and has_idle_tail(code, walk, logits * loaded_a_logit):
             # The tail is a copy of the loop's body, under a mask. It is skipped.
-            instructions -= walk[-1][0].instructions
-            special -= walk[-1][0].special
-            loaded -= walk[-1][0].loaded
-    return Cost(instructions / logits, special / logits, loaded / logits, rounds / logits)
+            total -= executed(walk[-1][0])
+    instructions, special, loaded = (total / logits).tolist()
+    return Cost(instructions, special, loaded, rounds / logits)
+
+
+def executed(block: Block) -> numpy.ndarray:
+    """What a thread executes in a block, as the first three fields of `Cost`."""
+    return numpy.array([block.instructions, block.special, block.loaded], float)
 
 
 def has_idle_tail(code: MachineCode, walk: list[tuple[Block, int]], bytes_: float) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.benchmark import Timer
+
+from bench import truth
+from bench.machine import one_line
 
 from .providers import PROVIDERS, Loss, Provider
 from .workload import Base, case_of, tensors
@@ -57,25 +59,15 @@ def judge(provider: Provider, device: torch.device, dtype: str) -> Verdict:
     return Verdict(*subject, "green", probe=ratio)
 
 
-def one_line(error: Exception) -> str:
-    """An error as a reason in a table."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": ")
-
-
 def fault(provider: Provider, device: torch.device, dtype: str) -> str | None:
     """Says how the loss or a gradient differs from float64; None if neither does."""
     *inputs, target = tensors(case_of("gate", provider.kind, SMALL, 0.5, dtype, "both"), device)
-    wide = [x.detach().double().requires_grad_() for x in inputs]  # copied before a loss can overwrite them
-    true_loss = F.cross_entropy(wide[0] if len(wide) == 1 else F.linear(*wide), target)
-    true = (true_loss, *torch.autograd.grad(true_loss * UPSTREAM, wide))
+    wanted = truth.expected(inputs, target, upstream=UPSTREAM)  # before a loss can overwrite its inputs
     loss = provider.build()(*inputs, target)
-    found = (loss, *torch.autograd.grad(loss, inputs, torch.full_like(loss, UPSTREAM)))
+    found = [loss, *torch.autograd.grad(loss, inputs, torch.full_like(loss, UPSTREAM))]
     names = ("loss", "gradient of logits") if len(inputs) == 1 else ("loss", "gradient of hidden", "gradient of weight")
-    for name, ours, gt in zip(names, found, true, strict=True):
-        error, scale = (ours.double() - gt).abs().max().item(), gt.abs().max().item()
-        if not error <= TOLERANCE[dtype] * scale:  # the comparison is false for NaN
-            return f"{name} is off by {error:.2e}, the largest true value is {scale:.2e}"
-    return None
+    faults = (truth.fault(*each, TOLERANCE[dtype]) for each in zip(names, found, wanted, strict=True))
+    return next(filter(None, faults), None)
 
 
 def _probe(provider: Provider, device: torch.device, dtype: str) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench.packages import imported, trl, version
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
 
 #: `loss(logits, target)` or `loss(hidden, weight, target)`: the mean over the rows whose target is not -100.
 Loss = Callable[..., Any]
-
-#: Classes per tile of logits in TRL. It is the default, which TRL's trainers keep.
-TRL_CHUNK = 32768
 
 HALF = ("bfloat16", "float16")
 
@@ -52,14 +48,6 @@ class Provider:
         return None
 
 
-def version(package: str) -> str | None:
-    """The version of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _compiled(loss: Loss) -> Loss:
     """The loss, compiled for one static shape.
 
@@ -85,35 +73,31 @@ def _plain_linear(h, w, y):
     return F.cross_entropy(F.linear(h, w).float(), y)
 
 
-def _imported(module: str, name: str) -> Callable[[], Loss]:
-    return lambda: getattr(importlib.import_module(module), name)
-
-
 def _torch_linear() -> Loss:
     return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def _liger(function: str, *more: None) -> Callable[[], Loss]:
     def build() -> Loss:
-        apply = getattr(importlib.import_module("liger_kernel.ops"), function).apply
+        apply = imported("liger_kernel.ops", function).apply
         return lambda *operands: apply(*operands, *more)[0]
 
     return build
 
 
 def _trl() -> Loss:
-    """TRL's function, called with the kept tokens alone, as its trainers do. On a CPU, it uses no Triton kernels."""
-    apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
+    """TRL's loss of the kept tokens alone, as its trainers call it."""
+    log_probs = trl()
 
     def loss(h, w, y):
         kept = y != -100
-        return -apply(h[kept], w, None, y[kept], 1.0, TRL_CHUNK, None, 1.0, ())[0].mean()
+        return -log_probs(h[kept], w, y[kept])[0].mean()
 
     return loss
 
 
 def _flash_attn() -> Loss:
-    loss = _imported("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")()
+    loss = imported("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return lambda x, y: loss(x, y)[0].sum() / (y != -100).sum()
 
 
@@ -130,7 +114,7 @@ LOGITS = (
         package="liger-kernel", capability=(7, 0), overwrites=True,
     ),
     Provider(
-        "QuACK", "logits", _imported("quack.cross_entropy", "cross_entropy"),
+        "QuACK", "logits", lambda: imported("quack.cross_entropy", "cross_entropy"),
         package="quack-kernels", capability=(8, 0),
     ),
     Provider("flash-attn", "logits", _flash_attn, package="flash-attn", capability=(8, 0)),
@@ -158,11 +142,11 @@ LINEAR = (
     ),
     Provider("TRL", "linear", _trl, package="trl"),
     Provider(
-        "CCE", "linear", _imported("cut_cross_entropy", "linear_cross_entropy"),
+        "CCE", "linear", lambda: imported("cut_cross_entropy", "linear_cross_entropy"),
         package="cut-cross-entropy", capability=(8, 0), dtypes=HALF,
     ),
     Provider(
-        "QuACK", "linear", _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+        "QuACK", "linear", lambda: imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
         package="quack-kernels", capability=(9, 0), dtypes=HALF,
     ),
     Provider("fused_linear_cross_entropy(h, w, y)", "linear", lambda: fused_linear_cross_entropy),

@@ -17,7 +17,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.utils.benchmark.utils.timer import timer as synchronized_clock
 
-from .gate import one_line
+from bench.machine import one_line
+
 from .providers import PROVIDERS, Loss, Provider
 from .workload import Case, tensors
 

@@ -63,13 +63,6 @@ class Limits(NamedTuple):
         most = min(self.tokens, work, (self.bytes - 4 * V * D) // (16 * V + 4 * D))
         return 2 ** (most.bit_length() - 1) if most > 0 else 0
 
-    def __str__(self) -> str:
-        return (
-            f"tokens: the largest power of two up to {self.tokens} for which the plain path takes at most "
-            f"{self.logits / 1e6:.0f} M logits (loss of logits) or {self.products / 1e9:.0f} G multiply-adds a matrix "
-            f"product (linear loss), and {self.bytes / 2**30:.0f} GiB"
-        )
-
 
 def limits(device: torch.device) -> Limits:
     """The limits of a device: on two CPU cores, under a second for the plain path; on CUDA, shapes as in training."""

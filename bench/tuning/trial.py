@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from bench import truth
+from bench.machine import one_line
 from bench.speed.workload import Case, tensors
 from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.core.rows import Saved, Upstream
@@ -27,7 +29,7 @@ ROUNDS = 12
 COMPARED = 32
 
 #: How far losses (float32 sums) and gradients (16 bits) may differ, because other tiles sum in another order.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2**-7
+TOLERANCE = {"loss": 1e-4, "gradient": 2**-7}
 
 #: The time of a function in seconds, measured on the device.
 Timer = Callable[[Callable[[], object]], float]
@@ -89,10 +91,10 @@ class Trials:
             if point != self.point:
                 self.reference, self.point = found, point
             elif wrong := difference(found, self.reference):
-                return wrong
+                return f"wrong: {wrong}"
             return self.timer(run)
         except (RuntimeError, TritonError) as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            return one_line(error)
 
     def _rows_of(self, N: int, V: int) -> Rows:
         if self.rows is None or self.shape != (N, V):
@@ -103,14 +105,9 @@ class Trials:
 
 
 def difference(found: dict[str, Tensor], reference: dict[str, Tensor]) -> str | None:
-    """How results differ; None if they do not."""
-    for name, tolerance in (("loss", LOSS_TOLERANCE), ("gradient", GRADIENT_TOLERANCE)):
-        if name in reference:
-            error = (found[name] - reference[name]).abs().max().item()
-            largest = reference[name].abs().max().item()
-            if not error <= tolerance * largest:  # the comparison is false for NaN
-                return f"wrong: {name} differs by {error:.2e} from the arithmetic launch's, largest {largest:.2e}"
-    return None
+    """How results differ from the arithmetic launch's; None if they do not."""
+    faults = (truth.fault(name, found[name], wanted, TOLERANCE[name]) for name, wanted in reference.items())
+    return next(filter(None, faults), None)
 
 
 def cuda_timer(run: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from bench import reading
 from bench.comparison import models, peers, rows, running, tables
-from bench.speed.providers import version
+from bench.packages import PACKAGES, version
 
 from ..helpers.device import DEVICE
 
@@ -23,7 +23,7 @@ def ids(cases):
 
 
 def is_what_was_compared(package):
-    names = (peers.PACKAGES[package], "torch", "triton", "transformers")
+    names = (PACKAGES[package], "torch", "triton", "transformers")
     compared = RESULT["header"]["versions"]
     return all((version(name) or "").split("+")[0] == compared[name].split("+")[0] for name in names)
 

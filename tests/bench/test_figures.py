@@ -82,9 +82,7 @@ def test_looks_are_no_source(tmp_path):
         assert list(results.files[command]) == [f"{command}-machine-2026-03-01"]
     assert results.newest("run", "rows")[0] == "machine-2025-06-01"
     assert results.newest("comparison", "rows")[0] == "comparison-machine-2026-03-01"
-    proofs = results.newest_proofs()
-    assert proofs
-    assert proofs[0] == "proofs-machine-2026-03-01"
+    assert results.newest_proofs()[0] == "proofs-machine-2026-03-01"
     with pytest.raises(SystemExit, match="no result in bench/results has fits: python -m bench.run"):
         results.newest("run", "fits")
 
@@ -125,7 +123,8 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
     (tmp_path / "old.json").unlink()
     assert figures.proofs(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
     (tmp_path / "new.json").unlink()
-    assert figures.proofs(reading.Results(tmp_path)) == figures.NO_PROOFS
+    with pytest.raises(SystemExit, match="no result in bench/results has proofs: python -m bench.proofs"):
+        figures.proofs(reading.Results(tmp_path))
 
 
 def run(**tables):

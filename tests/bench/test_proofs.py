@@ -7,6 +7,8 @@ import random
 import pytest
 
 pytest.importorskip("triton")
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
 
 from bench.proofs import chips, compiling, judging, lru, predicting, roof
 from bench.proofs.cases import Case
@@ -244,15 +246,6 @@ def test_tiles_of_few_elements_owe_less():
     for tile, due in (((1, 1, 64, 1), 2), ((4, 1, 32, 2), 2), ((4, 1, 64, 4), 8), ((16, 1, 32, 8), 16)):
         assert judging.bytes_due(changed(tile=tile)) == due
     assert judging.bytes_due(changed(job(V=32001))) == 0
-
-
-def test_comparison_leaves_out_what_was_not_predicted():
-    prediction = roof.predict(GOOD.code, work(V=32000), H200)
-    rows = [predicting.Row("fused_ignore_ce", kernel, 32000, prediction) for kernel in ("forward", "backward")]
-    both = predicting.milliseconds(rows, "fused_ignore_ce", ("forward", "backward"), "H200", 32000)
-    assert both == pytest.approx(2 * rows[0].milliseconds)
-    assert predicting.milliseconds(rows, "fused_ignore_ce", ("one pass",), "H200", 32000) is None
-    assert predicting.comparison(rows).splitlines()[-1].split() == ["H200", "V=32000", "-", f"{both:.3f}", "-", "-"]
 
 
 @pytest.mark.parametrize(

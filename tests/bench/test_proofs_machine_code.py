@@ -42,7 +42,7 @@ def test_loops():
     found = analyse(LISTING, USAGE)
     [loop] = found.loops
     assert (loop.instructions, loop.special, loop.barriers, loop.shuffles) == (6, 1, 1, 0)
-    assert (loop.loaded, loop.stored, loop.narrowest, loop.masked) == (32, 0, 16, False)
+    assert (loop.loaded, loop.stored, loop.masked) == (32, 0, False)
     assert loop.in_flight == 32
     [clear] = found.clears
     assert (clear.instructions, clear.stored) == (2, 16)
