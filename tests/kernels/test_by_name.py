@@ -141,6 +141,16 @@ def test_a_launch_is_one_call_away(name):
     assert all(frames == [name] for frames in launches)
 
 
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.skipif(not cross_entropy.interpreted(), reason="the tensors are on the CPU")
+def test_two_passes_in_place_of_one_are_two_calls_away():
+    probs = X, TARGET, None, torch.rand_like(X)
+    launches = frames_of_launches(
+        lambda: cross_entropy.forward_backward(Upstream(ONES), probs, OPTIONS, dx=torch.empty_like(X))
+    )
+    assert launches == [["forward_backward", "forward"], ["forward_backward", "backward"]]
+
+
 def test_every_launcher_is_tried():
     public = {
         name
