@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends.choice import check_targets
+from ..backends import choice
 from ..core.options import LossOptions, schema_of
 from ..core.rows import Block
 from ..distributed import ranks
@@ -61,7 +61,7 @@ def agreed_shard(operands: Operands, call: LinearCall) -> Shard | None:
     options = call.options
     if call.group is None:
         if probs is None:
-            check_targets(target, options.ignore_index, w.shape[0])
+            choice.check_targets(target, options.ignore_index, w.shape[0])
         return None
     same = (h.dtype, h.shape[1], probs is None, tuple(options), call.with_stats, weight is None)
     index = target if probs is None else None

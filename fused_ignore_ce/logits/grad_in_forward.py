@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.choice import check_targets, implementation, scaled
+from ..backends import choice
 from ..core.reduction import scaled_total, scales, weight_of_target
 from ..core.rows import Logits, Rows, Upstream, classes_last
 from .kernel_reduction import as_rows
@@ -70,16 +70,16 @@ class GradInForward(torch.autograd.Function):
                 "create_graph=True is not supported with grad_in_forward=True: pass grad_in_forward=False"
             )
         dx, factor = ctx.saved_tensors
-        return scaled(dx.detach(), dtotal, ctx.backend, factor), None, None
+        return choice.scaled(dx.detach(), dtotal, ctx.backend, factor), None, None
 
 
 def _reduced_by_kernel(problem: LogitsProblem, x: Tensor, dx: Tensor) -> Computed:
     """Writes the gradient into `dx`."""
     _, targets, call, reduction, loss_dtype, classes_dim, *_ = problem
     probs = as_rows(problem.probs, classes_dim)
-    kernels: Any = implementation(call.backend, x.device)
+    kernels: Any = choice.implementation(call.backend, x.device)
     if probs is None:
-        check_targets(targets.target, call.options.ignore_index, x.shape[-1])
+        choice.check_targets(targets.target, call.options.ignore_index, x.shape[-1])
     # Divided in backward: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
     divide = x.dtype != torch.float16
     (_, lse, _, predicted, entropy), (total, factor, num_tokens) = kernels.forward_backward_reduce(
@@ -93,9 +93,9 @@ def _reduced_by_pytorch(problem: LogitsProblem, x: Tensor, dx: Tensor) -> Comput
     """Writes the gradient into `dx`."""
     _, targets, call, reduction, *_ = problem
     options, logits = call.options, problem.logits
-    kernels = implementation(call.backend, x.device)
+    kernels = choice.implementation(call.backend, x.device)
     if logits.probs is None:
-        check_targets(targets.target, options.ignore_index, x.shape[-1])
+        choice.check_targets(targets.target, options.ignore_index, x.shape[-1])
     factors = scales(targets, reduction, options.z_loss, weight_of_target(targets, logits.weight, logits.probs))
     scale, z_scale, factor = factors.loss, factors.z_loss, None
     if x.dtype == torch.float16 and factors.divisor is not None:

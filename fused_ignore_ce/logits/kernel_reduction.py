@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.choice import check_targets, implementation
+from ..backends import choice
 from ..core.rows import Logits, Saved, Upstream, classes_back, classes_last
 from .double_backward import differentiable_backward
 from .problem import LogitsProblem
@@ -34,9 +34,9 @@ class ReducedByKernel(torch.autograd.Function):
         _, targets, call, reduction, loss_dtype, classes_dim, inplace, _ = problem
         options, with_stats, backend, _ = call
         target, weight = targets.target, problem.weight
-        kernels: Any = implementation(backend, input.device)
+        kernels: Any = choice.implementation(backend, input.device)
         if probs is None:
-            check_targets(target, options.ignore_index, input.shape[classes_dim])
+            choice.check_targets(target, options.ignore_index, input.shape[classes_dim])
         rows, (loss, factor, num_tokens) = kernels.forward_reduce(
             Logits(as_rows(input, classes_dim), target, weight, as_rows(probs, classes_dim)), targets.token_weight,
             reduction.normalizer, options, mean=reduction.reduction == "mean", out_dtype=loss_dtype,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.choice import check_targets, implementation
+from ..backends import choice
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
 from ..core.rows import RESULTS_SCHEMA, Logits, RowResults, Rows, Saved, Upstream, block_of, fake_results
@@ -18,12 +18,12 @@ from .problem import RowCall
 
 
 def _forward(logits: Logits, call: RowCall) -> RowResults:
-    kernels = implementation(call.backend, logits.x.device)
+    kernels = choice.implementation(call.backend, logits.x.device)
     if call.group is not None:
         merged, shard = ranks.forward(kernels, call.group, logits, call.options, call.with_stats)
         return RowResults.of_group(*merged, torch.tensor(shard.block))
     if logits.probs is None:
-        check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])
+        choice.check_targets(logits.target, call.options.ignore_index, logits.x.shape[-1])
     return RowResults.of(Rows(*kernels.forward(logits, call.options, with_stats=call.with_stats)))
 
 
@@ -37,7 +37,7 @@ def _backward(
 ) -> None:
     """Writes the `gradients` (dx, dprobs) that are not None; `place` is `RowResults.block`."""
     dx, dprobs = gradients
-    kernels = implementation(call.backend, logits.x.device)
+    kernels = choice.implementation(call.backend, logits.x.device)
     kernels.backward(upstream, logits, saved, call.options, dx=dx, dprobs=dprobs, block=block_of(place))
 
 
