@@ -34,6 +34,11 @@ def versions(*distributions: str) -> dict[str, str]:
     return {name: found for name in distributions if (found := version(name))}
 
 
+def stated(*distributions: str) -> str:
+    """The same as a line for people."""
+    return ", ".join(f"{name} {found}" for name, found in versions(*distributions).items())
+
+
 def imported(module: str, name: str) -> Any:
     """A function of a package, which is imported only now."""
     return getattr(importlib.import_module(module), name)

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from bench import machine
-from bench.packages import imported, version, versions
+from bench.packages import imported, stated, version
 from fused_ignore_ce import fused_cross_entropy
 
 from .null_driver import NullDriver
@@ -142,8 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     measured = measure(libraries(), options.rounds)
-    used = ", ".join(f"{name} {number}" for name, number in versions("torch", "triton").items())
-    print(f"{used}; microseconds of the host, medians of {options.rounds * CALLS} calls")
+    print(f"{stated('torch', 'triton')}; microseconds of the host, medians of {options.rounds * CALLS} calls")
     print(table(measured))
     if options.json:
         machine.write(options.json, measured)

@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch.nn import functional as F
 
 from bench import machine, truth
-from bench.packages import versions
+from bench.packages import stated
 
 from .meter import Launch, Traffic
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser = machine.parser("bench.proofs.traffic", __doc__, json="every line")
     parser.add_argument("--quick", action="store_true", help="one case, half of the rows ignored")
     options = parser.parse_args()
-    print(versions("torch", "triton"))
+    print(stated("torch", "triton"))
     found = []
     for case in CASES[:1] if options.quick else CASES:
         of_case = list(records(case, (0.5,) if options.quick else SHARES))
