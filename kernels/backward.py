@@ -5,7 +5,18 @@ import triton.language as tl
 
 from .device_math import loss_options
 from .gradient import load_upstream, loss_gradient, row_terms, write_gradient, write_zeros
-from .structs import BackwardStrides, GradientRows, Gradients, Logits, Place, RowInputs, RowOutputs, Saved, Upstream
+from .structs import (
+    BackwardStrides,
+    GradientRows,
+    Gradients,
+    Logits,
+    Place,
+    RowInputs,
+    RowOutputs,
+    Saved,
+    Targets,
+    Upstream,
+)
 from .sums import target_weight
 from .tiles import row_start, rows_of, tile_offsets
 
@@ -13,9 +24,10 @@ from .tiles import row_start, rows_of, tile_offsets
 @triton.jit(do_not_specialize=["T", "ignore_index"])
 def backward_kernel(
     logits: Logits,
+    gradients: Gradients,
+    targets: Targets,
     saved: Saved,
     upstream: Upstream,
-    gradients: Gradients,
     N: tl.int64,  # B * T
     T,
     V,
@@ -37,7 +49,7 @@ def backward_kernel(
     v_end = tl.minimum(v_start + place.split_tiles * BLOCK_V, V)
     b, t, inside = rows_of(pid // place.splits, T, TILE.BLOCK_N)
     row = b.to(tl.int64) * T + t
-    target = tl.load(logits.target + row, mask=inside, other=ignore_index)
+    target = tl.load(targets.target + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
     if TILE.BLOCK_N == 1:  # noqa: SIM102 (known at compile time, unlike the target)
         if target == ignore_index:
@@ -64,7 +76,7 @@ def backward_kernel(
     local = target - place.first_class
     if logits.probs is None:
         probs_row: tl.constexpr = None
-        w_target = target_weight(logits.weight, local, keep & (local >= v_start) & (local < v_end), ACC)
+        w_target = target_weight(targets.weight, local, keep & (local >= v_start) & (local < v_end), ACC)
     else:
         probs_row = row_start(logits.probs, b, t, strides.probs, TILE.WIDTH)
         w_target = 0.0
@@ -79,7 +91,7 @@ def backward_kernel(
     else:
         dprobs_row = row_start(gradients.dprobs, b, t, strides.dprobs, TILE.WIDTH)
     inputs = RowInputs(
-        x=x_row, stride_xv=strides.x.v, probs=probs_row, stride_pv=strides.probs.v, weight=logits.weight, keep=keep,
+        x=x_row, stride_xv=strides.x.v, probs=probs_row, stride_pv=strides.probs.v, weight=targets.weight, keep=keep,
         v_end=v_end,
     )  # fmt: skip
     outputs = RowOutputs(

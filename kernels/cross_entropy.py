@@ -23,7 +23,6 @@ from .launch import MERGE_AND_REDUCE_ROWS
 from .structs import (
     Gradients,
     Logits,
-    Losses,
     OnePassUpstream,
     Part,
     Parts,
@@ -31,6 +30,8 @@ from .structs import (
     ProgramSums,
     Rows,
     Saved,
+    Shares,
+    Targets,
     Totals,
     Upstream,
 )
@@ -43,14 +44,15 @@ def interpreted():
 
 def _forward(logits, rows_out, options, with_stats, launch):
     """(launches, parts): a launch that fills the rows, or the parts that have to be merged into them."""
-    x = logits.x
+    x, target, weight, probs = logits
     forward_rows = prepare.forward(
-        form_of(x), form_of(logits.probs), form_of(logits.weight), options, with_stats, None, launch, chip_of(x.device)
+        form_of(x), form_of(probs), form_of(weight), options, with_stats, None, launch, chip_of(x.device)
     )
+    inputs = Logits(x, probs), Targets(target, weight)
     if forward_rows.splits == 1:
-        return [(forward_rows, (logits, rows_out, None))], None
+        return [(forward_rows, (*inputs, rows_out, None))], None
     sums, argmax = new_parts(x, forward_rows.splits, with_stats)
-    return [(forward_rows, (logits, None, Part(sums, argmax, sums.stride(0))))], (sums, argmax)
+    return [(forward_rows, (*inputs, None, Part(sums, argmax, sums.stride(0))))], (sums, argmax)
 
 
 def _merge(target, parts, rows_out, options, with_stats):
@@ -68,8 +70,7 @@ def _parts(parts):
 
 def forward(logits, options, *, with_stats=False, launch=None):
     """Row losses and what backward needs: (loss, lse, norm, predicted, entropy)."""
-    logits = Logits(*logits)
-    x, target = logits.x, logits.target
+    x, target, *_ = logits
     rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
     if len(target) == 0:
         return rows
@@ -90,8 +91,7 @@ def forward_reduce(
     Without statistics, the rows have only losses and norm. As in PyTorch, class weights enter the divisor of "mean"
     for index targets only.
     """
-    logits = Logits(*logits)
-    x, target = logits.x, logits.target
+    x, target, *_ = logits
     N, acc = len(target), acc_dtype(x.dtype)
     if with_stats:
         rows = new_rows(x, N, acc, with_stats)
@@ -131,7 +131,8 @@ def reduce(rows, shares, options, *, mean, dtype=None, out_dtype=None, with_stat
 
 def _shares(logits, token_weight, normalizer):
     """The shares of rows, as `reduce` takes them."""
-    return logits.target, None if logits.probs is not None else logits.weight, token_weight, normalizer
+    _, target, weight, probs = logits
+    return target, weight if probs is None else None, token_weight, normalizer
 
 
 def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
@@ -150,16 +151,18 @@ def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
         chip_of(device),
     )  # fmt: skip
     number = number or 1.0
-    loss = None if rows is None or parts is not None else rows.loss
-    losses = Losses(loss, target, weight, token_weight, normalizer)
-    parts, rows_out = (None, None) if parts is None else (_parts(parts), rows)
+    shares = Shares(target, weight, token_weight, normalizer)
+    if parts is not None:
+        parts = _parts(parts)
+    elif rows is not None:
+        rows = Rows(rows.loss, None, None, None, None)
     if programs == 1:
-        return out, [(reduce_rows, (losses, parts, rows_out, out, None, number))]
+        return out, [(reduce_rows, (shares, number, rows, parts, None, out))]
     sums = ProgramSums(target.new_empty((2, programs), dtype=acc), target.new_empty(programs))
     add_sums = prepare.total(programs, divided)
     return out, [
-        (reduce_rows, (losses, parts, rows_out, out, sums, number)),
-        (add_sums, (sums, normalizer, out, number)),
+        (reduce_rows, (shares, number, rows, parts, sums, out)),
+        (add_sums, (sums, normalizer, number, out)),
     ]
 
 
@@ -176,16 +179,15 @@ def forward_part(logits, options, *, parts, part, block, with_stats=False, launc
 
     `logits` have only the block's classes, which begin at `block.first_class` of `block.classes`.
     """
-    logits = Logits(*logits)
-    x = logits.x
-    if len(logits.target) == 0:
+    x, target, weight, probs = logits
+    if len(target) == 0:
         return
     sums, argmax = parts
     forward_block = prepare.forward(
-        form_of(x), form_of(logits.probs), form_of(logits.weight), options, with_stats, tuple(block), launch,
-        chip_of(x.device),
-    )  # fmt: skip
-    forward_block(x.device, logits, None, Part(sums[:, part:], argmax[part:], sums.stride(0)))
+        form_of(x), form_of(probs), form_of(weight), options, with_stats, tuple(block), launch, chip_of(x.device)
+    )
+    part_out = Part(sums[:, part:], argmax[part:], sums.stride(0))
+    forward_block(x.device, Logits(x, probs), Targets(target, weight), None, part_out)
 
 
 def combine(parts):
@@ -223,18 +225,18 @@ def backward(upstream, logits, saved, options, *, dx, dprobs, block=None, launch
     `upstream` has the gradients dloss, dlse and dentropy, and what multiplies dloss: factor and token_weight.
     `saved` has the rows' norm and entropy. `block` is as in `forward_part`; without it, `x` has all classes.
     """
-    logits = Logits(*logits)
-    x, probs, dentropy = logits.x, logits.probs, upstream.dentropy
+    x, target, weight, probs = logits
+    dentropy = upstream.dentropy
     if x.numel() == 0:
         return
     dloss = x.new_zeros((), dtype=saved.norm.dtype) if upstream.dloss is None else upstream.dloss
-    upstream = Upstream(dloss, upstream.dlse, dentropy, upstream.factor, upstream.token_weight)
+    upstream = Upstream(dloss, upstream.factor, upstream.token_weight, upstream.dlse, dentropy)
     gradients = prepare.backward(
-        (form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(logits.weight)),
+        (form_of(x), form_of(probs), form_of(dx), form_of(dprobs), form_of(weight)),
         row_strides(upstream), dentropy is not None, options, block and tuple(block), launch, chip_of(x.device),
     )  # fmt: skip
     saved = Saved(saved.norm, None if dentropy is None else saved.entropy)
-    gradients(x.device, logits, saved, upstream, Gradients(dx, dprobs))
+    gradients(x.device, Logits(x, probs), Gradients(dx, dprobs), Targets(target, weight), saved, upstream)
 
 
 def can_one_pass(x, probs=None):
@@ -244,15 +246,16 @@ def can_one_pass(x, probs=None):
 
 def _one_pass(upstream, logits, options, dx, with_stats, launch=None):
     """(rows, launches that fill them and write the gradient into `dx`)."""
-    x = logits.x
-    rows = new_rows(x, len(logits.target), acc_dtype(x.dtype), with_stats)
-    if len(logits.target) == 0:
+    x, target, weight, _ = logits
+    rows = new_rows(x, len(target), acc_dtype(x.dtype), with_stats)
+    if len(target) == 0:
         return rows, []
     both = prepare.one_pass(
-        form_of(x), form_of(dx), form_of(logits.weight), row_strides(upstream), options, with_stats, launch,
+        form_of(x), form_of(dx), form_of(weight), row_strides(upstream), options, with_stats, launch,
         chip_of(x.device),
     )  # fmt: skip
-    return rows, [(both, (logits, upstream, row_pointers(rows, with_stats), Gradients(dx, None)))]
+    rows_out = row_pointers(rows, with_stats)
+    return rows, [(both, (Logits(x, None), Gradients(dx, None), Targets(target, weight), rows_out, upstream))]
 
 
 def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False, launch=None):
@@ -262,14 +265,14 @@ def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False
     once, and from the cache for the gradient. Where classes are strided or targets are probabilities, it is read from
     device memory twice.
     """
-    logits = Logits(*logits)
-    if not can_one_pass(logits.x, logits.probs) or not can_one_pass(dx):
+    x, _, _, probs = logits
+    if not can_one_pass(x, probs) or not can_one_pass(dx):
         rows = forward(logits, options, with_stats=with_stats)
         dlse = None if dz is None else 2.0 * options.z_loss * rows.lse * dz
-        upstream = Upstream(upstream.dloss, dlse, None, upstream.factor, upstream.token_weight)
+        upstream = Upstream(upstream.dloss, upstream.factor, upstream.token_weight, dlse, None)
         backward(upstream, logits, Saved(rows.norm, None), options, dx=dx, dprobs=None)
         return rows
-    upstream = OnePassUpstream(upstream.dloss, dz, upstream.factor, upstream.token_weight)
+    upstream = OnePassUpstream(upstream.dloss, upstream.factor, upstream.token_weight, dz)
     rows, launches = _one_pass(upstream, logits, options, dx, with_stats, launch)
     for kernel, arguments in launches:
         kernel(dx.device, *arguments)
@@ -283,20 +286,20 @@ def forward_backward_reduce(
 
     With divide=False, that gradient is not divided as "mean" would: the caller multiplies it by the returned factor.
     """
-    logits = Logits(*logits)
-    device, acc = dx.device, acc_dtype(logits.x.dtype)
+    x, _, _, probs = logits
+    device, acc = dx.device, acc_dtype(x.dtype)
     shares = _shares(logits, token_weight, normalizer)
     divisor, launches = _reduce(None, shares, options, mean and divide, acc, None, None, False)
     for kernel, arguments in launches:
         kernel(device, *arguments)
-    if can_one_pass(logits.x, logits.probs) and can_one_pass(dx):
-        upstream = OnePassUpstream(divisor.factor, None, None, token_weight)
+    if can_one_pass(x, probs) and can_one_pass(dx):
+        upstream = OnePassUpstream(divisor.factor, None, token_weight, None)
         rows, launches = _one_pass(upstream, logits, options, dx, with_stats)
         for kernel, arguments in launches:
             kernel(device, *arguments)
     else:
         rows = forward(logits, options, with_stats=with_stats)
-        upstream = Upstream(divisor.factor, None, None, None, token_weight)
+        upstream = Upstream(divisor.factor, None, token_weight, None, None)
         backward(upstream, logits, Saved(rows.norm, None), options, dx=dx, dprobs=None)
     totals, launches = _reduce(rows, shares, options, mean, acc, out_dtype, None, with_stats)
     for kernel, arguments in launches:
@@ -316,4 +319,4 @@ def scale(dx, factor, dloss, *, out=None):
     if dx.dim() != 3:
         dx, into = (t.view(1, -1, t.size(-1) if t.dim() else 1) for t in (dx, into))
     multiply = prepare.scale(form_of(dx), form_of(into), out is None, chip_of(dx.device))
-    multiply(dx.device, Product(dx, dloss, factor), into)
+    multiply(dx.device, Product(dx, into, dloss, factor))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .device_math import exponent, loss_options, used_logits, weighted
-from .structs import ForwardStrides, Logits, Part, Place, RowInputs, Rows, RowSums
+from .structs import ForwardStrides, Logits, Part, Place, RowInputs, Rows, RowSums, Targets
 from .sums import row_sums, store_ignored, store_kept, store_part, target_weight
 from .tiles import row_start, rows_of, tile_offsets
 
@@ -17,6 +17,7 @@ from .tiles import row_start, rows_of, tile_offsets
 @triton.jit(do_not_specialize=["T", "ignore_index"])
 def forward_kernel(
     logits: Logits,
+    targets: Targets,
     rows_out: Rows,  # None if sums of a part are stored
     part_out: Part,  # None if the results of rows are stored
     N: tl.int64,  # B * T
@@ -45,7 +46,7 @@ def forward_kernel(
         v_end = tl.minimum(v_start + place.split_tiles * BLOCK_V, V)
     b, t, inside = rows_of(pid, T, TILE.BLOCK_N)
     row = b.to(tl.int64) * T + t
-    target = tl.load(logits.target + row, mask=inside, other=ignore_index)
+    target = tl.load(targets.target + row, mask=inside, other=ignore_index)
     keep = inside & (target != ignore_index)
     if TILE.BLOCK_N == 1:
         if target == ignore_index:
@@ -64,11 +65,11 @@ def forward_kernel(
         # Loaded first, so that it arrives while the row is read.
         own = keep & in_range & (local >= v_start) & (local < v_end)
         x_target = tl.load(x_row + local * strides.x.v, mask=own, other=0.0)
-        w_target = target_weight(logits.weight, local, own, ACC) * options.smoothing.confidence
+        w_target = target_weight(targets.weight, local, own, ACC) * options.smoothing.confidence
     else:
         probs_row = row_start(logits.probs, b, t, strides.probs, TILE.WIDTH)
     inputs = RowInputs(
-        x=x_row, stride_xv=strides.x.v, probs=probs_row, stride_pv=strides.probs.v, weight=logits.weight, keep=keep,
+        x=x_row, stride_xv=strides.x.v, probs=probs_row, stride_pv=strides.probs.v, weight=targets.weight, keep=keep,
         v_end=v_end,
     )  # fmt: skip
     HAS_BEST: tl.constexpr = part_out is not None or OPTIONS.HAS_STATS

@@ -20,6 +20,7 @@ from .structs import (
     RowOutputs,
     Rows,
     RowSums,
+    Targets,
 )
 from .sums import row_sums, store_ignored, store_kept, target_weight
 from .tiles import row_start, tile_offsets
@@ -28,9 +29,10 @@ from .tiles import row_start, tile_offsets
 @triton.jit(do_not_specialize=["N", "T", "ignore_index"])
 def one_pass_kernel(
     logits: Logits,  # without probabilities
-    upstream: OnePassUpstream,
-    rows_out: Rows,
     gradients: Gradients,  # of x only
+    targets: Targets,
+    rows_out: Rows,
+    upstream: OnePassUpstream,
     N,  # B * T
     T,
     V,
@@ -55,17 +57,17 @@ def one_pass_kernel(
         b, t = row // T, row % T
         x_row = row_start(logits.x, b, t, strides.x, TILE.WIDTH)
         dx_row = row_start(gradients.dx, b, t, strides.dx, TILE.WIDTH)
-        target = tl.load(logits.target + row)
+        target = tl.load(targets.target + row)
         if target == ignore_index:
             store_ignored(rows_out, row, N, everywhere)
             write_zeros(dx_row, strides.dx.v, 0, V, offs, TILE)
         else:
             own = (target >= 0) & (target < V)
             x_target = tl.load(x_row + target * strides.x.v, mask=own, other=0.0)
-            w_target = target_weight(logits.weight, target, own, ACC)
+            w_target = target_weight(targets.weight, target, own, ACC)
             g = loss_gradient(upstream, strides.upstream, row, everywhere, ACC)
             inputs = RowInputs(
-                x=x_row, stride_xv=strides.x.v, probs=NO_PROBS, stride_pv=0, weight=logits.weight, keep=everywhere,
+                x=x_row, stride_xv=strides.x.v, probs=NO_PROBS, stride_pv=0, weight=targets.weight, keep=everywhere,
                 v_end=V,
             )  # fmt: skip
             sums = row_sums(inputs, 0, offs, options, ACC, TILE, OPTIONS, OPTIONS.HAS_STATS, "evict_last")

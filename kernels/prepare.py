@@ -106,7 +106,7 @@ def kinds(arguments):
 
 @remembered
 def forward(x, probs, weight, options, with_stats, block, launch, chip):
-    """The forward kernel, called with (Logits, Rows, Part).
+    """The forward kernel, called with (Logits, Targets, Rows, Part).
 
     `block` is None where x has the whole vocabulary. It is (first class, classes) where x is one block of it.
     """
@@ -138,7 +138,7 @@ def merge(N, ignore_index, with_stats, chip):
 
 @remembered
 def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
-    """The backward kernel, called with (Logits, Saved, Upstream, Gradients).
+    """The backward kernel, called with (Logits, Gradients, Targets, Saved, Upstream).
 
     `forms` are those of x, probs, dx, dprobs and weight.
     """
@@ -162,7 +162,7 @@ def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
 
 @remembered
 def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
-    """The one-pass kernel, called with (Logits, OnePassUpstream, Rows, Gradients)."""
+    """The one-pass kernel, called with (Logits, Gradients, Targets, Rows, OnePassUpstream)."""
     x, dx, weight = map(Form.of, (x, dx, weight))
     B, T, V = x.shape
     flags = flags_of(options, None, with_stats)
@@ -183,7 +183,7 @@ def reduce_programs(N):
 
 @remembered
 def reduce(N, classes, stride_tw, divided, ignore_index, chip):
-    """The kernel that reduces rows, called with (Losses, Parts, Rows, Totals, ProgramSums, number).
+    """The kernel that reduces rows, called with (Shares, number, Rows, Parts, ProgramSums, Totals).
 
     `divided` are the fields of a `Reduction`.
     """
@@ -196,13 +196,13 @@ def reduce(N, classes, stride_tw, divided, ignore_index, chip):
 
 @remembered
 def total(programs, divided):
-    """The kernel that adds the sums of several programs, called with (ProgramSums, normalizer, Totals, number)."""
+    """The kernel that adds the sums of several programs, called with (ProgramSums, normalizer, number, Totals)."""
     return Prepared(total_kernel, 1, programs, REDUCE_PROGRAMS, Reduction(*divided), num_warps=4)
 
 
 @remembered
 def scale(x, out, inplace, chip):
-    """The kernel that multiplies a gradient, called with (Product, out)."""
+    """The kernel that multiplies a gradient, called with a Product."""
     x, out = map(Form.of, (x, out))
     B, T, V = x.shape
     launch = scale_launch(T, V, x.itemsize, x.contiguous, aligned(None, x, out), chip)

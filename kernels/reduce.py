@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .merge import merge_rows
-from .structs import Losses, Parts, ProgramSums, Rows, Totals
+from .structs import Parts, ProgramSums, Rows, Shares, Totals
 
 
 @triton.jit
@@ -31,12 +31,12 @@ def store_totals(out, normalizer_ptr, number, loss, share, count, ACC: tl.conste
 
 @triton.jit(do_not_specialize=["N", "rows_per_program", "classes", "stride_tw", "ignore_index"])
 def reduce_kernel(
-    losses: Losses,
-    parts: Parts,  # from which losses come; or None
-    rows_out: Rows,  # the rows of the parts; or None
-    out: Totals,
-    sums_out: ProgramSums,  # takes the place of `out` if there are several programs; or None
+    shares: Shares,
     number: tl.float64,  # the normalizer, if it is a number
+    rows: Rows,  # of which losses are read; with parts, all are written; None if no total is wanted
+    parts: Parts,  # or None
+    sums_out: ProgramSums,  # takes the place of `out` if there are several programs; or None
+    out: Totals,
     N: tl.int64,
     rows_per_program,
     classes,
@@ -55,26 +55,26 @@ def reduce_kernel(
     for first in range(start, end, BLOCK_N):
         row = first + tl.arange(0, BLOCK_N)
         inside = row < end
-        target = tl.load(losses.target + row, mask=inside, other=ignore_index)
+        target = tl.load(shares.target + row, mask=inside, other=ignore_index)
         keep = inside & (target != ignore_index)
         count += keep.to(tl.int32)
         token = tl.where(keep, 1.0, 0.0).to(ACC)
-        if losses.token_weight is not None:
-            token = tl.load(losses.token_weight + row * stride_tw, mask=keep, other=0.0).to(ACC)
+        if shares.token_weight is not None:
+            token = tl.load(shares.token_weight + row * stride_tw, mask=keep, other=0.0).to(ACC)
         if out.total is not None:
             if parts is None:
-                loss_row = tl.load(losses.loss + row, mask=keep, other=0.0)
+                loss_row = tl.load(rows.loss + row, mask=keep, other=0.0)
             else:
-                loss_row, _ = merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N, REDUCTION.HAS_STATS)
+                loss_row, _ = merge_rows(rows, parts, row, N, inside, keep, BLOCK_N, REDUCTION.HAS_STATS)
             loss += tl.where(keep, token * loss_row, 0.0)
-        if losses.weight is None:
+        if shares.weight is None:
             share += token
         else:
             here = keep & (target >= 0) & (target < classes)
-            share += token * tl.load(losses.weight + target, mask=here, other=0.0).to(ACC)
+            share += token * tl.load(shares.weight + target, mask=here, other=0.0).to(ACC)
     loss, share, count = tl.sum(loss), tl.sum(share), tl.sum(count).to(tl.int64)
     if sums_out is None:
-        store_totals(out, losses.normalizer, number, loss, share, count, ACC, REDUCTION)
+        store_totals(out, shares.normalizer, number, loss, share, count, ACC, REDUCTION)
     else:
         tl.store(sums_out.partial + pid, loss)
         tl.store(sums_out.partial + tl.num_programs(0) + pid, share)
@@ -85,8 +85,8 @@ def reduce_kernel(
 def total_kernel(
     sums: ProgramSums,
     normalizer_ptr,  # a scalar or None
-    out: Totals,
     number: tl.float64,  # the normalizer, if it is a number
+    out: Totals,
     programs,
     BLOCK: tl.constexpr,
     REDUCTION: tl.constexpr,  # Reduction

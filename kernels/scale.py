@@ -10,7 +10,6 @@ from .tiles import load_tile, row_start, rows_of, store_tile, tile_offsets
 @triton.jit(do_not_specialize=["blocks", "T"])
 def scale_kernel(
     product: Product,
-    out_ptr,  # (B, T, V), may be x itself
     blocks,  # of BLOCK_N rows
     T,
     V,
@@ -28,7 +27,7 @@ def scale_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         b, t, inside = rows_of(tl.cast(block, tl.int32), T, TILE.BLOCK_N)
         start = row_start(product.x, b, t, strides.x, TILE.WIDTH)
-        out = row_start(out_ptr, b, t, strides.out, TILE.WIDTH)
+        out = row_start(product.out, b, t, strides.out, TILE.WIDTH)
         for v in range(0, V, TILE.BLOCK_V):
             x = load_tile(start, v, offs, strides.x.v, inside, V, 0.0, TILE, False, "").to(ACC)
             # A gradient of 0, as that of an ignored row, stays 0 even where the product is inf or NaN.

@@ -5,6 +5,9 @@ addresses and numbers are multiples of 16, and passes everything else as a param
 a tuple, since Triton would make them float32. They are arguments of their own, as are numbers that must not be
 specialised on.
 
+The order of a kernel's parameters, fields of tuples included, is part of its machine code: a GPU loads neighbouring
+parameters together. So tensors that are used together are neighbours.
+
 Logits have B * T = N rows of V classes. A program has BLOCK_N rows of them at a time.
 """
 
@@ -48,12 +51,17 @@ class Reduction(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Logits and their targets."""
+    """Logits, and the probabilities that are their targets unless targets are indices."""
 
     x: Any  # (B, T, V)
+    probs: Any  # (B, T, V) or None
+
+
+class Targets(NamedTuple):
+    """Targets of rows, and class weights; with probabilities, targets only tell which rows are ignored."""
+
     target: Any  # (N,) int64
     weight: Any  # (V,) or None
-    probs: Any  # (B, T, V) or None
 
 
 class Rows(NamedTuple):
@@ -102,19 +110,19 @@ class Upstream(NamedTuple):
     """The gradients of rows' results, and the factors of dloss; or the strides of these tensors."""
 
     dloss: Any  # (N,) or a scalar
-    dlse: Any  # (N,) or None
-    dentropy: Any  # (N,) or None
     factor: Any  # a scalar or None
     token_weight: Any  # (N,) or None
+    dlse: Any  # (N,) or None
+    dentropy: Any  # (N,) or None
 
 
 class OnePassUpstream(NamedTuple):
     """The factors of rows' losses and of `z_loss * lse^2`; or the strides of these tensors."""
 
     dloss: Any  # (N,) or a scalar
-    dz: Any  # (N,) or a scalar or None
     factor: Any  # a scalar or None
     token_weight: Any  # (N,) or None
+    dz: Any  # (N,) or a scalar or None
 
 
 class Gradients(NamedTuple):
@@ -158,9 +166,10 @@ class OnePassStrides(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The factors of a product."""
+    """A product and its factors."""
 
     x: Any  # (B, T, V)
+    out: Any  # (B, T, V), may be x itself
     dloss: Any  # a scalar
     factor: Any  # a scalar or None
 
@@ -172,10 +181,9 @@ class ProductStrides(NamedTuple):
     out: Strides
 
 
-class Losses(NamedTuple):
-    """What a reduction reads: losses, and what gives each row its share of a mean."""
+class Shares(NamedTuple):
+    """What gives each row its share of a mean."""
 
-    loss: Any  # (N,); None if no total is wanted, or if losses come from parts
     target: Any  # (N,) int64
     weight: Any  # (classes,) or None
     token_weight: Any  # (N,) or None
