@@ -93,14 +93,16 @@ class Prepared:
 def kinds(arguments):
     """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers."""
     found = []
+    add = found.append
     for argument in arguments:
         for value in argument if isinstance(argument, tuple) else (argument,):
             if value is None:
-                found.append(None)
-            elif isinstance(value, (int, float)):
-                found.append(float if isinstance(value, float) else value)
+                add(None)
+            elif isinstance(value, torch.Tensor):
+                add(value.dtype)
+                add(value.data_ptr() % 16 == 0)
             else:
-                found += value.dtype, value.data_ptr() % 16 == 0
+                add(float if isinstance(value, float) else value)
     return tuple(found)
 
 
