@@ -9,23 +9,22 @@ Functions whose names begin with an underscore prepare launches: pairs of a kern
 them, so that a launch is one call away from the package.
 """
 
-from math import prod
-
 import torch
 import triton
 
 from . import prepare
 from .arguments import acc_dtype, form_of, new_rows, row_pointers, row_stride, row_strides
 from .chip import chip_of
-from .device_math import LOG2E, LOWEST
 from .forward import forward_kernel
 from .launch import MERGE_AND_REDUCE_ROWS
+from .parts import combine as combine  # a backend offers these two
+from .parts import new_parts as new_parts
+from .parts import parts_of
 from .structs import (
     Gradients,
     Logits,
     OnePassUpstream,
     Part,
-    Parts,
     Product,
     ProgramSums,
     Rows,
@@ -58,14 +57,7 @@ def _forward(logits, rows_out, options, with_stats, launch):
 def _merge(target, parts, rows_out, options, with_stats):
     """A launch that merges the parts into the rows."""
     merge_rows = prepare.merge(len(target), options.ignore_index, with_stats, chip_of(target.device))
-    return merge_rows, (target, rows_out, _parts(parts))
-
-
-def _parts(parts):
-    """The parts as kernels take them."""
-    sums, argmax = parts
-    _, count, _ = sums.shape
-    return Parts(sums, argmax, count)
+    return merge_rows, (target, rows_out, parts_of(parts))
 
 
 def forward(logits, options, *, with_stats=False, launch=None):
@@ -153,7 +145,7 @@ def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
     number = number or 1.0
     shares = Shares(target, weight, token_weight, normalizer)
     if parts is not None:
-        parts = _parts(parts)
+        parts = parts_of(parts)
     elif rows is not None:
         rows = Rows(rows.loss, None, None, None, None)
     if programs == 1:
@@ -164,14 +156,6 @@ def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
         (reduce_rows, (shares, number, rows, parts, sums, out)),
         (add_sums, (sums, normalizer, number, out)),
     ]
-
-
-def new_parts(x, parts, with_stats):
-    """Allocates what `forward_part` writes for `parts` blocks: (partial (5, parts, N), argmax (parts, N))."""
-    *sizes, _ = x.shape
-    N = prod(sizes)
-    argmax = x.new_empty((parts, N if with_stats else 0), dtype=torch.int64)
-    return x.new_empty((5, parts, N), dtype=acc_dtype(x.dtype)), argmax
 
 
 def forward_part(logits, options, *, parts, part, block, with_stats=False, launch=None):
@@ -188,24 +172,6 @@ def forward_part(logits, options, *, parts, part, block, with_stats=False, launc
     )
     part_out = Part(sums[:, part:], argmax[part:], sums.stride(0))
     forward_block(x.device, Logits(x, probs), Targets(target, weight), None, part_out)
-
-
-def combine(parts):
-    """The sums over all parts, as one part: ((5, 1, N), (1, N))."""
-    (largest, s, r, mass, d), argmax = parts
-    if len(largest) == 1:
-        return parts
-    most, at = largest.max(0, keepdim=True)
-    down = _shift(largest) - _shift(most)
-    power = down.exp2()
-    sums = s * power, r + mass * down, mass, power * (d + s * down)
-    merged = torch.stack([most, *(each.sum(0, keepdim=True) for each in sums)])
-    return merged, argmax.gather(0, at) if argmax.numel() else argmax.narrow(0, 0, 1)
-
-
-def _shift(largest):
-    """The shift that `whole_shift` gives for a largest logit."""
-    return (largest * LOG2E.value).floor_().clamp_(min=LOWEST.value)
 
 
 def merge(target, parts, options, *, with_stats=False):

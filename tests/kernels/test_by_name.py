@@ -157,7 +157,7 @@ def test_every_launcher_is_tried():
         for name, value in vars(cross_entropy).items()
         if inspect.isfunction(value) and value.__module__ == cross_entropy.__name__ and not name.startswith("_")
     }
-    assert public - CALLS.keys() == {"interpreted", "new_parts", "combine", "can_one_pass"}
+    assert public - CALLS.keys() == {"interpreted", "can_one_pass"}
 
 
 def test_prepared_launches_by_itself():
