@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--programs", type=int, default=1000, help="how many programs (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="program i is that of seed * 1000000 + i (default: 0)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes")
-    parser.add_argument("--failures", type=int, default=30, help="how many kinds of failure to make small and print")
+    parser.add_argument("--failures", type=int, default=40, help="how many failures to make small (default: 40)")
     parser.add_argument("--without", default="", help="kinds of statements to leave out, separated by commas")
     parser.add_argument("--only", type=int, help="run the program of one seed (as printed), and print it")
     args = parser.parse_args()
@@ -42,6 +42,7 @@ def _search(args: argparse.Namespace, without: list[str]) -> int:
     tally: Counter[str] = Counter()
     clusters: dict[tuple[str, frozenset[str]], tuple[int, Failure, int]] = {}
     unsorted: Counter[str] = Counter()
+    made_small = 0
     for i in range(args.programs):
         if time.monotonic() - started > args.minutes * 60:
             break
@@ -51,13 +52,17 @@ def _search(args: argparse.Namespace, without: list[str]) -> int:
         tally[verdict.verdict] += 1
         if verdict.right:
             continue
-        key = _known(program, verdict.verdict, clusters)
-        if key is None and len(clusters) < args.failures:
+        key = None
+        if made_small < args.failures:
+            made_small += 1
             small = smallest(Failure(program, verdict))
-            key = verdict.verdict, small.program.kinds
-            if key not in clusters:
+            key = _known(small.program, verdict.verdict, clusters)
+            if key is None:
+                key = verdict.verdict, small.program.kinds
                 clusters[key] = seed, small, 0
                 print(f"\n--- after {i + 1} programs, seed {seed} ---\n{small}", flush=True)
+        else:
+            key = _known(program, verdict.verdict, clusters)
         if key is None:
             unsorted[verdict.verdict] += 1
         else:

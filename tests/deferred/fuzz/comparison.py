@@ -30,7 +30,7 @@ def judge(ours: Observed, plain: Observed, dtype: str, options: bool = False) ->
     Floating-point numbers may differ by rounding errors, relative to the largest number of their tensor, and to a
     hundred-thousandth of the largest number of the program: gradients that cancel are made of large addends.
     """
-    if dtype == "float64" and not any("torch.float32" in repr(v) for _, v in plain if isinstance(v, tuple)):
+    if dtype == "float64" and not any(map(_is_single, (v for _, v in plain))):
         relative, floor = 1e-10, 1e-13
     else:
         relative, floor = 1e-4, 1e-6
@@ -61,6 +61,13 @@ def judge(ours: Observed, plain: Observed, dtype: str, options: bool = False) ->
         label, got = ours[len(plain)]
         return Verdict(RAISED, f"{label}: {_told(got)}") if isinstance(got, Exception) else Verdict(WRONG, f"{label}: seen")
     return Verdict(RIGHT)
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a value is in single precision, or describes a tensor that is."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_single, value))
+    return value.dtype == torch.float32 if isinstance(value, Tensor) else value == "torch.float32"
 
 
 def _told(e: Exception) -> str:

@@ -285,15 +285,17 @@ class Run:
     def step(self, statement: Statement) -> None:
         if self.ended or not statement.uses <= self.names.keys():
             return
-        before = self._reads() if statement.quiet else {}
         try:
+            before = self._reads() if statement.quiet else {}
             exec(statement.code, self.names)
+            after = self._reads() if statement.quiet else {}
         except Exception as e:
             self.observed.append((f"error of `{statement.text}`", e.with_traceback(None)))
             self.ended = statement.backward
             return
         if statement.quiet:
-            self.observed.append((f"reads by `{statement.text}`", self._reads() == before))
+            new = sorted(name for i, found in enumerate(after) for name in found if found[name] != before[i].get(name))
+            self.observed.append((f"reads by `{statement.text}`", tuple(new)))
         for name in statement.makes:
             self._observe(f"{name} of `{statement.text}`", lambda n=name: self._described(n, self.names[n]))
             self.variables.append(name)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .comparison import NOT_RAISED, RAISED, RIGHT, WRONG, Verdict, judge
 from .grammar import draw
 from .interpreter import Observed, Patch, observe
 from .models import patched
-from .programs import Program, Setting, Statement
+from .programs import Program, Setting
 
 __all__ = ["NOT_RAISED", "RAISED", "RIGHT", "WRONG", "Failure", "drawn", "smallest", "verdict_of"]
 
@@ -38,17 +38,19 @@ def verdict_of(program: Program, patch: Patch = patched, plain: Observed | None 
 
 def smallest(failure: Failure, patch: Patch = patched, tries: int = 300) -> Failure:
     """The smallest program that was found to fail in the same way: simpler setting, fewer statements, fewer variables."""
-    left = tries
+    tried: set[Program] = set()
     found = True
-    while found and left > 0:
+    while found:
         found = False
         for candidate in _simpler(failure.program):
-            left -= 1
+            if candidate in tried:
+                continue
+            if len(tried) == tries:
+                return failure
+            tried.add(candidate)
             verdict = verdict_of(candidate, patch)
             if verdict.verdict == failure.verdict.verdict:
                 failure, found = Failure(candidate, verdict), True
-                break
-            if left <= 0:
                 break
     return failure
 
@@ -80,8 +82,3 @@ def _simpler_settings(setting: Setting) -> Iterator[Setting]:
         simple = getattr(plain, name)
         if value != simple:
             yield setting._replace(**{name: simple})
-
-
-def without_idle(program: Program, runs: Callable[[Statement], bool]) -> Program:
-    """The program without the statements that do not run."""
-    return Program(program.setting, tuple(filter(runs, program.statements)))
