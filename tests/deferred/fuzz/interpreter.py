@@ -305,12 +305,12 @@ class Run:
         return [reads(self.names[m]) for m in ("model", "other")] if self.patch is patched else []
 
     def _described(self, name: str, value: Any) -> Any:
-        """What can be asked about a value that was just made, without reading it."""
+        """What can be asked about a value that was just made; not the strides, which have made tensors be computed."""
         if isinstance(value, Tensor):
             same = tuple(n for n in (*self.variables, *OPERANDS) if self.names.get(n) is value and n != name)
             return (
-                f"shape {tuple(value.shape)}", f"strides {value.stride()}", str(value.dtype), f"is {same}",
-                f"requires_grad={value.requires_grad}", f"is_leaf={value.is_leaf}", f"is_inference={value.is_inference()}",
+                f"shape {tuple(value.shape)}", str(value.dtype), f"is {same}", f"requires_grad={value.requires_grad}",
+                f"is_leaf={value.is_leaf}", f"is_inference={value.is_inference()}",
             )  # fmt: skip
         if isinstance(value, (tuple, list)):
             return tuple(self._described(name, v) for v in value)
@@ -343,6 +343,9 @@ class Run:
                 self._observe(f"gradient of {name}", lambda v=value: v.grad if v.is_leaf or v.retains_grad else None)
         for name in (*OPERANDS, *self.variables):
             self._observe(f"value of {name}", lambda n=name: self.names[n])
+        for name in self.variables:
+            if isinstance(self.names[name], Tensor):
+                self._observe(f"strides of {name}", lambda n=name: self.names[n].stride())
         with torch.no_grad():  # another model's loss is its own
             x = F.linear(self.names["shift"].expand(B, V), self.names["matrix"].detach())
             self._observe("loss of a model that is not patched", lambda: F.cross_entropy(x, labels_of(x)))
