@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import expression
-from .graph import Connect, Node, Read, check_unchanged, version_of
+from . import forms, tiles
+from .graph import Adopt, Fused, Gradient, Node, Read, Work, dense_of
 from .loss import LOSSES
-from .names import METADATA, writes
+from .names import FACTORIES, MEMORY, NATIVE, writes
 from .origin import Origin, joint
 from .product import Product, product_of
-from .recording import COMMUTATIVE, record
-from .reductions import reduce
+from .recipe import Recipe, autocast, autocast_state
+from .reductions import reduction
+
+_plainly = torch._C.DisableTorchFunctionSubclass
 
 
 class DeferredLogits(Tensor):
     """Logits (..., V) of some hidden states and a head, not computed until they are read.
 
-    Casts, scales, tanh, added biases, operations on rows and slices of the vocabulary are recorded and give
-    DeferredLogits again. `F.cross_entropy` of them is `fused_linear_cross_entropy`. Any other operation that reads or
-    writes them computes them once, by the original operations in their order and in the grad mode they were made in. It
-    then works on the computed tensor, and the gradient flows through that. Once the head or the hidden states have been
-    changed in place (by an optimizer's step), reading raises RuntimeError: the logits can no longer be computed.
+    Casts, scales, tanh, added biases, softmaxes, elementwise operations, operations on rows and slices of the
+    vocabulary are recorded and give DeferredLogits again. `F.cross_entropy` of them is `fused_linear_cross_entropy`,
+    and reductions of the vocabulary are computed a tile of rows at a time. Any other operation computes them once. To
+    autograd they are a tensor like any other. Once the head or the hidden states have been changed in place (by an
+    optimizer's step), reading raises RuntimeError: the logits can no longer be computed.
     """
 
     takes_losses = True  # read by `operators.overridden`
 
-    _product: Any  # a Product or an Expression
-    _versions: list[int]
-    _value: Tensor | None
-    _with_grad: bool
-    _parent: DeferredLogits | None
-    _operation: tuple[Any, tuple[Any, ...], dict[str, Any]]
-    _children: list[weakref.ref[DeferredLogits]]
-    _hooks: list[Any]
-    _made_of: tuple[DeferredLogits, ...]
-    _node: Any
-    _is_contiguous: bool  # what `is_contiguous()` has returned
-    _written: bool
+    _recipe: Any  # None of logits that are there
+    _form: Any  # a Product or an Expression, of which only shapes are used
+    _meta: Tensor  # shape and strides
     _origin: Origin
+    _value: Tensor | None = None
+    _version_of_value = 0
+    _is_written = False  # the value stands for this tensor from now on
+    _view_of: Any = None  # the tensor that this one is a view of, and the operation that makes the view
+    _views: list[weakref.ref[DeferredLogits]]
 
     @property
     def is_materialized(self) -> bool:
@@ -52,199 +52,170 @@ class DeferredLogits(Tensor):
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
-            parent = self._parent
+            if self._view_of is not None and (self._view_of[0]._stands_alone() or self._view_of[0]._value is not None):
+                return self._aliased(reader)
             self._origin.was_read(reader)
-            if self._is_foreign():
-                self._value = Read.apply(self)
-            elif parent is not None and (parent._value is not None or self._is_expression()):
-                func, args, kwargs = self._operation
-                with torch.set_grad_enabled(self._with_grad):
-                    self._value = func(parent.materialize(reader), *args, **kwargs)
-            elif self._is_expression():
-                func, args, kwargs = self._operation
-                values = [a.materialize(reader) if isinstance(a, DeferredLogits) else a for a in args]
-                with torch.set_grad_enabled(self._with_grad), expression.autocast(self._product):
-                    self._value = func(*values, **kwargs)
-            else:
-                product = self._checked_product()
-                with torch.set_grad_enabled(self._with_grad):
-                    self._value = product.logits()
-            if self._is_contiguous:
-                self._value = self._value.contiguous()
-            for hook in self._hooks:
-                self._value.register_hook(hook)
+            self._keep(functools.partial(self._raw, reader))
+        assert self._value is not None
         return self._value
 
-    def _usable_recipe(self) -> Any:
-        """The product or expression; None if the logits have been written to since."""
-        return None if self._written or self._is_foreign() else self._checked_product()
+    def _keep(self, compute: Callable[[], Tensor]) -> None:
+        def fresh() -> Tensor:
+            """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
+            found = compute()
+            if not found._is_view():
+                return found
+            made = found.new_empty(0)
+            return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
 
-    def _is_expression(self) -> bool:
-        return isinstance(self._product, expression.Expression)
+        requires_grad = self._requires_grad()
+        with torch.inference_mode(False), torch.set_grad_enabled(requires_grad), _plainly():
+            self._value = Read.apply(self, fresh) if requires_grad else fresh()
+        self._version_of_value = self._value._version
 
-    def _usable_product(self) -> Product | None:
-        recipe = self._usable_recipe()
-        return recipe if isinstance(recipe, Product) else None
+    def _raw(self, reader: str = "backward") -> Tensor:
+        """The values, without a graph, as they were when this tensor was made."""
+        if self._value is not None and not self._stands_alone():
+            return self._value.detach()
+        recipe: Recipe = self._recipe
+        with torch.no_grad():
+            recipe.check_unchanged()
+            if isinstance(self._form, Product):
+                known = [t for t in recipe.inputs if isinstance(t, DeferredLogits) and t._is_known()]
+                if not known:
+                    form = forms.Leaves().form(self, False)
+                    return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
+            values = []
+            for t in recipe.inputs:
+                if not isinstance(t, DeferredLogits):
+                    values.append(t)
+                elif t._stands_alone():
+                    values.append(t._raw(reader))
+                else:
+                    values.append(t.materialize(reader).detach())
+            found = recipe.run(values)
+        return found.clone() if any(_shares(found, v) for v in values) else found
 
-    def _connected(self, value: Tensor) -> Tensor:
-        """A value computed without logits, whose backward first calls the logits' hooks. FSDP has such hooks."""
-        hooked, members = [], [self]
-        for member in members:
-            members += [m for m in member._made_of if all(m is not known for known in members)]
-            hooked += [member] if member._hooks else []
-        return Connect.apply(value, *hooked) if hooked and value.requires_grad else value
+    def _is_known(self) -> bool:
+        return self._value is not None and not self._stands_alone()
 
     def _is_there(self) -> bool:
-        """Whether these logits are a computed tensor, or a part of one."""
-        member: DeferredLogits | None = self
-        while member is not None and member._value is None:
-            member = member._parent
-        return member is not None
+        """Whether the values are computed, or are a part of computed ones."""
+        return self._value is not None or (self._view_of is not None and self._view_of[0]._is_there())
 
-    def _is_foreign(self) -> bool:
-        """Whether an autograd.Function returned this tensor: its gradient is that function's to compute."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.grad_fn is not self._node
+    def _stands_alone(self) -> bool:
+        """Whether the computed value stands for this tensor: somebody wrote to it, or there is no recipe."""
+        if self._is_written or self._recipe is None:
+            return True
+        if self._value is not None and self._value._version != self._version_of_value:
+            return True
+        return self._view_of is not None and self._view_of[0]._stands_alone()
 
-    def _checked_product(self) -> Any:
-        check_unchanged(self._product.tensors, self._versions)
-        return self._product
+    def _aliased(self, reader: str) -> Tensor:
+        """The computed tensor, which shares memory with those of the tensors that this one is a view of."""
+        if self._view_of is None:
+            return self.materialize(reader)
+        base, func, args, kwargs, part = self._view_of
+        value = base._aliased(reader)
+        mine = self._value
+        if mine is None or mine.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+            is_leaf = self._is_own_leaf()
+            with torch.inference_mode(False), torch.set_grad_enabled(self._requires_grad() and not is_leaf):
+                mine = func(value, *args, **kwargs)
+                self._value = mine = mine if part is None else mine[part]
+            if is_leaf:
+                mine.requires_grad_()
+            self._version_of_value = mine._version
+        return mine
 
-    @torch.compiler.disable  # Dynamo of PyTorch 2.11 loses the fields of a product that leaves a traced frame
-    def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The deferred result of an operation; None if the operation cannot be recorded."""
-        recipe = self._usable_recipe()
-        if recipe is None:
-            return None
-        with torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
-            if name == "clone" and not (self._origin.in_forward or self.requires_grad):
-                return None  # a copy of detached logits is made to last; DDP clones others, in no_grad mode
-            if self._is_expression():
-                done = expression.on_rows(recipe, name, args, kwargs)
-            elif name in ("add", "__add__") and len(args) == 1 and isinstance(args[0], DeferredLogits):
-                other = args[0]._usable_product()
-                done = None if other is None or kwargs else recipe.plus(other)
-            else:
-                done = record(recipe, name, args, kwargs)
-            if isinstance(done, list):
-                return tuple(make(p, self, (_part, (func, i, args, kwargs), {})) for i, p in enumerate(done))
-            return None if done is None else make(done, self, (func, args, kwargs))
+    def _can_be_fused(self) -> bool:
+        """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
+        if self._stands_alone():
+            return False
+        return not self._requires_grad() or (not self._is_own_leaf() and any(self._recipe.needs))
 
-    def _evaluate(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of an operation on rows: a deferred expression, or its reduction. None for other operations."""
-        deferred = [a for a in args if isinstance(a, DeferredLogits)]
-        if any(d._is_there() for d in deferred):
-            return None  # the computed tensor is used
-        recipes = {id(d): d._usable_recipe() for d in deferred}
-        if None in recipes.values():
-            return None
-        operands = tuple(recipes.get(id(a), a) for a in args)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(d._with_grad for d in deferred)):
-            done = expression.record(func, name, operands, kwargs)
-            if done is not None:
-                origin = joint([d._origin for d in deferred])
-                return make(done, None, (func, args, kwargs), DeferredLogits, origin, tuple(deferred))
-            if deferred[0] is not self or len(deferred) > 1 or args[0] is not self:
-                return None
-            found = reduce(func, name, operands[0], args[1:], kwargs, self._origin)
-        return torch.utils._pytree.tree_map_only(Tensor, self._connected, found)
+    def _requires_grad(self) -> bool:
+        with _plainly():
+            return self.requires_grad
 
-    def _settle(self) -> None:
-        """Computes all related logits before one of them is written, so that views share memory as PyTorch's do."""
+    def _is_own_leaf(self) -> bool:
+        """Whether a caller told detached logits to require a gradient."""
+        with _plainly():
+            return self.requires_grad and self.is_leaf
+
+    def _family(self) -> list[DeferredLogits]:
+        """All tensors that share memory with this one."""
         root = self
-        while root._parent is not None:
-            root = root._parent
+        while root._view_of is not None:
+            root = root._view_of[0]
         family = [root]
         for member in family:
-            family += [child for ref in member._children if (child := ref()) is not None]
-        if any(m._value is not None and m._parent is not None and m._parent._value is None for m in family):
-            raise RuntimeError("logits: written in place after a part of them was read; write to logits.clone()")
-        for member in family:
-            member.materialize()
-            member._written = True
+            family += [view for reference in member._views if (view := reference()) is not None]
+        return family
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not args and "input" in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
-        name = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
-        if name in COMMUTATIVE and len(args) == 2 and isinstance(args[1], cls) and not isinstance(args[0], cls):
-            args = args[::-1]
+        name = func.__name__
+        if name in ("__get__", "__set__"):
+            name = func.__self__.__name__ if name == "__get__" else f"__set__ {func.__self__.__name__}"
         self = args[0] if args and isinstance(args[0], cls) else None
-        if func in LOSSES and args and isinstance(args[0], cls):
-            return LOSSES[func](*args, **kwargs, origin=args[0]._origin)
-        if self is not None:
-            if name in METADATA and func.__name__ != "__set__" and not self._written:
-                with torch._C.DisableTorchFunctionSubclass():
+        if self is not None and not self._stands_alone():
+            if name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks"):
+                with _plainly():
                     return func(*args, **kwargs)
-            if name == "is_contiguous" and self._value is None and not (kwargs or args[1:]):
-                self._is_contiguous = not self._product.classes_second
-                return self._is_contiguous
-            if name == "register_hook" and self._value is None:
-                return self._register_hook(*args[1:], **kwargs)
-            if name in ("retain_grad", "grad", "retains_grad") and self._value is None:
-                return self._before_loss(name)
-            if not writes(name):
-                done = self._record(func, name, args[1:], kwargs)
-                if done is None:
-                    done = self._evaluate(func, name, args, kwargs)
-                if done is not None:
-                    return done
-            else:
-                self._settle()
-        elif (other := next((a for a in args if isinstance(a, cls)), None)) is not None:
-            done = other._evaluate(func, name, args, kwargs)
+            if name == "detach":
+                return _recorded(func, name, args, kwargs)
+        if func in LOSSES and self is not None:
+            return LOSSES[func](*args, **kwargs, origin=self._origin)
+        if name in ("grad", "backward") and func.__module__ == "torch.autograd":
+            return _differentiated(func, args, kwargs)
+        if writes(name, kwargs):
+            return _written(func, name, args, kwargs)
+        deferred = list(_deferred((args, kwargs)))
+        if any(t._stands_alone() for t in deferred):
+            return _of_values(func, name, args, kwargs, deferred)
+        if self is not None and name in FACTORIES:
+            return func(self._meta, *args[1:], **{"device": self.device, **kwargs})
+        if not torch.is_inference_mode_enabled():
+            done = _recorded(func, name, args, kwargs) if _RECORDED(name) else None
+            if done is None and self is not None:
+                done = _reduced(func, name, self, args[1:], kwargs)
             if done is not None:
                 return done
-        elif "out" in kwargs and isinstance(kwargs["out"], cls):
-            kwargs["out"]._settle()
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            cls,
-            lambda t: t.materialize(name) if writes(name) else t._origin.guarded(t.materialize(name)),
-            (args, kwargs),
-        )
-        if self is None:
-            return func(*args, **kwargs)
-        value, version = args[0], version_of(args[0])
-        out = func(*args, **kwargs)
-        self._written = self._written or version_of(value) != version
-        return self if out is value and self._written else out
+        return _of_values(func, name, args, kwargs, deferred)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
         """Computes the logits for code that bypasses __torch_function__ (C++, autograd.Function.apply)."""
-        if func is torch.ops.aten.detach.default:
-            done = args[0]._record(torch.Tensor.detach, "detach", (), {})
-            if done is not None:
-                return done
+        first = args[0] if args else None
+        same = func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) or (
+            func is torch.ops.aten.view.default and tuple(args[1]) == tuple(args[0].shape)
+        )
+        if same and isinstance(first, cls) and not first._stands_alone():
+            return first._alias()
         values = torch.utils._pytree.tree_map_only(
             cls, lambda t: t.materialize(func.__name__).detach(), (args, kwargs or {})
         )
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and isinstance(first, cls):
             raise RuntimeError(f"logits: {func} would write to deferred logits; pass logits.clone()")
         return func(*values[0], **values[1])
 
-    def _register_hook(self, hook: Any) -> Any:
-        """Registers a hook on the tensor's own node, and keeps it for the logits that may be computed later."""
-        self._hooks.append(hook)
-        with torch._C.DisableTorchFunctionSubclass():
-            return super().register_hook(hook)
+    def take(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
+        """A loss, see the function `take`."""
+        return take([self], operands, lean, dense)
 
-    def _before_loss(self, name: str) -> Any:
-        if self._origin.fused:
-            if name == "grad":
-                return None
-            raise RuntimeError(
-                f"logits.{name}: the loss was taken without computing logits, so they get no gradient; call "
-                "unpatch_model(model) to have it"
-            )
-        value = self.materialize(name)
-        if name != "retain_grad":
-            return getattr(value, name)
-        self._written = True  # from now on losses are taken of the tensor, which gets the gradient
-        return value.retain_grad()
+    @property
+    def classes(self) -> int:
+        """The size of the vocabulary's dimension."""
+        return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
+
+    def _alias(self) -> DeferredLogits:
+        return _made(type(self), self._recipe, self._form, self._meta, self._origin, node=False)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
         if self._value is not None:
@@ -253,56 +224,294 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits({about}; .detach().clone() computes them)"
 
 
-def make(
-    product: Product | expression.Expression,
-    parent: DeferredLogits | None = None,
-    operation: Any = None,
-    cls: type[DeferredLogits] | None = None,
-    origin: Origin | None = None,
-    made_of: tuple[DeferredLogits, ...] = (),
-) -> DeferredLogits:
-    """Makes deferred logits, of the class of `parent` unless `cls` is given.
+def _deferred(values: Any) -> Iterator[DeferredLogits]:
+    """The deferred logits among arguments."""
+    for value in values:
+        if isinstance(value, DeferredLogits):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from _deferred(value)
+        elif type(value) is dict:
+            yield from _deferred(value.values())
 
-    `parent` is the tensor from which `operation`, (function, arguments, keywords), would have made them.
+
+def _RECORDED(name: str) -> bool:
+    from .expression import ELEMENTWISE, NORMALIZING
+    from .recording import RECORDERS
+
+    return name in RECORDERS or name in ELEMENTWISE or name in NORMALIZING
+
+
+def _made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node: bool = True) -> DeferredLogits:
+    """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
+
+    def make() -> Any:
+        made: Any = Tensor._make_wrapper_subclass(
+            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=form.device
+        )
+        made._recipe, made._form, made._meta, made._origin, made._views = recipe, form, meta, origin, []
+        return made
+
+    with _plainly():
+        made = Node.apply(recipe, make, *recipe.inputs) if node and any(recipe.needs) else make()
+    if node:
+        recipe.keep_operands() if recipe.product is None else None
+    deferred: DeferredLogits = made
+    return deferred
+
+
+def _recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The deferred result of an operation; None if the operation is not recorded."""
+    operands = list(_deferred(args))
+    if not operands or any(not t._can_be_fused() for t in operands) or len(list(_deferred((kwargs,)))):
+        return None if name != "detach" else _recorded_detach(func, args[0])
+    if name == "detach":
+        return _recorded_detach(func, args[0])
+    first = operands[0]
+    if name == "clone" and not first._requires_grad() and not first._origin.in_forward:
+        return None  # a copy of detached logits is made to last
+    recipe = Recipe(func, name, args, kwargs)
+    values = [t._form if isinstance(t, DeferredLogits) else t.detach() for t in recipe.inputs]
+    with torch.no_grad():
+        form = forms.applied(recipe, values)
+        if form is None or (not _is_affine(form) and any(t._is_there() for t in operands)):
+            return None
+        try:
+            meta = _meta_of(func, name, args, kwargs, form, first)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None  # it is an error for computed logits, too
+    if meta is first._meta and args[0] is first:
+        return first
+    origin = first._origin if len(operands) == 1 else joint([t._origin for t in operands])
+    if not isinstance(form, list):
+        made = _made(type(first), recipe, form, meta, origin)
+        if meta._is_view():
+            _is_view(made, first, func, args[1:], kwargs)
+        return made
+    made = []
+    for i, (part, shape) in enumerate(zip(form, meta, strict=True)):
+        recipe = Recipe(func, name, args, kwargs, part=i)
+        made.append(_made(type(first), recipe, part, shape, origin))
+        _is_view(made[-1], first, func, args[1:], kwargs, i)
+    return tuple(made)
+
+
+def _is_affine(form: Any) -> bool:
+    return isinstance(form, list) or (isinstance(form, Product) and form.before_log_softmax is None)
+
+
+def _recorded_detach(func: Any, t: DeferredLogits) -> DeferredLogits:
+    with torch.no_grad():
+        recipe = Recipe(func, "detach", (t,), {})
+        made = _made(type(t), recipe, t._form, t._meta, t._origin)
+    _is_view(made, t, func, (), {})
+    return made
+
+
+def _is_view(made: DeferredLogits, base: DeferredLogits, func: Any, args: Any, kwargs: Any, part: Any = None) -> None:
+    made._view_of = base, func, args, kwargs, part
+    base._views.append(weakref.ref(made))
+
+
+_STEPS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "tanh",
+                    "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "log_softmax", "to", "type_as", "float",
+                    "double", "half", "bfloat16"})  # fmt: skip
+
+
+def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: DeferredLogits) -> Any:
+    """Shape and strides of a result: those that the operation gives for a tensor without memory."""
+    if isinstance(form, list):
+        return list(func(first._meta, *args[1:], **kwargs))
+    same_shape = form.shape == first._meta.shape
+    if name in ("float", "double", "half", "bfloat16", "to", "type_as") and form.dtype == first._meta.dtype:
+        if not (kwargs.get("copy") or args[2:] and args[-1] is True):
+            return first._meta
+    if same_shape and (name in _STEPS or not isinstance(form, Product)):
+        if first._meta.is_contiguous():
+            return torch.empty(form.shape, dtype=form.dtype, device="meta")
+        return torch.empty_strided(form.shape, (first._meta * 1).stride(), dtype=form.dtype, device="meta")
+    if any(isinstance(t, Tensor) for t in _flat(args[1:])) or name == "index_select":
+        return torch.empty(form.shape, dtype=form.dtype, device="meta")
+    return func(first._meta, *args[1:], **kwargs)
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if type(value) in (tuple, list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _reduced(func: Any, name: str, t: DeferredLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation that reduces the vocabulary, computed by tiles; None for other operations."""
+    work = reduction(func, name, t._form, args, kwargs)
+    if work is None or t._is_there():
+        return None
+    origin = t._origin
+    found = take([t], [], lambda form: work.of(form, origin), work.dense)
+    if found is None:
+        return None
+    product = next(_products(t._form))
+    from .expression import describe
+
+    origin.took(f"{name}({describe(t._form)})", product.rows)
+    if isinstance(found, tuple):
+        return getattr(torch.return_types, name)([origin.guarded(v) for v in found])
+    return origin.guarded(found)
+
+
+def _products(form: Any) -> Iterator[Product]:
+    from .expression import _products as of
+
+    return of(form)
+
+
+def take(inputs: list[DeferredLogits], operands: list[Tensor], lean: Any, dense: Any) -> Any:
+    """`dense(*values of inputs, *operands)`, computed by `lean(*forms of inputs, *operands)`; None if that gives None.
+
+    It runs in a call of the head's module, so that whoever gathers its weights around calls has them there.
     """
-    made: Any = Node.apply(product, cls or (DeferredLogits if parent is None else type(parent)), *product.tensors)
-    made._product = product
-    made._versions = [version_of(t) for t in product.tensors]
-    made._value = None
-    made._with_grad = torch.is_grad_enabled()
-    made._parent = parent
-    made._made_of = made_of or (() if parent is None else (parent,))
-    made._operation = operation
-    made._children = []
-    made._hooks = []
-    with torch._C.DisableTorchFunctionSubclass():
-        made._node = made.grad_fn
-    made._is_contiguous = False
-    made._written = False
-    made._origin = origin or (Origin() if parent is None else parent._origin)
-    if parent is None:
-        made._origin.size += product.bytes if isinstance(product, Product) else 0
-    else:
-        parent._children.append(weakref.ref(made))
-    logits: DeferredLogits = made
-    return logits
+    if not all(t._can_be_fused() for t in inputs):
+        return None
+    with _plainly():
+        needs = [torch.is_grad_enabled() and t.requires_grad for t in (*inputs, *operands)]
+    state = autocast_state(inputs[0]._form.device.type)
+
+    def as_called(*values: Tensor) -> Any:
+        with autocast(state):
+            return dense(*values)
+
+    def compute() -> Any:
+        leaves = forms.Leaves()
+        detached = [t.detach().requires_grad_(n) for t, n in zip(operands, needs[len(inputs) :], strict=True)]
+        with torch.set_grad_enabled(any(needs)), _plainly():
+            found = [leaves.form(t, n) for t, n in zip(inputs, needs, strict=False)]
+            result = None if any(form is None for form in found) else lean(*found, *detached)
+        if result is None or not any(needs):
+            return result
+        results, spec = torch.utils._pytree.tree_flatten(result)
+        work = Work(results, leaves.found, detached, inputs, needs, as_called)
+        with _plainly():
+            made = Fused.apply(work, *inputs, *operands)
+        return torch.utils._pytree.tree_unflatten(made, spec)
+
+    root = _root(inputs[0]._recipe)
+    if root.head is None:
+        return compute()
+    return root.head(root.inputs[0], InHead(compute))
 
 
-def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None) -> DeferredLogits:
-    """`F.linear(hidden, weight, bias)`, deferred.
+class InHead:
+    """What a head computes in place of its logits, when it is called with this as its second argument."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self.compute = compute
+
+
+def _root(recipe: Recipe) -> Recipe:
+    while recipe.product is None:
+        recipe = next(t for t in recipe.inputs if isinstance(t, DeferredLogits))._recipe
+    return recipe
+
+
+def _differentiated(func: Any, args: Any, kwargs: Any) -> Any:
+    """torch.autograd.grad or backward; the gradients that it returns are computed."""
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        DeferredLogits, lambda t: t._aliased(func.__name__) if t._stands_alone() else t, (args, kwargs)
+    )
+    with _plainly():
+        found = func(*args, **kwargs)
+    return found if found is None else tuple(dense_of(g) for g in found)
+
+
+def _of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[DeferredLogits]) -> Any:
+    """The result of an operation on the computed logits."""
+    is_metadata = name in NATIVE
+
+    def value(t: DeferredLogits) -> Tensor:
+        found = t._aliased(name) if t._stands_alone() or name in MEMORY else t.materialize(name)
+        return found
+
+    values = {id(t): value(t) for t in deferred}
+    first = args[0] if args else None
+    if is_metadata and isinstance(first, DeferredLogits):
+        found = func(values[id(first)], *_replaced(args[1:], values), **_replaced(kwargs, values))
+        if name == "grad" and found is None:
+            with _plainly():
+                found = func(*args, **kwargs)
+        return found
+    guarded = {i: t._origin.guarded(v) for t in deferred for i, v in [(id(t), values[id(t)])]}
+    out = func(*_replaced(args, guarded), **_replaced(kwargs, guarded))
+    if any(_shares(o, values[id(t)]) for t in deferred if t._view_of is not None for o in _flat([out])):
+        values = {id(t): t._aliased(name) for t in deferred}
+        out = func(*_replaced(args, values), **_replaced(kwargs, values))
+    for t in deferred:
+        if out is values[id(t)]:
+            return t
+    return out
+
+
+def _shares(out: Any, value: Tensor) -> bool:
+    return isinstance(out, Tensor) and out.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+
+
+def _replaced(values: Any, by: dict[int, Tensor]) -> Any:
+    if isinstance(values, DeferredLogits):
+        return by[id(values)]
+    if type(values) in (tuple, list):
+        return type(values)([_replaced(v, by) for v in values])
+    if type(values) is dict:
+        return {k: _replaced(v, by) for k, v in values.items()}
+    return values
+
+
+def _written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Writes to the computed logits, which stand for the deferred ones from then on, as do their views."""
+    deferred = list(_deferred((args, kwargs)))
+    values = {id(t): t._aliased(name) for t in deferred}
+    target = kwargs.get("out") if isinstance(kwargs.get("out"), DeferredLogits) else args[0]
+    out = func(*_replaced(args, values), **_replaced(kwargs, values))
+    if isinstance(target, DeferredLogits):
+        written = values[id(target)]
+        for member in target._family():
+            value = member._aliased(name)
+            member._is_written = True
+            with _plainly(), torch.enable_grad():
+                if value.requires_grad and not member._is_own_leaf() and _shares(value, written):
+                    Adopt.apply(member, value)
+    for t in deferred:
+        if out is values[id(t)]:
+            return t
+    return out
+
+
+def defer(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None, head: Any = None
+) -> DeferredLogits:
+    """`F.linear(hidden, weight, bias)`, deferred; `head` is the module in whose call this is.
 
     >>> logits = defer(torch.ones(2, 3), torch.ones(5, 3))
     >>> (logits / 2)[0].is_materialized, logits[0].sum().item(), logits.is_materialized
     (False, 15.0, True)
     """
-    return make(product_of(hidden, weight, bias), origin=origin)
+    return deferred_product(product_of(hidden, weight, bias), origin, head)
 
 
-def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
-    """Turns traced logits into a tensor once tracing is over."""
-    return make(traced._product, origin=origin)
+def deferred_product(
+    product: Product, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits
+) -> DeferredLogits:
+    """The logits of a product, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
+    origin = origin or Origin()
+    recipe = Recipe.root(product, head)
+    shapes = [t if i == 0 or type(t) not in (Tensor, torch.nn.Parameter) else _shape_of(t)
+              for i, t in enumerate(product.tensors)]  # fmt: skip
+    form = product.with_tensors([shapes[0].detach(), *shapes[1:]])
+    meta = torch.empty(product.shape, dtype=product.dtype, device="meta")
+    made = _made(cls, recipe, form, meta, origin)
+    origin.size += product.bytes
+    return made
 
 
-def _part(value: Tensor, func: Any, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    part: Tensor = func(value, *args, **kwargs)[i]
-    return part
+def _shape_of(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
