@@ -21,6 +21,8 @@ def applied(recipe: Recipe, values: list[Any]) -> Any:
     name, first = recipe.name, args[0]
     if name == "detach":
         return first
+    if name.startswith("layout "):
+        return first._replace(layout=name.removeprefix("layout "))
     if name in COMMUTATIVE and len(args) == 2 and not isinstance(first, (Product, expression.Expression)):
         first, args = args[1], (args[1], args[0])
     done = None

@@ -34,8 +34,8 @@ class DeferredLogits(Tensor):
 
     takes_losses = True  # read by `operators.overridden`
 
-    _recipe: Any  # None of logits that are there
-    _form: Any  # a Product or an Expression, of which only shapes are used
+    _recipe: Any = None  # None of logits that are there
+    _form: Any = None  # a Product or an Expression, of which only shapes are used
     _meta: Tensor  # shape and strides
     _origin: Origin
     _value: Tensor | None = None
@@ -205,7 +205,7 @@ class DeferredLogits(Tensor):
             raise RuntimeError(f"logits: {func} would write to deferred logits; pass logits.clone()")
         return func(*values[0], **values[1])
 
-    def take(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
+    def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
         """A loss, see the function `take`."""
         return take([self], operands, lean, dense)
 
@@ -246,10 +246,8 @@ def _made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, nod
     """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
 
     def make() -> Any:
-        made: Any = Tensor._make_wrapper_subclass(
-            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=form.device
-        )
-        made._recipe, made._form, made._meta, made._origin, made._views = recipe, form, meta, origin, []
+        made = _wrapped(cls, meta, form.device, origin)
+        made._recipe, made._form = recipe, form
         return made
 
     with _plainly():
@@ -258,6 +256,12 @@ def _made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, nod
         recipe.keep_operands() if recipe.product is None else None
     deferred: DeferredLogits = made
     return deferred
+
+
+def _wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
+    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
+    made._meta, made._origin, made._views = meta, origin, []
+    return made
 
 
 def _recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -356,9 +360,9 @@ def _reduced(func: Any, name: str, t: DeferredLogits, args: tuple[Any, ...], kwa
     from .expression import describe
 
     origin.took(f"{name}({describe(t._form)})", product.rows)
-    if isinstance(found, tuple):
-        return getattr(torch.return_types, name)([origin.guarded(v) for v in found])
-    return origin.guarded(found)
+    for value in found if isinstance(found, tuple) else (found,):
+        origin.guard(value)
+    return getattr(torch.return_types, name)(found) if isinstance(found, tuple) else found
 
 
 def _products(form: Any) -> Iterator[Product]:
@@ -441,15 +445,32 @@ def _of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Defe
             with _plainly():
                 found = func(*args, **kwargs)
         return found
-    guarded = {i: t._origin.guarded(v) for t in deferred for i, v in [(id(t), values[id(t)])]}
-    out = func(*_replaced(args, guarded), **_replaced(kwargs, guarded))
+    out = func(*_replaced(args, values), **_replaced(kwargs, values))
     if any(_shares(o, values[id(t)]) for t in deferred if t._view_of is not None for o in _flat([out])):
         values = {id(t): t._aliased(name) for t in deferred}
         out = func(*_replaced(args, values), **_replaced(kwargs, values))
     for t in deferred:
         if out is values[id(t)]:
             return t
-    return out
+    origin = next((t._origin for t in deferred if t._origin.changes), None)
+    return out if origin is None else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, origin), out)
+
+
+def _with_options(value: Tensor, origin: Origin) -> Tensor:
+    """A tensor that was made of the logits, for code whose loss the options have to reach.
+
+    If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
+    """
+    if not value.is_floating_point() or type(value) is not Tensor:
+        return value
+    if origin.classes not in value.shape:
+        origin.guard(value)
+        return value
+    with _plainly():
+        made = Adopt.apply(_wrapped(DeferredLogits, value, value.device, origin), value)
+    made._value, made._is_written = value, True
+    deferred: DeferredLogits = made
+    return deferred
 
 
 def _shares(out: Any, value: Tensor) -> bool:
@@ -509,9 +530,24 @@ def deferred_product(
     form = product.with_tensors([shapes[0].detach(), *shapes[1:]])
     meta = torch.empty(product.shape, dtype=product.dtype, device="meta")
     made = _made(cls, recipe, form, meta, origin)
+    origin.deferred = True
+    origin.classes = product.weight.shape[0]
     origin.size += product.bytes
     return made
 
 
 def _shape_of(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def relaid(
+    t: DeferredLogits, func: Any, layout: str, args: tuple[Any, ...], kwargs: dict[str, Any], cls: Any
+) -> DeferredLogits:
+    """Deferred logits of a sharded head in another layout over the ranks."""
+    recipe = Recipe(func, f"layout {layout}", args, kwargs)
+    return _made(cls, recipe, t._form._replace(layout=layout), t._meta, t._origin)
+
+
+def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
+    """Turns traced logits into a tensor once tracing is over."""
+    return deferred_product(traced._form, origin)

@@ -39,8 +39,8 @@ def cross_entropy(
         "label_smoothing": label_smoothing,
         "weight": weight,
     }
-    options = origin.settings.extend(options, target)
-    if hasattr(input, "take"):
+    options = origin.extended(options, target)
+    if hasattr(input, "take_loss"):
         loss = _linear(input, target, options, origin, "cross_entropy")
         if loss is not None:
             return loss
@@ -66,12 +66,14 @@ def nll_loss(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if not target.is_floating_point():
         options = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
-        options = origin.settings.extend(options, target)
-        loss = _linear(input, target, options, origin, "nll_loss(log_softmax)")
+        loss = _linear(input, target, origin.settings.extend(options, target), origin, "nll_loss(log_softmax)")
         if loss is not None:
+            origin.used = True
             return loss
-    log_probs = origin.guarded(input.materialize("nll_loss"))
-    return torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
+    log_probs = input.materialize("nll_loss")
+    loss = torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
+    origin.guard(loss)
+    return loss
 
 
 def own_cross_entropy(
@@ -85,8 +87,8 @@ def own_cross_entropy(
 ) -> Any:
     """`fused_cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
     changed = {n: value for n, value in options.items() if isinstance(value, Tensor) or value != _DEFAULTS[n]}
-    options = origin.settings.extend({"ignore_index": -100, **changed, "weight": weight}, target)
-    if hasattr(input, "take"):
+    options = origin.extended({"ignore_index": -100, **changed, "weight": weight}, target)
+    if hasattr(input, "take_loss"):
         if options.get("process_group") is None:
             linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
             loss = _linear(input, target, linear, origin, kind)
@@ -130,6 +132,7 @@ def causal_lm_loss(
 
 def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
+    asked = "return_stats" in options
     options = origin.asked_stats() | options
     of_log_probs = kind == "nll_loss(log_softmax)"
     tensors = {"target": target, **options}
@@ -149,11 +152,11 @@ def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin,
         replaced = {**tensors, **dict(zip(names, given, strict=True))}
         return {"target": replaced.pop("target"), "options": replaced}
 
-    loss = input.take(lean, dense, [tensors[name] for name in names])
+    loss = input.take_loss(lean, dense, [tensors[name] for name in names])
     if loss is None:
         return None
     origin.took(kind, input.shape.numel() // max(1, input.classes), _ignored(target, options))
-    return loss if "return_stats" in options and kind.startswith("fused_") else origin.without_stats(loss)
+    return loss if asked else origin.without_stats(loss)
 
 
 def _on_logits(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.extras import needed
-from ..core.keywords import unknown_keyword
-from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
-from ..deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
-from ..deferred.origin import Settings
+from ..deferred.forward import is_label, output_embeddings, patched_forward, process_wide, recorder_of
+from ..deferred.heads import PATCH, REPLACED, Patch, make_head, own_class, replaced_class, unmake
+from ..deferred.origin import settings_of
 from ..deferred.report import FusionReport
-
-_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "zero_if_all_ignored", "backend")
 
 
 def patch_model(
@@ -29,7 +27,7 @@ def patch_model(
     *,
     ignore_index: int | Collection[int] | None = None,
     memory_budget: int | str | None = None,
-    without_labels: bool = False,
+    without_labels: bool | None = None,
     return_stats: bool = False,
     **loss_options: Any,
 ) -> nn.Module:
@@ -66,34 +64,35 @@ def patch_model(
         Generation, and forwards without labels and gradients, run the model's own code. Patching again replaces the
         options. A model that was saved and loaded again is not patched.
     """
-    settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
+    _needless(without_labels)
+    settings = settings_of("patch_model", ignore_index, memory_budget, return_stats, loss_options)
     models = _transformers_models(model)
-    if not any(map(has_head, models)) and not any(map(_takes_labels, models)):
+    heads = [output_embeddings(inner) for inner in models]
+    if not any(heads) and not any(map(_takes_labels, models)):
         raise ValueError(
             f"model: expected a model with a head, whose loss can be taken, got {type(models[0]).__name__}, which has "
             "no output embeddings and whose forward takes no labels; patch the model around it (...ForCausalLM, say)"
         )
-    for inner in models:
-        recorder_of(inner, fresh=True)
-        cls: Any = type(inner)
-        if not hasattr(cls, "_fused_ignore_ce_of"):
-            inner.__class__ = _patched_class(cls)
+    for inner, head in zip(models, heads, strict=True):
+        if own_class(inner) is None:
+            inner.__class__ = replaced_class(type(inner), _of_model)
             if "forward" in inner.__dict__:
                 inner.forward = inner.__dict__["forward"]
-        inner._fused_ignore_ce = settings
+        inner.__dict__[PATCH] = patch = Patch(settings)
+        if head is not None:
+            make_head(head, patch)
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
-    for inner in _transformers_models(model):
-        inner.__dict__.pop("_fused_ignore_ce", None)
-        cls: Any = type(inner)
-        if "_fused_ignore_ce_of" in cls.__dict__:
-            inner.__class__ = cls._fused_ignore_ce_of
-            own = inner.__dict__.get("forward")
-            if own is not None:
-                inner.__dict__["forward"] = own.__func__._fused_ignore_ce_of
+    patches = {inner.__dict__.get(PATCH) for inner in _transformers_models(model)} - {None}
+    for module in model.modules():
+        own = module.__dict__.get("forward")
+        if own is not None and hasattr(own, "__func__") and hasattr(own.__func__, REPLACED):
+            module.__dict__["forward"] = own.__func__.__dict__[REPLACED]
+        if module.__dict__.get(PATCH) in patches or PATCH not in module.__dict__:
+            unmake(module)
     return model
 
 
@@ -134,13 +133,13 @@ class patch_transformers:  # a function that is also a context manager
         *,
         ignore_index: int | Collection[int] | None = None,
         memory_budget: int | str | None = None,
-        without_labels: bool = False,
+        without_labels: bool | None = None,
         return_stats: bool = False,
         **loss_options: Any,
     ) -> None:
-        settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
+        _needless(without_labels)
         self._before = process_wide.settings
-        process_wide.settings = settings
+        process_wide.set(settings_of("patch_transformers", ignore_index, memory_budget, return_stats, loss_options))
         _patch_classes()
 
     def __enter__(self) -> patch_transformers:
@@ -149,13 +148,13 @@ class patch_transformers:  # a function that is also a context manager
     def __exit__(self, *exc: object) -> None:
         unpatch_transformers()
         if self._before is not None:
-            process_wide.settings = self._before
+            process_wide.set(self._before)
             _patch_classes()
 
 
 def unpatch_transformers() -> None:
     """Undoes `patch_transformers`; models patched by `patch_model` stay patched."""
-    process_wide.settings = None
+    process_wide.set(None)
     while _PATCHED_CLASSES:
         cls, name, original = _PATCHED_CLASSES.pop()
         if original is None:
@@ -164,27 +163,15 @@ def unpatch_transformers() -> None:
             setattr(cls, name, original)
 
 
-def _settings(
-    ignore_index: Any, memory_budget: Any, without_labels: Any, return_stats: Any, loss_options: dict[str, Any]
-) -> Settings:
-    for name, value in (("without_labels", without_labels), ("return_stats", return_stats)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-    for name in loss_options:
-        if name not in _OPTIONS:
-            known = ("ignore_index", "memory_budget", "without_labels", "return_stats", *_OPTIONS)
-            raise TypeError(unknown_keyword("patch_model", name, known))
-    given = {name: value for name, value in loss_options.items() if value is not None}
-    LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
-    ReductionOptions(zero_if_all_ignored=given.get("zero_if_all_ignored", False)).checked()
-    check_backend(given.get("backend", "auto"))
-    memory_budget = budget_bytes(memory_budget)
-    if "weight" in given and not isinstance(given["weight"], Tensor):
-        raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
-    if memory_budget is not None:
-        given["memory_budget"] = memory_budget
-    ids = () if ignore_index is None else ignored_ids(ignore_index)
-    return Settings(ids, given, without_labels, return_stats)
+def _needless(without_labels: Any) -> None:
+    if without_labels is not None:
+        if not isinstance(without_labels, bool):
+            raise TypeError(f"without_labels: expected True or False, got {without_labels!r}")
+        warnings.warn(
+            "without_labels: leave it out; logits of all forwards with gradients are deferred, with labels or without",
+            DeprecationWarning,
+            stacklevel=3,
+        )
 
 
 def _transformers_models(model: Any) -> list[Any]:
@@ -206,24 +193,16 @@ def _takes_labels(model: nn.Module) -> bool:
     return any(map(is_label, inspect.signature(model.forward).parameters))
 
 
-@functools.cache
-def _patched_class(cls: type) -> type:
-    """A subclass of the same name whose forward is patched; instances pickle and copy as such."""
-    body = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": _reduce,
-        "_fused_ignore_ce_of": cls,
-        "forward": patched_forward(cls.forward),  # type: ignore[attr-defined]  # of a module class
-        "__setattr__": _set_attribute,
-    }
-    return type(cls)(cls.__name__, (cls,), body)
+def _of_model(cls: Any) -> dict[str, Any]:
+    """What the class of a patched model has instead of its own."""
+    return {"forward": patched_forward(cls.forward), "__setattr__": _set_attribute}
 
 
 def _set_attribute(self: Any, name: str, value: Any) -> None:
-    """Patches a forward that other code (accelerate, TRL) sets on the instance."""
-    super(_own_class(self), self).__setattr__(name, _patched_method(self, value) if name == "forward" else value)
+    """Patches a forward that other code (accelerate, TRL) sets on the instance; what is compiled calls the patched."""
+    if name == "forward" and not hasattr(value, "_torchdynamo_orig_callable"):
+        value = _patched_method(self, value)
+    super(own_class(self), self).__setattr__(name, value)
 
 
 def _patched_method(model: Any, forward: Any) -> Any:
@@ -233,24 +212,8 @@ def _patched_method(model: Any, forward: Any) -> Any:
         called: Any = functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs))
         called._fused_ignore_ce_set = forward
         patched = patched_forward(called)
-    patched._fused_ignore_ce_of = forward
+    setattr(patched, REPLACED, forward)
     return MethodType(patched, model)
-
-
-def _own_class(model: Any) -> Any:
-    """The patched class: the model's own, or the base that a sharding wrapper (FSDP2) derived the model's from."""
-    return next(cls for cls in type(model).__mro__ if "_fused_ignore_ce_of" in cls.__dict__)
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    cls = _own_class(self)
-    _, args, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
-    return _rebuild, (cls._fused_ignore_ce_of, *args[1:]), *rest
-
-
-def _rebuild(cls: type, *args: Any) -> Any:
-    patched = _patched_class(cls)
-    return patched.__new__(patched, *args)
 
 
 #: (class, attribute, what it was; None if it was inherited)
@@ -283,7 +246,7 @@ def _patch_classes() -> None:
 def _patch_class(cls: Any) -> None:
     from transformers import PreTrainedModel
 
-    if "_fused_ignore_ce_of" in cls.__dict__:
+    if REPLACED in cls.__dict__:
         return
     owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
     if owner is cls or (not issubclass(owner, PreTrainedModel) and owner is not nn.Module):  # its own, or a mixin's

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.extras import needed
 from ..core.options import budget_bytes, check_backend
 from ..deferred.forward import origin_in, recorder_of
+from ..deferred.heads import PATCH, REPLACED
 from ..deferred.product import product_of
 from ..hf.patching import patch_model, unpatch_model
 from .per_token import Head, PerToken, per_token
@@ -53,7 +54,7 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
     Note:
         An SFTTrainer with loss_type="nll" costs three matrix products of the head's size, other losses four, as their
         gradients are known in backward only. A loss that SFTTrainer takes of logits (`label_smoothing_factor`,
-        `compute_loss_func`) is fused by `patch_model(model, without_labels=True)`, which this calls then, unless the
+        `compute_loss_func`) is fused by `patch_model(model)`, which this calls then, unless the
         model is patched already. A model that was saved and loaded again is not patched.
 
     Examples:
@@ -70,8 +71,8 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
         recorder_of(model, fresh=True)
         if not any(_is(function, __name__, "forward_with_head") for function in _functions(model.forward)):
             model.forward = _with_head(model, _own_forward(model))
-    if _takes_logits(trainer) and (trained in _patched_here or "_fused_ignore_ce" not in trained.__dict__):
-        patch_model(trained, without_labels=True, **options)
+    if _takes_logits(trainer) and (trained in _patched_here or PATCH not in trained.__dict__):
+        patch_model(trained, **options)
         _patched_here.add(trained)
     if not isinstance(utils._ChunkedLogProbFunction, _LogProbs):
         utils._ChunkedLogProbFunction = _LogProbs(utils._ChunkedLogProbFunction)
@@ -207,7 +208,7 @@ def _trl_utils() -> Any:
     if trl.__version__.rpartition(".")[0] not in KNOWN_VERSIONS:
         raise RuntimeError(
             f"trl: expected a release of {', '.join(KNOWN_VERSIONS)}, whose head is known, got {trl.__version__}; "
-            "install one of them, or use patch_model(model, without_labels=True), which needs no known version "
+            "install one of them, or use patch_model(model), which needs no known version "
             "where the trainer takes its loss of the model's logits"
         )
     return needed("trl.trainer.utils", "trl")
@@ -244,7 +245,7 @@ def _is(function: Any, module: str, name: str) -> bool:
 
 def _own_forward(model: Any) -> Any:
     """A model's forward, without what `patch_model` has put around it."""
-    return model.forward._fused_ignore_ce_of if hasattr(type(model), "_fused_ignore_ce_of") else model.forward
+    return getattr(model.forward, REPLACED) if hasattr(type(model), REPLACED) else model.forward
 
 
 def _sums(trainer: Any) -> bool:
