@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .logits import InHead, defer
 from .mode import LossMode, can_defer
-from .origin import Origin, Settings
+from .origin import Origin, Settings, settings_of
 from .report import Recorder
 from .sharded import defer_sharded, is_sharded
 
@@ -43,6 +43,63 @@ class Patch:
         return self is other
 
     __hash__ = object.__hash__
+
+
+def defer_logits(
+    head: nn.Module,
+    *,
+    ignore_index: int | Collection[int] | None = None,
+    memory_budget: int | str | None = None,
+    keep_logits: bool = False,
+    **loss_options: Any,
+) -> nn.Module:
+    """Lets the head of any model return logits that are not computed until they are read.
+
+    From then on, what the module returns while gradients are enabled is a `DeferredLogits`. `F.cross_entropy` of it,
+    and of what is made of it by casts, scales, reshapes and slices, is `fused_linear_cross_entropy(hidden, head.weight,
+    ...)`, wherever it is taken; losses of log-probabilities and entropies are computed a tile of rows at a time.
+
+    Args:
+        head: an `nn.Linear`, or a module whose result is a product with its `weight` (V, D), plus an optional `bias`.
+            Changed in place.
+        ignore_index: an id or a collection of ids to ignore, beside those that a loss is told to ignore.
+        memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
+        keep_logits: compute logits that somebody still holds when an optimizer steps. Without it, they cannot be read
+            after the step, since the head has changed.
+        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
+            `fused_linear_cross_entropy`; they apply to every cross entropy that is taken of the logits.
+
+    Returns:
+        head.
+
+    Raises:
+        TypeError: no module; a misspelled option.
+        ValueError, RuntimeError: a module without a weight (V, D); an option out of its range. In a backward:
+            RuntimeError where a loss was taken of the logits by other means than a cross entropy, which the options
+            did not reach.
+
+    Examples:
+        >>> head = defer_logits(nn.Linear(2, 5))
+        >>> logits = head(torch.ones(3, 2))
+        >>> loss = torch.nn.functional.cross_entropy(logits.view(-1, 5), torch.tensor([0, 1, 4]))
+        >>> type(logits).__name__, logits.is_materialized
+        ('DeferredLogits', False)
+    """
+    settings = settings_of("defer_logits", ignore_index, memory_budget, False, loss_options, keep_logits)
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"head: expected a module, got {type(head).__name__}")
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
+        raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
+    make_head(head, Patch(settings))
+    return head
+
+
+def undefer_logits(head: nn.Module) -> nn.Module:
+    """Undoes `defer_logits`; without effect on a module that does not defer. Returns head."""
+    unmake(head)
+    return head
 
 
 class _Running(threading.local):

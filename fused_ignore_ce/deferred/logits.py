@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import forms, tiles
-from .graph import Adopt, Fused, Gradient, Node, Read, Work, dense_of
+from .graph import Adopt, Fused, Node, Read, Work, dense_of
 from .loss import LOSSES
 from .names import FACTORIES, MEMORY, NATIVE, writes
 from .origin import Origin, joint
@@ -81,15 +81,14 @@ class DeferredLogits(Tensor):
         with torch.no_grad():
             recipe.check_unchanged()
             if isinstance(self._form, Product):
-                known = [t for t in recipe.inputs if isinstance(t, DeferredLogits) and t._is_known()]
-                if not known:
+                if not any(t._is_known() for t in recipe.inputs if isinstance(t, DeferredLogits)):
                     form = forms.Leaves().form(self, False)
                     return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
             values = []
             for t in recipe.inputs:
                 if not isinstance(t, DeferredLogits):
                     values.append(t)
-                elif t._stands_alone():
+                elif t._stands_alone() or t._is_known():
                     values.append(t._raw(reader))
                 else:
                     values.append(t.materialize(reader).detach())
@@ -97,7 +96,11 @@ class DeferredLogits(Tensor):
         return found.clone() if any(_shares(found, v) for v in values) else found
 
     def _is_known(self) -> bool:
-        return self._value is not None and not self._stands_alone()
+        """Whether the values follow from computed ones, without the head's weights."""
+        if self._value is not None and not self._stands_alone():
+            return True
+        above = [t for t in self._recipe.inputs if isinstance(t, DeferredLogits)]
+        return bool(above) and all(t._is_known() for t in above)
 
     def _is_there(self) -> bool:
         """Whether the values are computed, or are a part of computed ones."""
@@ -172,7 +175,7 @@ class DeferredLogits(Tensor):
                 return _recorded(func, name, args, kwargs)
         if func in LOSSES and self is not None:
             return LOSSES[func](*args, **kwargs, origin=self._origin)
-        if name in ("grad", "backward") and func.__module__ == "torch.autograd":
+        if func is torch.autograd.grad or func is torch.autograd.backward:
             return _differentiated(func, args, kwargs)
         if writes(name, kwargs):
             return _written(func, name, args, kwargs)
@@ -328,7 +331,7 @@ def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Def
         return list(func(first._meta, *args[1:], **kwargs))
     same_shape = form.shape == first._meta.shape
     if name in ("float", "double", "half", "bfloat16", "to", "type_as") and form.dtype == first._meta.dtype:
-        if not (kwargs.get("copy") or args[2:] and args[-1] is True):
+        if not (kwargs.get("copy") or (args[2:] and args[-1] is True)):
             return first._meta
     if same_shape and (name in _STEPS or not isinstance(form, Product)):
         if first._meta.is_contiguous():
@@ -501,6 +504,8 @@ def _written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             with _plainly(), torch.enable_grad():
                 if value.requires_grad and not member._is_own_leaf() and _shares(value, written):
                     Adopt.apply(member, value)
+                    if member.retains_grad and not value.retains_grad:
+                        value.retain_grad()
     for t in deferred:
         if out is values[id(t)]:
             return t
@@ -533,6 +538,8 @@ def deferred_product(
     origin.deferred = True
     origin.classes = product.weight.shape[0]
     origin.size += product.bytes
+    if origin.settings.keep_logits:
+        _keep_until_step(made)
     return made
 
 
@@ -551,3 +558,24 @@ def relaid(
 def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
     return deferred_product(traced._form, origin)
+
+
+#: The heads' logits that are alive, of models that were told to keep them, by the serials of their recipes.
+_kept: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
+
+
+def _keep_until_step(logits: DeferredLogits) -> None:
+    """Lets logits that are alive when an optimizer steps be computed before it does."""
+    if not _kept:
+        _watch_optimizers()
+    _kept[logits._recipe.serial] = logits
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def compute(*_: Any) -> None:
+        for logits in list(_kept.values()):
+            logits.materialize("optimizer.step")
+        _kept.clear()
+
+    torch.optim.optimizer.register_optimizer_step_pre_hook(compute)

@@ -19,6 +19,7 @@ class Settings(NamedTuple):
     ignore_index: tuple[int, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012 (never written)
     return_stats: bool = False
+    keep_logits: bool = False
 
     @property
     def changes(self) -> str:
@@ -72,14 +73,21 @@ _OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "ze
 
 
 def settings_of(
-    function: str, ignore_index: Any, memory_budget: Any, return_stats: Any, loss_options: dict[str, Any]
+    function: str,
+    ignore_index: Any,
+    memory_budget: Any,
+    return_stats: Any,
+    loss_options: dict[str, Any],
+    keep_logits: Any = False,
 ) -> Settings:
     """The settings for the arguments that a function was given, checked."""
-    if not isinstance(return_stats, bool):
-        raise TypeError(f"return_stats: expected True or False, got {return_stats!r}")
+    for name, value in (("return_stats", return_stats), ("keep_logits", keep_logits)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
     for name in loss_options:
         if name not in _OPTIONS:
-            raise TypeError(unknown_keyword(function, name, ("ignore_index", "memory_budget", "return_stats", *_OPTIONS)))
+            known = ("ignore_index", "memory_budget", "return_stats", "keep_logits", *_OPTIONS)
+            raise TypeError(unknown_keyword(function, name, known))
     given = {name: value for name, value in loss_options.items() if value is not None}
     LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
     ReductionOptions(zero_if_all_ignored=given.get("zero_if_all_ignored", False)).checked()
@@ -90,7 +98,7 @@ def settings_of(
     if memory_budget is not None:
         given["memory_budget"] = memory_budget
     ids = () if ignore_index is None else ignored_ids(ignore_index)
-    return Settings(ids, given, return_stats)
+    return Settings(ids, given, return_stats, keep_logits)
 
 
 class Origin:
@@ -157,7 +165,7 @@ class Origin:
         return self.settings.changes
 
     def guard(self, value: Tensor) -> None:
-        """Makes a gradient of a tensor that was made of the logits an error: it is of a loss that missed the options."""
+        """Makes a gradient of a tensor that was made of the logits an error: its loss missed the options."""
         if self.changes and value.requires_grad and torch.is_grad_enabled():
             value.register_hook(functools.partial(_refuse, self.changes))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.operators import autocasts
 from ..losses.linear_cross_entropy import fused_linear_cross_entropy
 from ..losses.log_probs import fused_linear_log_probs
 
@@ -217,7 +218,7 @@ class Product(NamedTuple):
             return None
         is_probs = target.is_floating_point() and target.shape == self.shape
         dtype = torch.promote_types(self.dtype, target.dtype) if is_probs else self.dtype
-        if torch.is_autocast_enabled(self.device.type):
+        if autocasts(self.device):
             dtype = torch.float32
         dtype = options.get("loss_dtype") or dtype
         if is_probs and self.classes_second:

@@ -165,7 +165,8 @@ def check_unchanged(t: Tensor, version: int) -> None:
         raise RuntimeError(
             "logits: the head's weights or the hidden states were changed in place since the forward, so its "
             "logits cannot be computed any more; before optimizer.step(), read outputs.logits or keep "
-            "outputs.logits.detach().clone(), or call unpatch_model(model) to have them always"
+            "outputs.logits.detach().clone(), or patch with keep_logits=True, which computes logits that are still "
+            "held when an optimizer steps"
         )
     if t.numel() and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided:
         if t.device.type != "meta" and t.untyped_storage().size() == 0:

@@ -1,6 +1,6 @@
 """One call for any transformers model: its loss is computed by this package, without logits where possible.
 
-While the forward of a patched model runs with labels, the product of hidden states and head is deferred. Any cross
+The head of a patched model defers its product whenever gradients are enabled, or its forward is given labels. Any cross
 entropy of these logits is computed by this package, in the forward or later. No model is named, no forward is copied.
 """
 
@@ -29,21 +29,24 @@ def patch_model(
     memory_budget: int | str | None = None,
     without_labels: bool | None = None,
     return_stats: bool = False,
+    keep_logits: bool = False,
     **loss_options: Any,
 ) -> nn.Module:
-    """Lets a transformers model take its loss from hidden states and head, whenever it is called with labels.
+    """Lets losses of a transformers model be taken from hidden states and head, in its forward or afterwards.
 
     Equivalent to the same model with `F.cross_entropy(logits, labels, ...)` replaced by
-    `fused_linear_cross_entropy(hidden, head.weight, labels, ...)`: loss and gradients are the same.
+    `fused_linear_cross_entropy(hidden, head.weight, labels, ...)`: loss and gradients are the same. This is
+    `defer_logits` of the model's head, and what the forwards of transformers need beside it.
 
     Args:
         model: a `PreTrainedModel`, or a module that holds one (PEFT, DDP, torch.compile's). Changed in place.
         ignore_index: an id or a collection of ids to ignore, beside those that the model ignores (-100).
         memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
-        without_labels: also defer the logits of forwards with gradients that get no labels, in training mode or not
-            (`from_pretrained` returns models that are not), so that a loss which is taken of `outputs.logits`
-            afterwards is fused.
+        without_labels: not needed any more: the logits of every forward with gradients are deferred, with labels or
+            without. Giving it is a DeprecationWarning.
         return_stats: `outputs.loss_stats` is then the `LossStats` of the loss that the forward took.
+        keep_logits: compute logits that somebody still holds when an optimizer steps. Without it, they cannot be read
+            after the step, since the head has changed.
         loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
             `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the forward
             and after it.
@@ -54,18 +57,18 @@ def patch_model(
     Raises:
         TypeError: no transformers model; a misspelled option.
         ValueError, RuntimeError: a model without a head; an option out of its range. In a forward: RuntimeError where
-            the model takes no cross entropy that the given options could apply to, and where it is trained without
-            labels, with options, and not by `without_labels=True`. ValueError where `ignore_index` ignores a token of
+            the model takes no cross entropy that the given options could apply to, and where it is called without
+            labels, with options, and its head is no matrix product. ValueError where `ignore_index` ignores a token of
             a loss that is asked for as a sum, whose divisor somebody else counts (`num_items_in_batch`):
             `IgnoreTokens` is what to do. In a backward: RuntimeError where a loss was taken of the logits by other
             means than a cross entropy, which the options did not reach.
 
     Note:
-        Generation, and forwards without labels and gradients, run the model's own code. Patching again replaces the
+        Generation, and other forwards without labels and gradients, run the model's own code. Patching again replaces the
         options. A model that was saved and loaded again is not patched.
     """
     _needless(without_labels)
-    settings = settings_of("patch_model", ignore_index, memory_budget, return_stats, loss_options)
+    settings = settings_of("patch_model", ignore_index, memory_budget, return_stats, loss_options, keep_logits)
     models = _transformers_models(model)
     heads = [output_embeddings(inner) for inner in models]
     if not any(heads) and not any(map(_takes_labels, models)):
@@ -100,18 +103,21 @@ def fusion_report(model: nn.Module) -> FusionReport:
     """The report on a model's logits since it was patched: the losses that were fused, and what read the logits.
 
     Args:
-        model: a patched model, or a module that holds one.
+        model: a patched model, a model whose head was given to `defer_logits`, or a module that holds one.
 
     Returns:
         A `FusionReport`, which prints as a table.
 
     Raises:
-        TypeError: no transformers model.
+        TypeError: neither a transformers model nor one with a head that defers.
 
     Note:
         Counting does not wait for the device; this function does.
     """
-    reports = [recorder_of(inner).report() for inner in _transformers_models(model)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    recorders = [m.__dict__[PATCH].recorder for m in modules if PATCH in m.__dict__]
+    recorders = recorders or [recorder_of(inner) for inner in _transformers_models(model)]
+    reports = [recorder.report() for recorder in dict.fromkeys(recorders)]
     total = reports[0]
     for other in reports[1:]:
         total.add(other)
@@ -135,11 +141,14 @@ class patch_transformers:  # a function that is also a context manager
         memory_budget: int | str | None = None,
         without_labels: bool | None = None,
         return_stats: bool = False,
+        keep_logits: bool = False,
         **loss_options: Any,
     ) -> None:
         _needless(without_labels)
         self._before = process_wide.settings
-        process_wide.set(settings_of("patch_transformers", ignore_index, memory_budget, return_stats, loss_options))
+        process_wide.set(
+            settings_of("patch_transformers", ignore_index, memory_budget, return_stats, loss_options, keep_logits)
+        )
         _patch_classes()
 
     def __enter__(self) -> patch_transformers:

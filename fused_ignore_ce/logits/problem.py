@@ -17,7 +17,7 @@ from ..core.arguments import (
     check_token_weight,
     holds_probabilities,
 )
-from ..core.operators import is_plain, refuse_transforms, wants_grad
+from ..core.operators import autocasts, is_plain, refuse_transforms, wants_grad
 from ..core.options import LossOptions, ReductionOptions
 from ..core.reduction import Targets, finished, loss_dtype_of, prepare_targets, statistics
 from ..core.rows import Logits, acc_dtype, classes_last
@@ -174,7 +174,7 @@ def checked_before(tensors: LogitsTensors, request: Request) -> CheckedCall:
     input, target, weight, token_weight = tensors
     key = (
         form_of(input), form_of(target), form_of(weight), form_of(token_weight), request,
-        torch.is_grad_enabled(), torch.is_autocast_enabled(input.device.type),
+        torch.is_grad_enabled(), autocasts(input.device),
     )  # fmt: skip
     found = _CHECKED.get(key)
     if found is None:

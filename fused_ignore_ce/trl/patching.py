@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.extras import needed
+from ..core.operators import autocasts
 from ..core.options import budget_bytes, check_backend
 from ..deferred.forward import origin_in, recorder_of
 from ..deferred.heads import PATCH, REPLACED
@@ -191,7 +192,7 @@ def _per_token(
             "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
             "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
         )
-    if not torch.is_autocast_enabled(hidden.device.type):  # as TRL's function, which computes in hidden's dtype
+    if not autocasts(hidden.device):  # as TRL's function, which computes in hidden's dtype
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature)
     found = per_token(head, targets, outputs, call.patch.summed, call.patch.options)
