@@ -190,15 +190,22 @@ class _Token(Tensor):
         return _Token.of(args[0].held)  # detach, which autograd asks for where hooks pack what is saved
 
 
-def _hold(ctx: Any, held: Any) -> None:
-    """Saves an object for backward. A checkpoint around it has nothing to compute again here."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t) if _hooks() else contextlib.nullcontext():
-        ctx.save_for_backward(_Token.of(held))
+def are_saved_tensors_packed() -> bool:
+    """Whether somebody, such as a checkpoint, packs the tensors that are saved for backward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _hooks() -> bool:
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return top is not None
+def unpacked() -> Any:
+    """A context in which tensors are saved as they are: a checkpoint has nothing to compute again for our nodes."""
+    if not are_saved_tensors_packed():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def connected(function: Any, *args: Any) -> Any:
+    """Applies an autograd.Function of this package."""
+    with torch._C.DisableTorchFunctionSubclass(), unpacked():
+        return function.apply(*args)
 
 
 class Node(torch.autograd.Function):
@@ -207,7 +214,7 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, make: Callable[[], Any], *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
-        _hold(ctx, recipe)
+        ctx.save_for_backward(_Token.of(recipe))
         return make()
 
     @staticmethod
@@ -328,7 +335,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Work, *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
-        _hold(ctx, work)
+        ctx.save_for_backward(_Token.of(work))
         results = tuple(r.detach() for r in work.results)
         pairs = zip(results, work.results, strict=True)
         ctx.mark_non_differentiable(*(mine for mine, r in pairs if not r.requires_grad))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import forms, tiles
-from .graph import Adopt, Fused, Node, Read, Work, dense_of
+from .graph import Adopt, Fused, Node, Read, Work, are_saved_tensors_packed, connected, dense_of, unpacked
 from .loss import LOSSES
 from .names import FACTORIES, MEMORY, NATIVE, writes
 from .origin import Origin, joint
@@ -69,8 +69,8 @@ class DeferredLogits(Tensor):
             return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
 
         requires_grad = self._requires_grad()
-        with torch.inference_mode(False), torch.set_grad_enabled(requires_grad), _plainly():
-            self._value = Read.apply(self, fresh) if requires_grad else fresh()
+        with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
+            self._value = connected(Read, self, fresh) if requires_grad else fresh()
         self._version_of_value = self._value._version
 
     def _raw(self, reader: str = "backward") -> Tensor:
@@ -103,7 +103,12 @@ class DeferredLogits(Tensor):
         return bool(above) and all(t._is_known() for t in above)
 
     def _is_there(self) -> bool:
-        """Whether the values are computed, or are a part of computed ones."""
+        """Whether the values are computed, or are a part of computed ones.
+
+        A checkpoint that runs a function again must find what it found the first time: to it, they are not.
+        """
+        if are_saved_tensors_packed():
+            return False
         return self._value is not None or (self._view_of is not None and self._view_of[0]._is_there())
 
     def _stands_alone(self) -> bool:
@@ -122,12 +127,9 @@ class DeferredLogits(Tensor):
         value = base._aliased(reader)
         mine = self._value
         if mine is None or mine.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-            is_leaf = self._is_own_leaf()
-            with torch.inference_mode(False), torch.set_grad_enabled(self._requires_grad() and not is_leaf):
+            with torch.inference_mode(False), torch.set_grad_enabled(self._requires_grad()):
                 mine = func(value, *args, **kwargs)
                 self._value = mine = mine if part is None else mine[part]
-            if is_leaf:
-                mine.requires_grad_()
             self._version_of_value = mine._version
         return mine
 
@@ -135,16 +137,19 @@ class DeferredLogits(Tensor):
         """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
         if self._stands_alone():
             return False
-        return not self._requires_grad() or (not self._is_own_leaf() and any(self._recipe.needs))
+        return not self._requires_grad() or any(self._recipe.needs)
 
     def _requires_grad(self) -> bool:
         with _plainly():
             return self.requires_grad
 
-    def _is_own_leaf(self) -> bool:
-        """Whether a caller told detached logits to require a gradient."""
-        with _plainly():
-            return self.requires_grad and self.is_leaf
+    def _become_leaf(self) -> None:
+        """Detached logits that are told to require a gradient: the computed tensor is the leaf."""
+        value = self._aliased("requires_grad_")
+        value.requires_grad_()
+        self._is_written = True
+        with torch.enable_grad():
+            connected(Adopt, self, value)
 
     def _family(self) -> list[DeferredLogits]:
         """All tensors that share memory with this one."""
@@ -168,11 +173,16 @@ class DeferredLogits(Tensor):
             name = func.__self__.__name__ if name == "__get__" else f"__set__ {func.__self__.__name__}"
         self = args[0] if args and isinstance(args[0], cls) else None
         if self is not None and not self._stands_alone():
+            if _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
+                self._become_leaf()
+                return self
             if name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks"):
                 with _plainly():
                     return func(*args, **kwargs)
             if name == "detach":
                 return _recorded(func, name, args, kwargs)
+            if name == "type" and not args[1:] and not kwargs:
+                return torch.empty(0, dtype=self._meta.dtype, device=self.device).type()
         if func in LOSSES and self is not None:
             return LOSSES[func](*args, **kwargs, origin=self._origin)
         if func is torch.autograd.grad or func is torch.autograd.backward:
@@ -227,6 +237,11 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits({about}; .detach().clone() computes them)"
 
 
+def _asks_for_leaf(name: str, args: Any, kwargs: Any) -> bool:
+    asked = name in ("requires_grad_", "__set__ requires_grad")
+    return asked and bool(args[1] if args[1:] else kwargs.get("requires_grad", True))
+
+
 def _deferred(values: Any) -> Iterator[DeferredLogits]:
     """The deferred logits among arguments."""
     for value in values:
@@ -253,8 +268,7 @@ def _made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, nod
         made._recipe, made._form = recipe, form
         return made
 
-    with _plainly():
-        made = Node.apply(recipe, make, *recipe.inputs) if node and any(recipe.needs) else make()
+    made = connected(Node, recipe, make, *recipe.inputs) if node and any(recipe.needs) else make()
     if node:
         recipe.keep_operands() if recipe.product is None else None
     deferred: DeferredLogits = made
@@ -392,15 +406,14 @@ def take(inputs: list[DeferredLogits], operands: list[Tensor], lean: Any, dense:
     def compute() -> Any:
         leaves = forms.Leaves()
         detached = [t.detach().requires_grad_(n) for t, n in zip(operands, needs[len(inputs) :], strict=True)]
-        with torch.set_grad_enabled(any(needs)), _plainly():
+        with torch.set_grad_enabled(any(needs)), _plainly(), unpacked():
             found = [leaves.form(t, n) for t, n in zip(inputs, needs, strict=False)]
             result = None if any(form is None for form in found) else lean(*found, *detached)
         if result is None or not any(needs):
             return result
         results, spec = torch.utils._pytree.tree_flatten(result)
         work = Work(results, leaves.found, detached, inputs, needs, as_called)
-        with _plainly():
-            made = Fused.apply(work, *inputs, *operands)
+        made = connected(Fused, work, *inputs, *operands)
         return torch.utils._pytree.tree_unflatten(made, spec)
 
     root = _root(inputs[0]._recipe)
@@ -469,8 +482,7 @@ def _with_options(value: Tensor, origin: Origin) -> Tensor:
     if origin.classes not in value.shape:
         origin.guard(value)
         return value
-    with _plainly():
-        made = Adopt.apply(_wrapped(DeferredLogits, value, value.device, origin), value)
+    made = connected(Adopt, _wrapped(DeferredLogits, value, value.device, origin), value)
     made._value, made._is_written = value, True
     deferred: DeferredLogits = made
     return deferred
@@ -502,8 +514,8 @@ def _written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             value = member._aliased(name)
             member._is_written = True
             with _plainly(), torch.enable_grad():
-                if value.requires_grad and not member._is_own_leaf() and _shares(value, written):
-                    Adopt.apply(member, value)
+                if value.requires_grad and _shares(value, written):
+                    connected(Adopt, member, value)
                     if member.retains_grad and not value.retains_grad:
                         value.retain_grad()
     for t in deferred:
@@ -573,9 +585,11 @@ def _keep_until_step(logits: DeferredLogits) -> None:
 
 @functools.cache
 def _watch_optimizers() -> None:
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
     def compute(*_: Any) -> None:
         for logits in list(_kept.values()):
             logits.materialize("optimizer.step")
         _kept.clear()
 
-    torch.optim.optimizer.register_optimizer_step_pre_hook(compute)
+    register_optimizer_step_pre_hook(compute)
