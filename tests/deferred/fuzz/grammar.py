@@ -38,7 +38,8 @@ class Template(NamedTuple):
     kind: str
     weight: int
     text: str
-    #: Of "view", "moded" (may stand in a grad mode), "backward", "quiet", "rare", "not beside".
+    #: "moded": may stand in a grad mode. "quiet": computes no logits. "fusible": only of heads whose losses are fused.
+    #: "not_beside": writes to what a thread beside uses. "rare", "slow": drawn less often. "view", "backward".
     flags: frozenset[str]
 
 
@@ -163,7 +164,7 @@ TEMPLATES: list[Template] = [
         "{new_value} = str(torch.result_type({any}, 1.0))", "{new_value} = {any}.new_full((2,), 3.0)", "{new_value} = {any}.storage_offset()",
         "{new_value} = str({any}.device), str({any}.dtype), {any}.is_floating_point()", "{new_value} = {x}.size(-1), {x}.transpose(-1, -2).stride()",
         "{new_value} = {any}.requires_grad, {any}.is_leaf, {any}.retains_grad, {any}.is_sparse"),
-    *_templates("fused", 1, "quiet",
+    *_templates("fused", 1, "quiet fusible",
         "{new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels)",
         "{new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels, label_smoothing=0.1)",
         "{new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels, weight=bias.detach())",
@@ -176,12 +177,12 @@ TEMPLATES: list[Template] = [
         "{new} = {x}.detach().clone().requires_grad_()", "{new_value} = {any}.requires_grad_()"),
     *_templates("detach", 2, "", "{new} = {x}.detach()", "{new} = {x}.data", "{new_value} = {node}.detach_()"),
     # Hooks and retained gradients.
-    *_templates("hook", 4, "hook",
+    *_templates("hook", 4, "",
         "{grad}.register_hook(see('{hook}'))", "{grad}.register_hook(scale('{hook}', 3))", "{grad}.register_hook(look('{hook}'))",
         "{grad}.register_hook(see('{hook}')).remove()", "{grad}.register_hook(scale('{hook}', -0.5))",
         "{any}.register_hook(see('{hook}'))"),
     *_templates("retain_grad", 3, "", "{node}.retain_grad()", "{node}.retain_grad()", "{any}.retain_grad()"),
-    *_templates("hook on a leaf", 1, "hook not_beside",
+    *_templates("hook on a leaf", 1, "not_beside",
         "model.lm_head.weight.register_hook(see('{hook}'))", "bias.register_hook(scale('{hook}', 2))",
         "next(model.parameters()).register_hook(see('{hook}'))", "temperature.register_post_accumulate_grad_hook(leaf('{hook}'))"),
     # Backward passes.
@@ -331,6 +332,7 @@ class _Drawing:
         setting = run.setting
         table = _WITH_OPTIONS if setting.options else TEMPLATES
         banned = {"not_beside"} if setting.beside else set()
+        banned |= {"fusible"} if setting.model in ("where", "frozen function", "frozen no_grad") else set()
         self.templates = [t for t in table if t.kind not in set(without) and not t.flags & banned]
         self.weighted = [t for t in self.templates for _ in range(1 if "rare" in t.flags else t.weight)]
 

@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -273,6 +274,7 @@ class Run:
         self.variables: list[str] = []
         self.observed: Observed = []
         self.ended = False
+        self._retained: set[str] = set()
         self._hidden: dict[int, StorageWeakRef] = {}
         if setting.held:
             self.names["model"].lm_head.register_forward_pre_hook(self._remember)
@@ -299,6 +301,7 @@ class Run:
         for name in statement.makes:
             self._observe(f"{name} of `{statement.text}`", lambda n=name: self._described(n, self.names[n]))
             self.variables.append(name)
+        self._retained.update(re.findall(r"(\w+)\.retain_grad\(", statement.text))
         self._flush_hooks(statement.text)
 
     def _reads(self) -> Any:
@@ -340,7 +343,8 @@ class Run:
         for name in (*OPERANDS, *self.variables):
             value = self.names[name]
             if isinstance(value, Tensor):
-                self._observe(f"gradient of {name}", lambda v=value: v.grad if v.is_leaf or v.retains_grad else None)
+                retained = name in self._retained
+                self._observe(f"gradient of {name}", lambda v=value, r=retained: v.grad if r or v.is_leaf else None)
         for name in (*OPERANDS, *self.variables):
             self._observe(f"value of {name}", lambda n=name: self.names[n])
         for name in self.variables:
