@@ -164,7 +164,7 @@ TEMPLATES: list[Template] = [
         "{new_value} = str(torch.result_type({any}, 1.0))", "{new_value} = {any}.new_full((2,), 3.0)", "{new_value} = {any}.storage_offset()",
         "{new_value} = str({any}.device), str({any}.dtype), {any}.is_floating_point()", "{new_value} = {x}.size(-1), {x}.transpose(-1, -2).stride()",
         "{new_value} = {any}.requires_grad, {any}.is_leaf, {any}.retains_grad, {any}.is_sparse"),
-    *_templates("fused", 1, "quiet fusible",
+    *_templates("fused", 2, "quiet fusible",
         "{new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels)",
         "{new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels, label_smoothing=0.1)",
         "{new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels, weight=bias.detach())",
@@ -222,7 +222,7 @@ TEMPLATES: list[Template] = [
     *_templates("write to an operand", 2, "not_beside",
         "shift.zero_()", "shift.mul_(2)", "with torch.no_grad(): bias.mul_(2)", "with torch.no_grad(): temperature.add_(1)",
         "{hidden}.mul_(2)", "with torch.no_grad(): {hidden}.zero_()", "{scalar}.mul_(2)"),
-    *_templates("step", 1, "not_beside", "torch.optim.SGD(model.parameters(), lr=0.5).step()", "with torch.no_grad(): model.lm_head.weight.mul_(0.5)"),
+    *_templates("step", 2, "not_beside", "torch.optim.SGD(model.parameters(), lr=0.5).step()", "with torch.no_grad(): model.lm_head.weight.mul_(0.5)"),
     *_templates("zero_grad", 1, "", "model.zero_grad()", "bias.grad = None"),
     # Copies and threads.
     *_templates("copy", 1, "",
@@ -385,7 +385,7 @@ class _Drawing:
 def _setting(pick: Pick) -> Setting:
     models = ["tiny"] * 8 + ["bias"] * 2 + ["llama"] * 2 + (["gpt"] * 4 if "gpt" in MODELS else [])
     models += ["tied", "capped", "where", "frozen function", "frozen no_grad"]
-    special = pick([""] * 40 + ["beside"] + ["held"] * 3 + ["options"] * 3 + ["meta"] * 2)
+    special = pick([""] * 38 + ["beside"] * 2 + ["held"] * 5 + ["options"] * 3 + ["meta"] * 2)
     model = pick(models)
     if special == "options" and model not in ("tiny", "bias", "capped", "where"):
         model = "tiny"
