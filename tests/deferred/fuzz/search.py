@@ -37,7 +37,7 @@ def verdict_of(program: Program, patch: Patch = patched, plain: Observed | None 
 
 
 def smallest(failure: Failure, patch: Patch = patched, tries: int = 300) -> Failure:
-    """The smallest program that was found to fail in the same way: simpler setting, fewer statements, fewer variables."""
+    """The smallest program found that fails in the same way, with a simpler setting, fewer statements and variables."""
     tried: set[Program] = set()
     found = True
     while found:
