@@ -360,6 +360,7 @@ class Run:
             self._read_everything()
             if self.setting.held:
                 self._observe_held()
+        self.observed.append(("torch function modes left on", _modes_switched_off()))
         self.names.clear()
         return self.observed
 
@@ -400,6 +401,14 @@ class Run:
             gc.collect()
         held = sum(not ref.expired() for ref in self._hidden.values())
         self.observed.append(("hidden states held by losses", held))
+
+
+def _modes_switched_off() -> int:
+    """Switches off modes that a program has left on in this thread, and says how many there were."""
+    left = torch._C._len_torch_function_stack()
+    for _ in range(left):
+        torch._C._pop_torch_function_stack()
+    return left
 
 
 def _copied(value: Any) -> Any:
