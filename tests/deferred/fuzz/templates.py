@@ -25,6 +25,7 @@ What is left out, because PyTorch is at odds with itself:
 - Views made under `no_grad` or in inference mode of a tensor that requires a gradient: they say that they require one,
   get none, and crash on a hook. So views are not moded.
 - Writes through `.data`: saved tensors change and nobody notices, so that PyTorch's own gradients are wrong.
+- A hook on a view whose base was written since: PyTorch crashes, unless somebody asks for `grad_fn` first. So hooks do.
 - What follows a backward pass that failed: which gradients it has accumulated by then depends on the order of nodes.
 - The order in which hooks of different tensors are called in one backward, which is that in which nodes were made.
 """
@@ -311,12 +312,12 @@ detach, weight 2
     {new_value} = {node}.detach_()
 
 hook, weight 4
-    {grad}.register_hook(see('{hook}'))
-    {grad}.register_hook(scale('{hook}', 3))
-    {grad}.register_hook(look('{hook}'))
-    {grad}.register_hook(see('{hook}')).remove()
-    {grad}.register_hook(scale('{hook}', -0.5))
-    {any}.register_hook(see('{hook}'))
+    {grad}.grad_fn; {grad}.register_hook(see('{hook}'))
+    {grad}.grad_fn; {grad}.register_hook(scale('{hook}', 3))
+    {grad}.grad_fn; {grad}.register_hook(look('{hook}'))
+    {grad}.grad_fn; {grad}.register_hook(see('{hook}')).remove()
+    {grad}.grad_fn; {grad}.register_hook(scale('{hook}', -0.5))
+    {any}.grad_fn; {any}.register_hook(see('{hook}'))
 
 retain_grad, weight 3
     {node}.retain_grad()
