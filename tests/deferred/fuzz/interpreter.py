@@ -400,6 +400,7 @@ class Run:
         if not all(ref.expired() for ref in self._hidden.values()):
             gc.collect()
         held = sum(not ref.expired() for ref in self._hidden.values())
+        self._hidden.clear()
         self.observed.append(("hidden states held by losses", held))
 
 
