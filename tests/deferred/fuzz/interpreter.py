@@ -362,6 +362,7 @@ class Run:
                 self._observe_held()
         self.observed.append(("torch function modes left on", _modes_switched_off()))
         self.names.clear()
+        self._hidden.clear()
         return self.observed
 
     def _read_everything(self) -> None:
@@ -400,7 +401,6 @@ class Run:
         if not all(ref.expired() for ref in self._hidden.values()):
             gc.collect()
         held = sum(not ref.expired() for ref in self._hidden.values())
-        self._hidden.clear()
         self.observed.append(("hidden states held by losses", held))
 
 

@@ -51,10 +51,16 @@ def smallest(failure: Failure, patch: Patch = patched, tries: int = 300, seconds
                 return failure
             tried.add(candidate)
             verdict = verdict_of(candidate, patch)
-            if verdict.verdict == failure.verdict.verdict:
+            if verdict.verdict == failure.verdict.verdict and _symptom(verdict) == _symptom(failure.verdict):
                 failure, found = Failure(candidate, verdict), True
                 break
     return failure
+
+
+def _symptom(verdict: Verdict) -> str:
+    """What was seen, without names of variables and texts of statements."""
+    what = re.sub(r"`[^`]*`", "", verdict.what)
+    return re.sub(r"\b[a-z]\d+\b", "", what).partition(":")[0] if verdict.verdict != RAISED else what[-60:]
 
 
 def _simpler(program: Program) -> Iterator[Program]:
