@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import sys
 import time
@@ -47,6 +48,8 @@ def _search(args: argparse.Namespace, without: list[str]) -> int:
         if time.monotonic() - started > args.minutes * 60:
             break
         seed = args.seed * 1_000_000 + i
+        faulthandler.dump_traceback_later(600, exit=True)
+        print(f"\rprogram {i + 1}, seed {seed}", end="", file=sys.stderr, flush=True)  # names one that hangs or crashes
         program, plain = drawn(seed, without)
         verdict = verdict_of(program, plain=plain)
         tally[verdict.verdict] += 1
@@ -68,6 +71,7 @@ def _search(args: argparse.Namespace, without: list[str]) -> int:
         else:
             first, small, count = clusters[key]
             clusters[key] = first, small, count + 1
+    faulthandler.cancel_dump_traceback_later()
     seconds = time.monotonic() - started
     print(
         f"\n{tally.total()} programs in {seconds:.0f} s: "
