@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import sys
 import time
@@ -47,6 +48,8 @@ def _search(args: argparse.Namespace, without: list[str]) -> int:
         if time.monotonic() - started > args.minutes * 60:
             break
         seed = args.seed * 1_000_000 + i
+        faulthandler.dump_traceback_later(600, exit=True)
+        print(f"\rprogram {i + 1}, seed {seed}", end="", file=sys.stderr, flush=True)  # names one that hangs or crashes
         program, plain = drawn(seed, without)
         verdict = verdict_of(program, plain=plain)
         tally[verdict.verdict] += 1
@@ -68,16 +71,22 @@ def _search(args: argparse.Namespace, without: list[str]) -> int:
         else:
             first, small, count = clusters[key]
             clusters[key] = first, small, count + 1
+    faulthandler.cancel_dump_traceback_later()
     seconds = time.monotonic() - started
-    print(f"\n{tally.total()} programs in {seconds:.0f} s: " + ", ".join(f"{tally[v]} {v}" for v in (RIGHT, WRONG, RAISED, NOT_RAISED)))
-    for (verdict, kinds), (first, _, count) in sorted(clusters.items(), key=lambda item: -item[1][2]):
-        print(f"{count:6} {verdict}: {', '.join(sorted(kinds))} (first: seed {first})")
-    for verdict, count in unsorted.items():
-        print(f"{count:6} {verdict}: not made small")
+    print(
+        f"\n{tally.total()} programs in {seconds:.0f} s: "
+        + ", ".join(f"{tally[v]} {v}" for v in (RIGHT, WRONG, RAISED, NOT_RAISED))
+    )
+    for (how, kinds), (first, _, count) in sorted(clusters.items(), key=lambda item: -item[1][2]):
+        print(f"{count:6} {how}: {', '.join(sorted(kinds))} (first: seed {first})")
+    for how, count in unsorted.items():
+        print(f"{count:6} {how}: not made small")
     return int(tally[RIGHT] != tally.total())
 
 
-def _known(program: Program, verdict: str, clusters: dict[tuple[str, frozenset[str]], tuple[int, Failure, int]]) -> tuple[str, frozenset[str]] | None:
+def _known(
+    program: Program, verdict: str, clusters: dict[tuple[str, frozenset[str]], tuple[int, Failure, int]]
+) -> tuple[str, frozenset[str]] | None:
     """The kind of failure whose statements the program has, too: the one with the most statements."""
     fits = [key for key in clusters if key[0] == verdict and key[1] <= program.kinds]
     return max(fits, key=lambda key: len(key[1]), default=None)

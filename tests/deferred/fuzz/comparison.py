@@ -9,7 +9,12 @@ from torch import Tensor
 
 from .interpreter import Observed
 
-RIGHT, WRONG, RAISED, NOT_RAISED = "right", "wrong in silence", "raised where plain does not", "did not raise where plain does"
+RIGHT, WRONG, RAISED, NOT_RAISED = (
+    "right",
+    "wrong in silence",
+    "raised where plain does not",
+    "did not raise where plain does",
+)
 
 #: Classes of errors that say nothing to a user, where plain PyTorch raises another one.
 _UNCLEAR = (AttributeError, AssertionError, KeyError, NameError, RecursionError)
@@ -59,7 +64,11 @@ def judge(ours: Observed, plain: Observed, dtype: str, options: bool = False) ->
                 return Verdict(WRONG, f"{label}: {difference}")
     if len(ours) > len(plain):
         label, got = ours[len(plain)]
-        return Verdict(RAISED, f"{label}: {_told(got)}") if isinstance(got, Exception) else Verdict(WRONG, f"{label}: seen")
+        return (
+            Verdict(RAISED, f"{label}: {_told(got)}")
+            if isinstance(got, Exception)
+            else Verdict(WRONG, f"{label}: seen")
+        )
     return Verdict(RIGHT)
 
 
@@ -120,5 +129,9 @@ def _between_tensors(got: Tensor, expected: Tensor, relative: float, floor: floa
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of norm {value.double().norm().item():.3g}" if not value.is_meta else "a tensor"
+        return (
+            f"a tensor {tuple(value.shape)} of norm {value.double().norm().item():.3g}"
+            if not value.is_meta
+            else "a tensor"
+        )
     return repr(value)[:200]

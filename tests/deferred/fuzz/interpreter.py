@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import pickle
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,10 +48,14 @@ def index_of(x: Tensor) -> Tensor:
     return ((torch.arange(rows.numel(), device=x.device) * 5 + 2) % classes).view(*rows, 1)
 
 
-def like(x: Tensor, seed: int = 0, positive: bool = False) -> Tensor:
-    """Constants of the shape of `x`, from 0.5 to 1.5 or from -1 to 1."""
-    values = torch.linspace(0.3, 7.1 + seed, x.shape.numel(), dtype=x.dtype, device=x.device).sin().view(x.shape)
-    return values * 0.5 + 1 if positive else values
+def like(x: Tensor, seed: int = 0) -> Tensor:
+    """Constants of the shape of `x`, from -1 to 1."""
+    return torch.linspace(0.3, 7.1 + seed, x.shape.numel(), dtype=x.dtype, device=x.device).sin().view(x.shape)
+
+
+def probabilities(x: Tensor) -> Tensor:
+    """Probabilities as labels for logits."""
+    return like(x).softmax(-1)
 
 
 def class_weight(x: Tensor) -> Tensor:
@@ -113,14 +120,15 @@ def in_thread(function: Callable[[], Any]) -> Any:
 
 
 def in_threads(*functions: Callable[[], Any]) -> list[Any]:
-    """The functions' results, computed in a thread each, all at once."""
+    """The functions' results, computed in a thread each, all at once and several times."""
     out: list[Any] = [None] * len(functions)
     ready = threading.Barrier(len(functions))
 
     def run(i: int) -> None:
         ready.wait()
         try:
-            out[i] = functions[i]()
+            for _ in range(5):
+                out[i] = functions[i]()
         except Exception as e:
             out[i] = e
 
@@ -139,7 +147,7 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 @contextlib.contextmanager
 def switching_often() -> Iterator[None]:
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-4)
     try:
         yield
     finally:
@@ -148,7 +156,7 @@ def switching_often() -> Iterator[None]:
 
 def replica_of(model: nn.Module) -> nn.Module:
     """What nn.DataParallel makes of a model for each device: shallow copies, and parameters that are no leaves."""
-    copies: dict[nn.Module, nn.Module] = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    copies: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in model.modules()}
     values = {p: p * 1 for p in model.parameters()}
     for module, replica in copies.items():
         for name, child in module._modules.items():
@@ -156,6 +164,19 @@ def replica_of(model: nn.Module) -> nn.Module:
         for name, parameter in module._parameters.items():
             setattr(replica, name, None if parameter is None else values[parameter])
     return copies[model]
+
+
+def in_replicas(model: nn.Module, function: Callable[[nn.Module], Any]) -> list[Any]:
+    """A function's results for two replicas, each computed in a thread."""
+    first, second = replica_of(model), replica_of(model)
+    return in_threads(lambda: function(first), lambda: function(second))
+
+
+def trained(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
+    """The loss of a model and the gradient of its head."""
+    loss: Tensor = model(ids, labels=labels).loss
+    loss.backward()
+    return loss, model.lm_head.weight.grad
 
 
 def compiled_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
@@ -183,14 +204,14 @@ def torch_saved(x: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-def head_flops(function: Callable[[], Any]) -> bool:
-    """Whether the products of a loss and its backward are counted: three of (B * T, D) and (D, V) at most are the head's."""
+def head_flops(model: Any, ids: Tensor) -> bool:
+    """Whether the products of a head and of its backward are counted."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    hidden = model.model(ids)[0].detach()
     with FlopCounterMode(display=False) as counter:
-        function()
-    flops = counter.get_flop_counts()["Global"]
-    return sum(flops.values()) > 0
+        ce(model.lm_head(hidden)).backward()
+    return counter.get_total_flops() > 0
 
 
 class Hooks:
@@ -208,7 +229,11 @@ class Hooks:
 
     def look(self, name: str) -> Any:
         """A hook that reads no values, as FSDP's."""
-        return lambda g: self.calls.setdefault(name, []).append((tuple(g.shape), str(g.dtype))) and None
+
+        def hook(g: Any) -> None:
+            self.calls.setdefault(name, []).append(None if g is None else (tuple(g.shape), str(g.dtype)))
+
+        return hook
 
     def scale(self, name: str, factor: float) -> Any:
         """A hook that replaces the gradient."""
@@ -227,7 +252,7 @@ class Hooks:
 def session(setting: Setting, patch: Patch = patched) -> dict[str, Any]:
     """The names that a program's statements use."""
     dtype = getattr(torch, setting.dtype)
-    model = build(setting.model, dtype, setting.device, 0)
+    model: Any = build(setting.model, dtype, setting.device, 0)
     other = build("bias" if setting.model == "tiny" else "tiny", dtype, setting.device, 1)
     functional: Any = F
     if setting.options:
@@ -255,7 +280,8 @@ def session(setting: Setting, patch: Patch = patched) -> dict[str, Any]:
         "class_weight": class_weight, "ce": ce, "entropy": entropy, "z_loss": z_loss, "picked": picked,
         "Doubled": Doubled, "in_thread": in_thread, "in_threads": in_threads, "replica_of": replica_of,
         "compiled_loss": compiled_loss, "saved_and_loaded": saved_and_loaded, "torch_saved": torch_saved,
-        "head_flops": head_flops,
+        "head_flops": head_flops, "in_replicas": in_replicas, "trained": trained, "probabilities": probabilities,
+        "soft_labels": probabilities(torch.empty(B, T, V, dtype=dtype, device=setting.device)),
     }  # fmt: skip
 
 
@@ -273,6 +299,7 @@ class Run:
         self.variables: list[str] = []
         self.observed: Observed = []
         self.ended = False
+        self._retained: set[str] = set()
         self._hidden: dict[int, StorageWeakRef] = {}
         if setting.held:
             self.names["model"].lm_head.register_forward_pre_hook(self._remember)
@@ -297,15 +324,19 @@ class Run:
             new = sorted(name for i, found in enumerate(after) for name in found if found[name] != before[i].get(name))
             self.observed.append((f"reads by `{statement.text}`", tuple(new)))
         for name in statement.makes:
-            self._observe(f"{name} of `{statement.text}`", lambda n=name: self._described(n, self.names[n]))
+            self._observe(f"{name} of `{statement.text}`", functools.partial(self._described, name))
             self.variables.append(name)
+        self._retained.update(re.findall(r"(\w+)\.retain_grad\(", statement.text))
         self._flush_hooks(statement.text)
 
     def _reads(self) -> Any:
         return [reads(self.names[m]) for m in ("model", "other")] if self.patch is patched else []
 
-    def _described(self, name: str, value: Any) -> Any:
+    def _described(self, name: str) -> Any:
         """What can be asked about a value that was just made; not the strides, which have made tensors be computed."""
+        return self._description(name, self.names[name])
+
+    def _description(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             same = tuple(n for n in (*self.variables, *OPERANDS) if self.names.get(n) is value and n != name)
             return (
@@ -313,7 +344,7 @@ class Run:
                 f"is_leaf={value.is_leaf}", f"is_inference={value.is_inference()}",
             )  # fmt: skip
         if isinstance(value, (tuple, list)):
-            return tuple(self._described(name, v) for v in value)
+            return tuple(self._description(name, v) for v in value)
         return value if isinstance(value, _SIMPLE) else type(value).__name__
 
     def _flush_hooks(self, text: str) -> None:
@@ -330,25 +361,31 @@ class Run:
             self._read_everything()
             if self.setting.held:
                 self._observe_held()
+        self.observed.append(("torch function modes left on", _modes_switched_off()))
         self.names.clear()
+        self._hidden.clear()
         return self.observed
 
     def _read_everything(self) -> None:
         for module in ("model", "other"):
             for name, parameter in self.names[module].named_parameters():
-                self._observe(f"gradient of {module}.{name}", lambda p=parameter: p.grad)
+                self._observe(f"gradient of {module}.{name}", functools.partial(getattr, parameter, "grad"))
         for name in (*OPERANDS, *self.variables):
             value = self.names[name]
             if isinstance(value, Tensor):
-                self._observe(f"gradient of {name}", lambda v=value: v.grad if v.is_leaf or v.retains_grad else None)
+                self._observe(f"gradient of {name}", functools.partial(self._gradient, name, value))
         for name in (*OPERANDS, *self.variables):
-            self._observe(f"value of {name}", lambda n=name: self.names[n])
+            self._observe(f"value of {name}", functools.partial(self.names.get, name))
         for name in self.variables:
             if isinstance(self.names[name], Tensor):
-                self._observe(f"strides of {name}", lambda n=name: self.names[n].stride())
+                self._observe(f"strides of {name}", functools.partial(Tensor.stride, self.names[name]))
         with torch.no_grad():  # another model's loss is its own
             x = F.linear(self.names["shift"].expand(B, V), self.names["matrix"].detach())
             self._observe("loss of a model that is not patched", lambda: F.cross_entropy(x, labels_of(x)))
+
+    def _gradient(self, name: str, value: Tensor) -> Any:
+        """The gradient of a leaf, or of a tensor that was told to retain it; others are not asked."""
+        return value.grad if name in self._retained or value.is_leaf else None
 
     def _observe(self, label: str, value: Callable[[], Any]) -> None:
         try:
@@ -366,6 +403,14 @@ class Run:
             gc.collect()
         held = sum(not ref.expired() for ref in self._hidden.values())
         self.observed.append(("hidden states held by losses", held))
+
+
+def _modes_switched_off() -> int:
+    """Switches off modes that a program has left on in this thread, and says how many there were."""
+    left = torch._C._len_torch_function_stack()
+    for _ in range(left):
+        torch._C._pop_torch_function_stack()
+    return left
 
 
 def _copied(value: Any) -> Any:
@@ -386,16 +431,23 @@ class _Background:
         self.error: Exception | None = None
         self.stopped = threading.Event()
         self.interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)
+        sys.setswitchinterval(1e-4)
         self.thread = threading.Thread(target=self._loop)
         self.thread.start()
 
     def _loop(self) -> None:
-        while self.error is None and (len(self.results) < 2 or not self.stopped.is_set()) and len(self.results) < 200:
+        until = time.monotonic() + 3
+        while self.error is None and not self._had_enough(until):
             try:
                 self.results.append(self._once())
             except Exception as e:
                 self.error = e.with_traceback(None)
+
+    def _had_enough(self, until: float) -> bool:
+        """At least twice; eight times if there is time, and until the program ends if that is not too often."""
+        count = len(self.results)
+        late = time.monotonic() > until
+        return count >= 2 and (late or count >= 40 or (count >= 8 and self.stopped.is_set()))
 
     def _once(self) -> list[Tensor]:
         model, ids, labels = self.model, self.ids, self.labels
@@ -419,7 +471,9 @@ class _Background:
         if self.error is not None:
             return [("error in the thread beside", self.error)]
         first = self.results[0]
-        same = all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for r in self.results for a, b in zip(first, r, strict=True))
+        same = all(
+            torch.allclose(a, b, rtol=1e-6, atol=1e-7) for r in self.results for a, b in zip(first, r, strict=True)
+        )
         return [("results of the thread beside", first), ("results of the thread beside stay", same)]
 
 

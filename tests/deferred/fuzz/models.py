@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def _llama() -> nn.Module:
     return llama(vocab_size=V, hidden_size=D, intermediate_size=D)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "tiny": lambda: Tiny(nn.Linear(D, V, bias=False)),
     "bias": lambda: Tiny(nn.Linear(D, V)),
     "tied": _tied,
@@ -150,10 +151,10 @@ if DEFERS_ANY_HEAD:
     MODELS["gpt"] = GPT
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pristine(name: str, dtype: torch.dtype, device: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    model: nn.Module = MODELS[name]()
     with torch.no_grad():
         for parameter in model.parameters():  # logits of size 1 to 5, and no two alike
             parameter.copy_(torch.randn(parameter.shape) * (0.7 if parameter.dim() > 1 else 0.5))

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 class Setting(NamedTuple):
     """What a program runs on.
 
-    `beside`: another thread trains and evaluates the same model meanwhile. `held`: it is checked which hidden states the
-    program's losses keep alive. `options`: the model is patched with label smoothing.
+    `beside`: another thread trains and evaluates the same model meanwhile. `held`: it is checked which hidden states
+    the program's losses keep alive. `options`: the model is patched with label smoothing.
     """
 
     model: str = "tiny"

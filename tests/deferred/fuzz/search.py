@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -36,23 +37,30 @@ def verdict_of(program: Program, patch: Patch = patched, plain: Observed | None 
     return judge(observe(program, patch), expected, setting.dtype, setting.options)
 
 
-def smallest(failure: Failure, patch: Patch = patched, tries: int = 300) -> Failure:
-    """The smallest program that was found to fail in the same way: simpler setting, fewer statements, fewer variables."""
+def smallest(failure: Failure, patch: Patch = patched, tries: int = 300, seconds: float = 20) -> Failure:
+    """The smallest program found that fails in the same way, with a simpler setting, fewer statements and variables."""
     tried: set[Program] = set()
+    until = time.monotonic() + seconds
     found = True
     while found:
         found = False
         for candidate in _simpler(failure.program):
             if candidate in tried:
                 continue
-            if len(tried) == tries:
+            if len(tried) == tries or time.monotonic() > until:
                 return failure
             tried.add(candidate)
             verdict = verdict_of(candidate, patch)
-            if verdict.verdict == failure.verdict.verdict:
+            if verdict.verdict == failure.verdict.verdict and _symptom(verdict) == _symptom(failure.verdict):
                 failure, found = Failure(candidate, verdict), True
                 break
     return failure
+
+
+def _symptom(verdict: Verdict) -> str:
+    """What was seen, without names of variables and texts of statements."""
+    what = re.sub(r"`[^`]*`", "", verdict.what)
+    return re.sub(r"\b[a-z]\d+\b", "", what).partition(":")[0] if verdict.verdict != RAISED else what[-60:]
 
 
 def _simpler(program: Program) -> Iterator[Program]:
