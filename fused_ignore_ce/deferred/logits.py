@@ -13,7 +13,7 @@ from torch import Tensor
 from . import forms, tiles
 from .graph import Adopt, Fused, Node, Read, Work, are_saved_tensors_packed, connected, dense_of, unpacked
 from .loss import LOSSES
-from .names import FACTORIES, MEMORY, NATIVE, writes
+from .names import FACTORIES, MEMORY, NATIVE, ON_SHAPES, writes
 from .origin import Origin, joint
 from .product import Product, product_of
 from .recipe import Recipe, autocast, autocast_state
@@ -52,7 +52,7 @@ class DeferredLogits(Tensor):
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
-            if self._view_of is not None and (self._view_of[0]._stands_alone() or self._view_of[0]._value is not None):
+            if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
                 return self._aliased(reader)
             self._origin.was_read(reader)
             self._keep(functools.partial(self._raw, reader))
@@ -109,7 +109,12 @@ class DeferredLogits(Tensor):
         """
         if are_saved_tensors_packed():
             return False
-        return self._value is not None or (self._view_of is not None and self._view_of[0]._is_there())
+        if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
+            return True
+        return self._recipe is None or self._is_known()
+
+    def _is_there_or_written(self) -> bool:
+        return self._value is not None or self._stands_alone()
 
     def _stands_alone(self) -> bool:
         """Whether the computed value stands for this tensor: somebody wrote to it, or there is no recipe."""
@@ -192,6 +197,8 @@ class DeferredLogits(Tensor):
         deferred = list(_deferred((args, kwargs)))
         if any(t._stands_alone() for t in deferred):
             return _of_values(func, name, args, kwargs, deferred)
+        if name in ON_SHAPES:
+            return func(*_replaced(args, {id(t): t._meta for t in deferred}), **kwargs)
         if self is not None and name in FACTORIES:
             return func(self._meta, *args[1:], **{"device": self.device, **kwargs})
         if not torch.is_inference_mode_enabled():
@@ -220,6 +227,8 @@ class DeferredLogits(Tensor):
 
     def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
         """A loss, see the function `take`."""
+        if self._origin.settings.keep_logits and self._is_there():
+            return None
         return take([self], operands, lean, dense)
 
     @property
@@ -488,6 +497,11 @@ def _with_options(value: Tensor, origin: Origin) -> Tensor:
     return deferred
 
 
+def _in_order(t: Tensor) -> bool:
+    """Whether strides do not grow from one dimension to the next, as those of a computed part of the logits."""
+    return sorted(t.stride(), reverse=True) == list(t.stride())
+
+
 def _shares(out: Any, value: Tensor) -> bool:
     return isinstance(out, Tensor) and out.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
 
@@ -508,13 +522,14 @@ def _written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     values = {id(t): t._aliased(name) for t in deferred}
     target = kwargs.get("out") if isinstance(kwargs.get("out"), DeferredLogits) else args[0]
     out = func(*_replaced(args, values), **_replaced(kwargs, values))
+    was_enabled = torch.is_grad_enabled()
     if isinstance(target, DeferredLogits):
         written = values[id(target)]
         for member in target._family():
             value = member._aliased(name)
             member._is_written = True
             with _plainly(), torch.enable_grad():
-                if value.requires_grad and _shares(value, written):
+                if (was_enabled or member._requires_grad()) and value.requires_grad and _shares(value, written):
                     connected(Adopt, member, value)
                     if member.retains_grad and not value.retains_grad:
                         value.retain_grad()

@@ -11,7 +11,7 @@ NATIVE = frozenset({
     "element_size", "itemsize", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn",
     "is_xpu", "is_mps", "is_inference", "is_neg", "is_conj", "output_nr", "name", "names", "_version", "_base",
     "_backward_hooks", "_is_view", "is_sparse_csr", "nbytes", "is_contiguous", "storage_offset", "retain_grad",
-    "retains_grad", "register_hook", "register_post_accumulate_grad_hook", "backward", "is_signed", "is_same_size",
+    "retains_grad", "register_hook", "register_post_accumulate_grad_hook", "backward", "is_signed",
     "is_sparse_coo", "detach_",
 })  # fmt: skip
 
@@ -20,6 +20,9 @@ FACTORIES = frozenset({
     "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "new_empty_strided", "zeros_like", "ones_like",
     "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
 })  # fmt: skip
+
+#: Functions of shapes and dtypes.
+ON_SHAPES = frozenset({"result_type", "is_same_size"})
 
 #: Methods that give away the memory of a tensor.
 MEMORY = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__", "data"})

@@ -11,7 +11,7 @@ from torch import Tensor
 from .expression import ELEMENTWISE, Expression, can_record, last_dim, made
 from .origin import Origin
 from .product import Product
-from .tiles import by_tiles
+from .tiles import by_tiles, rows_of_tile
 
 #: name -> names of its first arguments after the logits
 _SIGNATURES = {
@@ -37,9 +37,11 @@ class Reduction(NamedTuple):
         """The result, computed tile by tile."""
         budget = origin.settings.options.get("memory_budget")
         if self.index is not None:
-            found = _at(form, self.index, origin) if self.index.shape[-1] == 1 else None
-            if found is not None:
-                return found.to(form.dtype)
+            one_each, rows = self.index.shape[-1] == 1, form.shape[:-1].numel()
+            if one_each and rows > rows_of_tile(form.shape[-1], budget):
+                found = _at(form, self.index, origin)
+                if found is not None:
+                    return found.to(form.dtype)
             return by_tiles(made(torch.gather, self.name, (form, -1, self.index), {}), budget)
         first = (form, -1) if self.k is None else (form, self.k, -1)
         found = by_tiles(made(self.func, self.name, first, self.kwargs), budget)
@@ -76,7 +78,8 @@ def _picks_classes(index: Any, recipe: Product | Expression, others: dict[str, A
 def _at(recipe: Any, index: Tensor, origin: Origin) -> Any:
     """`recipe.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
-    Log-probabilities are the fused function's. Elementwise operations commute with gather: they are applied to numbers
+    It is for logits of more than one tile. In one tile, a gather is a part of what others see, to the last bit. Here,
+    log-probabilities are the fused function's. Elementwise operations commute with gather: they are applied to numbers
     that were gathered. Logits themselves are gathered from the tiles that every reader of them sees.
     """
     if isinstance(recipe, Product):

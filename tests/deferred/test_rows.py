@@ -156,6 +156,8 @@ def test_autocast(name):
 
 
 def test_a_log_probability_is_the_fused_functions(monkeypatch):
+    """Of logits that are more than a tile. In one tile, a gather has the bits that every other reader has."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * V * 2)
     calls, original = [], product.fused_linear_log_probs
     monkeypatch.setattr(product, "fused_linear_log_probs", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
     leaves = head()
