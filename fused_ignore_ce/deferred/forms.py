@@ -28,7 +28,7 @@ def applied(recipe: Recipe, values: list[Any]) -> Any:
     done = None
     if isinstance(first, Product):
         if name in ("add", "__add__") and len(args) == 2 and isinstance(args[1], Product):
-            done = None if kwargs else first.plus(args[1])
+            done = None if kwargs or _has_added(first) or _has_added(args[1]) else first.plus(args[1])
         elif not any(isinstance(a, (Product, expression.Expression)) for a in args[1:]):
             done = record(first, name, args[1:], kwargs)
     elif isinstance(first, expression.Expression):
@@ -37,6 +37,10 @@ def applied(recipe: Recipe, values: list[Any]) -> Any:
         args, kwargs = recipe.arguments(values)
         done = expression.record(recipe.func, name, args, kwargs, recipe.autocast)
     return done
+
+
+def _has_added(product: Product) -> bool:
+    return any(kind == "add" for kind, _ in product.steps)
 
 
 class Leaves:

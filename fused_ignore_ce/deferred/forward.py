@@ -82,7 +82,9 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 outputs = original(self, *args, **kwargs)
             process_wide.traced -= 1
             return _as_tensors(outputs, self, origin)
-        if any(self is model for model, _, _ in running.forwards):  # a subclass's forward, or the instance's, calls this
+        if any(
+            self is model for model, _, _ in running.forwards
+        ):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
         origin = Origin(patch.settings, patch.recorder)
         head = output_embeddings(self)

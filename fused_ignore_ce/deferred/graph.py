@@ -139,7 +139,9 @@ class Gradient(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
         if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
             a, b = args if isinstance(args[0], Gradient) else args[::-1]
-            if not a.is_changed and (not isinstance(b, Gradient) or (b._recipe_of is a._recipe_of and not b.is_changed)):
+            if not a.is_changed and (
+                not isinstance(b, Gradient) or (b._recipe_of is a._recipe_of and not b.is_changed)
+            ):
                 return a._plus(b)
         args, kwargs = _dense_of((args, kwargs or {}))
         return func(*args, **kwargs)
@@ -230,6 +232,7 @@ class Node(torch.autograd.Function):
 
 def _handed_down(recipe: Recipe, gradient: Any) -> list[Any]:
     """The gradients of a recipe's inputs, given that of its result."""
+
     def vjp(g: Tensor) -> list[Tensor | None]:
         return recipe.vjp(g)
 

@@ -529,6 +529,8 @@ def _written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             value = member._aliased(name)
             member._is_written = True
             with _plainly(), torch.enable_grad():
+                if member._view_of is not None and member._view_of[4] is not None:
+                    continue  # one of several results: PyTorch lets nobody touch it once its base was written to
                 if (was_enabled or member._requires_grad()) and value.requires_grad and _shares(value, written):
                     connected(Adopt, member, value)
                     if member.retains_grad and not value.retains_grad:

@@ -124,7 +124,9 @@ class Recipe:
         values = []
         for t, needed in zip(self.inputs, self.needs, strict=True):
             if linear and is_deferred(t):
-                value = torch.empty_strided(t._meta.shape, t._meta.stride(), dtype=t._meta.dtype, device=gradient.device)
+                value = torch.empty_strided(
+                    t._meta.shape, t._meta.stride(), dtype=t._meta.dtype, device=gradient.device
+                )
             else:
                 value = value_of(t).detach()
             values.append(value.requires_grad_(needed))

@@ -38,7 +38,9 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None, head: Any = None) -> DeferredLogits:
+def defer_sharded(
+    hidden: Any, weight: Any, bias: Any, origin: Origin | None = None, head: Any = None
+) -> DeferredLogits:
     """`F.linear` of DTensors, deferred."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
     return deferred_product(product, origin, head, DeferredDTensor)

@@ -63,7 +63,9 @@ def same(found, plain):
         for name in plain:
             assert (found[name] is None) == (plain[name] is None), name
             if plain[name] is not None:
-                torch.testing.assert_close(found[name], plain[name], rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    found[name], plain[name], rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
     else:
         assert found == plain
 
@@ -96,7 +98,9 @@ def no_grad(function):
 CONSTANTS = {
     "a target": lambda x: -(no_grad(lambda: (x / 2).softmax(-1)) * x.log_softmax(-1)).sum(-1).mean(),
     "the logits": lambda x: -(x.softmax(-1) * no_grad(lambda: x.log_softmax(-1))).sum(-1).mean(),
-    "weights": lambda x: (cross_entropy(x, reduction="none") * no_grad(lambda: x.softmax(-1).amax(-1)).flatten()).mean(),
+    "weights": lambda x: (
+        cross_entropy(x, reduction="none") * no_grad(lambda: x.softmax(-1).amax(-1)).flatten()
+    ).mean(),
     "a view": lambda x: (no_grad(lambda: x[:, 1:].softmax(-1)) * x[:, :-1].log_softmax(-1)).sum(-1).mean(),
     "detached": lambda x: (x.detach().softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
     "a loss": lambda x: cross_entropy(x) * no_grad(lambda: cross_entropy(x / 2)) + no_grad(lambda: entropy(x)),
@@ -116,7 +120,11 @@ def test_constants(loss):
 
 def test_a_teachers_head_gets_no_gradient():
     def program(model):
-        teacher = patch_model(llama(seed=1, num_hidden_layers=1)) if isinstance(model(IDS).logits, DeferredLogits) else llama(seed=1, num_hidden_layers=1)
+        teacher = (
+            patch_model(llama(seed=1, num_hidden_layers=1))
+            if isinstance(model(IDS).logits, DeferredLogits)
+            else llama(seed=1, num_hidden_layers=1)
+        )
         with torch.no_grad():
             target = teacher(input_ids=IDS, labels=LABELS).logits
         loss = -(target.softmax(-1) * model(IDS).logits.log_softmax(-1)).sum(-1).mean()
@@ -205,7 +213,9 @@ def test_gradients_in_intermediate_tensors():
         x = model(IDS).logits
         y = x / 2
         loss = cross_entropy(y) + entropy(x)
-        return torch.autograd.grad(loss, [x, y, model.lm_head.weight, x], retain_graph=True), torch.autograd.grad(loss, y)
+        return torch.autograd.grad(loss, [x, y, model.lm_head.weight, x], retain_graph=True), torch.autograd.grad(
+            loss, y
+        )
 
     check(program)
 
@@ -436,7 +446,9 @@ CLASSES_SECOND = {
     "smoothing": lambda x: F.cross_entropy(x, LABELS, label_smoothing=0.1),
     "weights": lambda x: F.cross_entropy(x, LABELS, torch.linspace(0.5, 1, V)),
     "probabilities": lambda x: F.cross_entropy(x, F.one_hot(TARGET, V).float().transpose(1, 2)),
-    "smoothed probabilities": lambda x: F.cross_entropy(x, F.one_hot(TARGET, V).float().transpose(1, 2), label_smoothing=0.1),
+    "smoothed probabilities": lambda x: F.cross_entropy(
+        x, F.one_hot(TARGET, V).float().transpose(1, 2), label_smoothing=0.1
+    ),
     "rows": lambda x: F.cross_entropy(x, LABELS, reduction="none", label_smoothing=0.1).mean(),
 }
 
@@ -500,7 +512,11 @@ class _Product(torch.autograd.Function):
 class _FrozenHead(torch.nn.Linear):
     def __init__(self, way):
         super().__init__(24, V, bias=False)
-        self.way, self.trained, self.adapter = way, torch.nn.Parameter(torch.zeros(V)), torch.nn.Linear(24, V, bias=False)
+        self.way, self.trained, self.adapter = (
+            way,
+            torch.nn.Parameter(torch.zeros(V)),
+            torch.nn.Linear(24, V, bias=False),
+        )
         self.weight.requires_grad_(False)
 
     def forward(self, hidden):

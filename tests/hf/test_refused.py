@@ -186,7 +186,9 @@ def test_options_reach_a_loss_after_the_forward():
     torch.testing.assert_close(ours, outputs.loss)
     outputs.logits[0, 0, 0] = 1.0
     assert isinstance(outputs.logits, DeferredLogits)
-    logits = (plain.logits * 1).index_fill(2, torch.tensor([0]), 1.0).where(F.one_hot(torch.tensor(0), V) > 0, plain.logits)
+    logits = (
+        (plain.logits * 1).index_fill(2, torch.tensor([0]), 1.0).where(F.one_hot(torch.tensor(0), V) > 0, plain.logits)
+    )
     logits = torch.cat([torch.cat([logits[:1, :1], plain.logits[:1, 1:]], 1), plain.logits[1:]])
     smoothed = F.cross_entropy(logits.transpose(1, 2), masked, label_smoothing=0.1)
     torch.testing.assert_close(F.cross_entropy(outputs.logits.transpose(1, 2), batch["labels"]), smoothed)
@@ -225,7 +227,9 @@ def test_options_reach_a_loss_after_operations_that_are_not_recorded(operation):
 OTHERS = {
     "mean": lambda logits, labels: logits.square().mean(),
     "log_softmax": lambda logits, labels: -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).mean(),
-    "multi_margin_loss": lambda logits, labels: F.multi_margin_loss(logits[:, 0] + torch.rand(1, V), labels[:, 1].abs()),
+    "multi_margin_loss": lambda logits, labels: F.multi_margin_loss(
+        logits[:, 0] + torch.rand(1, V), labels[:, 1].abs()
+    ),
 }
 
 
