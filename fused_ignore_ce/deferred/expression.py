@@ -52,7 +52,7 @@ class Expression(NamedTuple):
     @property
     def product(self) -> Product:
         """The first product that it is made of."""
-        return next(p for p in _products(self))
+        return next(p for p in products_of(self))
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +92,7 @@ def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def can_record(recipe: Product | Expression) -> bool:
     """Whether operations on these logits are recorded: their rows are those of the hidden states, and V is above 1."""
-    products = list(_products(recipe))
+    products = list(products_of(recipe))
     return (
         len(recipe.shape) > 1
         and recipe.shape[-1] > 1
@@ -175,7 +175,7 @@ def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: di
     if any(t.dim() > 1 for t in _operands(expression)):
         return None
     hidden: dict[int, Tensor] = {}
-    for p in _products(expression):
+    for p in products_of(expression):
         done = record_on_product(p, name, args, kwargs)
         if not isinstance(done, Product) or done.weight is not p.weight or done.classes_second or len(done.shape) < 2:
             return None
@@ -184,12 +184,12 @@ def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: di
     return changed
 
 
-def _products(recipe: Any) -> Iterator[Product]:
+def products_of(recipe: Any) -> Iterator[Product]:
     if isinstance(recipe, Product):
         yield recipe
     elif isinstance(recipe, Expression):
         for a in recipe.args:
-            yield from _products(a)
+            yield from products_of(a)
 
 
 def _operands(recipe: Any) -> Iterator[Tensor]:
@@ -202,7 +202,7 @@ def _operands(recipe: Any) -> Iterator[Tensor]:
 
 def leaves(recipe: Any) -> Iterator[tuple[Tensor, bool]]:
     """The tensors that a recipe depends on, and whether each has a part for every row."""
-    for p in _products(recipe):
+    for p in products_of(recipe):
         yield p.hidden, True
         yield from ((t, False) for t in p.tensors[1:])
     yield from ((t, t.dim() > 1) for t in _operands(recipe))

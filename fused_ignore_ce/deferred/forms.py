@@ -25,7 +25,7 @@ def applied(recipe: Recipe, values: list[Any]) -> Any:
         return first._replace(layout=name.removeprefix("layout "))
     if name in COMMUTATIVE and len(args) == 2 and not isinstance(first, (Product, expression.Expression)):
         first, args = args[1], (args[1], args[0])
-    done = None
+    done: Any = None
     if isinstance(first, Product):
         if name in ("add", "__add__") and len(args) == 2 and isinstance(args[1], Product):
             done = None if kwargs or _has_added(first) or _has_added(args[1]) else first.plus(args[1])

@@ -43,7 +43,7 @@ class _ProcessWide:
             return None
         patch = self.patches.get(model)
         if patch is None or patch.settings is not self.settings:
-            patch = self.patches[model] = Patch(self.settings, patch and patch.recorder)
+            patch = self.patches[model] = Patch(self.settings, None if patch is None else patch.recorder)
         return patch
 
 

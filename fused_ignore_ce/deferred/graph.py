@@ -1,28 +1,16 @@
-"""Deferred logits in autograd's graph: the gradient that is not computed, and the nodes that hand it on.
-
-A loss of deferred logits knows the gradients of hidden states and head. What it sends down the graph is a `Gradient`:
-the gradient of the logits, computed if somebody reads it. The node of the product, which it reaches in the end, returns
-the finished gradients of hidden states and head instead of computing them from it.
-
-Hooks, retained gradients and code between the nodes may replace a Gradient by a tensor, or a part of it may be read.
-So a node has to know whether all of a loss's gradient arrived. Each path from the loss to a node has a number, and a
-Gradient carries the sum of the numbers of its paths. If they do not add up to what the loss expects at this node, what
-arrived is computed.
-"""
+"""The nodes of deferred logits in autograd's graph: they hand gradients on."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .gradient import MODULUS, Flow, Gradient, Ticket, dense_of, number_of, total
 from .recipe import Recipe, is_deferred, value_of
-
-_MODULUS = (1 << 61) - 1
 
 
 def refuse_create_graph() -> None:
@@ -32,148 +20,6 @@ def refuse_create_graph() -> None:
             "create_graph=True is not supported by deferred logits: take the loss of outputs.logits.materialize(), or "
             "call unpatch_model(model)"
         )
-
-
-def total(a: Any, b: Any) -> Any:
-    return b if a is None else a if b is None else a + b
-
-
-def _number(serial: int, place: int) -> int:
-    """The factor of the edge from a recipe to an input, pseudo-random and never 0."""
-    return 1 + hash((serial * 0x9E3779B97F4A7C15 + place * 0xBF58476D1CE4E5B9) % _MODULUS) % (_MODULUS - 1)
-
-
-class Ticket:
-    """One backward of one loss.
-
-    `parts` are the gradients of plain inputs, by the serial of the recipe and the input's place. `expected` is the
-    number that has to arrive at a recipe, by its serial.
-    """
-
-    def __init__(self, parts: dict[tuple[int, int], Tensor | None], inputs: list[Any], needs: list[bool]) -> None:
-        self.parts = parts
-        #: The Gradients of this loss. Those that somebody still holds once backward is over are computed then, because
-        #: weights may change afterwards.
-        self.made: list[weakref.ref[Gradient]] = []
-        torch.autograd.Variable._execution_engine.queue_callback(self._settle)
-        self.numbers = [_number(-1 - i, i) for i in range(len(inputs))]
-        self.expected: dict[int, int] = {}
-        recipes: dict[int, Recipe] = {}
-        for t, needed, number in zip(inputs, needs, self.numbers, strict=True):
-            if needed:
-                self._add(t._recipe, number, recipes)
-        while recipes:  # from the newest: a recipe's inputs are older than itself
-            recipe = recipes.pop(max(recipes))
-            arrived = self.expected[recipe.serial]
-            for i, (t, needed) in enumerate(zip(recipe.inputs, recipe.needs, strict=True)):
-                if needed and is_deferred(t):
-                    self._add(t._recipe, arrived * _number(recipe.serial, i) % _MODULUS, recipes)
-
-    def _settle(self) -> None:
-        for reference in self.made:
-            if (gradient := reference()) is not None:
-                gradient.dense()
-
-    def _add(self, recipe: Recipe, number: int, recipes: dict[int, Recipe]) -> None:
-        recipes[recipe.serial] = recipe
-        self.expected[recipe.serial] = (self.expected.get(recipe.serial, 0) + number) % _MODULUS
-
-
-class Flow(NamedTuple):
-    """What has arrived of a loss's gradient: the number of its paths, and functions whose results' sum it is."""
-
-    number: int
-    values: tuple[Callable[[], Tensor], ...]
-
-    def plus(self, other: Flow) -> Flow:
-        return Flow((self.number + other.number) % _MODULUS, self.values + other.values)
-
-
-class Gradient(Tensor):
-    """A gradient that is computed when it is read: what flows from losses, and a dense tensor `extra` beside it.
-
-    Autograd adds Gradients of one recipe without computing them. Any other operation computes the values.
-    """
-
-    _recipe_of: Recipe
-    _flows: dict[Ticket, Flow]
-    _extra: Tensor | None
-    _values: Tensor | None
-    _version_computed: int
-
-    @staticmethod
-    def of(like: Any, recipe: Recipe, flows: dict[Ticket, Flow], extra: Tensor | None) -> Gradient:
-        made: Any = Tensor._make_wrapper_subclass(Gradient, like.shape, dtype=like.dtype, device=like.device)
-        made._recipe_of, made._flows, made._extra, made._values = recipe, flows, extra, None
-        for ticket in flows:
-            ticket.made.append(weakref.ref(made))
-        result: Gradient = made
-        return result
-
-    def dense(self) -> Tensor:
-        """The values, as a plain tensor."""
-        if self._values is None:
-            with _above_autograd(), torch.no_grad():
-                found = self._extra
-                for flow in self._flows.values():
-                    for value in flow.values:
-                        found = total(found, value())
-                assert found is not None
-                self._values = found if found is not self._extra else found.clone()
-            self._version_computed = self._values._version
-        return self._values
-
-    @property
-    def is_changed(self) -> bool:
-        return self._values is not None and self._values._version != self._version_computed
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        if name not in ("__get__", "__set__") or func.__self__.__name__ in ("data", "T", "mT", "H", "mH"):
-            args, kwargs = _dense_of((args, kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
-        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
-            a, b = args if isinstance(args[0], Gradient) else args[::-1]
-            if not a.is_changed and (
-                not isinstance(b, Gradient) or (b._recipe_of is a._recipe_of and not b.is_changed)
-            ):
-                return a._plus(b)
-        args, kwargs = _dense_of((args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def _plus(self, other: Tensor) -> Gradient:
-        flows, extra = self._flows, other
-        if isinstance(other, Gradient):
-            flows, extra = dict(flows), other._extra
-            for ticket, flow in other._flows.items():
-                flows[ticket] = flows[ticket].plus(flow) if ticket in flows else flow
-        return Gradient.of(self, self._recipe_of, flows, total(self._extra, extra))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
-        return repr(self.dense())
-
-
-def dense_of(gradient: Any) -> Any:
-    return gradient.dense() if isinstance(gradient, Gradient) else gradient
-
-
-def _dense_of(values: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Gradient, Gradient.dense, values)
-
-
-@contextlib.contextmanager
-def _above_autograd() -> Iterator[None]:
-    """Lets a computation inside of __torch_dispatch__, where autograd is switched off, be differentiated."""
-    with contextlib.ExitStack() as stack:
-        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        stack.enter_context(torch._C.DisableTorchFunctionSubclass())
-        yield
 
 
 class _Token(Tensor):
@@ -253,10 +99,9 @@ def _handed_down(recipe: Recipe, gradient: Any) -> list[Any]:
         if not needed:
             found.append(None)
         elif is_deferred(t):
-            factor = _number(recipe.serial, i)
+            factor = number_of(recipe.serial, i)
             flows = {
-                ticket: Flow(flow.number * factor % _MODULUS, (_lazily(vjp, flow, i),))
-                for ticket, flow in whole.items()
+                ticket: Flow(flow.number * factor % MODULUS, (_lazily(vjp, flow, i),)) for ticket, flow in whole.items()
             }
             found.append(Gradient.of(t, t._recipe, flows, rest[i]))
         else:
@@ -296,7 +141,7 @@ class Work(NamedTuple):
         wanted = [*self.leaves.values(), *(t for t in self.operands if t.requires_grad)]
         results, given = zip(*pairs, strict=True)
         found = list(torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True))
-        parts = dict(zip(self.leaves, found, strict=False))
+        parts: dict[tuple[int, int], Tensor | None] = dict(zip(self.leaves, found, strict=False))
         of_operands = iter(found[len(self.leaves) :])
         ticket = Ticket(parts, self.inputs, self.needs[: len(self.inputs)])
         memo: list[Any] = []

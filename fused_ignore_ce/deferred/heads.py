@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .logits import InHead, defer
+from .logits import defer
 from .mode import LossMode, can_defer
 from .origin import Origin, Settings, settings_of
 from .report import Recorder
 from .sharded import defer_sharded, is_sharded
+from .taking import InHead
 
 #: Where a module keeps its patch, and where a replaced class keeps the one that it stands for.
 PATCH, REPLACED = "_fused_ignore_ce", "_fused_ignore_ce_of"
@@ -141,7 +142,7 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         if len(args) > 1 and isinstance(args[-1], InHead):
-            return args[-1].compute()
+            return args[-1]()
         origin = None if running.is_in_head else origin_of(self)
         if origin is None:
             return original(self, *args, **kwargs)
@@ -150,7 +151,7 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
         (hidden,) = (*args, *kwargs.values())
         if is_sharded(hidden, self.weight, self.bias):
             origin.head_deferred = True
-            return defer_sharded(hidden, self.weight, self.bias, origin, self)
+            return defer_sharded(hidden, self.weight, self.bias, origin)
         if not can_defer(hidden, self.weight, self.bias):
             return original(self, *args, **kwargs)
         origin.head_deferred = True
@@ -215,7 +216,8 @@ def _of_head(cls: Any) -> dict[str, Any]:
 def make_head(head: nn.Module, patch: Patch | None) -> None:
     """Lets a module defer: with a patch whenever gradients are enabled, else while its model's patched forward runs."""
     if own_class(head) is None:
-        head.__class__ = replaced_class(type(head), _of_head)
+        cls: Any = type(head)
+        head.__class__ = replaced_class(cls, _of_head)
     if patch is not None:
         head.__dict__[PATCH] = patch
 

@@ -49,7 +49,7 @@ class LossMode(TorchFunctionMode):
         if self.classes is None or weight.shape[0] != self.classes:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
-            return defer_sharded(input, weight, bias, self.origin, self.head)
+            return defer_sharded(input, weight, bias, self.origin)
         if not can_defer(input, weight, bias):
             return func(input, weight, bias)
         return self._deferred(input, weight, bias)

@@ -68,7 +68,7 @@ class Recipe:
     def root(cls, product: Product, head: Any) -> Recipe:
         recipe = cls.__new__(cls)
         recipe.func, recipe.name, recipe.args, recipe.kwargs, recipe.part = None, "product", (), {}, None
-        recipe.serial, recipe.autocast = next(_serials), None
+        recipe.serial = next(_serials)
         recipe.inputs, recipe.product, recipe.head = product.tensors, product, head
         recipe.needs = [torch.is_grad_enabled() and t.requires_grad for t in recipe.inputs]
         recipe.versions = [version_of(t) for t in recipe.inputs]
@@ -170,13 +170,16 @@ def check_unchanged(t: Tensor, version: int) -> None:
             "outputs.logits.detach().clone(), or patch with keep_logits=True, which computes logits that are still "
             "held when an optimizer steps"
         )
-    if t.numel() and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided:
-        if t.device.type != "meta" and t.untyped_storage().size() == 0:
-            raise RuntimeError(
-                "logits: the head's weights were freed before the loss was taken, as a sharding wrapper does after a "
-                "forward; with FSDP2, let the head be part of the root's shard group and shard the root with "
-                "fully_shard(model, reshard_after_forward=False). Or call unpatch_model(model)"
-            )
+    if t.numel() and _has_memory(t) and t.untyped_storage().size() == 0:
+        raise RuntimeError(
+            "logits: the head's weights were freed before the loss was taken, as a sharding wrapper does after a "
+            "forward; a loss after the forward needs fully_shard(model, reshard_after_forward=False) for the head's "
+            "group, or a group of its own for the head. Or call unpatch_model(model)"
+        )
+
+
+def _has_memory(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type != "meta"
 
 
 def version_of(t: Tensor) -> int:

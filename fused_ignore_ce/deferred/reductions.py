@@ -30,27 +30,27 @@ class Reduction(NamedTuple):
     func: Callable[..., Any]
     name: str
     kwargs: dict[str, Any]
-    index: Tensor | None
+    of_index: Tensor | None
     k: int | None
 
     def of(self, form: Product | Expression, origin: Origin) -> Any:
         """The result, computed tile by tile."""
         budget = origin.settings.options.get("memory_budget")
-        if self.index is not None:
-            one_each, rows = self.index.shape[-1] == 1, form.shape[:-1].numel()
+        if self.of_index is not None:
+            one_each, rows = self.of_index.shape[-1] == 1, form.shape[:-1].numel()
             if one_each and rows > rows_of_tile(form.shape[-1], budget):
-                found = _at(form, self.index, origin)
+                found = _at(form, self.of_index, origin)
                 if found is not None:
                     return found.to(form.dtype)
-            return by_tiles(made(torch.gather, self.name, (form, -1, self.index), {}), budget)
+            return by_tiles(made(torch.gather, self.name, (form, -1, self.of_index), {}), budget)
         first = (form, -1) if self.k is None else (form, self.k, -1)
         found = by_tiles(made(self.func, self.name, first, self.kwargs), budget)
         return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
 
     def dense(self, values: Tensor) -> Any:
         """The result, computed from all values."""
-        if self.index is not None:
-            return values.gather(-1, self.index)
+        if self.of_index is not None:
+            return values.gather(-1, self.of_index)
         return self.func(values, -1, **self.kwargs) if self.k is None else self.func(values, self.k, -1, **self.kwargs)
 
 

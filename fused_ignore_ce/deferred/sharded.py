@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logits import DeferredLogits, deferred_product, relaid
+from .logits import DeferredLogits, deferred_product
 from .origin import Origin
 from .product import product_of
+from .recorded import relaid
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -38,12 +39,11 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def defer_sharded(
-    hidden: Any, weight: Any, bias: Any, origin: Origin | None = None, head: Any = None
-) -> DeferredLogits:
-    """`F.linear` of DTensors, deferred."""
+def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None) -> DeferredLogits:
+    """`F.linear` of DTensors, deferred. The shards stay, so that its losses need no call of the head."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
-    return deferred_product(product, origin, head, DeferredDTensor)
+    logits: DeferredLogits = deferred_product(product, origin, None, DeferredDTensor)
+    return logits
 
 
 class DeferredDTensor(DeferredLogits):

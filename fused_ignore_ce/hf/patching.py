@@ -64,8 +64,8 @@ def patch_model(
             means than a cross entropy, which the options did not reach.
 
     Note:
-        Generation, and other forwards without labels and gradients, run the model's own code. Patching again replaces the
-        options. A model that was saved and loaded again is not patched.
+        Generation, and other forwards without labels and gradients, run the model's own code. Patching again replaces
+        the options. A model that was saved and loaded again is not patched.
     """
     _needless(without_labels)
     settings = settings_of("patch_model", ignore_index, memory_budget, return_stats, loss_options, keep_logits)
@@ -78,7 +78,8 @@ def patch_model(
         )
     for inner, head in zip(models, heads, strict=True):
         if own_class(inner) is None:
-            inner.__class__ = replaced_class(type(inner), _of_model)
+            cls: Any = type(inner)
+            inner.__class__ = replaced_class(cls, _of_model)
             if "forward" in inner.__dict__:
                 inner.forward = inner.__dict__["forward"]
         inner.__dict__[PATCH] = patch = Patch(settings)
@@ -118,7 +119,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     recorders = [m.__dict__[PATCH].recorder for m in modules if PATCH in m.__dict__]
     recorders = recorders or [recorder_of(inner) for inner in _transformers_models(model)]
     reports = [recorder.report() for recorder in dict.fromkeys(recorders)]
-    total = reports[0]
+    total: FusionReport = reports[0]
     for other in reports[1:]:
         total.add(other)
     return total

@@ -45,7 +45,7 @@ def tell_counters() -> None:
     counting = sys.modules.get("torch.utils.flop_counter")
     if counting is None or torch.compiler.is_compiling():
         return
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    modes: list[Any] = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     tables = [mode.counter.flop_registry for mode in modes if hasattr(getattr(mode, "counter", None), "flop_registry")]
     for table in (counting.flop_registry, *tables):
         for name, formula in _FORMULAS.items():

@@ -215,7 +215,7 @@ def test_options_reach_a_loss_after_operations_that_are_not_recorded(operation):
     losses = []
     for one, options in ((model, {}), (llama(), {"label_smoothing": 0.1})):
         for logits in (one(batch["input_ids"]).logits, one.lm_head(one.model(batch["input_ids"])[0])):
-            loss = F.cross_entropy(operation(logits).view(-1, V), batch["labels"].view(-1), **options)
+            loss = F.cross_entropy(operation(logits).reshape(-1, V), batch["labels"].view(-1), **options)
             losses.append(loss)
         loss.backward()
     for loss in losses[:3]:
