@@ -49,6 +49,8 @@ class Ticket:
         torch.autograd.Variable._execution_engine.queue_callback(self._settle)
         self.numbers = [number_of(-1 - i, i) for i in range(len(inputs))]
         self.expected: dict[int, int] = {}
+        #: The recipes, which Gradients may ask for after backward has freed their nodes.
+        self.recipes: dict[int, Recipe] = {}
         recipes: dict[int, Recipe] = {}
         for t, needed, number in zip(inputs, needs, self.numbers, strict=True):
             if needed:
@@ -66,7 +68,7 @@ class Ticket:
                 gradient.dense()
 
     def _add(self, recipe: Recipe, number: int, recipes: dict[int, Recipe]) -> None:
-        recipes[recipe.serial] = recipe
+        recipes[recipe.serial] = self.recipes[recipe.serial] = recipe
         self.expected[recipe.serial] = (self.expected.get(recipe.serial, 0) + number) % MODULUS
 
 
@@ -132,7 +134,7 @@ class Gradient(Tensor):
         if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
             a, b = args if isinstance(args[0], Gradient) else args[::-1]
             if not a.is_changed and (
-                not isinstance(b, Gradient) or (b._recipe_of is a._recipe_of and not b.is_changed)
+                not isinstance(b, Gradient) or (b._recipe_of.serial == a._recipe_of.serial and not b.is_changed)
             ):
                 return a._plus(b)
         args, kwargs = _dense_of((args, kwargs or {}))

@@ -82,7 +82,7 @@ def _handed_down(recipe: Recipe, gradient: Any) -> list[Any]:
     def vjp(g: Tensor) -> list[Tensor | None]:
         return recipe.vjp(g)
 
-    if not isinstance(gradient, Gradient) or gradient._recipe_of is not recipe or gradient.is_changed:
+    if not isinstance(gradient, Gradient) or gradient._recipe_of.serial != recipe.serial or gradient.is_changed:
         return vjp(dense_of(gradient) if isinstance(gradient, Gradient) else value_of(gradient))
     extra, whole = gradient._extra, {}
     for ticket, flow in gradient._flows.items():

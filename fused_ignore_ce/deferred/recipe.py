@@ -29,13 +29,48 @@ _serials = itertools.count(1)
 
 
 def is_deferred(t: Any) -> bool:
-    return hasattr(t, "_recipe")
+    return hasattr(type(t), "_recipe")
 
 
 def value_of(t: Any) -> Tensor:
     """The values of an input, without a graph."""
     value: Tensor = t._raw() if is_deferred(t) else t.detach()
     return value
+
+
+class Edge:
+    """A deferred input as the graph holds it: its recipe is the node's, and gone once a backward has freed that."""
+
+    def __init__(self, t: Any) -> None:
+        self._meta, self._in_graph = t._meta, t._in_graph
+        self.shape, self.dtype, self.device = t.shape, t.dtype, t.device
+
+    @property
+    def _recipe(self) -> Recipe:
+        recipe: Recipe | None = self._in_graph()
+        if recipe is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, after the first backward freed it: specify "
+                "retain_graph=True"
+            )
+        return recipe
+
+    def _is_known(self) -> bool:
+        return False
+
+    def _stands_alone(self) -> bool:
+        return True
+
+    def _raw(self, reader: str = "backward") -> Tensor:
+        recipe = self._recipe
+        value: Tensor = recipe.remake(recipe)._raw(reader)
+        return value
+
+
+def of_graph(t: Any, needed: bool) -> Any:
+    """An input as the graph holds it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return Edge(t) if needed and is_deferred(t) and t._in_graph is not None else t
 
 
 class Place(int):
@@ -49,8 +84,22 @@ class Recipe:
     tensors, and `head` is the module in whose call they were multiplied, if there was one.
     """
 
-    __slots__ = ("args", "autocast", "func", "head", "inputs", "kwargs", "name", "needs", "part", "product", "serial",
-                 "versions")  # fmt: skip
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "autocast",
+        "func",
+        "head",
+        "inputs",
+        "kwargs",
+        "name",
+        "needs",
+        "part",
+        "product",
+        "remake",
+        "serial",
+        "versions",
+    )  # fmt: skip
 
     def __init__(self, func: Any, name: str, args: Any, kwargs: Any, part: int | None = None) -> None:
         self.func, self.name, self.part = func, name, part
@@ -63,13 +112,14 @@ class Recipe:
             self.autocast = autocast_state(self.inputs[0].device.type)
             self.needs = [torch.is_grad_enabled() and t.requires_grad for t in self.inputs]
         self.versions: list[int] = []
+        self.remake: Any = None  # makes the tensor anew, without a place in the graph
 
     @classmethod
     def root(cls, product: Product, head: Any) -> Recipe:
         recipe = cls.__new__(cls)
         recipe.func, recipe.name, recipe.args, recipe.kwargs, recipe.part = None, "product", (), {}, None
         recipe.serial = next(_serials)
-        recipe.inputs, recipe.product, recipe.head = product.tensors, product, head
+        recipe.inputs, recipe.product, recipe.head, recipe.remake = product.tensors, product, head, None
         recipe.needs = [torch.is_grad_enabled() and t.requires_grad for t in recipe.inputs]
         recipe.versions = [version_of(t) for t in recipe.inputs]
         return recipe
@@ -94,6 +144,16 @@ class Recipe:
                 with torch.no_grad():
                     self.inputs[i] = t.detach().clone() if t.numel() <= _COPIED else t.detach()
         self.versions = [0 if is_deferred(t) else version_of(t) for t in self.inputs]
+
+    def of_graph(self) -> Recipe:
+        """The recipe as a node of the graph holds it: what backward frees upstream is not held here."""
+        if not any(needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)):
+            return self
+        other = Recipe.__new__(Recipe)
+        for name in {*Recipe.__slots__} - {"__weakref__"}:
+            setattr(other, name, getattr(self, name))
+        other.inputs = [of_graph(t, n) for t, n in zip(self.inputs, self.needs, strict=True)]
+        return other
 
     def check_unchanged(self) -> None:
         for t, version in zip(self.inputs, self.versions, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import forms
 from .expression import describe, products_of
 from .graph import Fused, Work, connected, unpacked
-from .recipe import Recipe, autocast, autocast_state, is_deferred
+from .recipe import Recipe, autocast, autocast_state, is_deferred, of_graph
 from .reductions import reduction
 from .values import Lazy
 
@@ -52,7 +52,8 @@ def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> A
         if result is None or not any(needs):
             return result
         results, spec = torch.utils._pytree.tree_flatten(result)
-        work = Work(results, leaves.found, detached, inputs, needs, as_called)
+        held = [of_graph(t, n) for t, n in zip(inputs, needs, strict=False)]
+        work = Work(results, leaves.found, detached, held, needs, as_called)
         made = connected(Fused, work, *inputs, *operands)
         return torch.utils._pytree.tree_unflatten(made, spec)
 

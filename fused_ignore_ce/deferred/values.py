@@ -14,7 +14,7 @@ from . import forms, tiles
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
 from .origin import Origin
 from .product import Product
-from .recipe import Recipe
+from .recipe import Recipe, is_deferred
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
@@ -24,6 +24,7 @@ without_modes = torch._C._DisableTorchDispatch
 class Lazy(Tensor):
     """A tensor whose values follow from a recipe; what operations do to it is in `DeferredLogits`."""
 
+    _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
     _recipe: Any = None  # None of logits that are there
     _form: Any = None  # a Product or an Expression, of which only shapes are used
     _meta: Tensor  # shape and strides
@@ -70,13 +71,13 @@ class Lazy(Tensor):
         recipe: Recipe = self._recipe
         with torch.no_grad():
             recipe.check_unchanged()
-            known = any(t._is_known() for t in recipe.inputs if isinstance(t, Lazy))
+            known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if isinstance(self._form, Product) and not known:
                 form = forms.Leaves().form(self, False)
                 return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
             values = []
             for t in recipe.inputs:
-                if not isinstance(t, Lazy):
+                if not is_deferred(t):
                     values.append(t)
                 elif t._stands_alone() or t._is_known():
                     values.append(t._raw(reader))
@@ -89,7 +90,7 @@ class Lazy(Tensor):
         """Whether the values follow from computed ones, without the head's weights."""
         if self._value is not None and not self._stands_alone():
             return True
-        above = [t for t in self._recipe.inputs if isinstance(t, Lazy)]
+        above = [t for t in self._recipe.inputs if is_deferred(t)]
         return bool(above) and all(t._is_known() for t in above)
 
     def _is_there(self) -> bool:
@@ -179,15 +180,23 @@ def deferred_in(values: Any) -> Iterator[Lazy]:
 def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node: bool = True) -> Lazy:
     """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
 
-    def make() -> Any:
+    def make(recipe: Recipe) -> Any:
         made = wrapped(cls, meta, form.device, origin)
         made._recipe, made._form = recipe, form
         return made
 
-    made = connected(Node, recipe, make, *recipe.inputs) if node and any(recipe.needs) else make()
-    if node:
-        recipe.keep_operands() if recipe.product is None else None
-    deferred: Lazy = made
+    if not node:
+        alias: Lazy = make(recipe)
+        return alias
+    inputs, recipe.remake = list(recipe.inputs), make
+    if recipe.product is None:
+        recipe.keep_operands()
+    if not any(recipe.needs):
+        constant: Lazy = make(recipe)
+        return constant
+    of_graph = recipe.of_graph()
+    deferred: Lazy = connected(Node, of_graph, functools.partial(make, recipe), *inputs)
+    deferred._in_graph = weakref.ref(of_graph)
     return deferred
 
 
