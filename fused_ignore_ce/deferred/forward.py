@@ -92,7 +92,9 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             make_head(head, None)
             if PATCH not in self.__dict__:
                 process_wide.heads.add(head)
-        watched = LossMode(classes_of(head), origin) if head is None or not patch.head_defers else None
+        watched = None
+        if head is None or not patch.head_defers:
+            watched = LossMode(classes_of(head), origin, weights=_weights(self, head))
         with while_running(self, patch, origin), watched or contextlib.nullcontext():
             outputs = original(self, *args, **kwargs)
         patch.head_defers = origin.head_deferred
@@ -190,6 +192,13 @@ def output_embeddings(model: Any) -> nn.Module | None:
         return head
     inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
     return next((found for found in inner if found is not None), None)
+
+
+def _weights(model: Any, head: Any) -> list[Any]:
+    """The weights of the head and of the input embeddings, with which it may be tied."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return [getattr(head, "weight", None), model.get_input_embeddings().weight]
+    return [getattr(head, "weight", None)]
 
 
 def _with_stats(outputs: Any, stats: Any) -> Any:

@@ -27,8 +27,10 @@ class LossMode(TorchFunctionMode):
     around a forward that calls no head that defers by itself, and where torch.compile traces.
     """
 
-    def __init__(self, classes: int | None, origin: Origin, head: Any = None) -> None:
+    def __init__(self, classes: int | None, origin: Origin, head: Any = None, weights: Any = None) -> None:
+        """`weights` are those with which `F.linear` is deferred, if there are others (of a model inside) to leave."""
         super().__init__()
+        self.weights = weights
         self.classes = classes
         self.origin = origin
         self.head = head
@@ -46,7 +48,8 @@ class LossMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
-        if self.classes is None or weight.shape[0] != self.classes:
+        others = self.weights is not None and all(weight is not known for known in self.weights)
+        if self.classes is None or weight.shape[0] != self.classes or others:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
             return defer_sharded(input, weight, bias, self.origin)
