@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .product import Product
+from .recipe import autocast, autocast_state
 from .recording import record as record_on_product
 
 #: Names of operations on elements, whose tensors broadcast against the logits.
@@ -21,8 +22,7 @@ ELEMENTWISE = frozenset({
     "sigmoid", "tanh", "sin", "relu", "reciprocal", "clamp", "clamp_min", "clamp_max", "nan_to_num", "xlogy",
     "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub", "mul", "multiply", "__mul__",
     "__rmul__", "div", "divide", "true_divide", "__truediv__", "__rtruediv__", "pow", "__pow__", "masked_fill",
-    "float", "double", "half", "bfloat16", "to", "eq", "ne", "gt", "ge", "lt", "le", "__eq__", "__ne__", "__gt__",
-    "__ge__", "__lt__", "__le__", "isfinite", "isnan", "isinf",
+    "float", "double", "half", "bfloat16", "to",
 })  # fmt: skip
 #: Operations on whole rows that keep their shape; the dimension is the first argument.
 NORMALIZING = frozenset({"softmax", "log_softmax"})
@@ -43,7 +43,7 @@ class Expression(NamedTuple):
     kwargs: dict[str, Any]
     shape: torch.Size
     dtype: torch.dtype
-    autocast: torch.dtype | None  # autocast's dtype when it was recorded; None if autocast was off
+    autocast: tuple[str, torch.dtype | None]  # when it was recorded
 
     @property
     def classes_second(self) -> bool:
@@ -52,7 +52,7 @@ class Expression(NamedTuple):
     @property
     def product(self) -> Product:
         """The first product that it is made of."""
-        return next(p for p in _products(self))
+        return next(p for p in products_of(self))
 
     @property
     def device(self) -> torch.device:
@@ -74,25 +74,25 @@ class Expression(NamedTuple):
         return value
 
 
-def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
+def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> Expression | None:
     """The expression that an operation on products, expressions and tensors gives; None where it is not recorded."""
-    first = next(a for a in args if isinstance(a, (Product, Expression)))
-    if not can_record(first):
+    first = next((a for a in args if isinstance(a, (Product, Expression))), None)
+    if first is None or not can_record(first):
         return None
     if name in NORMALIZING:
         normalized = _normalized(first, args[1:], kwargs) if args[0] is first else None
-        return None if normalized is None else made(func, name, (first, -1), normalized)
+        return None if normalized is None else made(func, name, (first, -1), normalized, state)
     if name not in ELEMENTWISE or not all(_is_constant(value) for value in kwargs.values()):
         return None
     if name in _CASTS and not all(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
         return None
     operands = [_operand(a, first) for a in args]
-    return None if any(a is _NOT for a in operands) else made(func, name, tuple(operands), kwargs)
+    return None if any(a is _NOT for a in operands) else made(func, name, tuple(operands), kwargs, state)
 
 
 def can_record(recipe: Product | Expression) -> bool:
     """Whether operations on these logits are recorded: their rows are those of the hidden states, and V is above 1."""
-    products = list(_products(recipe))
+    products = list(products_of(recipe))
     return (
         len(recipe.shape) > 1
         and recipe.shape[-1] > 1
@@ -100,15 +100,15 @@ def can_record(recipe: Product | Expression) -> bool:
     )
 
 
-def made(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression:
+def made(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any = None) -> Expression:
     """Builds an expression with the shape of its logits and the dtype that the operation returns."""
     first = next(a for a in args if isinstance(a, (Product, Expression)))
     device = first.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    with torch.no_grad():
+    state = state or autocast_state(device.type)
+    with torch.no_grad(), autocast(state):
         empty = func(*(_empty(a, device) for a in args), **kwargs)
     dtype = empty.dtype if isinstance(empty, Tensor) else empty[0].dtype
-    return Expression(func, name.strip("_"), args, kwargs, first.shape, dtype, autocast)
+    return Expression(func, name.strip("_"), args, kwargs, first.shape, dtype, state)
 
 
 def _empty(operand: Any, device: torch.device) -> Any:
@@ -175,7 +175,7 @@ def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: di
     if any(t.dim() > 1 for t in _operands(expression)):
         return None
     hidden: dict[int, Tensor] = {}
-    for p in _products(expression):
+    for p in products_of(expression):
         done = record_on_product(p, name, args, kwargs)
         if not isinstance(done, Product) or done.weight is not p.weight or done.classes_second or len(done.shape) < 2:
             return None
@@ -184,12 +184,12 @@ def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: di
     return changed
 
 
-def _products(recipe: Any) -> Iterator[Product]:
+def products_of(recipe: Any) -> Iterator[Product]:
     if isinstance(recipe, Product):
         yield recipe
     elif isinstance(recipe, Expression):
         for a in recipe.args:
-            yield from _products(a)
+            yield from products_of(a)
 
 
 def _operands(recipe: Any) -> Iterator[Tensor]:
@@ -202,7 +202,7 @@ def _operands(recipe: Any) -> Iterator[Tensor]:
 
 def leaves(recipe: Any) -> Iterator[tuple[Tensor, bool]]:
     """The tensors that a recipe depends on, and whether each has a part for every row."""
-    for p in _products(recipe):
+    for p in products_of(recipe):
         yield p.hidden, True
         yield from ((t, False) for t in p.tensors[1:])
     yield from ((t, t.dim() > 1) for t in _operands(recipe))
@@ -229,14 +229,8 @@ def evaluate(recipe: Any, known: dict[Any, Any]) -> Any:
     if not isinstance(recipe, Expression):
         return recipe
     args = [evaluate(a, known) for a in recipe.args]
-    with autocast(recipe):
+    with autocast(recipe.autocast):
         return recipe.func(*args, **recipe.kwargs)
-
-
-def autocast(expression: Expression) -> torch.autocast:
-    """Restores the autocast state that was active when the operation was recorded."""
-    dtype = expression.autocast
-    return torch.autocast(expression.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def describe(recipe: Any) -> str:

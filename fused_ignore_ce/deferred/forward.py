@@ -1,19 +1,19 @@
-"""The forward of a patched transformers model: if labels are given, a `LossMode` is active while its head runs."""
+"""The forward of a patched transformers model: it says whose logits a head makes, and what became of its loss."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .heads import PATCH, Patch, classes_of, make_head, running, unmake, while_running
 from .logits import as_tensor
 from .mode import LossMode
 from .origin import Origin, Settings
@@ -25,25 +25,39 @@ class _ProcessWide:
     def __init__(self) -> None:
         #: The settings of `patch_transformers`, for models that were not patched themselves; None while it is off.
         self.settings: Settings | None = None
+        #: The patches of those models, and the heads that were made to defer for them.
+        self.patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
+        self.heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         #: How many patched forwards, one inside another, torch.compile is tracing.
         self.traced = 0
+
+    def set(self, settings: Settings | None) -> None:
+        self.settings = settings
+        self.patches = weakref.WeakKeyDictionary((m, Patch(p.settings, p.recorder)) for m, p in self.patches.items())
+        for head in list(self.heads) if settings is None else []:
+            if PATCH not in head.__dict__:
+                unmake(head)
+
+    def patch_of(self, model: nn.Module) -> Patch | None:
+        if self.settings is None:
+            return None
+        patch = self.patches.get(model)
+        if patch is None or patch.settings is not self.settings:
+            patch = self.patches[model] = Patch(self.settings, None if patch is None else patch.recorder)
+        return patch
 
 
 process_wide = _ProcessWide()
 
-#: The recorder of each model's logits since it was patched. It is neither pickled nor copied with the model.
-_recorders: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
-
-#: Models for which a warning said that other code takes their loss.
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
 
 def recorder_of(model: nn.Module, fresh: bool = False) -> Recorder:
     """The recorder of a model; a new one on the first call, or if it is to be `fresh`."""
-    if fresh or model not in _recorders:
-        _recorders[model] = Recorder()
-        _warned.discard(model)
-    return _recorders[model]
+    patch = model.__dict__.get(PATCH) or process_wide.patches.get(model)
+    if patch is None:
+        patch = process_wide.patches[model] = Patch(process_wide.settings or Settings())
+    if fresh:
+        patch.recorder = Recorder()
+    return patch.recorder
 
 
 def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,66 +66,72 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = self.__dict__.get("_fused_ignore_ce") or process_wide.settings
-        if settings is None:
+        patch = self.__dict__.get(PATCH)
+        if patch is None and process_wide.settings is not None:
+            patch = process_wide.patch_of(self)
+        if patch is None:
             return original(self, *args, **kwargs)
         labels = _has_labels((*zip(names, args, strict=False), *kwargs.items()))
-        trains = torch.is_grad_enabled() and (self.training or settings.without_labels)
-        if not labels and not (trains and _is_outermost()):
-            return original(self, *args, **kwargs)
-        if not labels and not settings.without_labels:
-            _refuse_options(self, settings)
+        if not labels and not (torch.is_grad_enabled() and _is_outermost()):
             return original(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            origin = Origin(settings)
+            origin = Origin(patch.settings)
             origin.in_forward = True
             process_wide.traced += 1
-            with LossMode(_classes(self), origin):
+            with LossMode(classes_of(output_embeddings(self)), origin):
                 outputs = original(self, *args, **kwargs)
             process_wide.traced -= 1
-            return _as_tensors(outputs, self, settings, origin.used, origin.stats)
-        if any(self is model for model, _ in _running.forwards):  # a subclass's forward, or the instance's, calls this
+            return _as_tensors(outputs, self, origin)
+        if any(
+            self is model for model, _, _ in running.forwards
+        ):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
-        origin = Origin(settings, recorder_of(self))
-        mode = LossMode(_classes(self), origin)
-        with _while_heads_run(self, mode):
+        origin = Origin(patch.settings, patch.recorder)
+        head = output_embeddings(self)
+        if head is not None:
+            make_head(head, None)
+            if PATCH not in self.__dict__:
+                process_wide.heads.add(head)
+        watched = None
+        if head is None or not patch.head_defers:
+            watched = LossMode(classes_of(head), origin, weights=_weights(self, head))
+        with while_running(self, patch, origin), watched or contextlib.nullcontext():
             outputs = original(self, *args, **kwargs)
-        if labels:
-            mode.check_used(type(self).__name__)
-            if not origin.used and not origin.fused:
-                _warn_untaken(self, original, outputs)
-        elif not origin.deferred:
-            _refuse_options(self, settings)
-        for _, outer in _running.forwards:
-            outer.origin.used = outer.origin.used or origin.used
-        return _as_tensors(outputs, self, settings, origin.used, origin.stats)
+        patch.head_defers = origin.head_deferred
+        _check_taken(self, patch, origin, labels, original, outputs)
+        for _, _, outer in running.forwards:
+            outer.used = outer.used or origin.used
+        return _with_stats(outputs, origin.stats)
 
     return forward
 
 
 def _is_outermost() -> bool:
-    return not (process_wide.traced if torch.compiler.is_compiling() else _running.forwards)
+    return not (process_wide.traced if torch.compiler.is_compiling() else running.forwards)
 
 
-def _refuse_options(model: nn.Module, settings: Settings) -> None:
-    """Raises an error where a loss that is taken of plain logits after the forward would miss the options."""
-    if not settings.changes:
-        return
-    what = (
-        "its head is no matrix product" if settings.without_labels else "patch_model(..., without_labels=True) has it"
-    )
-    raise RuntimeError(
-        f"{settings.changes}: given to patch_model, but {type(model).__name__} is trained without labels: its loss is "
-        "taken after the forward (as by Trainer's label_smoothing_factor and compute_loss_func) of logits that do not "
-        f"know of these options; {what}, or patch without them and give them to the loss yourself"
-    )
+def _check_taken(model: Any, patch: Patch, origin: Origin, labels: bool, original: Any, outputs: Any) -> None:
+    """Raises an error, or warns, if a loss did not get the options, or could not be fused."""
+    given = origin.settings.changes
+    if labels and given and not origin.used:
+        raise RuntimeError(
+            f"{given}: given to patch_model, but the forward of {type(model).__name__} took no cross entropy over the "
+            "head's classes that could use it; unpatch_model(model) and give it to the loss yourself"
+        )
+    if not labels and given and not origin.deferred:
+        raise RuntimeError(
+            f"{given}: given to patch_model, but {type(model).__name__} is trained without labels: its loss is taken "
+            "after the forward (as by Trainer's label_smoothing_factor and compute_loss_func) of logits that do not "
+            "know of these options; its head is no matrix product, or patch without them and give them to the loss "
+            "yourself"
+        )
+    if labels and not origin.used and not origin.fused and not running.forwards and not patch.has_warned:
+        patch.has_warned = True
+        _warn_untaken(model, original, outputs)
 
 
 def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
-    """Warns once if other code took the loss of a patched model that was given labels, and names that code."""
-    if model in _warned or _running.forwards:
-        return
-    _warned.add(model)
+    """Warns if other code took the loss of a patched model that was given labels, and names that code."""
     name = _name_of(forward)
     node = _python_function(outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else None)
     warnings.warn(
@@ -120,7 +140,7 @@ def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
         "Undo what replaced the model's forward, if something did, or call unpatch_model(model)"
         + "; for a trainer of TRL, fused_ignore_ce.trl.patch_trainer(trainer) fuses it"
         * name.startswith("trl."),
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -146,20 +166,10 @@ def _python_function(loss: Any) -> str:
     return ""
 
 
-class _Running(threading.local):
-    """The models whose forwards are running in this thread, from the outermost."""
-
-    def __init__(self) -> None:
-        self.forwards: list[tuple[nn.Module, LossMode]] = []
-
-
-_running = _Running()
-
-
 def origin_in(model: nn.Module) -> Origin:
     """The origin of the forward that a model is running; a new one if the model is not patched."""
-    running = (mode.origin for each, mode in _running.forwards if each is model)
-    return next(running, None) or Origin(recorder=recorder_of(model))
+    found = (origin for each, _, origin in running.forwards if each is model)
+    return next(found, None) or Origin(recorder=recorder_of(model))
 
 
 def _has_labels(given: Any) -> bool:
@@ -171,22 +181,7 @@ def is_label(name: str) -> bool:
     return "label" in name or name in ("start_positions", "end_positions")
 
 
-def _classes(model: nn.Module) -> int | None:
-    """The number of classes of the output embeddings, None if the model has none."""
-    head = _output_embeddings(model)
-    weight = getattr(head, "weight", None)
-    if hasattr(weight, "ds_id"):
-        raise RuntimeError(
-            "patch_model: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before the "
-            "loss; use ZeRO-2 or FSDP2, or unpatch_model(model) and model.loss_function = fused_causal_lm_loss"
-        )
-    classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(weight, Tensor) and weight.dim() == 2:
-        classes = weight.shape[0]
-    return classes
-
-
-def _output_embeddings(model: Any) -> nn.Module | None:
+def output_embeddings(model: Any) -> nn.Module | None:
     """The output embeddings of the model, or else those of a model inside it."""
     from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
 
@@ -195,59 +190,32 @@ def _output_embeddings(model: Any) -> nn.Module | None:
         head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         return head
-    inner = (_output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
+    inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
     return next((found for found in inner if found is not None), None)
 
 
-def has_head(model: nn.Module) -> bool:
-    return _output_embeddings(model) is not None
+def _weights(model: Any, head: Any) -> list[Any]:
+    """The weights of the head and of the input embeddings, with which it may be tied."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return [getattr(head, "weight", None), model.get_input_embeddings().weight]
+    return [getattr(head, "weight", None)]
 
 
-@contextlib.contextmanager
-def _while_heads_run(model: nn.Module, mode: LossMode) -> Iterator[None]:
-    """Activates the mode for this model, but not while models inside it run, unless they hold the head.
-
-    A mode costs a Python call per operation, so it is not active while the layers of an inner model run. It starts when
-    the output embeddings are called, or a child that is neither a model nor an embedding, or when an inner model has
-    returned.
-    """
-    from transformers import PreTrainedModel
-
-    def start(*_: Any) -> None:
-        if _running.forwards[-1][1] is mode:  # not while a model inside takes the loss itself
-            mode.start()
-
-    def stop(*_: Any) -> None:
-        mode.stop()
-
-    handles = []
-    for child in model.children():
-        if isinstance(child, PreTrainedModel):
-            handles += [child.register_forward_pre_hook(stop), child.register_forward_hook(start)]
-        elif not isinstance(child, nn.Embedding):
-            handles.append(child.register_forward_pre_hook(start))
-    head = _output_embeddings(model)
-    if head is not None:
-        handles.append(head.register_forward_pre_hook(start))
-    if not handles:
-        mode.start()
-    _running.forwards.append((model, mode))
-    mode.origin.in_forward = True
-    try:
-        yield
-    finally:
-        mode.origin.in_forward = False
-        _running.forwards.pop()
-        mode.stop()
-        for handle in handles:
-            handle.remove()
+def _with_stats(outputs: Any, stats: Any) -> Any:
+    if stats is not None:
+        if not isinstance(outputs, dict):
+            raise ValueError("return_stats: the forward returned a tuple, which has no place; pass return_dict=True")
+        object.__setattr__(outputs, "loss_stats", stats)
+    return outputs
 
 
-def _as_tensors(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
+def _as_tensors(outputs: Any, model: nn.Module, origin: Origin) -> Any:
     """Turns traced logits into tensors. This happens outside of the graph, which cannot make them."""
     values = outputs.values() if isinstance(outputs, dict) else outputs
     traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
-    return _outside(outputs, model, settings, used, stats) if traced or stats is not None else outputs
+    if not traced and origin.stats is None:
+        return outputs
+    return _outside(outputs, model, origin.settings, origin.used, origin.stats)
 
 
 @torch.compiler.disable(reason="a patched model breaks the graph once, at its end: compile it without fullgraph=True")
@@ -257,15 +225,11 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, sta
             return value
         made = as_tensor(value, Origin(settings, recorder_of(model)))
         if used:
-            made._origin.took(f"cross_entropy {COMPILED}", value._product.rows)
+            made._origin.took(f"cross_entropy {COMPILED}", value._form.rows)
         return made
 
     if not isinstance(outputs, dict):
-        if stats is not None:
-            raise ValueError("return_stats: the forward returned a tuple, which has no place; pass return_dict=True")
-        return type(outputs)(map(as_deferred, outputs))
+        return _with_stats(type(outputs)(map(as_deferred, outputs)), stats)
     for name, value in list(outputs.items()):
         outputs[name] = as_deferred(value)
-    if stats is not None:
-        object.__setattr__(outputs, "loss_stats", stats)
-    return outputs
+    return _with_stats(outputs, stats)

@@ -15,6 +15,7 @@ from ..core.tensors import LogitsTensors
 from ..losses.causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
 from ..losses.cross_entropy import fused_cross_entropy
 from .origin import Origin
+from .product import Product
 
 
 def cross_entropy(
@@ -38,9 +39,9 @@ def cross_entropy(
         "label_smoothing": label_smoothing,
         "weight": weight,
     }
-    options = origin.settings.extend(options, target)
-    if hasattr(input, "_product"):
-        loss = _linear(input, input._usable_product(), target, options, origin, "cross_entropy")
+    options = origin.extended(options, target)
+    if hasattr(input, "take_loss"):
+        loss = _linear(input, target, options, origin, "cross_entropy")
         if loss is not None:
             return loss
         input = input.materialize("cross_entropy")
@@ -63,16 +64,16 @@ def nll_loss(
     """`F.nll_loss` of deferred logits: the cross entropy, if they are log-probabilities."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    product = input._usable_product()
-    logits = None if product is None else product.before_log_softmax
-    if logits is not None and not target.is_floating_point():
+    if not target.is_floating_point():
         options = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
-        options = origin.settings.extend(options, target)
-        loss = _linear(input, logits, target, options, origin, "nll_loss(log_softmax)")
+        loss = _linear(input, target, origin.settings.extend(options, target), origin, "nll_loss(log_softmax)")
         if loss is not None:
+            origin.used = True
             return loss
-    log_probs = origin.guarded(input.materialize("nll_loss"))
-    return torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
+    log_probs = input.materialize("nll_loss")
+    loss = torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
+    origin.guard(loss)
+    return loss
 
 
 def own_cross_entropy(
@@ -86,11 +87,11 @@ def own_cross_entropy(
 ) -> Any:
     """`fused_cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
     changed = {n: value for n, value in options.items() if isinstance(value, Tensor) or value != _DEFAULTS[n]}
-    options = origin.settings.extend({"ignore_index": -100, **changed, "weight": weight}, target)
-    if hasattr(input, "_product"):
+    options = origin.extended({"ignore_index": -100, **changed, "weight": weight}, target)
+    if hasattr(input, "take_loss"):
         if options.get("process_group") is None:
             linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
-            loss = _linear(input, input._usable_product(), target, linear, origin, kind)
+            loss = _linear(input, target, linear, origin, kind)
             if loss is not None:
                 return loss
         input = input.materialize(kind)
@@ -129,17 +130,48 @@ def causal_lm_loss(
     return loss if stats is None else (loss, LossStats(*(t.view(shape) if t.dim() else t for t in stats)))
 
 
-def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
+def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
-    if product is None:
-        return None
-    loss = product.cross_entropy(target, origin.asked_stats() | options)
+    asked = "return_stats" in options
+    options = origin.asked_stats() | options
+    of_log_probs = kind == "nll_loss(log_softmax)"
+    tensors = {"target": target, **options}
+    names = [name for name, value in tensors.items() if isinstance(value, Tensor) and value.requires_grad]
+
+    def lean(form: Any, *given: Tensor) -> Any:
+        if of_log_probs:
+            form = getattr(form, "before_log_softmax", None)
+        if not isinstance(form, Product):
+            return None
+        return form.cross_entropy(**_with(given))
+
+    def dense(values: Tensor, *given: Tensor) -> Any:
+        return (_nll if of_log_probs else _on_logits)(values, **_with(given))
+
+    def _with(given: tuple[Tensor, ...]) -> dict[str, Any]:
+        replaced = {**tensors, **dict(zip(names, given, strict=True))}
+        return {"target": replaced.pop("target"), "options": replaced}
+
+    loss = input.take_loss(lean, dense, [tensors[name] for name in names])
     if loss is None:
         return None
-    origin.took(kind, product.rows, _ignored(target, options))
-    if "return_stats" in options:
-        return input._connected(loss[0]), loss[1]
-    return input._connected(origin.without_stats(loss))
+    origin.took(kind, input.shape.numel() // max(1, input.classes), _ignored(target, options))
+    return loss if asked else origin.without_stats(loss)
+
+
+def _on_logits(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
+    options = {name: value for name, value in options.items() if name != "memory_budget"}
+    return fused_cross_entropy(values, target, **options)
+
+
+def _nll(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
+    """The loss of log-probabilities. Their normaliser is 0, so that a loss of logits with options is theirs, too."""
+    ids = ignored_ids(options["ignore_index"])
+    if options.keys() <= {"weight", "ignore_index", "reduction", "memory_budget", "backend"} and len(ids) == 1:
+        return torch.nn.functional.nll_loss(
+            values, target, options.get("weight"), ignore_index=ids[0], reduction=options["reduction"]
+        )
+    return _on_logits(values, target, options)
 
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:

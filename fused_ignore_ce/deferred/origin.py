@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.options import ignored_ids
+from ..core.keywords import unknown_keyword
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
 from .report import Recorder
 
 
@@ -16,8 +18,8 @@ class Settings(NamedTuple):
 
     ignore_index: tuple[int, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012 (never written)
-    without_labels: bool = False
     return_stats: bool = False
+    keep_logits: bool = False
 
     @property
     def changes(self) -> str:
@@ -67,6 +69,38 @@ class Settings(NamedTuple):
             raise ValueError(message)
 
 
+_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "zero_if_all_ignored", "backend")
+
+
+def settings_of(
+    function: str,
+    ignore_index: Any,
+    memory_budget: Any,
+    return_stats: Any,
+    loss_options: dict[str, Any],
+    keep_logits: Any = False,
+) -> Settings:
+    """The settings for the arguments that a function was given, checked."""
+    for name, value in (("return_stats", return_stats), ("keep_logits", keep_logits)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    for name in loss_options:
+        if name not in _OPTIONS:
+            known = ("ignore_index", "memory_budget", "return_stats", "keep_logits", *_OPTIONS)
+            raise TypeError(unknown_keyword(function, name, known))
+    given = {name: value for name, value in loss_options.items() if value is not None}
+    LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
+    ReductionOptions(zero_if_all_ignored=given.get("zero_if_all_ignored", False)).checked()
+    check_backend(given.get("backend", "auto"))
+    memory_budget = budget_bytes(memory_budget)
+    if "weight" in given and not isinstance(given["weight"], Tensor):
+        raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
+    if memory_budget is not None:
+        given["memory_budget"] = memory_budget
+    ids = () if ignore_index is None else ignored_ids(ignore_index)
+    return Settings(ids, given, return_stats, keep_logits)
+
+
 class Origin:
     """The state shared by all tensors that were made from the logits of one forward."""
 
@@ -74,15 +108,22 @@ class Origin:
         self.settings = settings or Settings()
         self.recorder = recorder or Recorder()
         self.in_forward = False
-        #: Whether the forward deferred a product, and whether its mode saw a loss that the options apply to.
-        self.deferred = self.used = False
+        #: Whether a product was deferred, whether that was the head's, and whether a loss took the options.
+        self.deferred = self.head_deferred = self.used = False
         #: `LossStats` of the forward's first cross entropy, if `patch_model` was asked for them.
         self.stats: Any = None
         #: Whether a loss was taken without logits, and whether something computed logits.
         self.fused = False
         self.read = False
+        #: The size of the vocabulary.
+        self.classes = 0
         #: Bytes that the head's products would take, and how many of them the recorder has counted.
         self.size = self.counted = 0
+
+    def extended(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
+        """The options of a loss that takes those of `patch_model`."""
+        self.used = True
+        return self.settings.extend(options, target)
 
     def asked_stats(self) -> dict[str, bool]:
         """The keyword that makes a loss in the forward return statistics."""
@@ -118,14 +159,15 @@ class Origin:
         self.recorder.bytes += size - self.counted
         self.counted = size
 
-    def guarded(self, value: Any) -> Any:
-        """The logits for code after the forward, where a gradient of a loss that missed the options is an error."""
-        changes = self.settings.changes
-        if not changes or self.in_forward or not isinstance(value, Tensor) or not value.requires_grad:
-            return value
-        if not torch.is_grad_enabled():
-            return value
-        return _Guard.apply(value, changes)
+    @property
+    def changes(self) -> str:
+        """Names of the options that a loss has to take."""
+        return self.settings.changes
+
+    def guard(self, value: Tensor) -> None:
+        """Makes a gradient of a tensor that was made of the logits an error: its loss missed the options."""
+        if self.changes and value.requires_grad and torch.is_grad_enabled():
+            value.register_hook(functools.partial(_refuse, self.changes))
 
 
 class JointOrigin(Origin):
@@ -144,10 +186,9 @@ class JointOrigin(Origin):
         for origin in self.origins:
             origin.was_read(operation)
 
-    def guarded(self, value: Any) -> Any:
-        for origin in self.origins:
-            value = origin.guarded(value)
-        return value
+    @property
+    def changes(self) -> str:
+        return next((origin.changes for origin in self.origins if origin.changes), "")
 
 
 def joint(origins: list[Origin]) -> Origin:
@@ -157,21 +198,9 @@ def joint(origins: list[Origin]) -> Origin:
     return different[0] if len(different) == 1 else JointOrigin(different)
 
 
-class _Guard(torch.autograd.Function):
-    """Identity; a gradient that arrives comes from a loss that the options did not reach."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, changes: str) -> Tensor:
-        ctx.changes = changes
-        ctx.set_materialize_grads(False)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        if gradient is None:
-            return None, None
-        raise RuntimeError(
-            f"{ctx.changes}: given to patch_model, but this loss was taken of the model's logits by something other "
-            "than a cross entropy over class indices, which cannot use it. Patch the model without these options, or "
-            "take the loss by torch.nn.functional.cross_entropy(outputs.logits, labels)"
-        )
+def _refuse(changes: str, gradient: Tensor) -> None:
+    raise RuntimeError(
+        f"{changes}: given to patch_model, but this loss was taken of the model's logits by something other "
+        "than a cross entropy over class indices, which cannot use it. Patch the model without these options, or "
+        "take the loss by torch.nn.functional.cross_entropy(outputs.logits, labels)"
+    )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.operators import autocasts
 from ..losses.linear_cross_entropy import fused_linear_cross_entropy
 from ..losses.log_probs import fused_linear_log_probs
 
@@ -104,8 +105,7 @@ class Product(NamedTuple):
         x = self._stepped(x)
         return x.movedim(-1, 1) if self.classes_second else x
 
-    def _stepped(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """All steps applied to a matrix product (..., V), or to its elements (..., 1) at an index."""
+    def _stepped(self, x: Tensor) -> Tensor:
         for kind, value in self.steps:
             if kind == "cast":
                 x = x.to(value)
@@ -118,16 +118,23 @@ class Product(NamedTuple):
             elif kind == "log_softmax":
                 x = x.log_softmax(-1)
             else:
-                x = x + (value if index is None else value[index])
+                x = x + value
         return x
 
-    def at(self, index: Tensor) -> Tensor:
-        """`logits().gather(-1, index)` for an index (..., 1), computed from one row of the head per position."""
-        rows = torch.nn.functional.embedding(index.squeeze(-1), self.weight)
-        wide = torch.promote_types(self.linear_dtype, torch.float32)
-        x = (self.hidden.to(wide) * rows.to(wide)).sum(-1, keepdim=True)
-        x = x if self.bias is None else x + self.bias[index].to(wide)
-        return self._stepped(x.to(self.linear_dtype), index)
+    def gradients(self, dlogits: Tensor, needs: list[bool]) -> list[Tensor | None] | None:
+        """The gradients of `tensors`, given that of the logits; None for logits that are no plain matrix product."""
+        if self.steps or self.classes_second or self.layout != "plain":
+            return None
+        dtype = self.linear_dtype
+        dx, h = dlogits.reshape(-1, dlogits.shape[-1]).to(dtype), self.hidden
+        gradients: list[Tensor | None] = [None] * len(needs)
+        if needs[0]:
+            gradients[0] = (dx @ self.weight.detach().to(dtype)).to(h.dtype).view(h.shape)
+        if needs[1]:
+            gradients[1] = (dx.t() @ h.detach().reshape(-1, h.shape[-1]).to(dtype)).to(self.weight.dtype)
+        if self.bias is not None and needs[2]:
+            gradients[2] = dx.sum(0).to(self.bias.dtype)
+        return gradients
 
     def _linear(self) -> Tensor:
         if self.layout == "plain":
@@ -211,7 +218,7 @@ class Product(NamedTuple):
             return None
         is_probs = target.is_floating_point() and target.shape == self.shape
         dtype = torch.promote_types(self.dtype, target.dtype) if is_probs else self.dtype
-        if torch.is_autocast_enabled(self.device.type):
+        if autocasts(self.device):
             dtype = torch.float32
         dtype = options.get("loss_dtype") or dtype
         if is_probs and self.classes_second:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.operators import autocasts
 from .product import Product
 
 #: name -> recorder(product, *args, **kwargs): a Product, a list of them, or None.
@@ -102,7 +103,7 @@ def _log_softmax(
         return None
     if _stacklevel is not None and isinstance(_stacklevel, torch.dtype):  # Tensor.log_softmax(dim, dtype)
         dtype = _stacklevel
-    if dtype is None and torch.is_autocast_enabled(p.hidden.device.type) and p.hidden.device.type != "cpu":
+    if dtype is None and autocasts(p.hidden.device) and p.hidden.device.type != "cpu":
         dtype = torch.float32  # as autocast does on devices other than CPUs
     upcast = p if dtype is None else p.cast(dtype)
     return None if upcast is None else upcast.step("log_softmax", None)

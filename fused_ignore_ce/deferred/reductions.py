@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .expression import ELEMENTWISE, Expression, can_record, describe, last_dim, made
+from .expression import ELEMENTWISE, Expression, can_record, last_dim, made
 from .origin import Origin
 from .product import Product
-from .tiles import by_tiles
+from .tiles import by_tiles, rows_of_tile
 
 #: name -> names of its first arguments after the logits
 _SIGNATURES = {
@@ -24,44 +24,49 @@ _SIGNATURES = {
 _NO_ID = torch.iinfo(torch.int32).min
 
 
-def reduce(
-    func: Callable[..., Any],
-    name: str,
-    recipe: Product | Expression,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    origin: Origin,
-) -> Any:
-    """The result of an operation, computed without logits; None if it does not reduce the vocabulary alone."""
-    if name not in _SIGNATURES or not can_record(recipe) or len(args) > len(_SIGNATURES[name]):
+class Reduction(NamedTuple):
+    """An operation that reduces the vocabulary: its keywords, and the index or the number of places it takes."""
+
+    func: Callable[..., Any]
+    name: str
+    kwargs: dict[str, Any]
+    of_index: Tensor | None
+    k: int | None
+
+    def of(self, form: Product | Expression, origin: Origin) -> Any:
+        """The result, computed tile by tile."""
+        budget = origin.settings.options.get("memory_budget")
+        if self.of_index is not None:
+            one_each, rows = self.of_index.shape[-1] == 1, form.shape[:-1].numel()
+            if one_each and rows > rows_of_tile(form.shape[-1], budget):
+                found = _at(form, self.of_index, origin)
+                if found is not None:
+                    return found.to(form.dtype)
+            return by_tiles(made(torch.gather, self.name, (form, -1, self.of_index), {}), budget)
+        first = (form, -1) if self.k is None else (form, self.k, -1)
+        found = by_tiles(made(self.func, self.name, first, self.kwargs), budget)
+        return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
+
+    def dense(self, values: Tensor) -> Any:
+        """The result, computed from all values."""
+        if self.of_index is not None:
+            return values.gather(-1, self.of_index)
+        return self.func(values, -1, **self.kwargs) if self.k is None else self.func(values, self.k, -1, **self.kwargs)
+
+
+def reduction(func: Callable[..., Any], name: str, form: Any, args: Any, kwargs: dict[str, Any]) -> Reduction | None:
+    """The operation, if it reduces the vocabulary alone; None otherwise."""
+    if name not in _SIGNATURES or not can_record(form) or len(args) > len(_SIGNATURES[name]):
         return None
-    names = _SIGNATURES[name]
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if not last_dim(recipe, kwargs.pop("dim", -1 if name == "topk" else None)) or "out" in kwargs:
+    kwargs = {**dict(zip(_SIGNATURES[name], args, strict=False)), **kwargs}
+    if not last_dim(form, kwargs.pop("dim", -1 if name == "topk" else None)):
         return None
     index = kwargs.pop("index", kwargs.pop("indices", None))
-    if name in ("gather", "take_along_dim") and not _picks_classes(index, recipe, kwargs):
+    if name in ("gather", "take_along_dim") and not _picks_classes(index, form, kwargs):
         return None
     if any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
-    product = recipe if isinstance(recipe, Product) else recipe.product
-    budget = origin.settings.options.get("memory_budget")
-    kind = f"{name}({describe(recipe)})"
-    if index is not None:
-        found = _at(recipe, index, origin) if index.shape[-1] == 1 else None
-        if found is None:
-            found = by_tiles(made(torch.gather, name, (recipe, -1, index), {}), budget)
-        else:
-            found = found.to(recipe.dtype)
-    else:
-        position = kwargs.pop("k", None)
-        first = (recipe, -1) if position is None else (recipe, position, -1)
-        found = by_tiles(made(func, name, first, kwargs), budget)
-    origin.took(kind, product.rows)
-    if isinstance(found, tuple):
-        values = [origin.guarded(value) for value in found]
-        return getattr(torch.return_types, name)(values)
-    return origin.guarded(found)
+    return Reduction(func, name, kwargs, index, kwargs.pop("k", None))
 
 
 def _picks_classes(index: Any, recipe: Product | Expression, others: dict[str, Any]) -> bool:
@@ -73,11 +78,13 @@ def _picks_classes(index: Any, recipe: Product | Expression, others: dict[str, A
 def _at(recipe: Any, index: Tensor, origin: Origin) -> Any:
     """`recipe.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
-    Elementwise operations commute with gather: they are applied to numbers that were gathered.
+    It is for logits of more than one tile. In one tile, a gather is a part of what others see, to the last bit. Here,
+    log-probabilities are the fused function's. Elementwise operations commute with gather: they are applied to numbers
+    that were gathered. Logits themselves are gathered from the tiles that every reader of them sees.
     """
     if isinstance(recipe, Product):
         before = recipe.before_log_softmax
-        return recipe.at(index) if before is None else _log_probs(before, index, origin)
+        return None if before is None else _log_probs(before, index, origin)
     if isinstance(recipe, Tensor) and recipe.dim() > 0:
         if recipe.shape[-1] == 1:
             return recipe

@@ -69,10 +69,7 @@ class FusionReport:
                 lines.append(f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {ignored}")
         lines += [f"logits read by {reader}: {times} times" for reader, times in self.reads.items()]
         if not lines:
-            return (
-                "no loss was taken of this model's logits, and nothing read them "
-                "(is it patched? a loss after a forward without labels needs without_labels=True)"
-            )
+            return "no loss was taken of this model's logits, and nothing read them (is it patched?)"
         if not self.reads:
             lines.append("logits read: never")
         return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logits import DeferredLogits, make
+from .logits import DeferredLogits, deferred_product
 from .origin import Origin
 from .product import product_of
+from .recorded import relaid
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -39,9 +40,10 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
 
 
 def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None) -> DeferredLogits:
-    """`F.linear` of DTensors, deferred."""
+    """`F.linear` of DTensors, deferred. The shards stay, so that its losses need no call of the head."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
-    return make(product, cls=DeferredDTensor, origin=origin)
+    logits: DeferredLogits = deferred_product(product, origin, None, DeferredDTensor)
+    return logits
 
 
 class DeferredDTensor(DeferredLogits):
@@ -55,14 +57,14 @@ class DeferredDTensor(DeferredLogits):
 
     @property
     def device_mesh(self) -> Any:
-        return self._product.weight.device_mesh
+        return self._form.weight.device_mesh
 
     @property
     def placements(self) -> tuple[Any, ...]:
         from torch.distributed.tensor import Replicate, Shard
 
-        last = Replicate() if self._product.layout == "replicated" else Shard(1 if self._product.classes_second else -1)
-        weight: Any = self._product.weight
+        last = Replicate() if self._form.layout == "replicated" else Shard(1 if self._form.classes_second else -1)
+        weight: Any = self._form.weight
         return self._normalized(p if isinstance(p, Replicate) else last for p in weight.placements)
 
     def _normalized(self, placements: Iterable[Any]) -> tuple[Any, ...]:
@@ -77,21 +79,19 @@ class DeferredDTensor(DeferredLogits):
         given = (device_mesh, placements)
         if placements is not None and self._normalized(placements) == self.placements:
             return self
-        product = None if placements is None or self._product.classes_second else self._usable_product()
-        if product is None or not all(isinstance(p, Replicate) for p in placements):
+        product = None if placements is None or self._form.classes_second else self._form
+        if product is None or not self._can_be_fused() or not all(isinstance(p, Replicate) for p in placements):
             return self._computed().redistribute(*given, **kwargs)
-        replicated = product._replace(layout="replicated")
-        return make(replicated, self, (DTensor.redistribute, given, kwargs), cls=DeferredDTensor)
+        return relaid(self, DTensor.redistribute, "replicated", (self, *given), kwargs, DeferredDTensor)
 
     def to_local(self, **kwargs: Any) -> Tensor:
         """The local tensor, as a DTensor gives it. For replicated logits it is deferred too."""
         from torch.distributed.tensor import DTensor
 
-        product = self._usable_product()
-        if product is None or product.layout != "replicated":
+        if not self._can_be_fused() or self._form.layout != "replicated":
             local: Tensor = self._computed().to_local(**kwargs)
             return local
-        return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
+        return relaid(self, DTensor.to_local, "gathered", (self,), kwargs, DeferredLogits)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
         """The whole tensor, as a DTensor gives it, but deferred."""

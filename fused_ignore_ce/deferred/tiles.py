@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .expression import Expression, evaluate, leaves, substitute
 from .graph import refuse_create_graph
+from .product import Product
 
 #: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
 TILE_BYTES, TENSORS = 2**26, 8
@@ -34,6 +35,29 @@ class _Work(NamedTuple):
         return range(0, max(1, self.rows), self.tile)
 
 
+def rows_of_tile(classes: int, memory_budget: int | None) -> int:
+    size = TILE_BYTES if memory_budget is None else memory_budget // TENSORS
+    return max(1, size // (4 * max(classes, 1)))
+
+
+def all_logits(product: Product, memory_budget: int | None) -> Tensor:
+    """The logits of a product, from the same tiles as their reductions: a logit is the same number in both."""
+    rows, lead = product.rows, product.hidden.shape[:-1]
+    if product.layout != "plain" or not rows:
+        return product.logits()
+    hidden = product.hidden.reshape(rows, product.hidden.shape[-1])
+    flat = product._replace(hidden=hidden, classes_second=False)
+    tile = rows_of_tile(product.weight.shape[0], memory_budget)
+    if tile >= rows:
+        found = flat.logits()
+    else:
+        found = torch.empty(rows, product.weight.shape[0], dtype=product.dtype, device=product.device)
+        for start in range(0, rows, tile):
+            found[start : start + tile] = flat._replace(hidden=hidden[start : start + tile]).logits()
+    found = found.view(*lead, found.shape[-1])
+    return found.movedim(-1, 1) if product.classes_second else found
+
+
 def by_tiles(reduction: Expression, memory_budget: int | None) -> Tensor | tuple[Tensor, ...]:
     """The value of an expression whose last operation reduces the vocabulary, with the rows' dimensions in front."""
     lead, V = reduction.shape[:-1], reduction.shape[-1]
@@ -41,13 +65,12 @@ def by_tiles(reduction: Expression, memory_budget: int | None) -> Tensor | tuple
     found = {id(t): (t, sliced) for t, sliced in leaves(reduction)}
     tensors = [t.reshape(rows, t.shape[-1]) if sliced else t for t, sliced in found.values()]
     detached = [t.detach() for t in tensors]
-    size = TILE_BYTES if memory_budget is None else memory_budget // TENSORS
     work = _Work(
         substitute(reduction, dict(zip(found, detached, strict=True))),
         [id(t) for t in detached],
         [sliced for _, sliced in found.values()],
         rows,
-        max(1, size // (4 * V)),
+        rows_of_tile(V, memory_budget),
     )
     values = _Tiles.apply(work, *tensors)
     values = tuple(value.view(*lead, *value.shape[1:]) for value in values)

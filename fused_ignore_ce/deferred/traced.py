@@ -16,28 +16,30 @@ class TracedLogits:
     """The counterpart of `DeferredLogits` while tracing: an ordinary object that has the methods that are recorded."""
 
     def __init__(self, product: Product) -> None:
-        self._product = product
+        self._form = product
 
-    def _usable_product(self) -> Product:
-        return self._product
+    def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
+        """The loss of these logits; the graph that is traced has its gradients."""
+        return lean(self._form, *operands)
 
-    def _connected(self, value: Tensor) -> Tensor:
-        return value
+    @property
+    def classes(self) -> int:
+        return self._form.weight.shape[0]
 
     def materialize(self, reader: str = "materialize") -> Tensor:
-        return self._product.logits()
+        return self._form.logits()
 
     @property
     def shape(self) -> torch.Size:
-        return self._product.shape
+        return self._form.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._product.dtype
+        return self._form.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._product.hidden.device
+        return self._form.hidden.device
 
     @property
     def ndim(self) -> int:
@@ -47,19 +49,19 @@ class TracedLogits:
         return len(self.shape)
 
     def is_contiguous(self) -> bool:
-        return not self._product.classes_second
+        return not self._form.classes_second
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) == 1 and isinstance(args[0], TracedLogits) and name in ("add", "__add__"):
-            done = self._product.plus(args[0]._product)
+            done = self._form.plus(args[0]._form)
         else:
-            done = record(self._product, name, args, kwargs)
+            done = record(self._form, name, args, kwargs)
         if done is None:
             args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)
-            return getattr(self._product.logits(), name)(*args, **kwargs)
+            return getattr(self._form.logits(), name)(*args, **kwargs)
         return tuple(TracedLogits(p) for p in done) if isinstance(done, list) else TracedLogits(done)
 
     @classmethod
@@ -79,7 +81,7 @@ class TracedLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._product.logits(), name)
+        return getattr(self._form.logits(), name)
 
 
 def _method(name: str) -> Any:

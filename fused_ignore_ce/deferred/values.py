@@ -1,0 +1,223 @@
+"""The tensor without memory: its values, computed once, and the memory that it shares with its views."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import forms, tiles
+from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
+from .origin import Origin
+from .product import Product
+from .recipe import Recipe, is_deferred
+
+_plainly = torch._C.DisableTorchFunctionSubclass
+#: A context in which dispatch modes do not see the tensors without memory that tell shapes.
+without_modes = torch._C._DisableTorchDispatch
+
+
+class Lazy(Tensor):
+    """A tensor whose values follow from a recipe; what operations do to it is in `DeferredLogits`."""
+
+    _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
+    _recipe: Any = None  # None of logits that are there
+    _form: Any = None  # a Product or an Expression, of which only shapes are used
+    _meta: Tensor  # shape and strides
+    _origin: Origin
+    _value: Tensor | None = None
+    _version_of_value = 0
+    _is_written = False  # the value stands for this tensor from now on
+    _view_of: Any = None  # the tensor that this one is a view of, and the operation that makes the view
+    _views: list[weakref.ref[Lazy]]
+
+    @property
+    def is_materialized(self) -> bool:
+        """Whether these logits, or others that were made from them or that they were made from, were computed."""
+        return self._origin.read
+
+    def materialize(self, reader: str = "materialize") -> Tensor:
+        """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
+        if self._value is None:
+            if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
+                return self._aliased(reader)
+            self._origin.was_read(reader)
+            self._keep(functools.partial(self._raw, reader))
+        assert self._value is not None
+        return self._value
+
+    def _keep(self, compute: Callable[[], Tensor]) -> None:
+        def fresh() -> Tensor:
+            """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
+            found = compute()
+            if not found._is_view():
+                return found
+            made = found.new_empty(0)
+            return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
+
+        requires_grad = self._requires_grad()
+        with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
+            self._value = connected(Read, self, fresh) if requires_grad else fresh()
+        self._version_of_value = self._value._version
+
+    def _raw(self, reader: str = "backward") -> Tensor:
+        """The values, without a graph, as they were when this tensor was made."""
+        if self._value is not None and not self._stands_alone():
+            return self._value.detach()
+        recipe: Recipe = self._recipe
+        with torch.no_grad():
+            recipe.check_unchanged()
+            known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
+            if isinstance(self._form, Product) and not known:
+                form = forms.Leaves().form(self, False)
+                return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
+            values = []
+            for t in recipe.inputs:
+                if not is_deferred(t):
+                    values.append(t)
+                elif t._stands_alone() or t._is_known():
+                    values.append(t._raw(reader))
+                else:
+                    values.append(t.materialize(reader).detach())
+            found: Tensor = recipe.run(values)
+        return found.clone() if any(shares_memory(found, v) for v in values) else found
+
+    def _is_known(self) -> bool:
+        """Whether the values follow from computed ones, without the head's weights."""
+        if self._value is not None and not self._stands_alone():
+            return True
+        above = [t for t in self._recipe.inputs if is_deferred(t)]
+        return bool(above) and all(t._is_known() for t in above)
+
+    def _is_there(self) -> bool:
+        """Whether the values are computed, or are a part of computed ones.
+
+        A checkpoint that runs a function again must find what it found the first time: to it, they are not.
+        """
+        if are_saved_tensors_packed():
+            return False
+        if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
+            return True
+        return self._recipe is None or self._is_known()
+
+    def _is_there_or_written(self) -> bool:
+        return self._value is not None or self._stands_alone()
+
+    def _stands_alone(self) -> bool:
+        """Whether the computed value stands for this tensor: somebody wrote to it, or there is no recipe."""
+        if self._is_written or self._recipe is None:
+            return True
+        if self._value is not None and self._value._version != self._version_of_value:
+            return True
+        return self._view_of is not None and self._view_of[0]._stands_alone()
+
+    def _aliased(self, reader: str) -> Tensor:
+        """The computed tensor, which shares memory with those of the tensors that this one is a view of."""
+        if self._view_of is None:
+            return self.materialize(reader)
+        base, func, args, kwargs, part = self._view_of
+        value = base._aliased(reader)
+        mine = self._value
+        if mine is None or mine.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+            with torch.inference_mode(False), torch.set_grad_enabled(self._requires_grad()):
+                mine = func(value, *args, **kwargs)
+                self._value = mine = mine if part is None else mine[part]
+            self._version_of_value = mine._version
+        return mine
+
+    def _can_be_fused(self) -> bool:
+        """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
+        if self._stands_alone():
+            return False
+        return not self._requires_grad() or any(self._recipe.needs)
+
+    def _requires_grad(self) -> bool:
+        with _plainly():
+            return self.requires_grad
+
+    def _become_leaf(self) -> None:
+        """Detached logits that are told to require a gradient: the computed tensor is the leaf."""
+        value = self._aliased("requires_grad_")
+        value.requires_grad_()
+        self._is_written = True
+        with torch.enable_grad():
+            connected(Adopt, self, value)
+
+    def _family(self) -> list[Lazy]:
+        """All tensors that share memory with this one."""
+        root = self
+        while root._view_of is not None:
+            root = root._view_of[0]
+        family = [root]
+        for member in family:
+            family += [view for reference in member._views if (view := reference()) is not None]
+        return family
+
+    @property
+    def classes(self) -> int:
+        """The size of the vocabulary's dimension."""
+        return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
+
+    def _alias(self) -> Lazy:
+        return made(type(self), self._recipe, self._form, self._meta, self._origin, node=False)
+
+
+def deferred_in(values: Any) -> Iterator[Lazy]:
+    """The deferred logits among arguments."""
+    for value in values:
+        if isinstance(value, Lazy):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from deferred_in(value)
+        elif type(value) is dict:
+            yield from deferred_in(value.values())
+
+
+def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node: bool = True) -> Lazy:
+    """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
+
+    def make(recipe: Recipe) -> Any:
+        made = wrapped(cls, meta, form.device, origin)
+        made._recipe, made._form = recipe, form
+        return made
+
+    if not node:
+        alias: Lazy = make(recipe)
+        return alias
+    inputs, recipe.remake = list(recipe.inputs), make
+    if recipe.product is None:
+        recipe.keep_operands()
+    if not any(recipe.needs):
+        constant: Lazy = make(recipe)
+        return constant
+    of_graph = recipe.of_graph()
+    deferred: Lazy = connected(Node, of_graph, functools.partial(make, recipe), *inputs)
+    deferred._in_graph = weakref.ref(of_graph)
+    return deferred
+
+
+def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
+    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
+    made._meta, made._origin, made._views = meta, origin, []
+    return made
+
+
+def shares_memory(out: Any, value: Tensor) -> bool:
+    return isinstance(out, Tensor) and out.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+
+
+def _in_order(t: Tensor) -> bool:
+    """Whether strides do not grow from one dimension to the next, as those of a computed part of the logits."""
+    return sorted(t.stride(), reverse=True) == list(t.stride())
+
+
+def flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if type(value) in (tuple, list):
+            yield from flat(value)
+        else:
+            yield value
