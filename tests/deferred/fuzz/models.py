@@ -178,5 +178,9 @@ def patched(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def reads(model: nn.Module) -> dict[str, int]:
-    """What has read the logits of a patched model, by operation; empty for a model that has no report."""
-    return dict(fusion_report(model).reads) if isinstance(model, PreTrainedModel) else {}
+    """What has made the logits of a patched model be computed, with counts; empty for a model that has no report."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    report = fusion_report(model)
+    on_logits = {f"loss on logits: {kind}": count.calls for kind, count in report.on_logits.items()}
+    return dict(report.reads) | on_logits
