@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import autocasts
+from .eager import autocasts
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

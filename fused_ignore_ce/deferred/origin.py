@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.keywords import unknown_keyword
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..core.unknown_keywords import unknown_keyword
 from .report import Recorder
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.operators import autocasts
+from ..core.eager import autocasts
 from ..losses.linear_cross_entropy import fused_linear_cross_entropy
 from ..losses.log_probs import fused_linear_log_probs
 

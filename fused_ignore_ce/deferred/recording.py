@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.operators import autocasts
+from ..core.eager import autocasts
 from .product import Product
 
 #: name -> recorder(product, *args, **kwargs): a Product, a list of them, or None.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.operators import PACKAGE
+from ..core.eager import PACKAGE
 
 
 def _products(h: Tensor, w: Tensor, count: int) -> int:

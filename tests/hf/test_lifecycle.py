@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fused_ignore_ce.deferred import DeferredLogits
 from fused_ignore_ce.hf import patch_model, unpatch_model
 
 from ..helpers.hf_worker import PAD, MyLlama, assert_deferred, assert_same, batches, llama, spied, trajectory

@@ -14,6 +14,7 @@ from ..helpers.hf_tiny import (
     D,
     QuantizedHead,
     V,
+    assert_same,
     assert_same_step,
     batch,
     bert,
