@@ -142,7 +142,7 @@ def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
         N, 0 if weight is None else len(weight), row_stride(token_weight), divided, options.ignore_index,
         chip_of(device),
     )  # fmt: skip
-    number = number or 1.0
+    number = 1.0 if number is None else number
     shares = Shares(target, weight, token_weight, normalizer)
     if parts is not None:
         parts = parts_of(parts)

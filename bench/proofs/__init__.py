@@ -1,0 +1,1 @@
+"""Examines kernels without a GPU: bytes, machine code, launches and the host's time."""

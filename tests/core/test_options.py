@@ -105,3 +105,17 @@ def test_normalizer_tensor_replaces_the_count(backend, device):
     for normalizer in (8, 8.0, torch.tensor(8, device=device), torch.tensor(8.0, device=device)):
         loss = fused_cross_entropy(x, y, normalizer=normalizer, backend=backend)
         torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, y, reduction="sum") / 8)
+
+
+@pytest.mark.parametrize("grad_in_forward", [False, True])
+@pytest.mark.parametrize("normalizer", [0, 0.0, "tensor"])
+def test_a_normalizer_of_zero_divides_by_zero(normalizer, grad_in_forward, backend, device):
+    """A number and a tensor mean the same, and ignored rows get a gradient of zero even then."""
+    x, y = torch.randn(4, 7, device=device, requires_grad=True), torch.tensor([1, 2, -100, 3], device=device)
+    if normalizer == "tensor":
+        normalizer = torch.tensor(0.0, device=device)
+    loss = fused_cross_entropy(x, y, normalizer=normalizer, grad_in_forward=grad_in_forward, backend=backend)
+    assert loss.isposinf()
+    loss.backward()
+    assert not x.grad[0].isfinite().any()
+    assert (x.grad[2] == 0).all()
