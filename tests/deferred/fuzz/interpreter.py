@@ -302,11 +302,12 @@ class Run:
         self._retained: set[str] = set()
         self._hidden: dict[int, StorageWeakRef] = {}
         if setting.held:
-            self.names["model"].lm_head.register_forward_pre_hook(self._remember)
+            # A function, as a bound method would be copied with the model.
+            self.names["model"].lm_head.register_forward_pre_hook(lambda _, args: self._remember(args[0]))
         self._background = _Background(self.names) if setting.beside else None
 
-    def _remember(self, _: Any, args: Any) -> None:
-        ref = StorageWeakRef(args[0].untyped_storage())
+    def _remember(self, hidden: Tensor) -> None:
+        ref = StorageWeakRef(hidden.untyped_storage())
         self._hidden.setdefault(ref.cdata, ref)
 
     def step(self, statement: Statement) -> None:

@@ -74,7 +74,7 @@ def _simpler(program: Program) -> Iterator[Program]:
     for simple in _simpler_settings(setting):
         yield Program(simple, statements)
     for i, statement in enumerate(statements):
-        bare = re.sub(r"^with [^:]*: ", "", statement.text)
+        bare = re.sub(r"^with torch\.\w+\(\)(, torch\.\w+\(\))*: ", "", statement.text)
         if bare != statement.text:
             yield Program(setting, (*statements[:i], statement._replace(text=bare), *statements[i + 1 :]))
         made = [name for name in statement.makes if name[0] == "x"]

@@ -296,6 +296,8 @@ fused, weight 2, fusible quiet
     {new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels, label_smoothing=0.1)
     {new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), labels, weight=bias.detach())
     {new_loss} = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
+    {new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2) / 2, labels)
+    {new_loss} = F.nll_loss(model(ids).logits.transpose(1, 2).log_softmax(1), labels, weight=bias.detach())
     {new_loss} = F.cross_entropy(model(ids).logits.transpose(1, 2), soft_labels.transpose(1, 2))
 
 detached leaf, weight 3

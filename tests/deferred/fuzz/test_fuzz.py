@@ -140,8 +140,7 @@ def test_a_break_is_seen(broken):
         program, plain = drawn(seed, SLOW)
         if not (program.setting.options or program.setting.beside):
             verdict = verdict_of(program, lambda m, **_: patch(m), plain)
-            if not verdict.right:
-                assert what in verdict.what
+            if not verdict.right and what in verdict.what:
                 return
     pytest.fail("not seen in 1000 programs")
 
