@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +11,6 @@ from torch import Tensor
 
 from .gradient import MODULUS, Flow, Gradient, Ticket, dense_of, number_of, total
 from .recipe import Recipe, is_deferred, value_of
-
-
-def refuse_create_graph() -> None:
-    """Raises an error in a backward whose gradients cannot be differentiated again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph=True is not supported by deferred logits: take the loss of outputs.logits.materialize(), or "
-            "call unpatch_model(model)"
-        )
 
 
 class _Token(Tensor):
@@ -50,10 +41,43 @@ def unpacked() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
-def connected(function: Any, *args: Any) -> Any:
-    """Applies an autograd.Function of this package."""
-    with torch._C.DisableTorchFunctionSubclass(), unpacked():
+def connected(function: Any, *args: Any, holders: Iterable[Any] = ()) -> Any:
+    """Applies an autograd.Function of this package.
+
+    For each tensor that the function saves, a holder is kept in its place, from which its value follows. A backward with
+    `create_graph=True` gets the value, with the tensor's place in the graph; any other backward gets an empty tensor.
+    """
+    rest = iter(holders)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t if type(t) is _Token else next(rest), _unpack)
+    with torch._C.DisableTorchFunctionSubclass(), hooks:
         return function.apply(*args)
+
+
+def _unpack(holder: Any) -> Tensor:
+    if type(holder) is _Token:
+        return holder
+    return value_of(holder) if torch.is_grad_enabled() else torch.empty(0)
+
+
+def _needed(values: Iterable[Any], needs: list[bool]) -> list[Any]:
+    return [value for value, needed in zip(values, needs, strict=True) if needed]
+
+
+def _with_graph(saved: Any, holders: list[Any], needs: list[bool]) -> list[Tensor]:
+    """The values of a node's inputs, those that need a gradient as new tensors that the saved ones go to."""
+    rest = iter(saved)
+    return [(t := next(rest)).view_as(t) if n else value_of(holder) for holder, n in zip(holders, needs, strict=True)]
+
+
+def _differentiated(results: Any, inputs: list[Tensor], upstream: Any, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients of inputs, which can be differentiated again."""
+    wanted = _needed(inputs, needs)
+    pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad]
+    if not pairs:
+        return [None] * len(needs)
+    differentiated, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(differentiated, wanted, given, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 class Node(torch.autograd.Function):
@@ -62,7 +86,7 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, make: Callable[[], Any], *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(_Token.of(recipe))
+        ctx.save_for_backward(_Token.of(recipe), *_needed(inputs, recipe.needs))
         return make()
 
     @staticmethod
@@ -70,9 +94,13 @@ class Node(torch.autograd.Function):
         nothing = (None,) * (len(ctx.needs_input_grad) - 2)
         if gradient is None:
             return None, None, *nothing
-        refuse_create_graph()
-        recipe: Recipe = ctx.saved_tensors[0].held
+        token, *saved = ctx.saved_tensors
+        recipe: Recipe = token.held
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled():
+                recipe.check_unchanged()
+                values = _with_graph(saved, recipe.inputs, recipe.needs)
+                return None, None, *_differentiated([recipe.run(values)], values, [dense_of(gradient)], recipe.needs)
             return None, None, *_handed_down(recipe, gradient)
 
 
@@ -133,6 +161,11 @@ class Work(NamedTuple):
     needs: list[bool]  # of inputs and operands
     dense: Callable[..., Any]  # the results, from computed logits and operands
 
+    @property
+    def holders(self) -> list[Any]:
+        """The inputs and operands that a gradient goes to."""
+        return _needed([*self.inputs, *self.operands], self.needs)
+
     def gradients(self, upstream: tuple[Any, ...]) -> list[Any]:
         """The gradients of the deferred inputs, and of the operands."""
         pairs = [(r, g) for r, g in zip(self.results, upstream, strict=True) if g is not None and r.requires_grad]
@@ -183,7 +216,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Work, *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(_Token.of(work))
+        ctx.save_for_backward(_Token.of(work), *_needed(inputs, work.needs))
         results = tuple(r.detach() for r in work.results)
         pairs = zip(results, work.results, strict=True)
         ctx.mark_non_differentiable(*(mine for mine, r in pairs if not r.requires_grad))
@@ -191,9 +224,13 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        refuse_create_graph()
-        work: Work = ctx.saved_tensors[0].held
+        token, *saved = ctx.saved_tensors
+        work: Work = token.held
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled():
+                values = _with_graph(saved, [*work.inputs, *work.operands], work.needs)
+                results, _ = torch.utils._pytree.tree_flatten(work.dense(*values))
+                return None, *_differentiated(results, values, upstream, work.needs)
             return None, *work.gradients(upstream)
 
 

@@ -46,9 +46,11 @@ class DeferredLogits(Lazy):
             name = func.__self__.__name__ if name == "__get__" else f"__set__ {func.__self__.__name__}"
         self = args[0] if args and isinstance(args[0], cls) else None
         if self is not None and not self._stands_alone():
+            if name == "detach_" and self._meta._is_view():
+                return func(self._meta)  # raises PyTorch's error for views
             if _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
                 self._become_leaf()
-                return self
+                return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
             if name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks"):
                 with _plainly():
                     return func(*args, **kwargs)
@@ -100,10 +102,13 @@ class DeferredLogits(Lazy):
         return take([self], operands, lean, dense)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
-        if self._value is not None:
-            return repr(self._value)
-        about = f"shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
-        return f"DeferredLogits({about}; .detach().clone() computes them)"
+        """Shows the computed logits; if they cannot be computed any more, the shape and why."""
+        try:
+            return repr(self._aliased("repr") if self._stands_alone() else self.materialize("repr"))
+        except Exception as e:
+            return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'; {e})"
+
+    __format__ = object.__format__
 
 
 def _asks_for_leaf(name: str, args: Any, kwargs: Any) -> bool:
@@ -135,6 +140,8 @@ def deferred_product(
     form = product.with_tensors([shapes[0].detach(), *shapes[1:]])
     with without_modes():
         meta = torch.empty(product.shape, dtype=product.dtype, device="meta")
+        if product.bias is not None and product.ndim > 2:
+            meta = meta.view(product.shape)  # as PyTorch's is
     logits: Any = made(cls, recipe, form, meta, origin)
     origin.deferred = True
     origin.classes = product.weight.shape[0]

@@ -86,22 +86,21 @@ def replaced(values: Any, by: dict[int, Tensor]) -> Any:
 def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Writes to the computed logits, which stand for the deferred ones from then on, as do their views."""
     deferred = list(deferred_in((args, kwargs)))
-    values = {id(t): t._aliased(name) for t in deferred}
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
+    family = target._family() if isinstance(target, Lazy) else []
+    values = {id(t): t._aliased(name) for t in (*deferred, *family)}
     out = func(*replaced(args, values), **replaced(kwargs, values))
     was_enabled = torch.is_grad_enabled()
-    if isinstance(target, Lazy):
-        written = values[id(target)]
-        for member in target._family():
-            value = member._aliased(name)
-            member._is_written = True
-            with _plainly(), torch.enable_grad():
-                if member._view_of is not None and member._view_of[4] is not None:
-                    continue  # one of several results: PyTorch lets nobody touch it once its base was written to
-                if (was_enabled or member._requires_grad()) and value.requires_grad and shares_memory(value, written):
-                    connected(Adopt, member, value)
-                    if member.retains_grad and not value.retains_grad:
-                        value.retain_grad()
+    for member in family:
+        value = values[id(member)]
+        member._is_written = True
+        with _plainly(), torch.enable_grad():
+            if member._view_of is not None and member._view_of[4] is not None:
+                continue  # one of several results: PyTorch lets nobody touch it once its base was written to
+            if (was_enabled or member._requires_grad()) and value.requires_grad:
+                connected(Adopt, member, value)
+                if member.retains_grad and not value.retains_grad:
+                    value.retain_grad()
     for t in deferred:
         if out is values[id(t)]:
             return t

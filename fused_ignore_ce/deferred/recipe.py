@@ -155,6 +155,11 @@ class Recipe:
         other.inputs = [of_graph(t, n) for t, n in zip(self.inputs, self.needs, strict=True)]
         return other
 
+    @property
+    def holders(self) -> list[Any]:
+        """The inputs that a gradient goes to."""
+        return [t for t, needed in zip(self.inputs, self.needs, strict=True) if needed]
+
     def check_unchanged(self) -> None:
         for t, version in zip(self.inputs, self.versions, strict=True):
             if not is_deferred(t):

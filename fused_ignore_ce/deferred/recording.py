@@ -32,7 +32,8 @@ def record(product: Product, name: str, args: tuple[Any, ...], kwargs: dict[str,
 
 
 _WITH_CLASSES_SECOND = (
-    "float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "detach", "log_softmax",
+    "float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "detach", "log_softmax", "tanh",
+    "mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__",
 )  # fmt: skip
 
 

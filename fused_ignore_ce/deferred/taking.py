@@ -54,7 +54,7 @@ def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> A
         results, spec = torch.utils._pytree.tree_flatten(result)
         held = [of_graph(t, n) for t, n in zip(inputs, needs, strict=False)]
         work = Work(results, leaves.found, detached, held, needs, as_called)
-        made = connected(Fused, work, *inputs, *operands)
+        made = connected(Fused, work, *inputs, *operands, holders=work.holders)
         return torch.utils._pytree.tree_unflatten(made, spec)
 
     root = _root(inputs[0]._recipe)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .expression import Expression, evaluate, leaves, substitute
-from .graph import refuse_create_graph
 from .product import Product
 
 #: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
@@ -90,7 +89,6 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        refuse_create_graph()
         work, tensors = ctx.work, list(ctx.saved_tensors)
         needed = ctx.needs_input_grad[1:]
         given = [(i, g) for i, g in enumerate(upstream) if g is not None]

@@ -195,7 +195,8 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
         constant: Lazy = make(recipe)
         return constant
     of_graph = recipe.of_graph()
-    deferred: Lazy = connected(Node, of_graph, functools.partial(make, recipe), *inputs)
+    make_result = functools.partial(make, recipe)
+    deferred: Lazy = connected(Node, of_graph, make_result, *inputs, holders=of_graph.holders)
     deferred._in_graph = weakref.ref(of_graph)
     return deferred
 

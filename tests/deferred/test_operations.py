@@ -297,8 +297,17 @@ def test_copies_and_files_hold_real_logits():
     for copied in (pickle.loads(pickle.dumps(defer(*leaves).detach())), copy.deepcopy(defer(*leaves).detach())):
         assert type(copied) is torch.Tensor
         assert torch.equal(copied, plain)
+
+
+def test_logits_are_shown_as_their_values():
+    leaves = head()
+    x = defer(*leaves)
+    assert f"{x.detach()}" == str(x.detach()) == repr(F.linear(*leaves).detach())
+    x = defer(*leaves)
+    with torch.no_grad():
+        leaves[1].zero_()
     about = f"shape=({B}, {T}, {V}), dtype=torch.float32, device='cpu'"
-    assert repr(defer(*leaves)) == f"DeferredLogits({about}; .detach().clone() computes them)"
+    assert str(x).startswith(f"DeferredLogits({about}; logits: the head's weights or the hidden states were changed")
 
 
 def test_compiled_functions_take_deferred_logits():

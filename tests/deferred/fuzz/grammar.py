@@ -80,6 +80,7 @@ class _Drawing:
         setting = run.setting
         table = WITH_OPTIONS if setting.options else TEMPLATES
         banned = {"not_beside"} if setting.beside else set()
+        banned |= {"not_held"} if setting.held else set()
         banned |= {"fusible"} if setting.model in ("where", "frozen function", "frozen no_grad") else set()
         self.templates = [t for t in table if t.kind not in set(without) and not t.flags & banned]
         self.weighted = [t for t in self.templates for _ in range(1 if "rare" in t.flags else t.weight)]

@@ -300,6 +300,7 @@ class Run:
         self.observed: Observed = []
         self.ended = False
         self._retained: set[str] = set()
+        self._freed: set[str] = set()
         self._hidden: dict[int, StorageWeakRef] = {}
         if setting.held:
             # A function, as a bound method would be copied with the model.
@@ -328,6 +329,8 @@ class Run:
             self._observe(f"{name} of `{statement.text}`", functools.partial(self._described, name))
             self.variables.append(name)
         self._retained.update(re.findall(r"(\w+)\.retain_grad\(", statement.text))
+        if statement.backward and "retain_graph" not in statement.text:
+            self._freed.update(re.findall(r"\bs\d+\b", statement.text))
         self._flush_hooks(statement.text)
 
     def _reads(self) -> Any:
@@ -396,7 +399,14 @@ class Run:
         self.observed.append((label, found))
 
     def _observe_held(self) -> None:
-        kept = [self.names[n] for n in self.variables if isinstance(self.names[n], Tensor) and self.names[n].dim() == 0]
+        """Counts the hidden states that losses hold which have had their backward, or have it now, or need none.
+
+        A loss that is still to be differentiated may hold some, where plain PyTorch holds log-probabilities. This goes
+        for a loss as well whose backward fails because that of another one has freed the graph that they share.
+        """
+        tensors = {n: self.names[n] for n in self.variables if isinstance(self.names[n], Tensor)}
+        kept = [t for n, t in tensors.items() if t.dim() == 0 and (n in self._freed or _differentiated(t))]
+        tensors.clear()
         kept_models = self.names["model"], self.names["other"]
         self.names.clear()
         self.names.update(kept=kept, models=kept_models)
@@ -404,6 +414,16 @@ class Run:
             gc.collect()
         held = sum(not ref.expired() for ref in self._hidden.values())
         self.observed.append(("hidden states held by losses", held))
+
+
+def _differentiated(loss: Tensor) -> bool:
+    """Runs the backward of a loss that requires a gradient; whether that went well."""
+    try:
+        if loss.requires_grad:
+            loss.backward()
+    except Exception:
+        return False
+    return True
 
 
 def _modes_switched_off() -> int:

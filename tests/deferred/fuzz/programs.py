@@ -60,6 +60,8 @@ def _names(code: Any) -> frozenset[str]:
 
 _VARIABLE = re.compile(r"[a-z]\d+")
 
+_WRITES_TO_HEAD = re.compile(r"\.step\(|model\.lm_head\.weight\.\w+_\(|\bh\d+\.\w+_\(")
+
 
 class Program(NamedTuple):
     setting: Setting
@@ -72,6 +74,18 @@ class Program(NamedTuple):
         flags = {"beside": s.beside, "held": s.held, "options": s.options, s.device: s.device != "cpu"}
         head = {s.model} if s.model.startswith("frozen") or s.model == "where" else set()
         return frozenset(st.kind for st in self.statements) | {k for k, on in flags.items() if on} | head
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Parts of the messages of errors that deferred logits may raise in this program by design."""
+        texts = [st.text for st in self.statements]
+        may_free_more = self.setting.model == "frozen no_grad" or any("inputs=" in text for text in texts)
+        writes_to_head = any(map(_WRITES_TO_HEAD.search, texts))
+        return (
+            *("label_smoothing",) * self.setting.options,  # an option may be refused, and never lost
+            *("the head's weights or the hidden states were changed in place",) * writes_to_head,
+            *("Trying to backward through the graph a second time",) * may_free_more,
+        )
 
     def __str__(self) -> str:
         """A snippet that runs the program on the patched model; `patch=None` in it runs the plain one."""

@@ -6,6 +6,7 @@ A line without indentation starts a kind: its name, the weight by which each of 
 - backward: runs a backward pass, after whose failure gradients are undefined.
 - quiet: computes no logits. fusible: only of heads whose losses are fused.
 - not_beside: writes to what a thread beside uses, or listens to it.
+- not_held: not where it is checked what losses hold.
 - rare, slow: drawn less often than its weight says.
 
 Placeholders are variables of a program that fit:
@@ -28,6 +29,16 @@ What is left out, because PyTorch is at odds with itself:
 - A hook on a view whose base was written since: PyTorch crashes, unless somebody asks for `grad_fn` first. So hooks do.
 - What follows a backward pass that failed: which gradients it has accumulated by then depends on the order of nodes.
 - The order in which hooks of different tensors are called in one backward, which is that in which nodes were made.
+
+Errors of one model alone that are right, by design of this library (see `Program.refusals` and `comparison.py`):
+
+- Logits are read after the head's weights or the hidden states were changed in place: they cannot be computed any more.
+- PyTorch refuses a backward because a tensor that it saved was written to. Deferred logits may give the gradient of the
+  values at the time of the operation.
+- A second backward through a freed graph, where the nodes that both go through had saved nothing in PyTorch: a product
+  under `no_grad` with a trainable bias, and the product itself in `backward(inputs=[logits])`. Our nodes save how
+  logits are computed, and a backward frees that.
+- An option of a patched model is refused, where the loss that is taken cannot use it.
 """
 
 from __future__ import annotations
@@ -346,7 +357,7 @@ backward of a tensor, weight 1, backward
     {grad}.backward(like({grad}))
     {node}.backward(torch.ones_like({node}), retain_graph=True)
 
-backward to inputs, weight 1, backward
+backward to inputs, weight 1, backward not_held
     {loss}.backward(inputs=[{grad}])
     {loss}.backward(inputs=[bias, {grad}], retain_graph=True)
 
