@@ -60,8 +60,10 @@ class DeferredLogits(Lazy):
                 return torch.empty(0, dtype=self._meta.dtype, device=self.device).type()
         if func in LOSSES and self is not None:
             return LOSSES[func](*args, **kwargs, origin=self._origin)
+        if func is Tensor.backward:
+            return torch.autograd.backward(args, kwargs.pop("gradient"), **kwargs)
         if func is torch.autograd.grad or func is torch.autograd.backward:
-            return differentiated(func, args, kwargs)
+            return differentiated(func, *args, **kwargs)
         if writes(name, kwargs):
             return written(func, name, args, kwargs)
         deferred = list(deferred_in((args, kwargs)))

@@ -16,14 +16,30 @@ from .values import Lazy, deferred_in, flat, shares_memory, wrapped
 _plainly = torch._C.DisableTorchFunctionSubclass
 
 
-def differentiated(func: Any, args: Any, kwargs: Any) -> Any:
-    """torch.autograd.grad or backward; the gradients that it returns are computed."""
-    args, kwargs = torch.utils._pytree.tree_map_only(
-        Lazy, lambda t: t._aliased(func.__name__) if t._stands_alone() else t, (args, kwargs)
-    )
-    with _plainly():
-        found = func(*args, **kwargs)
-    return found if found is None else tuple(dense_of(g) for g in found)
+def differentiated(func: Any, outputs: Any, inputs: Any = None, materialize_grads: bool = False, **kwargs: Any) -> Any:
+    """torch.autograd.grad or backward, with places in the graph for deferred logits; gradients returned are computed.
+
+    Torch functions stay switched on, for Python that a backward runs, such as a checkpoint's.
+    """
+
+    def place(t: Any) -> Any:
+        if t._stands_alone():
+            return t._aliased(func.__name__)
+        with _plainly():
+            if t.requires_grad and func is torch.autograd.backward and any(t is each for each in inputs or ()):
+                t.retain_grad()
+            return torch.autograd.graph.get_gradient_edge(t)
+
+    replace = torch.utils._pytree.tree_map_only
+    kwargs = replace(Lazy, lambda t: t.materialize(func.__name__), kwargs)
+    if materialize_grads:
+        kwargs["allow_unused"] = True
+    found = func(replace(Lazy, place, outputs), inputs=replace(Lazy, place, inputs), **kwargs)
+    if found is None:
+        return None
+    if materialize_grads:
+        found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+    return tuple(dense_of(g) for g in found)
 
 
 def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]) -> Any:
