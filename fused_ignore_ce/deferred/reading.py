@@ -57,7 +57,7 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
         if name == "grad" and found is None:
             with _plainly():
                 found = func(*args, **kwargs)
-        return found
+        return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
     if any(shares_memory(o, values[id(t)]) for t in deferred if t._view_of is not None for o in flat([out])):
         values = {id(t): t._aliased(name) for t in deferred}
@@ -105,6 +105,9 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
     family = target._family() if isinstance(target, Lazy) else []
     values = {id(t): t._aliased(name) for t in (*deferred, *family)}
+    for reference in family[0]._saved if family else ():
+        if (saved := reference()) is not None:
+            saved.copy()
     out = func(*replaced(args, values), **replaced(kwargs, values))
     was_enabled = torch.is_grad_enabled()
     for member in family:
