@@ -51,13 +51,14 @@ class DeferredLogits(Lazy):
                     t.detach_()  # raises PyTorch's error for views
             with _plainly():
                 return func(self)
-        if self is not None and not self._stands_alone():
+        if self is not None and not self._has_moved():
             if _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
                 self._become_leaf()
                 return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
             if name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks"):
                 with _plainly():
                     return func(*args, **kwargs)
+        if self is not None and not self._stands_alone():
             if name == "detach":
                 return recorded(func, name, args, kwargs)
             if name == "type" and not args[1:] and not kwargs:
@@ -94,9 +95,13 @@ class DeferredLogits(Lazy):
         )
         if same and isinstance(first, cls) and not first._stands_alone():
             return first._alias()
-        values = torch.utils._pytree.tree_map_only(
-            cls, lambda t: t.materialize(func.__name__).detach(), (args, kwargs or {})
-        )
+
+        def value(t: DeferredLogits) -> Tensor:
+            found = t.materialize(func.__name__)
+            _ = found.grad_fn  # raises PyTorch's error for a view that a write has invalidated
+            return found.detach()
+
+        values = torch.utils._pytree.tree_map_only(cls, value, (args, kwargs or {}))
         if func._schema.is_mutable and isinstance(first, cls):
             raise RuntimeError(f"logits: {func} would write to deferred logits; pass logits.clone()")
         return func(*values[0], **values[1])
@@ -146,14 +151,14 @@ def deferred_product(
     form = product.with_tensors([shapes[0].detach(), *shapes[1:]])
     with without_modes():
         meta = torch.empty(product.shape, dtype=product.dtype, device="meta")
-        if product.bias is not None and product.ndim > 2:
-            meta = meta.view(product.shape)  # as PyTorch's is
     logits: Any = made(cls, recipe, form, meta, origin)
     origin.deferred = True
     origin.classes = product.weight.shape[0]
     origin.size += product.bytes
     if origin.settings.keep_logits:
         _keep_until_step(logits)
+    if product.bias is not None and product.ndim > 2 and product.layout == "plain":
+        return recorded(Tensor.view, "view", (logits, product.shape), {})  # so PyTorch returns a view, with what follows
     return logits
 
 

@@ -25,7 +25,8 @@ FACTORIES = frozenset({
 ON_SHAPES = frozenset({"result_type", "is_same_size"})
 
 #: Methods that give away the memory of a tensor.
-MEMORY = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__", "data"})
+MEMORY = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__", "data",
+                    "__reduce_ex__"})  # fmt: skip
 
 
 def writes(name: str, kwargs: dict[str, Any]) -> bool:

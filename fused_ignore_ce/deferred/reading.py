@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def differentiated(func: Any, outputs: Any, inputs: Any = None, materialize_grad
     """
 
     def place(t: Any) -> Any:
-        if t._stands_alone():
+        if t._has_moved():
             return t._aliased(func.__name__)
         with _plainly():
             if t.requires_grad and func is torch.autograd.backward and any(t is each for each in inputs or ()):
@@ -51,6 +52,11 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
         return found
 
     values = {id(t): value(t) for t in deferred}
+    if name in MEMORY:  # somebody may write there, and nobody would notice
+        for t in deferred:
+            for member in t._family():
+                member._aliased(name)
+                member._is_written = True
     first = args[0] if args else None
     if is_metadata and isinstance(first, Lazy):
         found = func(values[id(first)], *replaced(args[1:], values), **replaced(kwargs, values))
@@ -59,8 +65,9 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
                 found = func(*args, **kwargs)
         return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    if any(shares_memory(o, values[id(t)]) for t in deferred if t._view_of is not None for o in flat([out])):
-        values = {id(t): t._aliased(name) for t in deferred}
+    views = [t for t in deferred if t._view_of is not None and not t._has_hooks()]
+    if any(shares_memory(o, values[id(t)]) for t in views for o in flat([out])):
+        values |= {id(t): t._views_of_each_other()[id(t)] for t in views}  # views of it may be written to
         out = func(*replaced(args, values), **replaced(kwargs, values))
     for t in deferred:
         if out is values[id(t)]:
@@ -84,7 +91,7 @@ def _with_options(value: Tensor, origin: Origin, cls: Any) -> Tensor:
         origin.guard(value)
         return value
     made = connected(Adopt, wrapped(cls, value, value.device, origin), value)
-    made._value, made._is_written = value, True
+    made._value, made._is_written, made._is_moved = value, True, True
     result: Lazy = made
     return result
 
@@ -104,19 +111,20 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     deferred = list(deferred_in((args, kwargs)))
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
     family = target._family() if isinstance(target, Lazy) else []
-    values = {id(t): t._aliased(name) for t in (*deferred, *family)}
-    for reference in family[0]._saved if family else ():
+    first = family[0] if family else None
+    values = {id(t): t._aliased(name) for t in deferred} | (first._views_of_each_other() if family else {})
+    for reference in first._saved if family else ():
         if (saved := reference()) is not None:
             saved.copy()
+    place = values[id(first)].grad_fn if family else None
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    was_enabled = torch.is_grad_enabled()
+    is_recorded = bool(family) and values[id(first)].grad_fn is not place
     for member in family:
-        value = values[id(member)]
+        value = member._value = values[id(member)]
         member._is_written = True
-        with _plainly(), torch.enable_grad():
-            if member._view_of is not None and member._view_of[4] is not None:
-                continue  # one of several results: PyTorch lets nobody touch it once its base was written to
-            if (was_enabled or member._requires_grad()) and value.requires_grad:
+        member._is_moved = member._is_moved or is_recorded or member._view_of is not None
+        if member._is_moved and value.requires_grad:
+            with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 connected(Adopt, member, value)
                 if member.retains_grad and not value.retains_grad:
                     value.retain_grad()

@@ -70,7 +70,7 @@ def _recorded_detach(func: Any, t: Lazy) -> Lazy:
 
 
 def _is_view(view: Lazy, base: Lazy, func: Any, args: Any, kwargs: Any, part: Any = None) -> None:
-    view._view_of = base, func, args, kwargs, part
+    view._view_of = base, func, args, kwargs, part, torch.is_grad_enabled()
     base._views.append(weakref.ref(view))
 
 
@@ -87,8 +87,8 @@ def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Laz
     is_cast = name in ("float", "double", "half", "bfloat16", "to", "type_as")
     if is_cast and form.dtype == first._meta.dtype and not (kwargs.get("copy") or (args[2:] and args[-1] is True)):
         return first._meta
-    if same_shape and (name in _STEPS or not isinstance(form, Product)):
-        if first._meta.is_contiguous():
+    if same_shape and name not in ("clone", "contiguous") and (name in _STEPS or not isinstance(form, Product)):
+        if first._meta.is_contiguous() or name in NORMALIZING:
             return torch.empty(form.shape, dtype=form.dtype, device="meta")
         return torch.empty_strided(form.shape, (first._meta * 1).stride(), dtype=form.dtype, device="meta")
     if any(isinstance(t, Tensor) for t in flat(args[1:])) or name == "index_select":

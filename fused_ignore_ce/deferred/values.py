@@ -50,7 +50,8 @@ class Lazy(Tensor):
     _value: Tensor | None = None
     _version_of_value = 0
     _is_written = False  # the value stands for this tensor from now on
-    _view_of: Any = None  # the tensor that this one is a view of, and the operation that makes the view
+    _is_moved = False  # and has its place in the graph
+    _view_of: Any = None  # the tensor that this one is a view of, the operation, and whether gradients were enabled
     _views: list[weakref.ref[Lazy]]
     _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
 
@@ -82,6 +83,13 @@ class Lazy(Tensor):
         def fresh() -> Tensor:
             """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
             found = compute()
+            if type(found) is not Tensor:
+                return found
+            if found.stride() != self._meta.stride():
+                found = torch.empty_strided(
+                    found.shape, self._meta.stride(), dtype=found.dtype, device=found.device
+                ).copy_(found)
+            self._take_over(found)
             if not found._is_view():
                 return found
             made = found.new_empty(0)
@@ -91,6 +99,15 @@ class Lazy(Tensor):
         with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
             self._value = connected(Read, self, fresh) if requires_grad else fresh()
         self._version_of_value = self._value._version
+
+    def _take_over(self, values: Tensor) -> None:
+        """Writes what views of this tensor have been computed to into its values: a logit is one number."""
+        for view in self._live_views():
+            part = view._part_of(values)
+            if view._value is None:
+                view._take_over(part)
+            else:
+                part.copy_(view._value)
 
     def _raw(self, reader: str = "backward") -> Tensor:
         """The values, without a graph, as they were when this tensor was made."""
@@ -144,18 +161,51 @@ class Lazy(Tensor):
         return self._view_of is not None and self._view_of[0]._stands_alone()
 
     def _aliased(self, reader: str) -> Tensor:
-        """The computed tensor, which shares memory with those of the tensors that this one is a view of."""
+        """The computed tensor, which shares memory with those of the tensors that this one is a view of.
+
+        Autograd does not know it as their view, but as computed from this tensor, unless theirs were written to.
+        """
         if self._view_of is None:
             return self.materialize(reader)
-        base, func, args, kwargs, part = self._view_of
+        base = self._view_of[0]
         value = base._aliased(reader)
-        mine = self._value
-        if mine is None or mine.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-            with torch.inference_mode(False), torch.set_grad_enabled(self._requires_grad()):
-                mine = func(value, *args, **kwargs)
-                self._value = mine = mine if part is None else mine[part]
-            self._version_of_value = mine._version
-        return self._connected(mine)
+        if self._value is None or not shares_memory(self._value, value):
+            requires_grad = self._requires_grad()
+            with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
+                if requires_grad and not base._stands_alone():
+                    self._value = connected(Read, self, lambda: self._part_of(value.detach()))
+                else:
+                    self._value = self._part_of(value)
+            self._version_of_value = self._value._version
+        return self._connected(self._value)
+
+    def _part_of(self, value: Tensor) -> Tensor:
+        """The part of a base's values that this view is."""
+        _, func, args, kwargs, part, _ = self._view_of
+        found: Tensor = func(value, *args, **kwargs)
+        return found if part is None else found[part]
+
+    def _views_of_each_other(self) -> dict[int, Tensor]:
+        """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
+        found: dict[int, Tensor] = {}
+        for member in self._family():
+            value = member._aliased("view")
+            if member._view_of is not None and not member._has_moved():
+                with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
+                    value = member._part_of(found[id(member._view_of[0])])
+            found[id(member)] = value
+        return found
+
+    def _has_moved(self) -> bool:
+        """Whether the computed value has this tensor's place in the graph, because somebody wrote to it.
+
+        PyTorch gives a view a new place whenever its memory was written to, and other tensors if the write is recorded.
+        """
+        if self._is_moved or not self._stands_alone():
+            return self._is_moved
+        if self._view_of is not None or self._value is None:
+            return True
+        return getattr(self._value.grad_fn, "_forward_cls", None) is not Read
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which what is saved for backward survives that somebody writes to these logits."""
@@ -181,11 +231,15 @@ class Lazy(Tensor):
         with _plainly():
             return self.requires_grad
 
+    def _has_hooks(self) -> bool:
+        with _plainly():
+            return bool(self._backward_hooks) or self.retains_grad
+
     def _become_leaf(self) -> None:
         """Detached logits that are told to require a gradient: the computed tensor is the leaf."""
         value = self._aliased("requires_grad_")
         value.requires_grad_()
-        self._is_written = True
+        self._is_written = self._is_moved = True
         with torch.enable_grad():
             connected(Adopt, self, value)
 
@@ -196,8 +250,11 @@ class Lazy(Tensor):
             root = root._view_of[0]
         family = [root]
         for member in family:
-            family += [view for reference in member._views if (view := reference()) is not None]
+            family += member._live_views()
         return family
+
+    def _live_views(self) -> list[Lazy]:
+        return [view for reference in self._views if (view := reference()) is not None]
 
     @property
     def classes(self) -> int:
@@ -244,7 +301,8 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
 
 
 def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
+    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
+                                                dtype=meta.dtype, device=device)  # fmt: skip
     made._meta, made._origin, made._views, made._saved = meta, origin, [], []
     return made
 
