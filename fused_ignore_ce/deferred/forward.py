@@ -225,7 +225,7 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, sta
             return value
         made = as_tensor(value, Origin(settings, recorder_of(model)))
         if used:
-            made._origin.took(f"cross_entropy {COMPILED}", value._form.rows)
+            made._origin.took(f"cross_entropy {COMPILED}", value._form.product.rows)
         return made
 
     if not isinstance(outputs, dict):

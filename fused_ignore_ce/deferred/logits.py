@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .expression import Form, products_of, substitute
+from .forms import RECORDED
 from .loss import LOSSES
-from .names import FACTORIES, NATIVE, ON_SHAPES, writes
+from .operations import FACTORIES, NATIVE, ON_SHAPES, writes
 from .origin import Origin
-from .product import Product, product_of
+from .product import product_of
 from .reading import differentiated, of_values, replaced, written
 from .recipe import Recipe
-from .recorded import RECORDED, recorded
+from .recording import recorded
 from .taking import reduced, take
 from .values import Lazy, deferred_in, made, without_modes
 
@@ -53,7 +55,7 @@ class DeferredLogits(Lazy):
                 with _plainly():
                     return func(*args, **kwargs)
             if name == "detach":
-                return recorded(func, name, args, kwargs)
+                return recorded(func, name, args, kwargs, [self])
             if name == "type" and not args[1:] and not kwargs:
                 return torch.empty(0, dtype=self._meta.dtype, device=self.device).type()
         if func in LOSSES and self is not None:
@@ -70,7 +72,7 @@ class DeferredLogits(Lazy):
         if self is not None and name in FACTORIES:
             return func(self._meta, *args[1:], **{"device": self.device, **kwargs})
         if not torch.is_inference_mode_enabled():
-            done = recorded(func, name, args, kwargs) if name in RECORDED else None
+            done = recorded(func, name, args, kwargs, deferred) if name in RECORDED else None
             if done is None and self is not None:
                 done = reduced(func, name, self, args[1:], kwargs)
             if done is not None:
@@ -125,34 +127,36 @@ def defer(
 
 
 def deferred_product(
-    product: Product, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits
+    form: Form, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits, dtype: Any = None
 ) -> Any:
-    """The logits of a product, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
+    """The logits of a form, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
     origin = origin or Origin()
-    recipe = Recipe.root(product, head)
-    shapes = [t if i == 0 or type(t) not in (Tensor, torch.nn.Parameter) else _shape_of(t)
-              for i, t in enumerate(product.tensors)]  # fmt: skip
-    form = product.with_tensors([shapes[0].detach(), *shapes[1:]])
+    recipe, device = Recipe.root(form, head), form.product.hidden.device
     with without_modes():
-        meta = torch.empty(product.shape, dtype=product.dtype, device="meta")
-    logits: Any = made(cls, recipe, form, meta, origin)
+        meta = torch.empty(form.shape, dtype=dtype or form.product.dtype, device="meta")
+        shapes = {id(t): _shape_of(t) for p in products_of(form) for t in p.tensors[1:]}
+        shapes |= {id(p.hidden): p.hidden.detach()[..., :1] for p in products_of(form)}
+    logits: Any = made(cls, recipe, substitute(form, shapes), meta, device, origin)
     origin.deferred = True
-    origin.classes = product.weight.shape[0]
-    origin.size += product.bytes
+    origin.classes = form.product.weight.shape[0]
+    origin.size += meta.nbytes
     if origin.settings.keep_logits:
         _keep_until_step(logits)
     return logits
 
 
 def _shape_of(t: Tensor) -> Tensor:
-    with without_modes():
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    """A tensor without memory of the same shape; a DTensor stays, for its mesh."""
+    if type(t) not in (Tensor, torch.nn.Parameter):
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
-    logits: DeferredLogits = deferred_product(traced._form, origin)
-    return logits
+    form = substitute(traced._form, {}, False)
+    logits: DeferredLogits = deferred_product(form, origin, dtype=traced.dtype)
+    return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]
 
 
 #: The heads' logits that are alive, of models that were told to keep them, by the serials of their recipes.

@@ -14,8 +14,9 @@ from ..core.reduction import LossStats
 from ..core.tensors import LogitsTensors
 from ..losses.causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
 from ..losses.cross_entropy import fused_cross_entropy
+from . import affine
+from .expression import log_softmax_of
 from .origin import Origin
-from .product import Product
 
 
 def cross_entropy(
@@ -132,18 +133,15 @@ def causal_lm_loss(
 
 def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
-    asked = "return_stats" in options
+    asked, dtype = "return_stats" in options, input.dtype
     options = origin.asked_stats() | options
     of_log_probs = kind == "nll_loss(log_softmax)"
     tensors = {"target": target, **options}
     names = [name for name, value in tensors.items() if isinstance(value, Tensor) and value.requires_grad]
 
     def lean(form: Any, *given: Tensor) -> Any:
-        if of_log_probs:
-            form = getattr(form, "before_log_softmax", None)
-        if not isinstance(form, Product):
-            return None
-        return form.cross_entropy(**_with(given))
+        form = log_softmax_of(form) if of_log_probs else form
+        return None if form is None else affine.cross_entropy(form, dtype, **_with(given))
 
     def dense(values: Tensor, *given: Tensor) -> Any:
         return (_nll if of_log_probs else _on_logits)(values, **_with(given))

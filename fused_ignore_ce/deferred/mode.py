@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..losses.causal_lm import fused_causal_lm_loss
+from .expression import log_softmax_of
 from .logits import defer
 from .loss import LOSSES
 from .origin import Origin
@@ -66,7 +67,8 @@ class LossMode(TorchFunctionMode):
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             self.origin.deferred = True
-            return TracedLogits(product_of(hidden, weight, bias))
+            product = product_of(hidden, weight, bias)
+            return TracedLogits(product, product.dtype)
         self.origin.head_deferred = self.origin.head_deferred or self.head is not None
         return defer(hidden, weight, bias, self.origin, self.head)
 
@@ -89,4 +91,4 @@ def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
 
 
 def _are_log_probs(input: Any) -> bool:
-    return getattr(getattr(input, "_form", None), "before_log_softmax", None) is not None
+    return log_softmax_of(getattr(input, "_form", None)) is not None

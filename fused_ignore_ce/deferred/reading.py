@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gradient import dense_of
 from .graph import Adopt, connected
-from .names import MEMORY, NATIVE
+from .operations import MEMORY, NATIVE
 from .origin import Origin
 from .values import Lazy, deferred_in, flat, shares_memory, wrapped
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .forms import LAYOUT
 from .logits import DeferredLogits, deferred_product
 from .origin import Origin
-from .product import product_of
-from .recorded import relaid
+from .product import Product, product_of
+from .recipe import Recipe
+from .values import made
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -57,14 +59,14 @@ class DeferredDTensor(DeferredLogits):
 
     @property
     def device_mesh(self) -> Any:
-        return self._form.weight.device_mesh
+        return self._form.product.weight.device_mesh
 
     @property
     def placements(self) -> tuple[Any, ...]:
         from torch.distributed.tensor import Replicate, Shard
 
-        last = Replicate() if self._form.layout == "replicated" else Shard(1 if self._form.classes_second else -1)
-        weight: Any = self._form.weight
+        last = Replicate() if self._form.product.layout == "replicated" else Shard(1 if self._form.classes_second else -1)
+        weight: Any = self._form.product.weight
         return self._normalized(p if isinstance(p, Replicate) else last for p in weight.placements)
 
     def _normalized(self, placements: Iterable[Any]) -> tuple[Any, ...]:
@@ -79,19 +81,19 @@ class DeferredDTensor(DeferredLogits):
         given = (device_mesh, placements)
         if placements is not None and self._normalized(placements) == self.placements:
             return self
-        product = None if placements is None or self._form.classes_second else self._form
-        if product is None or not self._can_be_fused() or not all(isinstance(p, Replicate) for p in placements):
+        is_product = isinstance(self._form, Product) and not self._form.classes_second and self._can_be_fused()
+        if not is_product or placements is None or not all(isinstance(p, Replicate) for p in placements):
             return self._computed().redistribute(*given, **kwargs)
-        return relaid(self, DTensor.redistribute, "replicated", (self, *given), kwargs, DeferredDTensor)
+        return self._relaid(DTensor.redistribute, "replicated", given, kwargs, DeferredDTensor)
 
     def to_local(self, **kwargs: Any) -> Tensor:
         """The local tensor, as a DTensor gives it. For replicated logits it is deferred too."""
         from torch.distributed.tensor import DTensor
 
-        if not self._can_be_fused() or self._form.layout != "replicated":
+        if not self._can_be_fused() or not isinstance(self._form, Product) or self._form.layout != "replicated":
             local: Tensor = self._computed().to_local(**kwargs)
             return local
-        return relaid(self, DTensor.to_local, "gathered", (self,), kwargs, DeferredLogits)
+        return self._relaid(DTensor.to_local, "gathered", (), kwargs, DeferredLogits)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
         """The whole tensor, as a DTensor gives it, but deferred."""
@@ -100,6 +102,11 @@ class DeferredDTensor(DeferredLogits):
         replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
         gathered: Tensor = replicated.to_local(**kwargs)
         return gathered
+
+    def _relaid(self, func: Any, layout: str, args: Any, kwargs: dict[str, Any], cls: Any) -> Any:
+        """The same logits in another layout over the ranks."""
+        recipe = Recipe(func, f"{LAYOUT}{layout}", (self, *args), kwargs)
+        return made(cls, recipe, self._form._replace(layout=layout), self._meta, self.device, self._origin)
 
     def _computed(self) -> Any:
         return self.materialize("redistribute")

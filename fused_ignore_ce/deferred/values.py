@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import forms, tiles
+from .expression import is_chain
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
 from .origin import Origin
-from .product import Product
 from .recipe import Recipe, is_deferred
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -72,7 +72,7 @@ class Lazy(Tensor):
         with torch.no_grad():
             recipe.check_unchanged()
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
-            if isinstance(self._form, Product) and not known:
+            if not known and is_chain(self._form):
                 form = forms.Leaves().form(self, False)
                 return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
             values = []
@@ -163,7 +163,7 @@ class Lazy(Tensor):
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
     def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self._origin, node=False)
+        return made(type(self), self._recipe, self._form, self._meta, self.device, self._origin, node=False)
 
 
 def deferred_in(values: Any) -> Iterator[Lazy]:
@@ -177,11 +177,13 @@ def deferred_in(values: Any) -> Iterator[Lazy]:
             yield from deferred_in(value.values())
 
 
-def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node: bool = True) -> Lazy:
+def made(
+    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, origin: Origin, node: bool = True
+) -> Lazy:
     """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
 
     def make(recipe: Recipe) -> Any:
-        made = wrapped(cls, meta, form.device, origin)
+        made = wrapped(cls, meta, device, origin)
         made._recipe, made._form = recipe, form
         return made
 

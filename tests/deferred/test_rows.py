@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce.deferred import DeferredLogits, defer, product, reductions, tiles
+from fused_ignore_ce.deferred import DeferredLogits, affine, defer, product, reductions, tiles
 from fused_ignore_ce.deferred.origin import Origin
 
 B, T, D, V = 2, 5, 8, 13
@@ -158,8 +158,8 @@ def test_autocast(name):
 def test_a_log_probability_is_the_fused_functions(monkeypatch):
     """Of logits that are more than a tile. In one tile, a gather has the bits that every other reader has."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * V * 2)
-    calls, original = [], product.fused_linear_log_probs
-    monkeypatch.setattr(product, "fused_linear_log_probs", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
+    calls, original = [], affine.fused_linear_log_probs
+    monkeypatch.setattr(affine, "fused_linear_log_probs", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
     leaves = head()
     x = defer(*leaves, origin=Origin())
     for name in ("log_softmax gather", "temperature", "softcap", "shifted", "masked rows", "probability"):

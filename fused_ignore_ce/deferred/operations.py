@@ -1,8 +1,36 @@
-"""Names of PyTorch's methods: those that deferred logits answer without being computed, and those that write."""
+"""The names of PyTorch's operations, by what deferred logits do when they meet them."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+#: Recorded: operations on elements, whose tensors broadcast against the logits. Scales, softcaps and added biases are
+#: what transformers' models do between head and loss, and have a linear loss. The others are in entropies and
+#: divergences, which are computed a tile of rows at a time: those of TRL's trainers and of published losses. Comparisons
+#: are not recorded: their results are masks, which are small and read at once.
+ELEMENTWISE = frozenset({
+    # Models: scales, logit_scale, softcaps, biases, the sum of two heads (LoRA).
+    "mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "tanh", "add", "__add__",
+    "__radd__", "sub", "subtract", "__sub__",
+    # Entropies, divergences, focal losses, z-losses.
+    "neg", "negative", "__neg__", "exp", "exp2", "expm1", "log", "log2", "log1p", "square", "sqrt", "rsqrt", "abs",
+    "sigmoid", "sin", "relu", "reciprocal", "xlogy", "pow", "__pow__", "__rsub__", "rsub", "__rtruediv__",
+    # Masked classes, and probabilities that are kept away from 0.
+    "masked_fill", "clamp", "clamp_min", "clamp_max", "nan_to_num",
+})  # fmt: skip
+#: Recorded: operations on whole rows that keep their shape.
+NORMALIZING = frozenset({"softmax", "log_softmax"})
+#: Recorded: casts. Most models cast their logits to float32 before the loss.
+CASTS = {
+    "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16, "to": None,
+    "type_as": None,
+}  # fmt: skip
+#: Recorded: operations that leave the values as they are.
+SAME = frozenset({"clone", "contiguous", "detach"})
+#: Recorded, too: operations on rows and slices of the vocabulary, see `rows.py`. Models shift, flatten and pick rows, and
+#: cut off a padded vocabulary.
 
 #: Methods and attributes that the tensor itself answers: they tell of its shape and of its place in the graph.
 NATIVE = frozenset({

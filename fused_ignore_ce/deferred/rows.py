@@ -1,0 +1,167 @@
+"""Operations on rows of logits and slices of the vocabulary, as operations on hidden states, weights and vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .expression import Form, is_normalized, operands_of, products_of, substitute
+
+
+class _Rows(NamedTuple):
+    """What an operation does to hidden states (..., D), to vectors over the classes, and to the order of dimensions."""
+
+    move: Callable[[Tensor], Any]
+    classes: slice = slice(None)
+    classes_second: bool = False
+
+
+def on_rows(form: Form, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The form after an operation on rows, a list of forms if that gives several tensors; None if it is no such one."""
+    if any(t.dim() > 1 for t in operands_of(form)) or (form.classes_second and name not in _REORDERS):
+        return None
+    rule = _RULES[name](form, *args, **kwargs)
+    if rule is None:
+        return None
+    whole, tensors = rule.classes == slice(None), {}
+    if not whole and is_normalized(form):  # each class depends on those that are cut off
+        return None
+    V = form.product.weight.shape[0]
+    moved: dict[int, Any] = {}
+    for p in products_of(form):
+        if id(p.hidden) not in moved:
+            moved[id(p.hidden)] = rule.move(p.hidden)
+        if not whole:
+            tensors.update((id(t), t[rule.classes]) for t in p.tensors[1:])
+    if not whole:
+        tensors.update((id(t), t[rule.classes]) for t in operands_of(form) if t.dim() == 1 and t.shape[0] == V)
+    first = moved[id(form.product.hidden)]
+    if isinstance(first, Tensor):
+        return substitute(form, {**tensors, **moved}, rule.classes_second)
+    parts = [{i: hidden[part] for i, hidden in moved.items()} for part in range(len(first))]
+    return [substitute(form, {**tensors, **part}, rule.classes_second) for part in parts]
+
+
+def _getitem(form: Form, index: Any) -> _Rows | None:
+    """An index that leaves the vocabulary whole, or slices it."""
+    ndim = len(form.shape)
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, (list, bool)) for item in items):
+        return None
+    if not any(item is Ellipsis for item in items):
+        items.append(Ellipsis)
+    taken = sum(_dimensions_of(item) for item in items)
+    if taken > ndim:
+        return None
+    classes = slice(None)
+    if items[-1] is not Ellipsis or taken == ndim:  # the last slice is the vocabulary's
+        if items[-1] is Ellipsis:
+            items.pop()
+        if not isinstance(items[-1], slice):
+            return None
+        classes, items[-1] = items[-1], slice(None)
+    return _Rows(lambda h: h[tuple(items)], classes)
+
+
+def _dimensions_of(item: Any) -> int:
+    """How many dimensions an item of an index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    return item.dim() if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) else 1
+
+
+def _reshape(form: Form, *sizes: Any, **kwargs: Any) -> _Rows | None:
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    if kwargs or not sizes or any(isinstance(size, torch.dtype) for size in sizes):
+        return None
+    lead, last, shape = sizes[:-1], sizes[-1], form.shape
+    if last == -1:
+        last = math.prod(shape) // max(1, math.prod(lead))
+    if last != shape[-1] or last == 0:
+        return None
+    return _Rows(lambda h: h.reshape(*lead, h.shape[-1]))
+
+
+def _permute(form: Form, *dims: Any, **kwargs: Any) -> _Rows | None:
+    order = list(dims[0]) if dims and isinstance(dims[0], (tuple, list)) else list(dims)
+    ndim = len(form.shape)
+    return None if kwargs or len(order) != ndim else _reordered(form, [d % ndim for d in order])
+
+
+def _transpose(form: Form, *dims: int, **kwargs: Any) -> _Rows | None:
+    order = list(range(len(form.shape)))
+    a, b = (d % len(order) for d in (*dims, *kwargs.values()))
+    order[a], order[b] = b, a
+    return _reordered(form, order)
+
+
+def _movedim(form: Form, source: Any, destination: Any) -> _Rows | None:
+    if not isinstance(source, int) or not isinstance(destination, int):
+        return None
+    order = list(range(len(form.shape)))
+    order.insert(destination % len(order), order.pop(source % len(order)))
+    return _reordered(form, order)
+
+
+def _reordered(form: Form, order: list[int]) -> _Rows | None:
+    """The logits with their dimensions in another order: the classes are last, or come second."""
+    last = len(order) - 1
+    before = 1 if form.classes_second else last
+    after = order.index(before)
+    if after not in (1, last):
+        return None
+    rows = [d - (d > before) for d in order if d != before]
+    return _Rows(lambda h: h.permute(*rows, last), classes_second=after != last)
+
+
+def _along(name: str, *dims: Any, first: tuple[Any, ...] = (), rest: tuple[Any, ...] = ()) -> Any:
+    """A method of the hidden states, unless one of the dimensions, of which there are `ndim`, is the vocabulary's."""
+
+    def rule(form: Form) -> _Rows | None:
+        ndim = len(form.shape)
+        if any(not isinstance(d, int) or d % ndim == ndim - 1 for d in dims):
+            return None
+        return _Rows(lambda h: getattr(h, name)(*first, *(d % ndim for d in dims), *rest))
+
+    return rule
+
+
+def _unsqueeze(form: Form, dim: int) -> _Rows | None:
+    ndim = len(form.shape)
+    dim = dim if dim >= 0 else dim + ndim + 1
+    return None if dim == ndim else _Rows(lambda h: h.unsqueeze(dim))
+
+
+def _narrow(form: Form, dim: int, start: Any, length: int) -> Any:
+    if dim % len(form.shape) == len(form.shape) - 1 and isinstance(start, int):
+        start = start if start >= 0 else start + form.shape[-1]
+        return _Rows(lambda h: h, slice(start, start + length))
+    return _along("narrow", dim, rest=(start, length))(form)
+
+
+_REORDERS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+
+#: name -> rule(form, *args, **kwargs), which says what the operation does to hidden states, None if it cannot.
+_RULES: dict[str, Callable[..., _Rows | None]] = {
+    "__getitem__": _getitem,
+    **dict.fromkeys(("view", "reshape"), _reshape),
+    "permute": _permute,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
+    "flatten": lambda form, start_dim=0, end_dim=-1: _along("flatten", start_dim, end_dim)(form),
+    "unsqueeze": _unsqueeze,
+    "squeeze": lambda form, dim=None: _along("squeeze", dim)(form),
+    "select": lambda form, dim, index: _along("select", dim, rest=(index,))(form),
+    "index_select": lambda form, dim, index: _along("index_select", dim, rest=(index,))(form),
+    "narrow": _narrow,
+    "unbind": lambda form, dim=0: _along("unbind", dim)(form),
+    "split": lambda form, split_size, dim=0: _along("split", dim, first=(split_size,))(form),
+    "chunk": lambda form, chunks, dim=0: _along("chunk", dim, first=(chunks,))(form),
+}
+#: The operations that this file records.
+ON_ROWS = frozenset(_RULES)
