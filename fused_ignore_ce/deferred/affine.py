@@ -80,9 +80,9 @@ def affine(form: Form) -> Affine | None:
             cap = 1.0
         elif kind == "plus":
             other = affine(value)
-            if other is None or (scale, cap, other.softcap) != (1.0, None, None):
+            if other is None or cap is not None or other.softcap is not None:
                 return None
-            product = _sum(product, other)
+            product, scale = _sum(product, scale, other), 1.0
         elif kind in ("add", "sub"):
             if cap is not None or scale == 0.0 or (product.layout != "plain" and product.bias is not None):
                 return None
@@ -102,31 +102,34 @@ def affine(form: Form) -> Affine | None:
     return Affine(product, scale, cap)
 
 
-def _scaled(product: Product, factor: Tensor) -> Product:
-    bias = None if product.bias is None else product.bias * factor.to(product.bias.dtype)
-    return product._replace(hidden=product.hidden * factor.to(product.hidden.dtype), bias=bias)
+def _scaled(product: Product, factor: Any) -> Product:
+    def scaled(t: Tensor) -> Tensor:
+        return t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor)
+
+    return product._replace(hidden=scaled(product.hidden), bias=None if product.bias is None else scaled(product.bias))
 
 
-def _sum(product: Product, other: Affine) -> Product:
-    """The sum of two products with the same rows, as one with the features of both (LoRA on a head)."""
-    mine, (others, scale, _) = product, other
-    hidden = torch.cat([mine.hidden, (others.hidden * scale).to(mine.hidden.dtype)], -1)
+def _sum(mine: Product, scale: float, other: Affine) -> Product:
+    """The sum of two scaled products with the same rows, as one with the features of both (LoRA on a head)."""
+    mine = mine if scale == 1.0 else _scaled(mine, scale)
+    others = _scaled(other.product, other.scale)
+    hidden = torch.cat([mine.hidden, others.hidden.to(mine.hidden.dtype)], -1)
     weight = torch.cat([mine.weight, others.weight.to(mine.weight.dtype)], -1)
-    bias = None if others.bias is None else (others.bias * scale).to(mine.weight.dtype)
+    bias = None if others.bias is None else others.bias.to(mine.weight.dtype)
     if mine.bias is not None:
         bias = mine.bias if bias is None else mine.bias + bias
     return mine._replace(hidden=hidden, weight=weight, bias=bias)
 
 
-def cross_entropy(form: Form, dtype: torch.dtype, target: Tensor, options: dict[str, Any]) -> Any:
+def cross_entropy(form: Form, target: Tensor, options: dict[str, Any]) -> Any:
     """`fused_linear_cross_entropy` with its `options`, or None where it cannot express these logits.
 
-    The result has the dtype that `F.cross_entropy` of the logits, which have `dtype`, would have.
+    The result has the dtype that `F.cross_entropy` of the logits would have.
     """
     if len(form.shape) > 2 and not form.classes_second:
         return None
     is_probs = target.is_floating_point() and target.shape == form.shape
-    dtype = torch.promote_types(dtype, target.dtype) if is_probs else dtype
+    dtype = torch.promote_types(form.dtype, target.dtype) if is_probs else form.dtype
     if autocasts(form.product.hidden.device):
         dtype = torch.float32
     dtype = options.get("loss_dtype") or dtype

@@ -28,6 +28,7 @@ class Expression(NamedTuple):
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    dtype: torch.dtype  # of the logits
     autocast: tuple[str, torch.dtype | None]  # when it was recorded
 
     @property
@@ -66,24 +67,42 @@ def is_form(value: Any) -> bool:
     return isinstance(value, (Product, Expression))
 
 
-def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any) -> Expression | None:
+def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
     """The expression of an elementwise operation on forms and tensors; None if it changes the shape."""
     first = next((a for a in args if is_form(a)), None)
     if first is None or not all(_is_constant(value) for value in kwargs.values()):
         return None
     operands = tuple([_operand(a, first) for a in args])
-    return None if any(a is _NOT for a in operands) else Expression(func, name.strip("_"), operands, kwargs, state)
+    if any(a is _NOT for a in operands):
+        return None
+    return Expression(func, name.strip("_"), operands, kwargs, dtype or _dtype_of(func, operands, kwargs), state)
 
 
-def normalized(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any) -> Expression | None:
+def normalized(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
     """The expression of softmax or log_softmax; None if it is over something else than the vocabulary."""
     form, *rest = args
     kwargs = {k: v for k, v in kwargs.items() if k != "_stacklevel"}
     dim = rest[0] if rest else kwargs.pop("dim", None)
-    dtype = next((a for a in rest[1:] if isinstance(a, torch.dtype)), None) or kwargs.pop("dtype", None)
-    if kwargs or not is_form(form) or not is_of_classes(form, dim):
+    given = next((a for a in rest[1:] if isinstance(a, torch.dtype)), None) or kwargs.pop("dtype", None)
+    if kwargs or not is_of_classes(form, dim):
         return None
-    return Expression(func, name, (form, -1), {} if dtype is None else {"dtype": dtype}, state)
+    kwargs = {} if given is None else {"dtype": given}
+    return Expression(func, name, (form, -1), kwargs, dtype or _dtype_of(func, (form, -1), kwargs), state)
+
+
+def _dtype_of(func: Any, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """The dtype of a result, under autocast as it is here: the operation tells it for tensors without elements.
+
+    It is not asked for tensors on the meta device, whose kernels of arithmetic are Python and take 80 to 900 us.
+    """
+    dtype: torch.dtype = func(*[_without_elements(a) for a in operands], **kwargs).dtype
+    return dtype
+
+
+def _without_elements(value: Any) -> Any:
+    if is_form(value):
+        return torch.empty(0, dtype=value.dtype, device=value.product.hidden.device)
+    return value.new_empty(0) if isinstance(value, Tensor) and value.dim() else value
 
 
 _NOT = object()
@@ -91,14 +110,11 @@ _NOT = object()
 
 def _operand(value: Any, first: Form) -> Any:
     """An argument as an expression keeps it; `_NOT` if it cannot."""
-    if is_form(value):
-        same = value.shape == first.shape and value.classes_second == first.classes_second
-        return value if value is first or same else _NOT
-    if not isinstance(value, Tensor):
-        return value if _is_constant(value) else _NOT
-    if value.dim() == 0:
+    if value is first or _is_constant(value) or (isinstance(value, Tensor) and value.dim() == 0):
         return value
     shape, hidden = first.shape, first.product.hidden
+    if is_form(value):
+        return value if value.shape == shape and value.classes_second == first.classes_second else _NOT
     if type(value) not in (Tensor, torch.nn.Parameter) or value.device != hidden.device or value.dim() > len(shape):
         return _NOT
     if first.classes_second:

@@ -18,13 +18,13 @@ RECORDED = ELEMENTWISE | NORMALIZING | CASTS.keys() | SAME | ON_ROWS
 LAYOUT = "layout "
 
 
-def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: Any) -> Any:
+def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: Any, dtype: Any = None) -> Any:
     """The form after an operation on forms and tensors; a list of forms if it gives several tensors.
 
-    None if the operation is not recorded for these arguments.
+    None if the operation is not recorded for these arguments. `dtype` is that of the result, None to find it out.
     """
     if name in ELEMENTWISE:
-        return elementwise(func, name, args, kwargs, autocast)
+        return elementwise(func, name, args, kwargs, autocast, dtype)
     form, *rest = args
     if not is_form(form):
         return None
@@ -33,18 +33,16 @@ def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: A
     if name in ON_ROWS:
         return on_rows(form, name, rest, kwargs)
     if name in NORMALIZING:
-        return normalized(func, name, args, kwargs, autocast)
+        return normalized(func, name, args, kwargs, autocast, dtype)
     if name in CASTS:
-        cast = cast_of(name, rest, kwargs, form.product.hidden.device)
-        if cast is None or cast[0] is None:
-            return None if cast is None else form
-        return Expression(Tensor.to, "to", (form, cast[0]), {}, autocast)
+        found = cast_of(name, rest, kwargs, form)
+        return None if found is None else Expression(Tensor.to, "to", (form, found[0]), {}, found[0], autocast)
     return form._replace(layout=name.removeprefix(LAYOUT))
 
 
-def cast_of(name: str, args: Any, kwargs: dict[str, Any], device: torch.device) -> tuple[Any, bool] | None:
-    """The dtype of a cast, None to keep it, and whether a copy is asked for; None for other devices and layouts."""
-    dtype = CASTS[name]
+def cast_of(name: str, args: Any, kwargs: dict[str, Any], form: Any) -> tuple[torch.dtype, bool] | None:
+    """The dtype of a cast, and whether a copy is asked for; None for other devices, layouts and kinds of numbers."""
+    dtype, device = CASTS[name] or form.dtype, form.product.hidden.device
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.dtype):
             dtype = value
@@ -55,31 +53,10 @@ def cast_of(name: str, args: Any, kwargs: dict[str, Any], device: torch.device) 
             dtype = value.dtype if isinstance(value, Tensor) else dtype
         elif value is not None and not isinstance(value, bool):
             return None
-    if dtype is not None and not dtype.is_floating_point:
+    if not dtype.is_floating_point:
         return None
     flags = [value for value in args if isinstance(value, bool)]  # non_blocking, copy
     return dtype, any(flags[1:]) or bool(kwargs.get("copy"))
-
-
-def result_dtype(name: str, args: Any, kwargs: dict[str, Any], form: Any, logits: Any) -> torch.dtype:
-    """The dtype of an operation's result, given its form; `logits` is the first deferred argument.
-
-    For arithmetic, the operation tells it for tensors without elements, under autocast as it is here.
-    """
-    if name in CASTS:
-        return form.args[1] if isinstance(form, Expression) else logits.dtype
-    if name in NORMALIZING:
-        args, kwargs = (logits, -1), form.kwargs
-    elif name not in ELEMENTWISE:
-        return logits.dtype
-    dtype: torch.dtype = form.func(*[_without_elements(a) for a in args], **kwargs).dtype
-    return dtype
-
-
-def _without_elements(value: Any) -> Any:
-    if hasattr(value, "_form"):
-        return torch.empty(0, dtype=value.dtype, device=value.device)
-    return value.new_empty(0) if isinstance(value, Tensor) and value.dim() else value
 
 
 class Leaves:
@@ -104,14 +81,14 @@ class Leaves:
                     values.append(x.detach())
                     if needed and need:
                         self.found[recipe.serial, i] = values[-1].requires_grad_()
-            self._forms[key] = self._made(recipe, values)
+            self._forms[key] = self._made(recipe, values, t._meta.dtype)
         return self._forms[key]
 
-    def _made(self, recipe: Recipe, values: list[Any]) -> Any:
+    def _made(self, recipe: Recipe, values: list[Any], dtype: torch.dtype) -> Any:
         if recipe.product is not None:
             return recipe.product.with_tensors(values)
         if any(v is None for v in values):
             return None
         args, kwargs = recipe.arguments(values)
-        done = applied(recipe.func, recipe.name, args, kwargs, recipe.autocast)
+        done = applied(recipe.func, recipe.name, args, kwargs, recipe.autocast, dtype)
         return done if recipe.part is None or done is None else done[recipe.part]

@@ -127,13 +127,13 @@ def defer(
 
 
 def deferred_product(
-    form: Form, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits, dtype: Any = None
+    form: Form, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits
 ) -> Any:
     """The logits of a form, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
     origin = origin or Origin()
     recipe, device = Recipe.root(form, head), form.product.hidden.device
     with without_modes():
-        meta = torch.empty(form.shape, dtype=dtype or form.product.dtype, device="meta")
+        meta = torch.empty(form.shape, dtype=form.dtype, device="meta")
         shapes = {id(t): _shape_of(t) for p in products_of(form) for t in p.tensors[1:]}
         shapes |= {id(p.hidden): p.hidden.detach()[..., :1] for p in products_of(form)}
     logits: Any = made(cls, recipe, substitute(form, shapes), meta, device, origin)
@@ -155,7 +155,7 @@ def _shape_of(t: Tensor) -> Tensor:
 def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
     form = substitute(traced._form, {}, False)
-    logits: DeferredLogits = deferred_product(form, origin, dtype=traced.dtype)
+    logits: DeferredLogits = deferred_product(form, origin)
     return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]
 
 

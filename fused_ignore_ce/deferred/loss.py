@@ -133,7 +133,7 @@ def causal_lm_loss(
 
 def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
-    asked, dtype = "return_stats" in options, input.dtype
+    asked = "return_stats" in options
     options = origin.asked_stats() | options
     of_log_probs = kind == "nll_loss(log_softmax)"
     tensors = {"target": target, **options}
@@ -141,7 +141,7 @@ def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin,
 
     def lean(form: Any, *given: Tensor) -> Any:
         form = log_softmax_of(form) if of_log_probs else form
-        return None if form is None else affine.cross_entropy(form, dtype, **_with(given))
+        return None if form is None else affine.cross_entropy(form, **_with(given))
 
     def dense(values: Tensor, *given: Tensor) -> Any:
         return (_nll if of_log_probs else _on_logits)(values, **_with(given))

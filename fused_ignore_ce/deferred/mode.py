@@ -67,8 +67,7 @@ class LossMode(TorchFunctionMode):
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             self.origin.deferred = True
-            product = product_of(hidden, weight, bias)
-            return TracedLogits(product, product.dtype)
+            return TracedLogits(product_of(hidden, weight, bias))
         self.origin.head_deferred = self.origin.head_deferred or self.head is not None
         return defer(hidden, weight, bias, self.origin, self.head)
 

@@ -38,14 +38,14 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         return first
     origin = first._origin if len(operands) == 1 else joint([t._origin for t in operands])
     if not isinstance(form, list):
-        result = made(type(first), recipe, form, meta, first.device, origin)
+        result = made(type(first), recipe, form, meta, first._device, origin)
         if meta._is_view():
             _is_view(result, first, func, args[1:], kwargs)
         return result
     parts: list[Lazy] = []
     for i, (part, shape) in enumerate(zip(form, meta, strict=True)):
         recipe = Recipe(func, name, args, kwargs, part=i)
-        parts.append(made(type(first), recipe, part, shape, first.device, origin))
+        parts.append(made(type(first), recipe, part, shape, first._device, origin))
         _is_view(parts[-1], first, func, args[1:], kwargs, i)
     return tuple(parts)
 
@@ -53,7 +53,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _detached(func: Any, t: Lazy) -> Lazy:
     with torch.no_grad():
         recipe = Recipe(func, "detach", (t,), {})
-    result = made(type(t), recipe, t._form, t._meta, t.device, t._origin)
+    result = made(type(t), recipe, t._form, t._meta, t._device, t._origin)
     _is_view(result, t, func, (), {})
     return result
 
@@ -70,24 +70,20 @@ def _form_of(recipe: Recipe) -> Any:
 
 def _is_linear(form: Any) -> bool:
     """Whether logits of this form have a linear loss, which needs none of their values."""
-    return isinstance(form, list) or steps_of(form) is not None
+    form = form[0] if isinstance(form, list) and form else form
+    return steps_of(form) is not None
 
 
 def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Lazy) -> Any:
-    """A tensor without memory of the shape, the strides and the dtype of a result.
-
-    For views and copies, the operation itself tells. Elementwise operations keep shape and strides; their kernels for
-    tensors without memory are written in Python and take 80 to 900 microseconds.
-    """
+    """A tensor without memory of the shape, the strides and the dtype of a result."""
     meta = first._meta
-    if name in ELEMENTWISE:
-        return meta.to(forms.result_dtype(name, args, kwargs, form, first), copy=True)
+    if name in ELEMENTWISE:  # keep shape and strides
+        return meta.to(form.dtype, copy=True)
     if name in NORMALIZING:
-        dtype = forms.result_dtype(name, args, kwargs, form, first)
-        return torch.empty(meta.shape, dtype=dtype, device="meta")
+        return torch.empty(meta.shape, dtype=form.dtype, device="meta")
     if name in CASTS:
-        dtype, copies = forms.cast_of(name, args[1:], kwargs, first.device) or (None, False)
-        return meta.to(dtype or meta.dtype, copy=copies)
+        found = forms.cast_of(name, args[1:], kwargs, first._form)
+        return meta.to(form.dtype, copy=found is not None and found[1])
     if name == "index_select" or (name == "__getitem__" and _has_tensor(args[1])):
         return torch.empty(form.shape, dtype=meta.dtype, device="meta")
     return func(meta, *args[1:], **kwargs)

@@ -35,8 +35,8 @@ class Reduction(NamedTuple):
     of_index: Tensor | None
     k: int | None
 
-    def of(self, form: Form, dtype: torch.dtype, origin: Origin) -> Any:
-        """The result for logits of a dtype, computed tile by tile."""
+    def of(self, form: Form, origin: Origin) -> Any:
+        """The result, computed tile by tile."""
         budget = origin.settings.options.get("memory_budget")
         state = autocast_state(form.product.hidden.device.type)
         if self.of_index is not None:
@@ -44,10 +44,11 @@ class Reduction(NamedTuple):
             if one_each and rows > rows_of_tile(form.shape[-1], budget):
                 found = _at(form, self.of_index, origin)
                 if found is not None:
-                    return found.to(dtype)
-            return by_tiles(Expression(torch.gather, self.name, (form, -1, self.of_index), {}, state), budget)
-        first = (form, -1) if self.k is None else (form, self.k, -1)
-        found = by_tiles(Expression(self.func, self.name, first, self.kwargs, state), budget)
+                    return found.to(form.dtype)
+            args = (form, -1, self.of_index)
+            return by_tiles(Expression(torch.gather, self.name, args, {}, form.dtype, state), budget)
+        args = (form, -1) if self.k is None else (form, self.k, -1)
+        found = by_tiles(Expression(self.func, self.name, args, self.kwargs, form.dtype, state), budget)
         return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
 
     def dense(self, values: Tensor) -> Any:

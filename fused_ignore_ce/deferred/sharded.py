@@ -106,7 +106,7 @@ class DeferredDTensor(DeferredLogits):
     def _relaid(self, func: Any, layout: str, args: Any, kwargs: dict[str, Any], cls: Any) -> Any:
         """The same logits in another layout over the ranks."""
         recipe = Recipe(func, f"{LAYOUT}{layout}", (self, *args), kwargs)
-        return made(cls, recipe, self._form._replace(layout=layout), self._meta, self.device, self._origin)
+        return made(cls, recipe, self._form._replace(layout=layout), self._meta, self._device, self._origin)
 
     def _computed(self) -> Any:
         return self.materialize("redistribute")

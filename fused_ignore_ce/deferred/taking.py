@@ -37,7 +37,7 @@ def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> A
         return None
     with torch._C.DisableTorchFunctionSubclass():
         needs = [torch.is_grad_enabled() and t.requires_grad for t in (*inputs, *operands)]
-    state = autocast_state(inputs[0].device.type)
+    state = autocast_state(inputs[0]._device.type)
 
     def as_called(*values: Tensor) -> Any:
         with autocast(state):
@@ -78,8 +78,8 @@ def reduced(func: Any, name: str, t: Lazy, args: tuple[Any, ...], kwargs: dict[s
     work = reduction(func, name, t._form, args, kwargs)
     if work is None or t._is_there():
         return None
-    origin, dtype = t._origin, t.dtype
-    found = take([t], [], lambda form: work.of(form, dtype, origin), work.dense)
+    origin = t._origin
+    found = take([t], [], lambda form: work.of(form, origin), work.dense)
     if found is None:
         return None
     origin.took(f"{name}({describe(t._form)})", t._form.product.rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .expression import Form
-from .forms import RECORDED, applied, result_dtype
+from .forms import RECORDED, applied
 from .loss import LOSSES
 from .recipe import autocast_state
 
@@ -16,9 +16,8 @@ from .recipe import autocast_state
 class TracedLogits:
     """The counterpart of `DeferredLogits` while tracing: an ordinary object that has the methods that are recorded."""
 
-    def __init__(self, form: Form, dtype: torch.dtype) -> None:
+    def __init__(self, form: Form) -> None:
         self._form = form
-        self.dtype = dtype
 
     def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
         """The loss of these logits; the graph that is traced has its gradients."""
@@ -35,6 +34,10 @@ class TracedLogits:
     @property
     def shape(self) -> torch.Size:
         return self._form.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._form.dtype
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +65,8 @@ class TracedLogits:
             kwargs = {k: a.materialize() if isinstance(a, TracedLogits) else a for k, a in kwargs.items()}
             return func(*values, **kwargs)
         if isinstance(form, list):
-            return tuple([TracedLogits(part, self.dtype) for part in form])
-        return TracedLogits(form, result_dtype(name, args, kwargs, form, self))
+            return tuple([TracedLogits(part) for part in form])
+        return TracedLogits(form)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -27,7 +27,8 @@ class Lazy(Tensor):
     _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
     _recipe: Any = None  # None of logits that are there
     _form: Any = None  # a Product or an Expression, of which only shapes are used
-    _meta: Tensor  # shape and strides
+    _meta: Tensor  # shape, strides and dtype
+    _device: torch.device
     _origin: Origin
     _value: Tensor | None = None
     _version_of_value = 0
@@ -163,7 +164,7 @@ class Lazy(Tensor):
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
     def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self.device, self._origin, node=False)
+        return made(type(self), self._recipe, self._form, self._meta, self._device, self._origin, node=False)
 
 
 def deferred_in(values: Any) -> Iterator[Lazy]:
@@ -204,7 +205,7 @@ def made(
 
 def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
     made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
-    made._meta, made._origin, made._views = meta, origin, []
+    made._meta, made._device, made._origin, made._views = meta, device, origin, []
     return made
 
 
