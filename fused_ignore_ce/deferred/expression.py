@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.eager import autocasts
 from .operations import NORMALIZING
 from .product import Product
 from .recipe import autocast
@@ -70,10 +71,10 @@ def is_form(value: Any) -> bool:
 def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
     """The expression of an elementwise operation on forms and tensors; None if it changes the shape."""
     first = next((a for a in args if is_form(a)), None)
-    if first is None or not all(_is_constant(value) for value in kwargs.values()):
+    if first is None or not all([type(value) in _CONSTANTS for value in kwargs.values()]):
         return None
-    operands = tuple([_operand(a, first) for a in args])
-    if any(a is _NOT for a in operands):
+    operands = tuple([a if a is first or type(a) in _CONSTANTS else _operand(a, first) for a in args])
+    if any([a is _NOT for a in operands]):
         return None
     return Expression(func, name.strip("_"), operands, kwargs, dtype or _dtype_of(func, operands, kwargs), state)
 
@@ -87,14 +88,18 @@ def normalized(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: A
     if kwargs or not is_of_classes(form, dim):
         return None
     kwargs = {} if given is None else {"dtype": given}
-    return Expression(func, name, (form, -1), kwargs, dtype or _dtype_of(func, (form, -1), kwargs), state)
+    return Expression(func, name, (form, -1), kwargs, dtype or given or _dtype_of(func, (form, -1), kwargs), state)
 
 
 def _dtype_of(func: Any, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
-    """The dtype of a result, under autocast as it is here: the operation tells it for tensors without elements.
+    """The dtype of a result, under autocast as it is here.
 
-    It is not asked for tensors on the meta device, whose kernels of arithmetic are Python and take 80 to 900 us.
+    Numbers do not promote logits. Otherwise the operation tells it for tensors without elements, not for tensors on the
+    meta device, whose kernels of arithmetic are Python and take 80 to 900 us.
     """
+    first = next(a for a in operands if is_form(a))
+    if not autocasts(first.product.hidden.device) and all([a is first or type(a) in _CONSTANTS for a in operands]):
+        return first.dtype
     dtype: torch.dtype = func(*[_without_elements(a) for a in operands], **kwargs).dtype
     return dtype
 
@@ -105,17 +110,20 @@ def _without_elements(value: Any) -> Any:
     return value.new_empty(0) if isinstance(value, Tensor) and value.dim() else value
 
 
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype)
 _NOT = object()
 
 
 def _operand(value: Any, first: Form) -> Any:
     """An argument as an expression keeps it; `_NOT` if it cannot."""
-    if value is first or _is_constant(value) or (isinstance(value, Tensor) and value.dim() == 0):
-        return value
     shape, hidden = first.shape, first.product.hidden
     if is_form(value):
         return value if value.shape == shape and value.classes_second == first.classes_second else _NOT
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.device != hidden.device or value.dim() > len(shape):
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        return _NOT
+    if value.dim() == 0:
+        return value
+    if value.device != hidden.device or value.dim() > len(shape):
         return _NOT
     if first.classes_second:
         value = value[(None,) * (len(shape) - value.dim())].movedim(1, -1)
@@ -128,10 +136,6 @@ def _operand(value: Any, first: Form) -> Any:
         return value.expand(*lead, last)
     except RuntimeError:  # it would make the result larger
         return _NOT
-
-
-def _is_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, str, torch.dtype))
 
 
 def is_of_classes(form: Form, dim: Any) -> bool:

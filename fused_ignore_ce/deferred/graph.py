@@ -51,9 +51,12 @@ def unpacked() -> Any:
 
 
 def connected(function: Any, *args: Any) -> Any:
-    """Applies an autograd.Function of this package."""
-    with torch._C.DisableTorchFunctionSubclass(), unpacked():
-        return function.apply(*args)
+    """Applies an autograd.Function of this package; without `Function.apply`, which looks for wrappers of functorch."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if are_saved_tensors_packed():
+            with unpacked():
+                return function.apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)
 
 
 class Node(torch.autograd.Function):

@@ -64,7 +64,7 @@ class DeferredLogits(Lazy):
             return differentiated(func, args, kwargs)
         if writes(name, kwargs):
             return written(func, name, args, kwargs)
-        deferred = list(deferred_in((args, kwargs)))
+        deferred = deferred_in((args, kwargs))
         if any(t._stands_alone() for t in deferred):
             return of_values(func, name, args, kwargs, deferred)
         if name in ON_SHAPES:

@@ -85,7 +85,7 @@ def replaced(values: Any, by: dict[int, Tensor]) -> Any:
 
 def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Writes to the computed logits, which stand for the deferred ones from then on, as do their views."""
-    deferred = list(deferred_in((args, kwargs)))
+    deferred = deferred_in((args, kwargs))
     values = {id(t): t._aliased(name) for t in deferred}
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
     out = func(*replaced(args, values), **replaced(kwargs, values))

@@ -12,7 +12,7 @@ from . import forms
 from .affine import steps_of
 from .operations import CASTS, ELEMENTWISE, NORMALIZING
 from .origin import joint
-from .recipe import Recipe, autocast_state
+from .recipe import Recipe
 from .values import Lazy, made, without_modes
 
 
@@ -21,15 +21,15 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     first = operands[0]
     if name == "detach":
         return _detached(func, first)
-    if any(not t._can_be_fused() for t in operands) or any(isinstance(value, Tensor) for value in kwargs.values()):
-        return None
+    for t in operands:
+        if not t._can_be_fused():
+            return None
     if name == "clone" and not first._requires_grad() and not first._origin.in_forward:
         return None  # a copy of detached logits is made to last
-    recipe = Recipe(func, name, args, kwargs)
     try:
         with without_modes():
-            form = _form_of(recipe)
-            if form is None or (any(t._is_there() for t in operands) and not _is_linear(form)):
+            form = forms.applied(func, name, [_form_of(a) for a in args], kwargs, None)
+            if form is None or (any([t._is_there() for t in operands]) and not _is_linear(form)):
                 return None
             meta = _meta_of(func, name, args, kwargs, form, first)
     except (RuntimeError, IndexError, TypeError, ValueError):
@@ -38,6 +38,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         return first
     origin = first._origin if len(operands) == 1 else joint([t._origin for t in operands])
     if not isinstance(form, list):
+        recipe = Recipe(func, name, args, kwargs)
         result = made(type(first), recipe, form, meta, first._device, origin)
         if meta._is_view():
             _is_view(result, first, func, args[1:], kwargs)
@@ -63,9 +64,10 @@ def _is_view(view: Lazy, base: Lazy, func: Any, args: Any, kwargs: Any, part: An
     base._views.append(weakref.ref(view))
 
 
-def _form_of(recipe: Recipe) -> Any:
-    args, kwargs = recipe.arguments([t._form if isinstance(t, Lazy) else t.detach() for t in recipe.inputs])
-    return forms.applied(recipe.func, recipe.name, args, kwargs, recipe.autocast)
+def _form_of(value: Any) -> Any:
+    if isinstance(value, Lazy):
+        return value._form
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _is_linear(form: Any) -> bool:

@@ -132,9 +132,7 @@ class Lazy(Tensor):
 
     def _can_be_fused(self) -> bool:
         """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
-        if self._stands_alone():
-            return False
-        return not self._requires_grad() or any(self._recipe.needs)
+        return not self._stands_alone() and (any(self._recipe.needs) or not self._requires_grad())
 
     def _requires_grad(self) -> bool:
         with _plainly():
@@ -167,15 +165,17 @@ class Lazy(Tensor):
         return made(type(self), self._recipe, self._form, self._meta, self._device, self._origin, node=False)
 
 
-def deferred_in(values: Any) -> Iterator[Lazy]:
+def deferred_in(values: Any) -> list[Lazy]:
     """The deferred logits among arguments."""
+    found: list[Lazy] = []
     for value in values:
         if isinstance(value, Lazy):
-            yield value
+            found.append(value)
         elif type(value) in (tuple, list):
-            yield from deferred_in(value)
-        elif type(value) is dict:
-            yield from deferred_in(value.values())
+            found += deferred_in(value)
+        elif type(value) is dict and value:
+            found += deferred_in(value.values())
+    return found
 
 
 def made(
