@@ -30,12 +30,8 @@ class Expression(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: torch.dtype  # of the logits
+    product: Product  # the first that it is made of
     autocast: tuple[str, torch.dtype | None]  # when it was recorded
-
-    @property
-    def product(self) -> Product:
-        """The first product that it is made of."""
-        return next(products_of(self))
 
     @property
     def shape(self) -> torch.Size:
@@ -76,7 +72,8 @@ def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: 
     operands = tuple([a if a is first or type(a) in _CONSTANTS else _operand(a, first) for a in args])
     if any([a is _NOT for a in operands]):
         return None
-    return Expression(func, name.strip("_"), operands, kwargs, dtype or _dtype_of(func, operands, kwargs), state)
+    dtype = dtype or _dtype_of(func, operands, kwargs)
+    return Expression(func, name.strip("_"), operands, kwargs, dtype, first.product, state)
 
 
 def normalized(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
@@ -88,7 +85,8 @@ def normalized(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: A
     if kwargs or not is_of_classes(form, dim):
         return None
     kwargs = {} if given is None else {"dtype": given}
-    return Expression(func, name, (form, -1), kwargs, dtype or given or _dtype_of(func, (form, -1), kwargs), state)
+    dtype = dtype or given or _dtype_of(func, (form, -1), kwargs)
+    return Expression(func, name, (form, -1), kwargs, dtype, form.product, state)
 
 
 def _dtype_of(func: Any, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
@@ -198,11 +196,13 @@ def substitute(form: Any, tensors: dict[int, Tensor], classes_second: bool | Non
     if id(form) not in done:
         if isinstance(form, Expression):
             args = tuple([substitute(a, tensors, classes_second, done) for a in form.args])
-            done[id(form)] = form._replace(args=args)
+            product = substitute(form.product, tensors, classes_second, done)
+            done[id(form)] = form._replace(args=args, product=product)
         else:
-            second = form.classes_second if classes_second is None else classes_second
-            found = form.with_tensors([tensors.get(id(t), t) for t in form.tensors])
-            done[id(form)] = found._replace(classes_second=second)
+            h, w, b, dtype, second, layout = form
+            h, w, b = (tensors.get(id(t), t) for t in (h, w, b))  # type: ignore[arg-type, assignment]
+            second = second if classes_second is None else classes_second
+            done[id(form)] = Product(h, w, b, dtype, second, layout)
     return done[id(form)]
 
 

@@ -183,13 +183,13 @@ def is_label(name: str) -> bool:
 
 def output_embeddings(model: Any) -> nn.Module | None:
     """The output embeddings of the model, or else those of a model inside it."""
-    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
-
     head = None
     with contextlib.suppress(NotImplementedError, AttributeError):
         head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         return head
+    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
+
     inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
     return next((found for found in inner if found is not None), None)
 

@@ -134,9 +134,9 @@ def deferred_product(
     recipe, device = Recipe.root(form, head), form.product.hidden.device
     with without_modes():
         meta = torch.empty(form.shape, dtype=form.dtype, device="meta")
-        shapes = {id(t): _shape_of(t) for p in products_of(form) for t in p.tensors[1:]}
-        shapes |= {id(p.hidden): p.hidden.detach()[..., :1] for p in products_of(form)}
-    logits: Any = made(cls, recipe, substitute(form, shapes), meta, device, origin)
+        hidden = {id(p.hidden) for p in products_of(form)}
+        shapes = form.with_tensors([t.detach()[..., :1] if id(t) in hidden else _shape_of(t) for t in form.tensors])
+    logits: Any = made(cls, recipe, shapes, meta, device, origin)
     origin.deferred = True
     origin.classes = form.product.weight.shape[0]
     origin.size += meta.nbytes

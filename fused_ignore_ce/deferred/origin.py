@@ -113,12 +113,15 @@ class Origin:
         #: `LossStats` of the forward's first cross entropy, if `patch_model` was asked for them.
         self.stats: Any = None
         #: Whether a loss was taken without logits, and whether something computed logits.
-        self.fused = False
-        self.read = False
+        self.fused = self._read = False
         #: The size of the vocabulary.
         self.classes = 0
         #: Bytes that the head's products would take, and how many of them the recorder has counted.
         self.size = self.counted = 0
+
+    @property
+    def read(self) -> bool:
+        return self._read
 
     def extended(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
         """The options of a loss that takes those of `patch_model`."""
@@ -151,7 +154,7 @@ class Origin:
             self.recorder.add(kind, tokens, ignored, fused=False)
 
     def was_read(self, operation: str) -> None:
-        self.read = True
+        self._read = True
         self._count(0)
         self.recorder.add_read(operation)
 
@@ -181,8 +184,11 @@ class JointOrigin(Origin):
         for origin in self.origins:
             origin.took(kind, tokens, ignored)
 
+    @property
+    def read(self) -> bool:
+        return any(origin.read for origin in self.origins)
+
     def was_read(self, operation: str) -> None:
-        self.read = True
         for origin in self.origins:
             origin.was_read(operation)
 

@@ -134,7 +134,7 @@ class Recipe:
 
     def of_graph(self) -> Recipe:
         """The recipe as a node of the graph holds it: what backward frees upstream is not held here."""
-        if not any(needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)):
+        if not any([needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)]):
             return self
         other = Recipe.__new__(Recipe)
         other.__dict__.update(self.__dict__)

@@ -34,19 +34,18 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
             meta = _meta_of(func, name, args, kwargs, form, first)
     except (RuntimeError, IndexError, TypeError, ValueError):
         return None  # an error of computed logits, too, or arguments that the operation's rule does not know
-    if meta is first._meta and args[0] is first:
+    is_new = name in ELEMENTWISE or name in NORMALIZING
+    if meta is first._meta and not is_new:
         return first
     origin = first._origin if len(operands) == 1 else joint([t._origin for t in operands])
     if not isinstance(form, list):
-        recipe = Recipe(func, name, args, kwargs)
-        result = made(type(first), recipe, form, meta, first._device, origin)
-        if meta._is_view():
+        result = made(type(first), Recipe(func, name, args, kwargs), form, meta, first._device, origin)
+        if not is_new and meta._is_view():
             _is_view(result, first, func, args[1:], kwargs)
         return result
     parts: list[Lazy] = []
     for i, (part, shape) in enumerate(zip(form, meta, strict=True)):
-        recipe = Recipe(func, name, args, kwargs, part=i)
-        parts.append(made(type(first), recipe, part, shape, first._device, origin))
+        parts.append(made(type(first), Recipe(func, name, args, kwargs, i), part, shape, first._device, origin))
         _is_view(parts[-1], first, func, args[1:], kwargs, i)
     return tuple(parts)
 
@@ -80,7 +79,7 @@ def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Laz
     """A tensor without memory of the shape, the strides and the dtype of a result."""
     meta = first._meta
     if name in ELEMENTWISE:  # keep shape and strides
-        return meta.to(form.dtype, copy=True)
+        return meta if form.dtype == meta.dtype and meta.is_contiguous() else meta.to(form.dtype, copy=True)
     if name in NORMALIZING:
         return torch.empty(meta.shape, dtype=form.dtype, device="meta")
     if name in CASTS:

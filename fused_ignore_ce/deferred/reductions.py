@@ -38,7 +38,7 @@ class Reduction(NamedTuple):
     def of(self, form: Form, origin: Origin) -> Any:
         """The result, computed tile by tile."""
         budget = origin.settings.options.get("memory_budget")
-        state = autocast_state(form.product.hidden.device.type)
+        rest = form.dtype, form.product, autocast_state(form.product.hidden.device.type)
         if self.of_index is not None:
             one_each, rows = self.of_index.shape[-1] == 1, form.product.rows
             if one_each and rows > rows_of_tile(form.shape[-1], budget):
@@ -46,9 +46,9 @@ class Reduction(NamedTuple):
                 if found is not None:
                     return found.to(form.dtype)
             args = (form, -1, self.of_index)
-            return by_tiles(Expression(torch.gather, self.name, args, {}, form.dtype, state), budget)
+            return by_tiles(Expression(torch.gather, self.name, args, {}, *rest), budget)
         args = (form, -1) if self.k is None else (form, self.k, -1)
-        found = by_tiles(Expression(self.func, self.name, args, self.kwargs, form.dtype, state), budget)
+        found = by_tiles(Expression(self.func, self.name, args, self.kwargs, *rest), budget)
         return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
 
     def dense(self, values: Tensor) -> Any:

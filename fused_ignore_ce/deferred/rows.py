@@ -22,7 +22,8 @@ class _Rows(NamedTuple):
 
 def on_rows(form: Form, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The form after an operation on rows, a list of forms if that gives several tensors; None if it is no such one."""
-    if any(t.dim() > 1 for t in operands_of(form)) or (form.classes_second and name not in _REORDERS):
+    products, operands = list(products_of(form)), list(operands_of(form))
+    if any([t.dim() > 1 for t in operands]) or (form.classes_second and name not in _REORDERS):
         return None
     rule = _RULES[name](form, *args, **kwargs)
     if rule is None:
@@ -30,15 +31,11 @@ def on_rows(form: Form, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     whole, tensors = rule.classes == slice(None), {}
     if not whole and is_normalized(form):  # each class depends on those that are cut off
         return None
-    V = form.product.weight.shape[0]
-    moved: dict[int, Any] = {}
-    for p in products_of(form):
-        if id(p.hidden) not in moved:
-            moved[id(p.hidden)] = rule.move(p.hidden)
-        if not whole:
-            tensors.update((id(t), t[rule.classes]) for t in p.tensors[1:])
+    hidden = {id(p.hidden): p.hidden for p in products}
+    moved: dict[int, Any] = {i: rule.move(h) for i, h in hidden.items()}
     if not whole:
-        tensors.update((id(t), t[rule.classes]) for t in operands_of(form) if t.dim() == 1 and t.shape[0] == V)
+        vectors = [t for t in operands if t.shape == form.product.weight.shape[:1]]
+        tensors = {id(t): t[rule.classes] for t in (*vectors, *(t for p in products for t in p.tensors[1:]))}
     first = moved[id(form.product.hidden)]
     if isinstance(first, Tensor):
         return substitute(form, {**tensors, **moved}, rule.classes_second)

@@ -99,7 +99,7 @@ class Lazy(Tensor):
 
         A checkpoint that runs a function again must find what it found the first time: to it, they are not.
         """
-        if are_saved_tensors_packed():
+        if not self._origin.read or are_saved_tensors_packed():
             return False
         if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
             return True
