@@ -7,7 +7,7 @@ An expression and its products have one shape (..., V), so that it can be evalua
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,10 +67,10 @@ def is_form(value: Any) -> bool:
 def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
     """The expression of an elementwise operation on forms and tensors; None if it changes the shape."""
     first = next((a for a in args if is_form(a)), None)
-    if first is None or not all([type(value) in _CONSTANTS for value in kwargs.values()]):
+    if first is None or not all(type(value) in _CONSTANTS for value in kwargs.values()):
         return None
     operands = tuple([a if a is first or type(a) in _CONSTANTS else _operand(a, first) for a in args])
-    if any([a is _NOT for a in operands]):
+    if any(a is _NOT for a in operands):
         return None
     dtype = dtype or _dtype_of(func, operands, kwargs)
     return Expression(func, name.strip("_"), operands, kwargs, dtype, first.product, state)
@@ -96,8 +96,8 @@ def _dtype_of(func: Any, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     meta device, whose kernels of arithmetic are Python and take 80 to 900 us.
     """
     first = next(a for a in operands if is_form(a))
-    if not autocasts(first.product.hidden.device) and all([a is first or type(a) in _CONSTANTS for a in operands]):
-        return first.dtype
+    if not autocasts(first.product.hidden.device) and all(a is first or type(a) in _CONSTANTS for a in operands):
+        return cast(torch.dtype, first.dtype)
     dtype: torch.dtype = func(*[_without_elements(a) for a in operands], **kwargs).dtype
     return dtype
 
@@ -200,7 +200,7 @@ def substitute(form: Any, tensors: dict[int, Tensor], classes_second: bool | Non
             done[id(form)] = form._replace(args=args, product=product)
         else:
             h, w, b, dtype, second, layout = form
-            h, w, b = (tensors.get(id(t), t) for t in (h, w, b))  # type: ignore[arg-type, assignment]
+            h, w, b = (tensors.get(id(t), t) for t in (h, w, b))
             second = second if classes_second is None else classes_second
             done[id(form)] = Product(h, w, b, dtype, second, layout)
     return done[id(form)]

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from .expression import Expression, elementwise, is_form, normalized
-from .operations import CASTS, ELEMENTWISE, NORMALIZING, SAME
+from .operations import CASTS, ELEMENTWISE, NORMALIZING, ON_ROWS, SAME
 from .recipe import Recipe, is_deferred
-from .rows import ON_ROWS, on_rows
+from .rows import on_rows
 
-#: The closed list of operations that are recorded.
-RECORDED = ELEMENTWISE | NORMALIZING | CASTS.keys() | SAME | ON_ROWS
 #: How the name of a change of the layout of sharded logits begins.
 LAYOUT = "layout "
 

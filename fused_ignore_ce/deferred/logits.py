@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .expression import Form, products_of, substitute
-from .forms import RECORDED
 from .loss import LOSSES
-from .operations import FACTORIES, NATIVE, ON_SHAPES, writes
+from .operations import FACTORIES, NATIVE, ON_SHAPES, RECORDED, writes
 from .origin import Origin
 from .product import product_of
 from .reading import differentiated, of_values, replaced, written
@@ -126,9 +125,7 @@ def defer(
     return logits
 
 
-def deferred_product(
-    form: Form, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits
-) -> Any:
+def deferred_product(form: Form, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits) -> Any:
     """The logits of a form, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
     origin = origin or Origin()
     recipe, device = Recipe.root(form, head), form.product.hidden.device

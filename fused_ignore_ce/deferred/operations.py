@@ -6,31 +6,35 @@ from typing import Any
 
 import torch
 
-#: Recorded: operations on elements, whose tensors broadcast against the logits. Scales, softcaps and added biases are
-#: what transformers' models do between head and loss, and have a linear loss. The others are in entropies and
-#: divergences, which are computed a tile of rows at a time: those of TRL's trainers and of published losses. Comparisons
-#: are not recorded: their results are masks, which are small and read at once.
+#: Recorded: operations on elements, whose tensors broadcast against the logits. Comparisons are not recorded: the mask
+#: that they give is small, and read at once.
 ELEMENTWISE = frozenset({
-    # Models: scales, logit_scale, softcaps, biases, the sum of two heads (LoRA).
+    # What transformers' models do between head and loss: scales, softcaps, biases, the sum of two heads (LoRA).
     "mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "tanh", "add", "__add__",
     "__radd__", "sub", "subtract", "__sub__",
-    # Entropies, divergences, focal losses, z-losses.
+    # Entropies and divergences of TRL's trainers, and published losses of probabilities.
     "neg", "negative", "__neg__", "exp", "exp2", "expm1", "log", "log2", "log1p", "square", "sqrt", "rsqrt", "abs",
     "sigmoid", "sin", "relu", "reciprocal", "xlogy", "pow", "__pow__", "__rsub__", "rsub", "__rtruediv__",
-    # Masked classes, and probabilities that are kept away from 0.
+    # Classes that are masked, and probabilities that are kept away from 0.
     "masked_fill", "clamp", "clamp_min", "clamp_max", "nan_to_num",
 })  # fmt: skip
-#: Recorded: operations on whole rows that keep their shape.
+#: Recorded: operations on whole rows that keep their shape. Most losses of probabilities begin with one.
 NORMALIZING = frozenset({"softmax", "log_softmax"})
-#: Recorded: casts. Most models cast their logits to float32 before the loss.
+#: Recorded: casts, and their dtypes. Most models cast their logits to float32 before the loss.
 CASTS = {
     "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16, "to": None,
     "type_as": None,
 }  # fmt: skip
 #: Recorded: operations that leave the values as they are.
 SAME = frozenset({"clone", "contiguous", "detach"})
-#: Recorded, too: operations on rows and slices of the vocabulary, see `rows.py`. Models shift, flatten and pick rows, and
-#: cut off a padded vocabulary.
+#: Recorded: operations on rows and slices of the vocabulary; their rules are in `rows.py`. Models shift, flatten and
+#: pick rows, and cut off a padded vocabulary.
+ON_ROWS = frozenset({
+    "__getitem__", "view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flatten",
+    "unsqueeze", "squeeze", "select", "index_select", "narrow", "unbind", "split", "chunk",
+})  # fmt: skip
+#: The closed list of operations that are recorded.
+RECORDED = ELEMENTWISE | NORMALIZING | CASTS.keys() | SAME | ON_ROWS
 
 #: Methods and attributes that the tensor itself answers: they tell of its shape and of its place in the graph.
 NATIVE = frozenset({

@@ -44,8 +44,8 @@ class Product(NamedTuple):
 
     def with_tensors(self, tensors: list[Tensor]) -> Product:
         """The same product of other tensors, in the order of `tensors`."""
-        hidden, weight, bias = (*tensors, None)[:3]
-        return self._replace(hidden=hidden, weight=weight, bias=bias)
+        hidden, weight, *bias = tensors
+        return self._replace(hidden=hidden, weight=weight, bias=bias[0] if bias else None)
 
     def logits(self) -> Tensor:
         """The product, with the classes last."""

@@ -92,7 +92,7 @@ class Recipe:
         self.serial = next(_serials)
         self.inputs: list[Any] = []
         self.args, self.kwargs = self._without_tensors(args), self._without_tensors(kwargs)
-        self.product: Product | None = None
+        self.product: Any = None  # or what torch.compile has recorded: an Expression
         self.head: Any = None
         with torch._C.DisableTorchFunctionSubclass():
             self.autocast = autocast_state(self.inputs[0].device.type)
@@ -102,7 +102,7 @@ class Recipe:
         self.remake: Any = None  # makes the tensor anew, without a place in the graph
 
     @classmethod
-    def root(cls, product: Product, head: Any) -> Recipe:
+    def root(cls, product: Any, head: Any) -> Recipe:
         recipe = cls.__new__(cls)
         recipe.func, recipe.name, recipe.args, recipe.kwargs, recipe.part = None, "product", (), {}, None
         recipe.serial = next(_serials)
@@ -134,7 +134,7 @@ class Recipe:
 
     def of_graph(self) -> Recipe:
         """The recipe as a node of the graph holds it: what backward frees upstream is not held here."""
-        if not any([needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)]):
+        if not any(needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)):
             return self
         other = Recipe.__new__(Recipe)
         other.__dict__.update(self.__dict__)
@@ -162,8 +162,9 @@ class Recipe:
         """The gradients of the inputs, given the result's."""
         if self.product is not None:
             self.check_unchanged()
-            if (found := self.product.gradients(gradient, self.needs)) is not None:
-                return found
+            found = self.product.gradients(gradient, self.needs) if isinstance(self.product, Product) else None
+            if found is not None:
+                return list(found)
         scaled = self.name in _SCALES and sum(map(is_deferred, self.inputs)) == 1
         operands = [n for t, n in zip(self.inputs, self.needs, strict=True) if not is_deferred(t)]
         linear = self.name in _LINEAR or (scaled and not any(operands))

@@ -29,7 +29,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         with without_modes():
             form = forms.applied(func, name, [_form_of(a) for a in args], kwargs, None)
-            if form is None or (any([t._is_there() for t in operands]) and not _is_linear(form)):
+            if form is None or (any(t._is_there() for t in operands) and not _is_linear(form)):
                 return None
             meta = _meta_of(func, name, args, kwargs, form, first)
     except (RuntimeError, IndexError, TypeError, ValueError):

@@ -45,9 +45,8 @@ class Reduction(NamedTuple):
                 found = _at(form, self.of_index, origin)
                 if found is not None:
                     return found.to(form.dtype)
-            args = (form, -1, self.of_index)
-            return by_tiles(Expression(torch.gather, self.name, args, {}, *rest), budget)
-        args = (form, -1) if self.k is None else (form, self.k, -1)
+            return by_tiles(Expression(torch.gather, self.name, (form, -1, self.of_index), {}, *rest), budget)
+        args: Any = (form, -1) if self.k is None else (form, self.k, -1)
         found = by_tiles(Expression(self.func, self.name, args, self.kwargs, *rest), budget)
         return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
 

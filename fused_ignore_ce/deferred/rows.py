@@ -23,7 +23,7 @@ class _Rows(NamedTuple):
 def on_rows(form: Form, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The form after an operation on rows, a list of forms if that gives several tensors; None if it is no such one."""
     products, operands = list(products_of(form)), list(operands_of(form))
-    if any([t.dim() > 1 for t in operands]) or (form.classes_second and name not in _REORDERS):
+    if any(t.dim() > 1 for t in operands) or (form.classes_second and name not in _REORDERS):
         return None
     rule = _RULES[name](form, *args, **kwargs)
     if rule is None:
@@ -160,5 +160,3 @@ _RULES: dict[str, Callable[..., _Rows | None]] = {
     "split": lambda form, split_size, dim=0: _along("split", dim, first=(split_size,))(form),
     "chunk": lambda form, chunks, dim=0: _along("chunk", dim, first=(chunks,))(form),
 }
-#: The operations that this file records.
-ON_ROWS = frozenset(_RULES)

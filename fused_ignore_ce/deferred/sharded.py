@@ -65,9 +65,9 @@ class DeferredDTensor(DeferredLogits):
     def placements(self) -> tuple[Any, ...]:
         from torch.distributed.tensor import Replicate, Shard
 
-        last = Replicate() if self._form.product.layout == "replicated" else Shard(1 if self._form.classes_second else -1)
-        weight: Any = self._form.product.weight
-        return self._normalized(p if isinstance(p, Replicate) else last for p in weight.placements)
+        product = self._form.product
+        last = Replicate() if product.layout == "replicated" else Shard(1 if product.classes_second else -1)
+        return self._normalized(p if isinstance(p, Replicate) else last for p in product.weight.placements)
 
     def _normalized(self, placements: Iterable[Any]) -> tuple[Any, ...]:
         from torch.distributed.tensor import Shard
@@ -93,7 +93,8 @@ class DeferredDTensor(DeferredLogits):
         if not self._can_be_fused() or not isinstance(self._form, Product) or self._form.layout != "replicated":
             local: Tensor = self._computed().to_local(**kwargs)
             return local
-        return self._relaid(DTensor.to_local, "gathered", (), kwargs, DeferredLogits)
+        gathered: Tensor = self._relaid(DTensor.to_local, "gathered", (), kwargs, DeferredLogits)
+        return gathered
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
         """The whole tensor, as a DTensor gives it, but deferred."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .expression import Form
-from .forms import RECORDED, applied
+from .forms import applied
 from .loss import LOSSES
+from .operations import RECORDED
 from .recipe import autocast_state
 
 

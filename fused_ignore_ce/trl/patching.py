@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..core.eager import autocasts
 from ..core.optional_packages import needed
 from ..core.options import budget_bytes, check_backend
-from ..deferred.forward import origin_in, recorder_of
 from ..deferred.heads import PATCH, REPLACED
 from ..deferred.product import product_of
+from ..hf.forward import origin_in, recorder_of
 from ..hf.patching import patch_model, unpatch_model
 from .per_token import Head, PerToken, per_token
 

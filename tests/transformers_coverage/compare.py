@@ -24,8 +24,8 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fused_ignore_ce.deferred import loss as deferred_loss
 from fused_ignore_ce.deferred import affine as deferred_affine
+from fused_ignore_ce.deferred import loss as deferred_loss
 from fused_ignore_ce.deferred import product as deferred_product
 from fused_ignore_ce.hf import patch_model
 

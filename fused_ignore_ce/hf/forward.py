@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import PATCH, Patch, classes_of, make_head, running, unmake, while_running
-from .logits import as_tensor
-from .mode import LossMode
-from .origin import Origin, Settings
-from .report import COMPILED, Recorder
-from .traced import TracedLogits
+from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, while_running
+from ..deferred.logits import as_tensor
+from ..deferred.mode import LossMode
+from ..deferred.origin import Origin, Settings
+from ..deferred.report import COMPILED, Recorder
+from ..deferred.traced import TracedLogits
 
 
 class _ProcessWide:
