@@ -32,7 +32,7 @@ def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: A
     if name in SAME:
         return form
     if name in ON_ROWS:
-        return on_rows(form, name, rest, kwargs)
+        return on_rows(func, name, args, kwargs)
     if name in NORMALIZING:
         return normalized(func, name, args, kwargs, autocast, dtype)
     if name in CASTS:

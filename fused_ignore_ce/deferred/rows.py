@@ -20,12 +20,18 @@ class _Rows(NamedTuple):
     classes_second: bool = False
 
 
-def on_rows(form: Form, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_rows(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The form after an operation on rows, a list of forms if that gives several tensors; None if it is no such one."""
+    form, *rest = args
     products, operands = list(products_of(form)), list(operands_of(form))
     if any(t.dim() > 1 for t in operands) or (form.classes_second and name not in _REORDERS):
         return None
-    rule = _RULES[name](form, *args, **kwargs)
+    if name in _REORDERS:
+        rule = _reordered(form, func, rest, kwargs)
+    elif name in _ALONG:
+        rule = _along(form, func, name, rest, kwargs)
+    else:
+        rule = _RULES[name](form, *rest, **kwargs)
     if rule is None:
         return None
     whole, tensors = rule.classes == slice(None), {}
@@ -84,79 +90,51 @@ def _reshape(form: Form, *sizes: Any, **kwargs: Any) -> _Rows | None:
     return _Rows(lambda h: h.reshape(*lead, h.shape[-1]))
 
 
-def _permute(form: Form, *dims: Any, **kwargs: Any) -> _Rows | None:
-    order = list(dims[0]) if dims and isinstance(dims[0], (tuple, list)) else list(dims)
-    ndim = len(form.shape)
-    return None if kwargs or len(order) != ndim else _reordered(form, [d % ndim for d in order])
-
-
-def _transpose(form: Form, *dims: int, **kwargs: Any) -> _Rows | None:
-    order = list(range(len(form.shape)))
-    a, b = (d % len(order) for d in (*dims, *kwargs.values()))
-    order[a], order[b] = b, a
-    return _reordered(form, order)
-
-
-def _movedim(form: Form, source: Any, destination: Any) -> _Rows | None:
-    if not isinstance(source, int) or not isinstance(destination, int):
-        return None
-    order = list(range(len(form.shape)))
-    order.insert(destination % len(order), order.pop(source % len(order)))
-    return _reordered(form, order)
-
-
-def _reordered(form: Form, order: list[int]) -> _Rows | None:
-    """The logits with their dimensions in another order: the classes are last, or come second."""
-    last = len(order) - 1
-    before = 1 if form.classes_second else last
-    after = order.index(before)
-    if after not in (1, last):
-        return None
-    rows = [d - (d > before) for d in order if d != before]
-    return _Rows(lambda h: h.permute(*rows, last), classes_second=after != last)
-
-
-def _along(name: str, *dims: Any, first: tuple[Any, ...] = (), rest: tuple[Any, ...] = ()) -> Any:
-    """A method of the hidden states, unless one of the dimensions, of which there are `ndim`, is the vocabulary's."""
-
-    def rule(form: Form) -> _Rows | None:
-        ndim = len(form.shape)
-        if any(not isinstance(d, int) or d % ndim == ndim - 1 for d in dims):
-            return None
-        return _Rows(lambda h: getattr(h, name)(*first, *(d % ndim for d in dims), *rest))
-
-    return rule
-
-
 def _unsqueeze(form: Form, dim: int) -> _Rows | None:
     ndim = len(form.shape)
     dim = dim if dim >= 0 else dim + ndim + 1
     return None if dim == ndim else _Rows(lambda h: h.unsqueeze(dim))
 
 
-def _narrow(form: Form, dim: int, start: Any, length: int) -> Any:
-    if dim % len(form.shape) == len(form.shape) - 1 and isinstance(start, int):
-        start = start if start >= 0 else start + form.shape[-1]
-        return _Rows(lambda h: h, slice(start, start + length))
-    return _along("narrow", dim, rest=(start, length))(form)
+def _narrow(form: Form, dim: int, start: Any, length: int) -> _Rows | None:
+    if dim % len(form.shape) != len(form.shape) - 1:
+        return _Rows(lambda h: h.narrow(dim, start, length))
+    if not isinstance(start, int):
+        return None
+    start = start if start >= 0 else start + form.shape[-1]
+    return _Rows(lambda h: h, slice(start, start + length))
 
-
-_REORDERS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 #: name -> rule(form, *args, **kwargs), which says what the operation does to hidden states, None if it cannot.
 _RULES: dict[str, Callable[..., _Rows | None]] = {
-    "__getitem__": _getitem,
-    **dict.fromkeys(("view", "reshape"), _reshape),
-    "permute": _permute,
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
-    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
-    "flatten": lambda form, start_dim=0, end_dim=-1: _along("flatten", start_dim, end_dim)(form),
-    "unsqueeze": _unsqueeze,
-    "squeeze": lambda form, dim=None: _along("squeeze", dim)(form),
-    "select": lambda form, dim, index: _along("select", dim, rest=(index,))(form),
-    "index_select": lambda form, dim, index: _along("index_select", dim, rest=(index,))(form),
-    "narrow": _narrow,
-    "unbind": lambda form, dim=0: _along("unbind", dim)(form),
-    "split": lambda form, split_size, dim=0: _along("split", dim, first=(split_size,))(form),
-    "chunk": lambda form, chunks, dim=0: _along("chunk", dim, first=(chunks,))(form),
-}
+    "__getitem__": _getitem, "view": _reshape, "reshape": _reshape, "unsqueeze": _unsqueeze, "narrow": _narrow,
+}  # fmt: skip
+#: The first arguments of operations that do the same to hidden states, if no dimension that they name is the last.
+_ALONG = {
+    "flatten": ("start_dim", "end_dim"), "squeeze": ("dim",), "select": ("dim",), "index_select": ("dim",),
+    "unbind": ("dim",), "split": ("split_size", "dim"), "chunk": ("chunks", "dim"),
+}  # fmt: skip
+_DEFAULTS = {"flatten": {"start_dim": 0, "end_dim": -1}, "unbind": {"dim": 0}, "split": {"dim": 0}, "chunk": {"dim": 0}}
+_REORDERS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+
+
+def _along(form: Form, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> _Rows | None:
+    names, last = _ALONG[name], len(form.shape) - 1
+    given = {**_DEFAULTS.get(name, {}), **dict(zip(names, args, strict=False)), **kwargs}
+    dims = [given.get(n) for n in names if n.endswith("dim")]
+    if any(not isinstance(dim, int) or dim % len(form.shape) == last for dim in dims):
+        return None
+    return _Rows(lambda h: func(h, *args, **kwargs))
+
+
+def _reordered(form: Form, func: Any, args: Any, kwargs: dict[str, Any]) -> _Rows | None:
+    """The logits with their dimensions in another order: the classes are last, or come second."""
+    last = len(form.shape) - 1
+    strides = [2**d for d in range(last + 1)]  # after the operation, they tell which dimension is where
+    order = func(torch.empty_strided([2] * len(strides), strides, device="meta"), *args, **kwargs).stride()
+    before = 1 if form.classes_second else last
+    after = order.index(strides[before])
+    if after not in (1, last):
+        return None
+    rows = [d - (d > before) for d in map(strides.index, order) if d != before]
+    return _Rows(lambda h: h.permute(*rows, last), classes_second=after != last)
