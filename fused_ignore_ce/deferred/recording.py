@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import forms
 from .affine import steps_of
+from .expression import log_softmax_of
 from .operations import CASTS, ELEMENTWISE, NORMALIZING
 from .origin import joint
 from .recipe import Recipe
@@ -29,7 +30,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         with without_modes():
             form = forms.applied(func, name, [_form_of(a) for a in args], kwargs, None)
-            if form is None or (any(t._is_there() for t in operands) and not _is_linear(form)):
+            if form is None or not _can_save(form, any(t._is_there() for t in operands)):
                 return None
             meta = _meta_of(func, name, args, kwargs, form, first)
     except (RuntimeError, IndexError, TypeError, ValueError):
@@ -69,10 +70,17 @@ def _form_of(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _is_linear(form: Any) -> bool:
-    """Whether logits of this form have a linear loss, which needs none of their values."""
+def _can_save(form: Any, is_there: bool) -> bool:
+    """Whether recording may save the computation of logits: those that are there are computed, but for a linear loss.
+
+    So are those of a sharded head, which all ranks have to gather together, and not whenever one of them reads.
+    """
     form = form[0] if isinstance(form, list) and form else form
-    return steps_of(form) is not None
+    if not is_there:
+        if isinstance(form, list) or form.product.layout == "plain":
+            return True
+        form = log_softmax_of(form) or form
+    return isinstance(form, list) or steps_of(form) is not None
 
 
 def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Lazy) -> Any:
