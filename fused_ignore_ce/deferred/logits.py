@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .computed import differentiated, of_values, replaced, written
 from .expression import Form, products_of, substitute
+from .in_head import reduced, take
 from .loss import LOSSES
 from .operations import FACTORIES, NATIVE, ON_SHAPES, RECORDED, writes
-from .origin import Origin
 from .product import product_of
-from .reading import differentiated, of_values, replaced, written
 from .recipe import Recipe
 from .recording import recorded
-from .taking import reduced, take
+from .shared_state import SharedState
 from .values import Lazy, deferred_in, made, without_modes
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -58,7 +58,7 @@ class DeferredLogits(Lazy):
             if name == "type" and not args[1:] and not kwargs:
                 return torch.empty(0, dtype=self._meta.dtype, device=self.device).type()
         if func in LOSSES and self is not None:
-            return LOSSES[func](*args, **kwargs, origin=self._origin)
+            return LOSSES[func](*args, **kwargs, shared=self._shared)
         if func is torch.autograd.grad or func is torch.autograd.backward:
             return differentiated(func, args, kwargs)
         if writes(name, kwargs):
@@ -96,7 +96,7 @@ class DeferredLogits(Lazy):
 
     def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
         """A loss, see the function `take`."""
-        if self._origin.settings.keep_logits and self._is_there():
+        if self._shared.settings.keep_logits and self._is_there():
             return None
         return take([self], operands, lean, dense)
 
@@ -113,7 +113,7 @@ def _asks_for_leaf(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def defer(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None, head: Any = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, shared: SharedState | None = None, head: Any = None
 ) -> DeferredLogits:
     """`F.linear(hidden, weight, bias)`, deferred; `head` is the module in whose call this is.
 
@@ -121,23 +121,23 @@ def defer(
     >>> (logits / 2)[0].is_materialized, logits[0].sum().item(), logits.is_materialized
     (False, 15.0, True)
     """
-    logits: DeferredLogits = deferred_product(product_of(hidden, weight, bias), origin, head)
+    logits: DeferredLogits = deferred_product(product_of(hidden, weight, bias), shared, head)
     return logits
 
 
-def deferred_product(form: Form, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits) -> Any:
+def deferred_product(form: Form, shared: SharedState | None = None, head: Any = None, cls: Any = DeferredLogits) -> Any:
     """The logits of a form, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
-    origin = origin or Origin()
+    shared = shared or SharedState()
     recipe, device = Recipe.root(form, head), form.product.hidden.device
     with without_modes():
         meta = torch.empty(form.shape, dtype=form.dtype, device="meta")
         hidden = {id(p.hidden) for p in products_of(form)}
         shapes = form.with_tensors([t.detach()[..., :1] if id(t) in hidden else _shape_of(t) for t in form.tensors])
-    logits: Any = made(cls, recipe, shapes, meta, device, origin)
-    origin.deferred = True
-    origin.classes = form.product.weight.shape[0]
-    origin.size += meta.nbytes
-    if origin.settings.keep_logits:
+    logits: Any = made(cls, recipe, shapes, meta, device, shared)
+    shared.deferred = True
+    shared.classes = form.product.weight.shape[0]
+    shared.size += meta.nbytes
+    if shared.settings.keep_logits:
         _keep_until_step(logits)
     return logits
 
@@ -149,10 +149,10 @@ def _shape_of(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
+def as_tensor(traced: Any, shared: SharedState) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
     form = substitute(traced._form, {}, False)
-    logits: DeferredLogits = deferred_product(form, origin)
+    logits: DeferredLogits = deferred_product(form, shared)
     return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]
 
 

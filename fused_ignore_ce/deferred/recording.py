@@ -12,8 +12,8 @@ from . import forms
 from .affine import steps_of
 from .expression import log_softmax_of
 from .operations import CASTS, ELEMENTWISE, NORMALIZING
-from .origin import joint
 from .recipe import Recipe
+from .shared_state import joint
 from .values import Lazy, made, without_modes
 
 
@@ -25,7 +25,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     for t in operands:
         if not t._can_be_fused():
             return None
-    if name == "clone" and not first._requires_grad() and not first._origin.in_forward:
+    if name == "clone" and not first._requires_grad() and not first._shared.in_forward:
         return None  # a copy of detached logits is made to last
     try:
         with without_modes():
@@ -38,15 +38,15 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     is_new = name in ELEMENTWISE or name in NORMALIZING
     if meta is first._meta and not is_new:
         return first
-    origin = first._origin if len(operands) == 1 else joint([t._origin for t in operands])
+    shared = first._shared if len(operands) == 1 else joint([t._shared for t in operands])
     if not isinstance(form, list):
-        result = made(type(first), Recipe(func, name, args, kwargs), form, meta, first._device, origin)
+        result = made(type(first), Recipe(func, name, args, kwargs), form, meta, first._device, shared)
         if not is_new and meta._is_view():
             _is_view(result, first, func, args[1:], kwargs)
         return result
     parts: list[Lazy] = []
     for i, (part, shape) in enumerate(zip(form, meta, strict=True)):
-        parts.append(made(type(first), Recipe(func, name, args, kwargs, i), part, shape, first._device, origin))
+        parts.append(made(type(first), Recipe(func, name, args, kwargs, i), part, shape, first._device, shared))
         _is_view(parts[-1], first, func, args[1:], kwargs, i)
     return tuple(parts)
 
@@ -54,7 +54,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _detached(func: Any, t: Lazy) -> Lazy:
     with torch.no_grad():
         recipe = Recipe(func, "detach", (t,), {})
-    result = made(type(t), recipe, t._form, t._meta, t._device, t._origin)
+    result = made(type(t), recipe, t._form, t._meta, t._device, t._shared)
     _is_view(result, t, func, (), {})
     return result
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from . import affine
 from .expression import Expression, Form, is_form, is_of_classes, log_softmax_of, products_of
 from .operations import ELEMENTWISE
-from .origin import Origin
 from .recipe import autocast_state
+from .shared_state import SharedState
 from .tiles import by_tiles, rows_of_tile
 
 #: name -> names of its first arguments after the logits
@@ -35,14 +35,14 @@ class Reduction(NamedTuple):
     of_index: Tensor | None
     k: int | None
 
-    def of(self, form: Form, origin: Origin) -> Any:
+    def of(self, form: Form, shared: SharedState) -> Any:
         """The result, computed tile by tile."""
-        budget = origin.settings.options.get("memory_budget")
+        budget = shared.settings.options.get("memory_budget")
         rest = form.dtype, form.product, autocast_state(form.product.hidden.device.type)
         if self.of_index is not None:
             one_each, rows = self.of_index.shape[-1] == 1, form.product.rows
             if one_each and rows > rows_of_tile(form.shape[-1], budget):
-                found = _at(form, self.of_index, origin)
+                found = _at(form, self.of_index, shared)
                 if found is not None:
                     return found.to(form.dtype)
             return by_tiles(Expression(torch.gather, self.name, (form, -1, self.of_index), {}, *rest), budget)
@@ -85,7 +85,7 @@ def _picks_classes(index: Any, form: Form, others: dict[str, Any]) -> bool:
     return is_index and index.shape[:-1] == form.shape[:-1] and not others
 
 
-def _at(form: Any, index: Tensor, origin: Origin) -> Any:
+def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
     """`form.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
     It is for logits of more than one tile. In one tile, a gather is a part of what others see, to the last bit. Here,
@@ -99,20 +99,20 @@ def _at(form: Any, index: Tensor, origin: Origin) -> Any:
     if not is_form(form):
         return form
     if (logits := log_softmax_of(form)) is not None:
-        return _log_probs(logits, index, origin)
+        return _log_probs(logits, index, shared)
     if not isinstance(form, Expression):
         return None
     if form.name == "softmax" and not form.kwargs:
-        log_probs = _log_probs(form.args[0], index, origin)
+        log_probs = _log_probs(form.args[0], index, shared)
         return None if log_probs is None else log_probs.exp()
     if form.name not in ELEMENTWISE and f"__{form.name}__" not in ELEMENTWISE and form.name != "to":
         return None
-    args = [_at(a, index, origin) for a in form.args]
+    args = [_at(a, index, shared) for a in form.args]
     if any(found is None and a is not None for found, a in zip(args, form.args, strict=True)):
         return None
     return form.func(*args, **form.kwargs)
 
 
-def _log_probs(logits: Form, index: Tensor, origin: Origin) -> Any:
-    given = {k: v for k, v in origin.settings.options.items() if k in ("memory_budget", "backend")}
+def _log_probs(logits: Form, index: Tensor, shared: SharedState) -> Any:
+    given = {k: v for k, v in shared.settings.options.items() if k in ("memory_budget", "backend")}
     return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **given})

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .forms import LAYOUT
 from .logits import DeferredLogits, deferred_product
-from .origin import Origin
 from .product import Product, product_of
 from .recipe import Recipe
+from .shared_state import SharedState
 from .values import made
 
 
@@ -41,10 +41,10 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None) -> DeferredLogits:
+def defer_sharded(hidden: Any, weight: Any, bias: Any, shared: SharedState | None = None) -> DeferredLogits:
     """`F.linear` of DTensors, deferred. The shards stay, so that its losses need no call of the head."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
-    logits: DeferredLogits = deferred_product(product, origin, None, DeferredDTensor)
+    logits: DeferredLogits = deferred_product(product, shared, None, DeferredDTensor)
     return logits
 
 
@@ -107,7 +107,7 @@ class DeferredDTensor(DeferredLogits):
     def _relaid(self, func: Any, layout: str, args: Any, kwargs: dict[str, Any], cls: Any) -> Any:
         """The same logits in another layout over the ranks."""
         recipe = Recipe(func, f"{LAYOUT}{layout}", (self, *args), kwargs)
-        return made(cls, recipe, self._form._replace(layout=layout), self._meta, self._device, self._origin)
+        return made(cls, recipe, self._form._replace(layout=layout), self._meta, self._device, self._shared)
 
     def _computed(self) -> Any:
         return self.materialize("redistribute")

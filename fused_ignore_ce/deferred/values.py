@@ -13,8 +13,8 @@ from torch import Tensor
 from . import forms, tiles
 from .expression import is_chain
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
-from .origin import Origin
 from .recipe import Recipe, is_deferred
+from .shared_state import SharedState
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
@@ -29,7 +29,7 @@ class Lazy(Tensor):
     _form: Any = None  # a Product or an Expression, of which only shapes are used
     _meta: Tensor  # shape, strides and dtype
     _device: torch.device
-    _origin: Origin
+    _shared: SharedState
     _value: Tensor | None = None
     _version_of_value = 0
     _is_written = False  # the value stands for this tensor from now on
@@ -39,14 +39,14 @@ class Lazy(Tensor):
     @property
     def is_materialized(self) -> bool:
         """Whether these logits, or others that were made from them or that they were made from, were computed."""
-        return self._origin.read
+        return self._shared.read
 
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
             if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
                 return self._aliased(reader)
-            self._origin.was_read(reader)
+            self._shared.was_read(reader)
             self._keep(functools.partial(self._raw, reader))
         assert self._value is not None
         return self._value
@@ -75,7 +75,7 @@ class Lazy(Tensor):
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if not known and is_chain(self._form):
                 form = forms.Leaves().form(self, False)
-                return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
+                return tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -99,7 +99,7 @@ class Lazy(Tensor):
 
         A checkpoint that runs a function again must find what it found the first time: to it, they are not.
         """
-        if not self._origin.read or are_saved_tensors_packed():
+        if not self._shared.read or are_saved_tensors_packed():
             return False
         if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
             return True
@@ -162,7 +162,7 @@ class Lazy(Tensor):
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
     def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self._device, self._origin, node=False)
+        return made(type(self), self._recipe, self._form, self._meta, self._device, self._shared, node=False)
 
 
 def deferred_in(values: Any) -> list[Lazy]:
@@ -179,12 +179,12 @@ def deferred_in(values: Any) -> list[Lazy]:
 
 
 def made(
-    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, origin: Origin, node: bool = True
+    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, shared: SharedState, node: bool = True
 ) -> Lazy:
     """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
 
     def make(recipe: Recipe) -> Any:
-        made = wrapped(cls, meta, device, origin)
+        made = wrapped(cls, meta, device, shared)
         made._recipe, made._form = recipe, form
         return made
 
@@ -203,9 +203,9 @@ def made(
     return deferred
 
 
-def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
+def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -> Any:
     made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
-    made._meta, made._device, made._origin, made._views = meta, device, origin, []
+    made._meta, made._device, made._shared, made._views = meta, device, shared, []
     return made
 
 

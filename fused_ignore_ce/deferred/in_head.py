@@ -78,11 +78,11 @@ def reduced(func: Any, name: str, t: Lazy, args: tuple[Any, ...], kwargs: dict[s
     work = reduction(func, name, t._form, args, kwargs)
     if work is None or t._is_there():
         return None
-    origin = t._origin
-    found = take([t], [], lambda form: work.of(form, origin), work.dense)
+    shared = t._shared
+    found = take([t], [], lambda form: work.of(form, shared), work.dense)
     if found is None:
         return None
-    origin.took(f"{name}({describe(t._form)})", t._form.product.rows)
+    shared.took(f"{name}({describe(t._form)})", t._form.product.rows)
     for value in found if isinstance(found, tuple) else (found,):
-        origin.guard(value)
+        shared.guard(value)
     return getattr(torch.return_types, name)(found) if isinstance(found, tuple) else found

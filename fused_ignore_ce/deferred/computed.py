@@ -10,7 +10,7 @@ from torch import Tensor
 from .gradient import dense_of
 from .graph import Adopt, connected
 from .operations import MEMORY, NATIVE
-from .origin import Origin
+from .shared_state import SharedState
 from .values import Lazy, deferred_in, flat, shares_memory, wrapped
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -49,25 +49,25 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
     for t in deferred:
         if out is values[id(t)]:
             return t
-    origin = next((t._origin for t in deferred if t._origin.changes), None)
+    shared = next((t._shared for t in deferred if t._shared.changes), None)
     return (
         out
-        if origin is None
-        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, origin, type(deferred[0])), out)
+        if shared is None
+        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, shared, type(deferred[0])), out)
     )
 
 
-def _with_options(value: Tensor, origin: Origin, cls: Any) -> Tensor:
+def _with_options(value: Tensor, shared: SharedState, cls: Any) -> Tensor:
     """A tensor that was made of the logits, for code whose loss the options have to reach.
 
     If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
     """
     if not value.is_floating_point() or type(value) is not Tensor:
         return value
-    if origin.classes not in value.shape:
-        origin.guard(value)
+    if shared.classes not in value.shape:
+        shared.guard(value)
         return value
-    made = connected(Adopt, wrapped(cls, value, value.device, origin), value)
+    made = connected(Adopt, wrapped(cls, value, value.device, shared), value)
     made._value, made._is_written = value, True
     result: Lazy = made
     return result
