@@ -23,8 +23,7 @@ class _Rows(NamedTuple):
 def on_rows(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The form after an operation on rows, a list of forms if that gives several tensors; None if it is no such one."""
     form, *rest = args
-    products, operands = list(products_of(form)), list(operands_of(form))
-    if any(t.dim() > 1 for t in operands) or (form.classes_second and name not in _REORDERS):
+    if form.classes_second and name not in _REORDERS:
         return None
     if name in _REORDERS:
         rule = _reordered(form, func, rest, kwargs)
@@ -32,9 +31,14 @@ def on_rows(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         rule = _along(form, func, name, rest, kwargs)
     else:
         rule = _RULES[name](form, *rest, **kwargs)
-    if rule is None:
-        return None
+    return None if rule is None else _moved(form, rule)
+
+
+def _moved(form: Form, rule: _Rows) -> Any:
+    products, operands = list(products_of(form)), list(operands_of(form))
     whole, tensors = rule.classes == slice(None), {}
+    if any(t.dim() > 1 for t in operands):
+        return None
     if not whole and is_normalized(form):  # each class depends on those that are cut off
         return None
     hidden = {id(p.hidden): p.hidden for p in products}
@@ -51,15 +55,18 @@ def on_rows(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _getitem(form: Form, index: Any) -> _Rows | None:
     """An index that leaves the vocabulary whole, or slices it."""
-    ndim = len(form.shape)
+    ndim = form.product.hidden.dim()
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(item, (list, bool)) for item in items):
-        return None
-    if not any(item is Ellipsis for item in items):
-        items.append(Ellipsis)
-    taken = sum(_dimensions_of(item) for item in items)
+    taken, has_ellipsis = 0, False
+    for item in items:
+        if isinstance(item, (list, bool)):
+            return None
+        has_ellipsis = has_ellipsis or item is Ellipsis
+        taken += _dimensions_of(item)
     if taken > ndim:
         return None
+    if not has_ellipsis:
+        items.append(Ellipsis)
     classes = slice(None)
     if items[-1] is not Ellipsis or taken == ndim:  # the last slice is the vocabulary's
         if items[-1] is Ellipsis:
@@ -82,16 +89,16 @@ def _reshape(form: Form, *sizes: Any, **kwargs: Any) -> _Rows | None:
         sizes = tuple(sizes[0])
     if kwargs or not sizes or any(isinstance(size, torch.dtype) for size in sizes):
         return None
-    lead, last, shape = sizes[:-1], sizes[-1], form.shape
+    lead, last, V = sizes[:-1], sizes[-1], form.product.weight.shape[0]
     if last == -1:
-        last = math.prod(shape) // max(1, math.prod(lead))
-    if last != shape[-1] or last == 0:
+        last = form.product.rows * V // max(1, math.prod(lead))
+    if last != V or last == 0:
         return None
     return _Rows(lambda h: h.reshape(*lead, h.shape[-1]))
 
 
 def _unsqueeze(form: Form, dim: int) -> _Rows | None:
-    ndim = len(form.shape)
+    ndim = form.product.hidden.dim()
     dim = dim if dim >= 0 else dim + ndim + 1
     return None if dim == ndim else _Rows(lambda h: h.unsqueeze(dim))
 
