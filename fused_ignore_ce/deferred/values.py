@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import forms, tiles
+from .expression import is_chain
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
-from .origin import Origin
-from .product import Product
 from .recipe import Recipe, is_deferred, version_of
+from .shared_state import SharedState
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
@@ -23,7 +23,7 @@ without_modes = torch._C._DisableTorchDispatch
 
 
 class Saved:
-    """A tensor that a backward needs. If it lies in the memory of logits that are about to be written to, it is copied."""
+    """A tensor that a backward needs. It is copied if it lies in the memory of logits that are about to be written to."""
 
     def __init__(self, t: Tensor) -> None:
         self._tensor, self._version = t.detach(), version_of(t)
@@ -45,8 +45,9 @@ class Lazy(Tensor):
     _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
     _recipe: Any = None  # None of logits that are there
     _form: Any = None  # a Product or an Expression, of which only shapes are used
-    _meta: Tensor  # shape and strides
-    _origin: Origin
+    _meta: Tensor  # shape, strides and dtype
+    _device: torch.device
+    _shared: SharedState
     _value: Tensor | None = None
     _version_of_value = 0
     _is_written = False  # the value stands for this tensor from now on
@@ -58,14 +59,14 @@ class Lazy(Tensor):
     @property
     def is_materialized(self) -> bool:
         """Whether these logits, or others that were made from them or that they were made from, were computed."""
-        return self._origin.read
+        return self._shared.read
 
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
             if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
                 return self._aliased(reader)
-            self._origin.was_read(reader)
+            self._shared.was_read(reader)
             self._keep(functools.partial(self._raw, reader))
         assert self._value is not None
         return self._connected(self._value)
@@ -117,9 +118,9 @@ class Lazy(Tensor):
         with torch.no_grad():
             recipe.check_unchanged()
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
-            if isinstance(self._form, Product) and not known:
+            if not known and is_chain(self._form):
                 form = forms.Leaves().form(self, False)
-                return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
+                return tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -143,7 +144,7 @@ class Lazy(Tensor):
 
         A checkpoint that runs a function again must find what it found the first time: to it, they are not.
         """
-        if are_saved_tensors_packed():
+        if not self._shared.read or are_saved_tensors_packed():
             return False
         if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
             return True
@@ -223,9 +224,7 @@ class Lazy(Tensor):
 
     def _can_be_fused(self) -> bool:
         """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
-        if self._stands_alone():
-            return False
-        return not self._requires_grad() or any(self._recipe.needs)
+        return not self._stands_alone() and (any(self._recipe.needs) or not self._requires_grad())
 
     def _requires_grad(self) -> bool:
         with _plainly():
@@ -262,25 +261,29 @@ class Lazy(Tensor):
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
     def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self._origin, node=False)
+        return made(type(self), self._recipe, self._form, self._meta, self._device, self._shared, node=False)
 
 
-def deferred_in(values: Any) -> Iterator[Lazy]:
+def deferred_in(values: Any) -> list[Lazy]:
     """The deferred logits among arguments."""
+    found: list[Lazy] = []
     for value in values:
         if isinstance(value, Lazy):
-            yield value
+            found.append(value)
         elif type(value) in (tuple, list):
-            yield from deferred_in(value)
-        elif type(value) is dict:
-            yield from deferred_in(value.values())
+            found += deferred_in(value)
+        elif type(value) is dict and value:
+            found += deferred_in(value.values())
+    return found
 
 
-def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node: bool = True) -> Lazy:
+def made(
+    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, shared: SharedState, node: bool = True
+) -> Lazy:
     """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
 
     def make(recipe: Recipe) -> Any:
-        made = wrapped(cls, meta, form.device, origin)
+        made = wrapped(cls, meta, device, shared)
         made._recipe, made._form = recipe, form
         return made
 
@@ -300,10 +303,11 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
     return deferred
 
 
-def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
-                                                dtype=meta.dtype, device=device)  # fmt: skip
-    made._meta, made._origin, made._views, made._saved = meta, origin, [], []
+def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -> Any:
+    made: Any = Tensor._make_wrapper_subclass(
+        cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
+    )
+    made._meta, made._device, made._shared, made._views, made._saved = meta, device, shared, [], []
     return made
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .gradient import dense_of
 from .graph import Adopt, connected
-from .names import MEMORY, NATIVE
-from .origin import Origin
+from .operations import MEMORY, NATIVE
+from .shared_state import SharedState
 from .values import Lazy, deferred_in, flat, shares_memory, wrapped
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -72,25 +72,25 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
     for t in deferred:
         if out is values[id(t)]:
             return t
-    origin = next((t._origin for t in deferred if t._origin.changes), None)
+    shared = next((t._shared for t in deferred if t._shared.changes), None)
     return (
         out
-        if origin is None
-        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, origin, type(deferred[0])), out)
+        if shared is None
+        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, shared, type(deferred[0])), out)
     )
 
 
-def _with_options(value: Tensor, origin: Origin, cls: Any) -> Tensor:
+def _with_options(value: Tensor, shared: SharedState, cls: Any) -> Tensor:
     """A tensor that was made of the logits, for code whose loss the options have to reach.
 
     If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
     """
     if not value.is_floating_point() or type(value) is not Tensor:
         return value
-    if origin.classes not in value.shape:
-        origin.guard(value)
+    if shared.classes not in value.shape:
+        shared.guard(value)
         return value
-    made = connected(Adopt, wrapped(cls, value, value.device, origin), value)
+    made = connected(Adopt, wrapped(cls, value, value.device, shared), value)
     made._value, made._is_written, made._is_moved = value, True, True
     result: Lazy = made
     return result
@@ -108,21 +108,22 @@ def replaced(values: Any, by: dict[int, Tensor]) -> Any:
 
 def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Writes to the computed logits, which stand for the deferred ones from then on, as do their views."""
-    deferred = list(deferred_in((args, kwargs)))
+    deferred = deferred_in((args, kwargs))
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
+    values = {id(t): t._aliased(name) for t in deferred}
     family = target._family() if isinstance(target, Lazy) else []
-    first = family[0] if family else None
-    values = {id(t): t._aliased(name) for t in deferred} | (first._views_of_each_other() if family else {})
-    for reference in first._saved if family else ():
-        if (saved := reference()) is not None:
-            saved.copy()
-    place = values[id(first)].grad_fn if family else None
+    if family:
+        values |= family[0]._views_of_each_other()
+        for reference in family[0]._saved:
+            if (saved := reference()) is not None:
+                saved.copy()
+        first = values[id(family[0])]
+        place = first.grad_fn
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    is_recorded = bool(family) and values[id(first)].grad_fn is not place
     for member in family:
         value = member._value = values[id(member)]
         member._is_written = True
-        member._is_moved = member._is_moved or is_recorded or member._view_of is not None
+        member._is_moved = member._is_moved or first.grad_fn is not place or member._view_of is not None
         if member._is_moved and value.requires_grad:
             with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 connected(Adopt, member, value)
