@@ -133,7 +133,24 @@ class Lazy(Tensor):
         """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
         if self._stands_alone():
             return False
-        return not self._requires_grad() or any(self._recipe.needs)
+        if not self._requires_grad() or any(self._recipe.needs):
+            return True
+        return self._became_result_of_function()
+
+    def _became_result_of_function(self) -> bool:
+        """Takes on the recipe of the logits that an autograd.Function gave back detached, as its own result.
+
+        DeepSpeed puts such functions behind every module. Autograd gives the detached tensor the function's node, which
+        gradients pass on their way to the logits that the function was given.
+        """
+        recipe: Recipe = self._recipe
+        if recipe.name != "detach" or self.grad_fn is None:
+            return False
+        (source,) = recipe.inputs
+        if not source._can_be_fused():
+            return False
+        self._recipe, self._view_of = source._recipe, None
+        return True
 
     def _requires_grad(self) -> bool:
         with _plainly():
