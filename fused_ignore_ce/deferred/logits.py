@@ -45,9 +45,13 @@ class DeferredLogits(Lazy):
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__ if name == "__get__" else f"__set__ {func.__self__.__name__}"
         self = args[0] if args and isinstance(args[0], cls) else None
+        if self is not None and name == "detach_":
+            for t in (self._meta, self._value):
+                if t is not None:
+                    t.detach_()  # raises PyTorch's error for views
+            with _plainly():
+                return func(self)
         if self is not None and not self._stands_alone():
-            if name == "detach_" and self._meta._is_view():
-                return func(self._meta)  # raises PyTorch's error for views
             if _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
                 self._become_leaf()
                 return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
@@ -60,8 +64,10 @@ class DeferredLogits(Lazy):
                 return torch.empty(0, dtype=self._meta.dtype, device=self.device).type()
         if func in LOSSES and self is not None:
             return LOSSES[func](*args, **kwargs, origin=self._origin)
+        if func is Tensor.backward:
+            return torch.autograd.backward(args, kwargs.pop("gradient"), **kwargs)
         if func is torch.autograd.grad or func is torch.autograd.backward:
-            return differentiated(func, args, kwargs)
+            return differentiated(func, *args, **kwargs)
         if writes(name, kwargs):
             return written(func, name, args, kwargs)
         deferred = list(deferred_in((args, kwargs)))

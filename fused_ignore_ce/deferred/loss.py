@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -44,10 +45,9 @@ def cross_entropy(
         loss = _linear(input, target, options, origin, "cross_entropy")
         if loss is not None:
             return loss
-        input = input.materialize("cross_entropy")
     options.pop("memory_budget", None)
     origin.took_of_logits("cross_entropy", target.numel(), _ignored(target, options))
-    return origin.without_stats(fused_cross_entropy(input, target, **(options | origin.asked_stats())))
+    return origin.without_stats(_of_values(input, target, options | origin.asked_stats(), "cross_entropy"))
 
 
 def nll_loss(
@@ -94,10 +94,9 @@ def own_cross_entropy(
             loss = _linear(input, target, linear, origin, kind)
             if loss is not None:
                 return loss
-        input = input.materialize(kind)
     options.pop("memory_budget", None)
     origin.took_of_logits(kind, target.numel(), _ignored(target, options))
-    loss = fused_cross_entropy(input, target, **(origin.asked_stats() | options))
+    loss = _of_values(input, target, origin.asked_stats() | options, kind)
     return loss if "return_stats" in options else origin.without_stats(loss)
 
 
@@ -172,6 +171,15 @@ def _nll(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
             values, target, options.get("weight"), ignore_index=ids[0], reduction=options["reduction"]
         )
     return _on_logits(values, target, options)
+
+
+def _of_values(input: Any, target: Tensor, options: dict[str, Any], kind: str) -> Any:
+    """The loss of logits, which are computed if they are deferred."""
+    if not hasattr(input, "take_loss"):
+        return fused_cross_entropy(input, target, **options)
+    values = input.materialize(kind)
+    with getattr(input, "saving", contextlib.nullcontext)():
+        return fused_cross_entropy(values, target, **options)
 
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:

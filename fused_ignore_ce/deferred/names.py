@@ -11,8 +11,8 @@ NATIVE = frozenset({
     "element_size", "itemsize", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn",
     "is_xpu", "is_mps", "is_inference", "is_neg", "is_conj", "output_nr", "name", "names", "_version", "_base",
     "_backward_hooks", "_is_view", "is_sparse_csr", "nbytes", "is_contiguous", "storage_offset", "retain_grad",
-    "retains_grad", "register_hook", "register_post_accumulate_grad_hook", "backward", "is_signed",
-    "is_sparse_coo", "detach_",
+    "retains_grad", "register_hook", "register_post_accumulate_grad_hook", "is_signed",
+    "is_sparse_coo",
 })  # fmt: skip
 
 #: Functions that make a tensor like the logits without reading them.

@@ -16,14 +16,30 @@ from .values import Lazy, deferred_in, flat, shares_memory, wrapped
 _plainly = torch._C.DisableTorchFunctionSubclass
 
 
-def differentiated(func: Any, args: Any, kwargs: Any) -> Any:
-    """torch.autograd.grad or backward; the gradients that it returns are computed."""
-    args, kwargs = torch.utils._pytree.tree_map_only(
-        Lazy, lambda t: t._aliased(func.__name__) if t._stands_alone() else t, (args, kwargs)
-    )
-    with _plainly():
-        found = func(*args, **kwargs)
-    return found if found is None else tuple(dense_of(g) for g in found)
+def differentiated(func: Any, outputs: Any, inputs: Any = None, materialize_grads: bool = False, **kwargs: Any) -> Any:
+    """torch.autograd.grad or backward, with places in the graph for deferred logits; gradients returned are computed.
+
+    Torch functions stay switched on, for Python that a backward runs, such as a checkpoint's.
+    """
+
+    def place(t: Any) -> Any:
+        if t._stands_alone():
+            return t._aliased(func.__name__)
+        with _plainly():
+            if t.requires_grad and func is torch.autograd.backward and any(t is each for each in inputs or ()):
+                t.retain_grad()
+            return torch.autograd.graph.get_gradient_edge(t)
+
+    replace = torch.utils._pytree.tree_map_only
+    kwargs = replace(Lazy, lambda t: t.materialize(func.__name__), kwargs)
+    if materialize_grads:
+        kwargs["allow_unused"] = True
+    found = func(replace(Lazy, place, outputs), inputs=replace(Lazy, place, inputs), **kwargs)
+    if found is None:
+        return None
+    if materialize_grads:
+        found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+    return tuple(dense_of(g) for g in found)
 
 
 def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]) -> Any:
@@ -41,7 +57,7 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
         if name == "grad" and found is None:
             with _plainly():
                 found = func(*args, **kwargs)
-        return found
+        return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
     if any(shares_memory(o, values[id(t)]) for t in deferred if t._view_of is not None for o in flat([out])):
         values = {id(t): t._aliased(name) for t in deferred}
@@ -89,6 +105,9 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
     family = target._family() if isinstance(target, Lazy) else []
     values = {id(t): t._aliased(name) for t in (*deferred, *family)}
+    for reference in family[0]._saved if family else ():
+        if (saved := reference()) is not None:
+            saved.copy()
     out = func(*replaced(args, values), **replaced(kwargs, values))
     was_enabled = torch.is_grad_enabled()
     for member in family:

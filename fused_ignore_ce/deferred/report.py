@@ -85,11 +85,11 @@ class Recorder:
         self.bytes = 0
 
     def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
-        """Counts one call. `ignored` is a 0-d tensor, or None if ignored tokens are not counted."""
+        """Counts one call. `ignored` is a 0-d tensor; on the meta device, or if it is None, none are counted."""
         counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
         counts[0] += 1
         counts[1] += tokens
-        if ignored is not None:
+        if ignored is not None and not ignored.is_meta:
             before = counts[2].get(ignored.device)
             counts[2][ignored.device] = ignored if before is None else before + ignored
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,11 +15,28 @@ from . import forms, tiles
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
 from .origin import Origin
 from .product import Product
-from .recipe import Recipe, is_deferred
+from .recipe import Recipe, is_deferred, version_of
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
 without_modes = torch._C._DisableTorchDispatch
+
+
+class Saved:
+    """A tensor that a backward needs. If it lies in the memory of logits that are about to be written to, it is copied."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._tensor, self._version = t.detach(), version_of(t)
+
+    def copy(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._tensor, self._version = self._tensor.clone(), 0
+
+    def tensor(self) -> Tensor:
+        if version_of(self._tensor) != self._version:
+            raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
+                               "operation")  # fmt: skip
+        return self._tensor
 
 
 class Lazy(Tensor):
@@ -34,6 +52,7 @@ class Lazy(Tensor):
     _is_written = False  # the value stands for this tensor from now on
     _view_of: Any = None  # the tensor that this one is a view of, and the operation that makes the view
     _views: list[weakref.ref[Lazy]]
+    _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
 
     @property
     def is_materialized(self) -> bool:
@@ -48,7 +67,16 @@ class Lazy(Tensor):
             self._origin.was_read(reader)
             self._keep(functools.partial(self._raw, reader))
         assert self._value is not None
-        return self._value
+        return self._connected(self._value)
+
+    def _connected(self, value: Tensor) -> Tensor:
+        """The value, in the graph if this tensor is: an autograd.Function that returned it may have put it there since.
+
+        Or the value is that of a view whose base was detached in place.
+        """
+        if not value.requires_grad and self._requires_grad():
+            self._value = value = connected(Read, self, lambda: value)
+        return value
 
     def _keep(self, compute: Callable[[], Tensor]) -> None:
         def fresh() -> Tensor:
@@ -127,7 +155,21 @@ class Lazy(Tensor):
                 mine = func(value, *args, **kwargs)
                 self._value = mine = mine if part is None else mine[part]
             self._version_of_value = mine._version
-        return mine
+        return self._connected(mine)
+
+    def saving(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which what is saved for backward survives that somebody writes to these logits."""
+        first = self._family()[0]
+
+        def pack(t: Tensor) -> Saved:
+            saved = Saved(t)
+            if first._value is not None and shares_memory(t, first._value):
+                first._saved.append(weakref.ref(saved))
+            return saved
+
+        if are_saved_tensors_packed():
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(pack, Saved.tensor)
 
     def _can_be_fused(self) -> bool:
         """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
@@ -220,7 +262,7 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
 
 def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
     made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
-    made._meta, made._origin, made._views = meta, origin, []
+    made._meta, made._origin, made._views, made._saved = meta, origin, [], []
     return made
 
 

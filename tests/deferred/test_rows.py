@@ -209,10 +209,21 @@ def test_what_is_frozen_or_without_gradients():
     assert not entropy(x).requires_grad
 
 
-def test_a_second_derivative_is_an_error():
-    hidden, weight, _ = head()
-    with pytest.raises(RuntimeError, match="create_graph=True is not supported by deferred"):
-        torch.autograd.grad(entropy(defer(hidden, weight)).sum(), hidden, create_graph=True)
+@pytest.mark.parametrize("loss", [entropy, lambda x: F.cross_entropy(x.flatten(0, 1), torch.arange(10) % V)])
+def test_second_derivatives(loss):
+    def second(product):
+        hidden, weight, bias = (t.double().requires_grad_() for t in map(torch.Tensor.detach, head()))
+        scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        x = product(hidden, weight, bias)
+        seen = []
+        x.register_hook(lambda g: seen.append(g.detach().clone()))
+        given = [hidden, weight, bias, scale, x]
+        first = torch.autograd.grad((loss(x * scale) + x.softmax(-1).square().sum()).sum(), given, create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        return [*first, *(t.grad for t in given[:4]), *seen]
+
+    for mine, true in zip(second(defer), second(F.linear), strict=True):
+        torch.testing.assert_close(mine, true)
 
 
 def test_changed_weights_are_noticed_in_backward():

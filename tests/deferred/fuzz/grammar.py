@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .interpreter import Observed, Run
-from .models import MODELS, D, V
+from .models import D, V
 from .programs import Program, Setting, Statement
 from .templates import TEMPLATES, WITH_OPTIONS, Template
 
@@ -137,7 +137,7 @@ class _Drawing:
 
 
 def _setting(pick: Pick) -> Setting:
-    models = ["tiny"] * 8 + ["bias"] * 2 + ["llama"] * 2 + (["gpt"] * 4 if "gpt" in MODELS else [])
+    models = ["tiny"] * 8 + ["bias"] * 2 + ["llama"] * 2 + ["gpt"] * 4
     models += ["tied", "capped", "where", "frozen function", "frozen no_grad"]
     special = pick([""] * 38 + ["beside"] * 2 + ["held"] * 5 + ["options"] * 3 + ["meta"] * 2)
     model = pick(models)

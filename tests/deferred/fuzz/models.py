@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,15 +11,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-import fused_ignore_ce
+from fused_ignore_ce import defer_logits
 from fused_ignore_ce.hf import fusion_report, patch_model
 
 from ...helpers.hf_tiny import llama
 
 B, T, V, D = 2, 3, 11, 8
-
-#: Whether any PyTorch module's head can be deferred, and logits are deferred without being asked.
-DEFERS_ANY_HEAD = hasattr(fused_ignore_ce, "defer_logits")
 
 
 class Config(PretrainedConfig):
@@ -146,9 +142,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "frozen function": lambda: _frozen(True),
     "frozen no_grad": lambda: _frozen(False),
     "llama": _llama,
+    "gpt": GPT,
 }
-if DEFERS_ANY_HEAD:
-    MODELS["gpt"] = GPT
 
 
 @functools.cache
@@ -170,17 +165,13 @@ def build(name: str, dtype: torch.dtype, device: str, seed: int) -> nn.Module:
 def patched(model: nn.Module, **options: Any) -> nn.Module:
     """The model with deferred logits, by the function that it needs."""
     if isinstance(model, GPT):
-        fused_ignore_ce.defer_logits(model.lm_head, **options)  # type: ignore[attr-defined]
+        defer_logits(model.lm_head, **options)
         return model
-    if not DEFERS_ANY_HEAD and "without_labels" in inspect.signature(patch_model).parameters:
-        options["without_labels"] = True
     return patch_model(model, **options)
 
 
 def reads(model: nn.Module) -> dict[str, int]:
-    """What has made the logits of a patched model be computed, with counts; empty for a model that has no report."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
+    """What has made the logits of a patched model be computed, with counts."""
     report = fusion_report(model)
     on_logits = {f"loss on logits: {kind}": count.calls for kind, count in report.on_logits.items()}
     return dict(report.reads) | on_logits
