@@ -191,7 +191,7 @@ class Lazy(Tensor):
         (source,) = recipe.inputs
         if not source._can_be_fused():
             return False
-        self._recipe, self._view_of = source._recipe, None
+        self._recipe = source._recipe
         return True
 
     def _requires_grad(self) -> bool:
