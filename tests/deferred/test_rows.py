@@ -211,9 +211,10 @@ def test_what_is_frozen_or_without_gradients():
 
 @pytest.mark.parametrize("loss", [entropy, lambda x: F.cross_entropy(x.flatten(0, 1), torch.arange(10) % V)])
 def test_second_derivatives(loss):
+    values = [*head(torch.float64), torch.tensor(1.5, dtype=torch.float64)]
+
     def second(product):
-        hidden, weight, bias = (t.double().requires_grad_() for t in map(torch.Tensor.detach, head()))
-        scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        hidden, weight, bias, scale = (t.detach().clone().requires_grad_() for t in values)
         x = product(hidden, weight, bias)
         seen = []
         x.register_hook(lambda g: seen.append(g.detach().clone()))
