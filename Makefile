@@ -9,7 +9,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub test-other-libraries check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -36,6 +36,10 @@ test-kernels-hub: $(VENV)-kernels-hub/.ready
 # `defer_logits` on the models of LitGPT and torchtitan.
 test-other-libraries: $(VENV)-other-libraries/.ready
 	$(VENV)-other-libraries/bin/python -m pytest tests/other_libraries
+
+# Patched models under DeepSpeed, on two processes. It compiles an extension at run time, with ninja.
+test-deepspeed: $(VENV)-deepspeed/.ready
+	CC=gcc PATH="$(abspath $(VENV)-deepspeed/bin):$$PATH" $(VENV)-deepspeed/bin/python -m pytest tests/deepspeed
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -83,7 +87,7 @@ docs: $(VENV)/.ready
 	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub $(VENV)-other-libraries build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +112,11 @@ $(VENV)-other-libraries/.ready: $(VENV)/.ready
 	$(beside)
 	$(@D)/bin/python -m pip install -c constraints.txt einops lightning spmd_types torch_checkpointing torchdata tyro
 	$(@D)/bin/python -m pip install -c constraints.txt --no-deps litgpt torchtitan
+	touch $@
+
+$(VENV)-deepspeed/.ready: $(VENV)/.ready
+	$(beside)
+	CC=gcc $(@D)/bin/python -m pip install -c constraints.txt deepspeed
 	touch $@
 
 # constraints-NAME.txt takes the place of lines of constraints.txt.

@@ -23,7 +23,7 @@ without_modes = torch._C._DisableTorchDispatch
 
 
 class Saved:
-    """A tensor that a backward needs. It is copied if it lies in the memory of logits that are about to be written to."""
+    """A tensor that a backward needs, copied if it lies in the memory of logits that are about to be written to."""
 
     def __init__(self, t: Tensor) -> None:
         self._tensor, self._version = t.detach(), version_of(t)
@@ -224,7 +224,26 @@ class Lazy(Tensor):
 
     def _can_be_fused(self) -> bool:
         """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
-        return not self._stands_alone() and (any(self._recipe.needs) or not self._requires_grad())
+        if self._stands_alone():
+            return False
+        if not self._requires_grad() or any(self._recipe.needs):
+            return True
+        return self._became_result_of_function()
+
+    def _became_result_of_function(self) -> bool:
+        """Takes on the recipe of the logits that an autograd.Function gave back detached, as its own result.
+
+        DeepSpeed puts such functions behind every module. Autograd gives the detached tensor the function's node, which
+        gradients pass on their way to the logits that the function was given.
+        """
+        recipe: Recipe = self._recipe
+        if recipe.name != "detach" or self.grad_fn is None:
+            return False
+        (source,) = recipe.inputs
+        if not source._can_be_fused():
+            return False
+        self._recipe = source._recipe
+        return True
 
     def _requires_grad(self) -> bool:
         with _plainly():

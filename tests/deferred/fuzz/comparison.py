@@ -16,8 +16,8 @@ RIGHT, WRONG, RAISED, NOT_RAISED = (
     "did not raise where plain does",
 )
 
-#: Plain PyTorch's errors in a backward where a tensor that it needs was written to. Deferred logits may give the gradient
-#: of the values at the time of the operation instead.
+#: Plain PyTorch's errors in a backward where a tensor that it needs was written to. Deferred logits may give the
+#: gradient of the values at the time of the operation instead.
 _WRITTEN_SINCE = ("modified by an inplace operation", "its base or another view of its base has been modified inplace")
 
 _BACKWARD = ("backward", "autograd.grad", "trained(", "head_flops(")

@@ -90,6 +90,24 @@ class Doubled(torch.autograd.Function):
         return grads[0] * 2
 
 
+class HandedOn(torch.autograd.Function):
+    """Returns its input detached, as the functions that DeepSpeed puts around modules do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class Tripled(HandedOn):
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * grads[0]
+
+
 class _Smoothed:
     """`torch.nn.functional` whose cross entropies of logits of the model have the label smoothing of the options."""
 
@@ -280,7 +298,7 @@ def session(setting: Setting, patch: Patch = patched) -> dict[str, Any]:
         "shift": trainable(V).detach(), "mask": ids % 2 == 1, "hooks": hooks, "see": hooks.see, "look": hooks.look,
         "scale": hooks.scale, "leaf": hooks.leaf, "labels_of": labels_of, "index_of": index_of, "like": like,
         "class_weight": class_weight, "ce": ce, "entropy": entropy, "z_loss": z_loss, "picked": picked,
-        "Doubled": Doubled, "in_thread": in_thread, "in_threads": in_threads, "replica_of": replica_of,
+        "Doubled": Doubled, "HandedOn": HandedOn, "Tripled": Tripled, "in_thread": in_thread, "in_threads": in_threads, "replica_of": replica_of,
         "compiled_loss": compiled_loss, "saved_and_loaded": saved_and_loaded, "torch_saved": torch_saved,
         "head_flops": head_flops, "in_replicas": in_replicas, "trained": trained, "probabilities": probabilities,
         "soft_labels": probabilities(torch.empty(B, T, V, dtype=dtype, device=setting.device)),

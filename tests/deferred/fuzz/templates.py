@@ -191,6 +191,10 @@ not recorded, weight 2, moded
     {new} = Doubled.apply({x})
     {new} = torch.vmap(lambda z: z * 2)({x})
 
+handed on, weight 1
+    {new} = HandedOn.apply({x})
+    {new} = Tripled.apply({x})
+
 cross entropy, weight 4, moded
     {new_loss} = ce({x})
     {new_loss} = ce({x})
