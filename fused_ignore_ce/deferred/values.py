@@ -120,7 +120,8 @@ class Lazy(Tensor):
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if not known and is_chain(self._form):
                 form = forms.Leaves().form(self, False)
-                return tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+                found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+                return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -129,7 +130,7 @@ class Lazy(Tensor):
                     values.append(t._raw(reader))
                 else:
                     values.append(t.materialize(reader).detach())
-            found: Tensor = recipe.run(values)
+            found = recipe.run(values)
         return found.clone() if any(shares_memory(found, v) for v in values) else found
 
     def _is_known(self) -> bool:
