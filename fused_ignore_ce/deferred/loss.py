@@ -142,7 +142,11 @@ def _linear(input: Any, target: Tensor, options: dict[str, Any], origin: Origin,
             form = getattr(form, "before_log_softmax", None)
         if not isinstance(form, Product):
             return None
-        return form.cross_entropy(**_with(given))
+        tensors = _with(given)
+        weight = tensors["options"].get("weight")
+        if weight is not None and weight.dtype == form.dtype:  # the linear loss wants that of hidden states
+            tensors["options"]["weight"] = weight.to(torch.promote_types(weight.dtype, form.linear_dtype))
+        return form.cross_entropy(**tensors)
 
     def dense(values: Tensor, *given: Tensor) -> Any:
         return (_nll if of_log_probs else _on_logits)(values, **_with(given))

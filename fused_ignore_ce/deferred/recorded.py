@@ -87,7 +87,7 @@ def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Laz
     is_cast = name in ("float", "double", "half", "bfloat16", "to", "type_as")
     if is_cast and form.dtype == first._meta.dtype and not (kwargs.get("copy") or (args[2:] and args[-1] is True)):
         return first._meta
-    if same_shape and name not in ("clone", "contiguous") and (name in _STEPS or not isinstance(form, Product)):
+    if same_shape and (name in _STEPS or name in ELEMENTWISE or name in NORMALIZING):
         if first._meta.is_contiguous() or name in NORMALIZING:
             return torch.empty(form.shape, dtype=form.dtype, device="meta")
         return torch.empty_strided(form.shape, (first._meta * 1).stride(), dtype=form.dtype, device="meta")

@@ -330,6 +330,9 @@ class Run:
         for name in statement.makes:
             self._observe(f"{name} of `{statement.text}`", functools.partial(self._described, name))
             self.variables.append(name)
+        for name in self.variables:
+            with contextlib.suppress(RuntimeError):
+                _ = getattr(self.names[name], "grad_fn", None)  # else PyTorch notices a write to a view at any later time
         self._retained.update(re.findall(r"(\w+)\.retain_grad\(", statement.text))
         if statement.backward and "retain_graph" not in statement.text:
             self._freed.update(re.findall(r"\bs\d+\b", statement.text))

@@ -27,6 +27,7 @@ What is left out, because PyTorch is at odds with itself:
   get none, and crash on a hook. So views are not moded.
 - Writes through `.data`: saved tensors change and nobody notices, so that PyTorch's own gradients are wrong.
 - A hook on a view whose base was written since: PyTorch crashes, unless somebody asks for `grad_fn` first. So hooks do.
+  And until somebody asks, what hooks and `retain_grad` of such a view see is what they saw before. So all are asked.
 - Calls of a hook with None: PyTorch's node of several results calls the hooks of those that get no gradient. Hooks of
   programs take no notice.
 - What follows a backward pass that failed: which gradients it has accumulated by then depends on the order of nodes.
@@ -275,7 +276,7 @@ metric, weight 2, moded
     {new_value} = str({x})[:7]
 
 metric, weight 1
-    {new_value} = {tokens}.transpose(1, 2).is_contiguous()
+    {new_value} = {tokens}.transpose(1, 2).is_contiguous(), {tokens}.transpose(0, 1).is_contiguous()
     {new_value} = {x}.transpose(-1, -2).stride()
 
 one logit twice, weight 2, moded
@@ -295,7 +296,6 @@ question, weight 1, quiet
     {new_value} = {any}.stride()
     {new_value} = {any}.type()
     {new_value} = {any}.is_contiguous()
-    {new_value} = {tokens}.transpose(0, 1).is_contiguous()
     {new_value} = tuple({any}.shape)
     {new_value} = {any}.numel()
     {new_value} = torch.ones_like({any})
