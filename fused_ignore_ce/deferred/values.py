@@ -208,11 +208,14 @@ class Lazy(Tensor):
 
     def _move(self, value: Tensor) -> None:
         """Gives this tensor the place in the graph of a computed one that stands for it from now on."""
+        unchanged = self._value is not None and self._value._version == self._version_of_value
         self._value, self._is_written, self._is_moved = value, True, True
         if value.requires_grad:
             with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 grad = self.grad if self.retains_grad else None
-                connected(Adopt, self, value)
+                same = torch.autograd._unsafe_preserve_version_counter(self)
+                with same if unchanged else contextlib.nullcontext():
+                    connected(Adopt, self, value)
                 if self.retains_grad and not value.retains_grad:
                     value.retain_grad()
                     value.grad = grad
