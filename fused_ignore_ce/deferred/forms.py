@@ -1,46 +1,63 @@
-"""What a loss computes deferred logits from: a `Product` or an `Expression`, which follows from their recipes."""
+"""What a loss computes deferred logits from: their form, a `Product` or an `Expression`, which follows from recipes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import expression
-from .product import Product
+from .expression import Expression, elementwise, is_form, normalized
+from .operations import CASTS, ELEMENTWISE, NORMALIZING, ON_ROWS, SAME
 from .recipe import Recipe, is_deferred
-from .recording import COMMUTATIVE, record
+from .rows import on_rows
+
+#: How the name of a change of the layout of sharded logits begins.
+LAYOUT = "layout "
 
 
-def applied(recipe: Recipe, values: list[Any]) -> Any:
-    """The form after a recorded operation on forms and tensors; a list of all results of one that returns several.
+_CAST = Tensor.to, "to"
 
-    None if no form can express it.
+
+def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: Any, dtype: Any = None) -> Any:
+    """The form after an operation on forms and tensors; a list of forms if it gives several tensors.
+
+    None if the operation is not recorded for these arguments. `dtype` is that of the result, None to find it out.
     """
-    args, kwargs = recipe.arguments(values)
-    name, first = recipe.name, args[0]
-    if name == "detach":
-        return first
-    if name.startswith("layout "):
-        return first._replace(layout=name.removeprefix("layout "))
-    if name in COMMUTATIVE and len(args) == 2 and not isinstance(first, (Product, expression.Expression)):
-        first, args = args[1], (args[1], args[0])
-    done: Any = None
-    if isinstance(first, Product):
-        if name in ("add", "__add__") and len(args) == 2 and isinstance(args[1], Product):
-            done = None if kwargs or _has_added(first) or _has_added(args[1]) else first.plus(args[1])
-        elif not any(isinstance(a, (Product, expression.Expression)) for a in args[1:]):
-            done = record(first, name, args[1:], kwargs)
-    elif isinstance(first, expression.Expression):
-        done = expression.on_rows(first, name, args[1:], kwargs)
-    if done is None:
-        args, kwargs = recipe.arguments(values)
-        done = expression.record(recipe.func, name, args, kwargs, recipe.autocast)
-    return done
+    if name in ELEMENTWISE:
+        return elementwise(func, name, args, kwargs, autocast, dtype)
+    form, *rest = args
+    if not is_form(form):
+        return None
+    if name in SAME:
+        return form
+    if name in ON_ROWS:
+        return on_rows(func, name, args, kwargs)
+    if name in NORMALIZING:
+        return normalized(func, name, args, kwargs, autocast, dtype)
+    if name in CASTS:
+        found = cast_of(name, rest, kwargs, form)
+        return None if found is None else Expression(*_CAST, (form, found[0]), {}, found[0], form.product, autocast)
+    return form._replace(layout=name.removeprefix(LAYOUT))
 
 
-def _has_added(product: Product) -> bool:
-    return any(kind == "add" for kind, _ in product.steps)
+def cast_of(name: str, args: Any, kwargs: dict[str, Any], form: Any) -> tuple[torch.dtype, bool] | None:
+    """The dtype of a cast, and whether a copy is asked for; None for other devices, layouts and kinds of numbers."""
+    dtype, device = CASTS[name] or form.dtype, form.product.hidden.device
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, (Tensor, torch.device, str)):
+            to = value.device if isinstance(value, Tensor) else torch.device(value)
+            if to.type != device.type or to.index not in (None, device.index):
+                return None
+            dtype = value.dtype if isinstance(value, Tensor) else dtype
+        elif value is not None and not isinstance(value, bool):
+            return None
+    if not dtype.is_floating_point:
+        return None
+    flags = [value for value in args if isinstance(value, bool)]  # non_blocking, copy
+    return dtype, any(flags[1:]) or bool(kwargs.get("copy"))
 
 
 class Leaves:
@@ -65,13 +82,14 @@ class Leaves:
                     values.append(x.detach())
                     if needed and need:
                         self.found[recipe.serial, i] = values[-1].requires_grad_()
-            self._forms[key] = self._made(recipe, values)
+            self._forms[key] = self._made(recipe, values, t._meta.dtype)
         return self._forms[key]
 
-    def _made(self, recipe: Recipe, values: list[Any]) -> Any:
+    def _made(self, recipe: Recipe, values: list[Any], dtype: torch.dtype) -> Any:
         if recipe.product is not None:
             return recipe.product.with_tensors(values)
         if any(v is None for v in values):
             return None
-        done = applied(recipe, values)
+        args, kwargs = recipe.arguments(values)
+        done = applied(recipe.func, recipe.name, args, kwargs, recipe.autocast, dtype)
         return done if recipe.part is None or done is None else done[recipe.part]

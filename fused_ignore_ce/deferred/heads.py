@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .in_head import InHead
 from .logits import defer
 from .mode import LossMode, can_defer
-from .origin import Origin, Settings, settings_of
 from .report import Recorder
+from .settings import Settings, settings_of
 from .sharded import defer_sharded, is_sharded
-from .taking import InHead
+from .shared_state import SharedState
 
 #: Where a module keeps its patch, and where a replaced class keeps the one that it stands for.
 PATCH, REPLACED = "_fused_ignore_ce", "_fused_ignore_ce_of"
@@ -107,7 +108,7 @@ class _Running(threading.local):
     """The patched forwards that run in this thread, from the outermost, and whether a head does."""
 
     def __init__(self) -> None:
-        self.forwards: list[tuple[nn.Module, Patch, Origin]] = []
+        self.forwards: list[tuple[nn.Module, Patch, SharedState]] = []
         self.is_in_head = False
 
 
@@ -115,23 +116,23 @@ running = _Running()
 
 
 @contextlib.contextmanager
-def while_running(model: nn.Module, patch: Patch, origin: Origin) -> Iterator[None]:
-    running.forwards.append((model, patch, origin))
-    origin.in_forward = True
+def while_running(model: nn.Module, patch: Patch, shared: SharedState) -> Iterator[None]:
+    running.forwards.append((model, patch, shared))
+    shared.in_forward = True
     try:
         yield
     finally:
-        origin.in_forward = False
+        shared.in_forward = False
         running.forwards.pop()
 
 
-def origin_of(head: nn.Module) -> Origin | None:
+def state_of(head: nn.Module) -> SharedState | None:
     """What logits of a head belong to: the forward that its model is running, or a new one; None to compute them."""
     patch = head.__dict__.get(PATCH)
-    for _, running_patch, origin in reversed(running.forwards):
+    for _, running_patch, shared in reversed(running.forwards):
         if patch is None or patch is running_patch:
-            return origin
-    return Origin(patch.settings, patch.recorder) if patch is not None and torch.is_grad_enabled() else None
+            return shared
+    return SharedState(patch.settings, patch.recorder) if patch is not None and torch.is_grad_enabled() else None
 
 
 def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,28 +144,28 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         if len(args) > 1 and isinstance(args[-1], InHead):
             return args[-1]()
-        origin = None if running.is_in_head else origin_of(self)
-        if origin is None:
+        shared = None if running.is_in_head else state_of(self)
+        if shared is None:
             return original(self, *args, **kwargs)
         if original is not nn.Linear.forward:
-            return _deferred_inside(self, original, origin, args, kwargs)
+            return _deferred_inside(self, original, shared, args, kwargs)
         (hidden,) = (*args, *kwargs.values())
         if is_sharded(hidden, self.weight, self.bias):
-            origin.head_deferred = True
-            return defer_sharded(hidden, self.weight, self.bias, origin)
+            shared.head_deferred = True
+            return defer_sharded(hidden, self.weight, self.bias, shared)
         if not can_defer(hidden, self.weight, self.bias):
             return original(self, *args, **kwargs)
-        origin.head_deferred = True
-        return defer(hidden, self.weight, self.bias, origin, self)
+        shared.head_deferred = True
+        return defer(hidden, self.weight, self.bias, shared, self)
 
     return forward
 
 
-def _deferred_inside(head: Any, original: Any, origin: Origin, args: Any, kwargs: Any) -> Any:
+def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
     """Runs the forward of a head that is no plain linear layer; products of the vocabulary's size are deferred."""
     running.is_in_head = True
     try:
-        with LossMode(classes_of(head), origin, head):
+        with LossMode(classes_of(head), shared, head):
             return original(head, *args, **kwargs)
     finally:
         running.is_in_head = False

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .computed import differentiated, of_values, replaced, written
+from .expression import Form, products_of, substitute
+from .in_head import reduced, take
 from .loss import LOSSES
-from .names import FACTORIES, NATIVE, ON_SHAPES, writes
-from .origin import Origin
+from .operations import FACTORIES, NATIVE, ON_SHAPES, RECORDED, writes
 from .product import Product, product_of
-from .reading import differentiated, of_values, replaced, written
 from .recipe import Recipe
-from .recorded import RECORDED, recorded
-from .taking import reduced, take
+from .recording import recorded
+from .shared_state import SharedState
 from .values import Lazy, deferred_in, made, without_modes
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -51,26 +52,27 @@ class DeferredLogits(Lazy):
                     t.detach_()  # raises PyTorch's error for views
             with _plainly():
                 return func(self)
-        if self is not None and not self._stands_alone():
+        if self is not None and not self._has_moved():
             if _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
                 self._become_leaf()
                 return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
             if name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks"):
                 with _plainly():
                     return func(*args, **kwargs)
+        if self is not None and not self._stands_alone():
             if name == "detach":
-                return recorded(func, name, args, kwargs)
+                return recorded(func, name, args, kwargs, [self])
             if name == "type" and not args[1:] and not kwargs:
                 return torch.empty(0, dtype=self._meta.dtype, device=self.device).type()
         if func in LOSSES and self is not None:
-            return LOSSES[func](*args, **kwargs, origin=self._origin)
+            return LOSSES[func](*args, **kwargs, shared=self._shared)
         if func is Tensor.backward:
             return torch.autograd.backward(args, kwargs.pop("gradient"), **kwargs)
         if func is torch.autograd.grad or func is torch.autograd.backward:
             return differentiated(func, *args, **kwargs)
         if writes(name, kwargs):
             return written(func, name, args, kwargs)
-        deferred = list(deferred_in((args, kwargs)))
+        deferred = deferred_in((args, kwargs))
         if any(t._stands_alone() for t in deferred):
             return of_values(func, name, args, kwargs, deferred)
         if name in ON_SHAPES:
@@ -78,7 +80,7 @@ class DeferredLogits(Lazy):
         if self is not None and name in FACTORIES:
             return func(self._meta, *args[1:], **{"device": self.device, **kwargs})
         if not torch.is_inference_mode_enabled():
-            done = recorded(func, name, args, kwargs) if name in RECORDED else None
+            done = recorded(func, name, args, kwargs, deferred) if name in RECORDED else None
             if done is None and self is not None:
                 done = reduced(func, name, self, args[1:], kwargs)
             if done is not None:
@@ -94,16 +96,20 @@ class DeferredLogits(Lazy):
         )
         if same and isinstance(first, cls) and not first._stands_alone():
             return first._alias()
-        values = torch.utils._pytree.tree_map_only(
-            cls, lambda t: t.materialize(func.__name__).detach(), (args, kwargs or {})
-        )
+
+        def value(t: DeferredLogits) -> Tensor:
+            found = t.materialize(func.__name__)
+            _ = found.grad_fn  # raises PyTorch's error for a view that a write has invalidated
+            return found.detach()
+
+        values = torch.utils._pytree.tree_map_only(cls, value, (args, kwargs or {}))
         if func._schema.is_mutable and isinstance(first, cls):
             raise RuntimeError(f"logits: {func} would write to deferred logits; pass logits.clone()")
         return func(*values[0], **values[1])
 
     def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
         """A loss, see the function `take`."""
-        if self._origin.settings.keep_logits and self._is_there():
+        if self._shared.settings.keep_logits and self._is_there():
             return None
         return take([self], operands, lean, dense)
 
@@ -123,7 +129,7 @@ def _asks_for_leaf(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def defer(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, origin: Origin | None = None, head: Any = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, shared: SharedState | None = None, head: Any = None
 ) -> DeferredLogits:
     """`F.linear(hidden, weight, bias)`, deferred; `head` is the module in whose call this is.
 
@@ -131,41 +137,41 @@ def defer(
     >>> (logits / 2)[0].is_materialized, logits[0].sum().item(), logits.is_materialized
     (False, 15.0, True)
     """
-    logits: DeferredLogits = deferred_product(product_of(hidden, weight, bias), origin, head)
+    logits: DeferredLogits = deferred_product(product_of(hidden, weight, bias), shared, head)
     return logits
 
 
-def deferred_product(
-    product: Product, origin: Origin | None = None, head: Any = None, cls: Any = DeferredLogits
-) -> Any:
-    """The logits of a product, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
-    origin = origin or Origin()
-    recipe = Recipe.root(product, head)
-    shapes = [t if i == 0 or type(t) not in (Tensor, torch.nn.Parameter) else _shape_of(t)
-              for i, t in enumerate(product.tensors)]  # fmt: skip
-    form = product.with_tensors([shapes[0].detach(), *shapes[1:]])
+def deferred_product(form: Form, shared: SharedState | None = None, head: Any = None, cls: Any = DeferredLogits) -> Any:
+    """The logits of a form, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
+    shared = shared or SharedState()
+    recipe, device = Recipe.root(form, head), form.product.hidden.device
     with without_modes():
-        meta = torch.empty(product.shape, dtype=product.dtype, device="meta")
-        if product.bias is not None and product.ndim > 2:
-            meta = meta.view(product.shape)  # as PyTorch's is
-    logits: Any = made(cls, recipe, form, meta, origin)
-    origin.deferred = True
-    origin.classes = product.weight.shape[0]
-    origin.size += product.bytes
-    if origin.settings.keep_logits:
+        meta = torch.empty(form.shape, dtype=form.dtype, device="meta")
+        hidden = {id(p.hidden) for p in products_of(form)}
+        shapes = form.with_tensors([t.detach()[..., :1] if id(t) in hidden else _shape_of(t) for t in form.tensors])
+    logits: Any = made(cls, recipe, shapes, meta, device, shared)
+    shared.deferred = True
+    shared.classes = form.product.weight.shape[0]
+    shared.size += meta.nbytes
+    if shared.settings.keep_logits:
         _keep_until_step(logits)
+    if isinstance(form, Product) and form.bias is not None and form.hidden.dim() > 2 and form.layout == "plain":
+        return recorded(Tensor.view, "view", (logits, form.shape), {}, [logits])  # PyTorch returns a view
     return logits
 
 
 def _shape_of(t: Tensor) -> Tensor:
-    with without_modes():
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    """A tensor without memory of the same shape; a DTensor stays, for its mesh."""
+    if type(t) not in (Tensor, torch.nn.Parameter):
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def as_tensor(traced: Any, origin: Origin) -> DeferredLogits:
+def as_tensor(traced: Any, shared: SharedState) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
-    logits: DeferredLogits = deferred_product(traced._form, origin)
-    return logits
+    form = substitute(traced._form, {}, False)
+    logits: DeferredLogits = deferred_product(form, shared)
+    return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]
 
 
 #: The heads' logits that are alive, of models that were told to keep them, by the serials of their recipes.

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..losses.causal_lm import fused_causal_lm_loss
+from .expression import log_softmax_of
 from .logits import defer
 from .loss import LOSSES
-from .origin import Origin
 from .product import product_of
 from .sharded import defer_sharded, is_sharded
+from .shared_state import SharedState
 from .traced import TracedLogits
 
 _MATMULS = ("matmul", "__matmul__")
@@ -22,17 +23,17 @@ _MATMULS = ("matmul", "__matmul__")
 class LossMode(TorchFunctionMode):
     """Defers the product with a head of `classes` rows; with `classes=None`, there is no head, and nothing is deferred.
 
-    The options of the origin's settings are added to the cross entropies over that many classes, or over any number
+    The options of the settings are added to the cross entropies over that many classes, or over any number
     without a head. It is entered and left by one function: around the call of a head that is no plain linear layer,
     around a forward that calls no head that defers by itself, and where torch.compile traces.
     """
 
-    def __init__(self, classes: int | None, origin: Origin, head: Any = None, weights: Any = None) -> None:
+    def __init__(self, classes: int | None, shared: SharedState, head: Any = None, weights: Any = None) -> None:
         """`weights` are those with which `F.linear` is deferred, if there are others (of a model inside) to leave."""
         super().__init__()
         self.weights = weights
         self.classes = classes
-        self.origin = origin
+        self.shared = shared
         self.head = head
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +53,7 @@ class LossMode(TorchFunctionMode):
         if self.classes is None or weight.shape[0] != self.classes or others:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
-            return defer_sharded(input, weight, bias, self.origin)
+            return defer_sharded(input, weight, bias, self.shared)
         if not can_defer(input, weight, bias):
             return func(input, weight, bias)
         return self._deferred(input, weight, bias)
@@ -65,16 +66,16 @@ class LossMode(TorchFunctionMode):
 
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
-            self.origin.deferred = True
+            self.shared.deferred = True
             return TracedLogits(product_of(hidden, weight, bias))
-        self.origin.head_deferred = self.origin.head_deferred or self.head is not None
-        return defer(hidden, weight, bias, self.origin, self.head)
+        self.shared.head_deferred = self.shared.head_deferred or self.head is not None
+        return defer(hidden, weight, bias, self.shared, self.head)
 
     def _loss(self, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         classes = input.shape[-1 if func is fused_causal_lm_loss else input.dim() > 1]
         if not hasattr(input, "take_loss") and self.classes is not None and classes != self.classes:
             return func(input, *args, **kwargs)
-        return LOSSES[func](input, *args, origin=self.origin, **kwargs)
+        return LOSSES[func](input, *args, shared=self.shared, **kwargs)
 
 
 def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -89,4 +90,4 @@ def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
 
 
 def _are_log_probs(input: Any) -> bool:
-    return getattr(getattr(input, "_form", None), "before_log_softmax", None) is not None
+    return log_softmax_of(getattr(input, "_form", None)) is not None

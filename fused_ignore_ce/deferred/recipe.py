@@ -6,6 +6,7 @@ a recipe without deferred inputs, a root.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -24,6 +25,8 @@ _LINEAR = frozenset({
 
 #: An operand of at most this many elements is copied, so that writing to it later does not change the logits.
 _COPIED = 1 << 20
+
+_CONSTANTS = (int, float, bool, str, slice, type(None), type(Ellipsis))
 
 _serials = itertools.count(1)
 
@@ -84,38 +87,22 @@ class Recipe:
     tensors, and `head` is the module in whose call they were multiplied, if there was one.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "autocast",
-        "func",
-        "head",
-        "inputs",
-        "kwargs",
-        "name",
-        "needs",
-        "part",
-        "product",
-        "remake",
-        "serial",
-        "versions",
-    )  # fmt: skip
-
     def __init__(self, func: Any, name: str, args: Any, kwargs: Any, part: int | None = None) -> None:
         self.func, self.name, self.part = func, name, part
         self.serial = next(_serials)
         self.inputs: list[Any] = []
         self.args, self.kwargs = self._without_tensors(args), self._without_tensors(kwargs)
-        self.product: Product | None = None
+        self.product: Any = None  # or what torch.compile has recorded: an Expression
         self.head: Any = None
         with torch._C.DisableTorchFunctionSubclass():
             self.autocast = autocast_state(self.inputs[0].device.type)
-            self.needs = [torch.is_grad_enabled() and t.requires_grad for t in self.inputs]
+            enabled = torch.is_grad_enabled()
+            self.needs = [enabled and t.requires_grad for t in self.inputs]
         self.versions: list[int] = []
         self.remake: Any = None  # makes the tensor anew, without a place in the graph
 
     @classmethod
-    def root(cls, product: Product, head: Any) -> Recipe:
+    def root(cls, product: Any, head: Any) -> Recipe:
         recipe = cls.__new__(cls)
         recipe.func, recipe.name, recipe.args, recipe.kwargs, recipe.part = None, "product", (), {}, None
         recipe.serial = next(_serials)
@@ -129,9 +116,9 @@ class Recipe:
             self.inputs.append(value)
             return Place(len(self.inputs) - 1)
         if type(value) in (tuple, list):
-            return type(value)([self._without_tensors(v) for v in value])
+            return type(value)([v if type(v) in _CONSTANTS else self._without_tensors(v) for v in value])
         if type(value) is dict:
-            return {k: self._without_tensors(v) for k, v in value.items()}
+            return {k: self._without_tensors(v) for k, v in value.items()} if value else {}
         return value
 
     def keep_operands(self) -> None:
@@ -150,8 +137,7 @@ class Recipe:
         if not any(needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)):
             return self
         other = Recipe.__new__(Recipe)
-        for name in {*Recipe.__slots__} - {"__weakref__"}:
-            setattr(other, name, getattr(self, name))
+        other.__dict__.update(self.__dict__)
         other.inputs = [of_graph(t, n) for t, n in zip(self.inputs, self.needs, strict=True)]
         return other
 
@@ -181,8 +167,9 @@ class Recipe:
         """The gradients of the inputs, given the result's."""
         if self.product is not None:
             self.check_unchanged()
-            if (found := self.product.gradients(gradient, self.needs)) is not None:
-                return found
+            found = self.product.gradients(gradient, self.needs) if isinstance(self.product, Product) else None
+            if found is not None:
+                return list(found)
         scaled = self.name in _SCALES and sum(map(is_deferred, self.inputs)) == 1
         operands = [n for t, n in zip(self.inputs, self.needs, strict=True) if not is_deferred(t)]
         linear = self.name in _LINEAR or (scaled and not any(operands))
@@ -221,8 +208,11 @@ def autocast_state(device: str) -> tuple[str, torch.dtype | None]:
     return device, torch.get_autocast_dtype(device) if on else None
 
 
-def autocast(state: Any) -> torch.autocast:
+def autocast(state: Any) -> Any:
+    """A context with this state of autocast."""
     device, dtype = state
+    if autocast_state(device) == state:
+        return contextlib.nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import forms, tiles
+from .expression import is_chain
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
-from .origin import Origin
-from .product import Product
 from .recipe import Recipe, is_deferred, version_of
+from .shared_state import SharedState
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
@@ -23,7 +23,7 @@ without_modes = torch._C._DisableTorchDispatch
 
 
 class Saved:
-    """A tensor that a backward needs. If it lies in the memory of logits that are about to be written to, it is copied."""
+    """A tensor that a backward needs, copied if it lies in the memory of logits that are about to be written to."""
 
     def __init__(self, t: Tensor) -> None:
         self._tensor, self._version = t.detach(), version_of(t)
@@ -45,26 +45,28 @@ class Lazy(Tensor):
     _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
     _recipe: Any = None  # None of logits that are there
     _form: Any = None  # a Product or an Expression, of which only shapes are used
-    _meta: Tensor  # shape and strides
-    _origin: Origin
+    _meta: Tensor  # shape, strides and dtype
+    _device: torch.device
+    _shared: SharedState
     _value: Tensor | None = None
     _version_of_value = 0
     _is_written = False  # the value stands for this tensor from now on
-    _view_of: Any = None  # the tensor that this one is a view of, and the operation that makes the view
+    _is_moved = False  # and has its place in the graph
+    _view_of: Any = None  # the tensor that this one is a view of, the operation, and whether gradients were enabled
     _views: list[weakref.ref[Lazy]]
     _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
 
     @property
     def is_materialized(self) -> bool:
         """Whether these logits, or others that were made from them or that they were made from, were computed."""
-        return self._origin.read
+        return self._shared.read
 
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
             if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
                 return self._aliased(reader)
-            self._origin.was_read(reader)
+            self._shared.was_read(reader)
             self._keep(functools.partial(self._raw, reader))
         assert self._value is not None
         return self._connected(self._value)
@@ -82,6 +84,13 @@ class Lazy(Tensor):
         def fresh() -> Tensor:
             """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
             found = compute()
+            if type(found) is not Tensor:
+                return found
+            if found.stride() != self._meta.stride():
+                found = torch.empty_strided(
+                    found.shape, self._meta.stride(), dtype=found.dtype, device=found.device
+                ).copy_(found)
+            self._take_over(found)
             if not found._is_view():
                 return found
             made = found.new_empty(0)
@@ -92,6 +101,15 @@ class Lazy(Tensor):
             self._value = connected(Read, self, fresh) if requires_grad else fresh()
         self._version_of_value = self._value._version
 
+    def _take_over(self, values: Tensor) -> None:
+        """Writes what views of this tensor have been computed to into its values: a logit is one number."""
+        for view in self._live_views():
+            part = view._part_of(values)
+            if view._value is None:
+                view._take_over(part)
+            else:
+                part.copy_(view._value)
+
     def _raw(self, reader: str = "backward") -> Tensor:
         """The values, without a graph, as they were when this tensor was made."""
         if self._value is not None and not self._stands_alone():
@@ -100,9 +118,9 @@ class Lazy(Tensor):
         with torch.no_grad():
             recipe.check_unchanged()
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
-            if isinstance(self._form, Product) and not known:
+            if not known and is_chain(self._form):
                 form = forms.Leaves().form(self, False)
-                return tiles.all_logits(form, self._origin.settings.options.get("memory_budget"))
+                return tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -126,7 +144,7 @@ class Lazy(Tensor):
 
         A checkpoint that runs a function again must find what it found the first time: to it, they are not.
         """
-        if are_saved_tensors_packed():
+        if not self._shared.read or are_saved_tensors_packed():
             return False
         if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
             return True
@@ -144,18 +162,51 @@ class Lazy(Tensor):
         return self._view_of is not None and self._view_of[0]._stands_alone()
 
     def _aliased(self, reader: str) -> Tensor:
-        """The computed tensor, which shares memory with those of the tensors that this one is a view of."""
+        """The computed tensor, which shares memory with those of the tensors that this one is a view of.
+
+        Autograd does not know it as their view, but as computed from this tensor, unless theirs were written to.
+        """
         if self._view_of is None:
             return self.materialize(reader)
-        base, func, args, kwargs, part = self._view_of
+        base = self._view_of[0]
         value = base._aliased(reader)
-        mine = self._value
-        if mine is None or mine.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-            with torch.inference_mode(False), torch.set_grad_enabled(self._requires_grad()):
-                mine = func(value, *args, **kwargs)
-                self._value = mine = mine if part is None else mine[part]
-            self._version_of_value = mine._version
-        return self._connected(mine)
+        if self._value is None or not shares_memory(self._value, value):
+            requires_grad = self._requires_grad()
+            with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
+                if requires_grad and not base._stands_alone():
+                    self._value = connected(Read, self, lambda: self._part_of(value.detach()))
+                else:
+                    self._value = self._part_of(value)
+            self._version_of_value = self._value._version
+        return self._connected(self._value)
+
+    def _part_of(self, value: Tensor) -> Tensor:
+        """The part of a base's values that this view is."""
+        _, func, args, kwargs, part, _ = self._view_of
+        found: Tensor = func(value, *args, **kwargs)
+        return found if part is None else found[part]
+
+    def _views_of_each_other(self) -> dict[int, Tensor]:
+        """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
+        found: dict[int, Tensor] = {}
+        for member in self._family():
+            value = member._aliased("view")
+            if member._view_of is not None and not member._has_moved():
+                with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
+                    value = member._part_of(found[id(member._view_of[0])])
+            found[id(member)] = value
+        return found
+
+    def _has_moved(self) -> bool:
+        """Whether the computed value has this tensor's place in the graph, because somebody wrote to it.
+
+        PyTorch gives a view a new place whenever its memory was written to, and other tensors if the write is recorded.
+        """
+        if self._is_moved or not self._stands_alone():
+            return self._is_moved
+        if self._view_of is not None or self._value is None:
+            return True
+        return getattr(self._value.grad_fn, "_forward_cls", None) is not Read
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which what is saved for backward survives that somebody writes to these logits."""
@@ -198,11 +249,15 @@ class Lazy(Tensor):
         with _plainly():
             return self.requires_grad
 
+    def _has_hooks(self) -> bool:
+        with _plainly():
+            return bool(self._backward_hooks) or self.retains_grad
+
     def _become_leaf(self) -> None:
         """Detached logits that are told to require a gradient: the computed tensor is the leaf."""
         value = self._aliased("requires_grad_")
         value.requires_grad_()
-        self._is_written = True
+        self._is_written = self._is_moved = True
         with torch.enable_grad():
             connected(Adopt, self, value)
 
@@ -213,8 +268,11 @@ class Lazy(Tensor):
             root = root._view_of[0]
         family = [root]
         for member in family:
-            family += [view for reference in member._views if (view := reference()) is not None]
+            family += member._live_views()
         return family
+
+    def _live_views(self) -> list[Lazy]:
+        return [view for reference in self._views if (view := reference()) is not None]
 
     @property
     def classes(self) -> int:
@@ -222,25 +280,29 @@ class Lazy(Tensor):
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
     def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self._origin, node=False)
+        return made(type(self), self._recipe, self._form, self._meta, self._device, self._shared, node=False)
 
 
-def deferred_in(values: Any) -> Iterator[Lazy]:
+def deferred_in(values: Any) -> list[Lazy]:
     """The deferred logits among arguments."""
+    found: list[Lazy] = []
     for value in values:
         if isinstance(value, Lazy):
-            yield value
+            found.append(value)
         elif type(value) in (tuple, list):
-            yield from deferred_in(value)
-        elif type(value) is dict:
-            yield from deferred_in(value.values())
+            found += deferred_in(value)
+        elif type(value) is dict and value:
+            found += deferred_in(value.values())
+    return found
 
 
-def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node: bool = True) -> Lazy:
+def made(
+    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, shared: SharedState, node: bool = True
+) -> Lazy:
     """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
 
     def make(recipe: Recipe) -> Any:
-        made = wrapped(cls, meta, form.device, origin)
+        made = wrapped(cls, meta, device, shared)
         made._recipe, made._form = recipe, form
         return made
 
@@ -260,9 +322,11 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
     return deferred
 
 
-def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device)
-    made._meta, made._origin, made._views, made._saved = meta, origin, [], []
+def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -> Any:
+    made: Any = Tensor._make_wrapper_subclass(
+        cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
+    )
+    made._meta, made._device, made._shared, made._views, made._saved = meta, device, shared, [], []
     return made
 
 

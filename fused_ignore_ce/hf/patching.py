@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from ..core.optional_packages import needed
-from ..deferred.forward import is_label, output_embeddings, patched_forward, process_wide, recorder_of
 from ..deferred.heads import PATCH, REPLACED, Patch, make_head, own_class, replaced_class, unmake
-from ..deferred.origin import settings_of
 from ..deferred.report import FusionReport
+from ..deferred.settings import settings_of
+from .forward import is_label, output_embeddings, patched_forward, process_wide, recorder_of
 
 
 def patch_model(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..core.eager import autocasts
 from ..core.optional_packages import needed
 from ..core.options import budget_bytes, check_backend
-from ..deferred.forward import origin_in, recorder_of
 from ..deferred.heads import PATCH, REPLACED
 from ..deferred.product import product_of
+from ..hf.forward import recorder_of, state_in
 from ..hf.patching import patch_model, unpatch_model
 from .per_token import Head, PerToken, per_token
 
@@ -196,10 +196,10 @@ def _per_token(
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature)
     found = per_token(head, targets, outputs, call.patch.summed, call.patch.options)
-    origin = origin_in(call.model)
-    origin.size += call.tokens * len(weight) * product_of(hidden, weight, bias).dtype.itemsize
+    shared = state_in(call.model)
+    shared.size += call.tokens * len(weight) * product_of(hidden, weight, bias).dtype.itemsize
     kind = "summed log_probs of TRL" if call.patch.summed else "log_probs of TRL"
-    origin.took(kind, call.tokens, torch.tensor(call.tokens - len(targets)))
+    shared.took(kind, call.tokens, torch.tensor(call.tokens - len(targets)))
     return found
 
 

@@ -453,9 +453,15 @@ CLASSES_SECOND = {
 }
 
 
+@pytest.mark.parametrize("scaled", ["not", "before", "after"])
 @pytest.mark.parametrize("loss", CLASSES_SECOND.values(), ids=CLASSES_SECOND)
-def test_classes_second(loss):
-    check(steps(lambda x: loss(x.transpose(1, 2))), reads=False)
+def test_classes_second(loss, scaled):
+    moved = {
+        "not": lambda x: x.transpose(1, 2),
+        "before": lambda x: (x / 2).transpose(1, 2),
+        "after": lambda x: x.transpose(1, 2) / 2,
+    }
+    check(steps(lambda x: loss(moved[scaled](x))), reads=False)
 
 
 #: 11. Logits after the step.

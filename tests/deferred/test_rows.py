@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce.deferred import DeferredLogits, defer, product, reductions, tiles
-from fused_ignore_ce.deferred.origin import Origin
+from fused_ignore_ce.deferred import DeferredLogits, affine, defer, product, reductions, tiles
+from fused_ignore_ce.deferred.shared_state import SharedState
 
 B, T, D, V = 2, 5, 8, 13
 INDEX = (torch.arange(B * T).view(B, T, 1) * 5) % V
@@ -115,7 +115,7 @@ def test_values_and_gradients(name, no_worse, computed):
     assert not x.is_materialized
     if tiles.TILE_BYTES < 1000:
         assert not computed or max(computed) <= 3
-    assert x._origin.fused
+    assert x._shared.fused
     plain = value(F.linear(*leaves))
     wide = [t.detach().double().requires_grad_() for t in leaves]
     true = value(F.linear(*wide))
@@ -158,10 +158,10 @@ def test_autocast(name):
 def test_a_log_probability_is_the_fused_functions(monkeypatch):
     """Of logits that are more than a tile. In one tile, a gather has the bits that every other reader has."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * V * 2)
-    calls, original = [], product.fused_linear_log_probs
-    monkeypatch.setattr(product, "fused_linear_log_probs", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
+    calls, original = [], affine.fused_linear_log_probs
+    monkeypatch.setattr(affine, "fused_linear_log_probs", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
     leaves = head()
-    x = defer(*leaves, origin=Origin())
+    x = defer(*leaves, shared=SharedState())
     for name in ("log_softmax gather", "temperature", "softcap", "shifted", "masked rows", "probability"):
         ROW_BY_ROW[name](x)
     assert len(calls) == 6
@@ -180,7 +180,7 @@ def test_logits_that_were_read_are_used():
     x = defer(*head())
     x.materialize()
     entropy(x)
-    report = x._origin.recorder.report()
+    report = x._shared.recorder.report()
     assert report.fused == {}
     assert [reader.split(" (")[0] for reader in report.reads] == ["materialize"]
 
@@ -238,12 +238,12 @@ def test_changed_weights_are_noticed_in_backward():
 
 def test_a_budget_makes_the_tiles_smaller(computed, monkeypatch):
     monkeypatch.setattr(tiles, "TENSORS", 1)
-    origin = Origin()
-    origin.settings.options["memory_budget"] = 4 * V * 2
+    shared = SharedState()
+    shared.settings.options["memory_budget"] = 4 * V * 2
     try:
-        entropy(defer(*head(), origin=origin))
+        entropy(defer(*head(), shared=shared))
     finally:
-        origin.settings.options.clear()
+        shared.settings.options.clear()
     assert max(computed) == 2
 
 

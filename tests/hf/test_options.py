@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce.deferred import forward
-from fused_ignore_ce.hf import patch_model, patch_transformers, unpatch_model
+from fused_ignore_ce.hf import forward, patch_model, patch_transformers, unpatch_model
 
 from ..helpers.hf_tiny import (
     TINY,

@@ -16,8 +16,8 @@ RIGHT, WRONG, RAISED, NOT_RAISED = (
     "did not raise where plain does",
 )
 
-#: Plain PyTorch's errors in a backward where a tensor that it needs was written to. Deferred logits may give the gradient
-#: of the values at the time of the operation instead.
+#: Plain PyTorch's errors in a backward where a tensor that it needs was written to. Deferred logits may give the
+#: gradient of the values at the time of the operation instead.
 _WRITTEN_SINCE = ("modified by an inplace operation", "its base or another view of its base has been modified inplace")
 
 _BACKWARD = ("backward", "autograd.grad", "trained(", "head_flops(")
@@ -53,12 +53,12 @@ def judge(ours: Observed, plain: Observed, dtype: str, refusals: tuple[str, ...]
         if i >= len(ours):
             return Verdict(WRONG, f"{label}: not seen")
         our_label, got = ours[i]
-        if isinstance(got, Exception) and not isinstance(expected, Exception):
-            if any(refusal in str(got) for refusal in refusals):
-                if label == our_label:
-                    continue
+        if isinstance(got, Exception) and (label != our_label or not isinstance(expected, Exception)):
+            if not any(refusal in str(got) for refusal in refusals):
+                return Verdict(RAISED, f"{our_label}: {_told(got)}")
+            if label != our_label:
                 return Verdict(RIGHT)
-            return Verdict(RAISED, f"{our_label}: {_told(got)}")
+            continue
         if isinstance(expected, Exception) and not isinstance(got, Exception):
             if any(text in label for text in _BACKWARD) and any(text in str(expected) for text in _WRITTEN_SINCE):
                 return Verdict(RIGHT)

@@ -233,13 +233,14 @@ def head_flops(model: Any, ids: Tensor) -> bool:
 
 
 class Hooks:
-    """Makes hooks that write down what they are called with."""
+    """Makes hooks that write down what they are called with, unless that is None."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[Any]] = {}
 
     def _note(self, name: str, g: Any) -> None:
-        self.calls.setdefault(name, []).append(g.detach().clone() if isinstance(g, Tensor) else g)
+        if g is not None:
+            self.calls.setdefault(name, []).append(g.detach().clone())
 
     def see(self, name: str) -> Any:
         """A hook that reads the gradient."""
@@ -249,7 +250,8 @@ class Hooks:
         """A hook that reads no values, as FSDP's."""
 
         def hook(g: Any) -> None:
-            self.calls.setdefault(name, []).append(None if g is None else (tuple(g.shape), str(g.dtype)))
+            if g is not None:
+                self.calls.setdefault(name, []).append((tuple(g.shape), str(g.dtype)))
 
         return hook
 
@@ -258,7 +260,7 @@ class Hooks:
 
         def hook(g: Any) -> Any:
             self._note(name, g)
-            return g * factor
+            return None if g is None else g * factor
 
         return hook
 

@@ -27,6 +27,8 @@ What is left out, because PyTorch is at odds with itself:
   get none, and crash on a hook. So views are not moded.
 - Writes through `.data`: saved tensors change and nobody notices, so that PyTorch's own gradients are wrong.
 - A hook on a view whose base was written since: PyTorch crashes, unless somebody asks for `grad_fn` first. So hooks do.
+- Calls of a hook with None: PyTorch's node of several results calls the hooks of those that get no gradient. Hooks of
+  programs take no notice.
 - What follows a backward pass that failed: which gradients it has accumulated by then depends on the order of nodes.
 - The order in which hooks of different tensors are called in one backward, which is that in which nodes were made.
 
@@ -276,6 +278,10 @@ metric, weight 2, moded
     {new_value} = {sharp}.max()
     {new_value} = str({x})[:7]
 
+metric, weight 1
+    {new_value} = {tokens}.transpose(1, 2).is_contiguous()
+    {new_value} = {x}.transpose(-1, -2).stride()
+
 one logit twice, weight 2, moded
     {new_value} = ({sharp} > {sharp}.gather(-1, index_of({sharp}))).sum(-1)
     {new_value} = ({sharp}.gather(-1, {sharp}.argmax(-1, keepdim=True)).squeeze(-1) >= {sharp}.amax(-1)).sum()
@@ -293,7 +299,6 @@ question, weight 1, quiet
     {new_value} = {any}.stride()
     {new_value} = {any}.type()
     {new_value} = {any}.is_contiguous()
-    {new_value} = {tokens}.transpose(1, 2).is_contiguous()
     {new_value} = {tokens}.transpose(0, 1).is_contiguous()
     {new_value} = tuple({any}.shape)
     {new_value} = {any}.numel()
@@ -303,7 +308,7 @@ question, weight 1, quiet
     {new_value} = {any}.new_full((2,), 3.0)
     {new_value} = {any}.storage_offset()
     {new_value} = str({any}.device), str({any}.dtype), {any}.is_floating_point()
-    {new_value} = {x}.size(-1), {x}.transpose(-1, -2).stride()
+    {new_value} = {x}.size(-1), {x}.stride(-1)
     {new_value} = {any}.requires_grad, {any}.is_leaf, {any}.retains_grad, {any}.is_sparse
 
 fused, weight 2, fusible quiet

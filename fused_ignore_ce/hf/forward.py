@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import PATCH, Patch, classes_of, make_head, running, unmake, while_running
-from .logits import as_tensor
-from .mode import LossMode
-from .origin import Origin, Settings
-from .report import COMPILED, Recorder
-from .traced import TracedLogits
+from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, while_running
+from ..deferred.logits import as_tensor
+from ..deferred.mode import LossMode
+from ..deferred.report import COMPILED, Recorder
+from ..deferred.settings import Settings
+from ..deferred.shared_state import SharedState
+from ..deferred.traced import TracedLogits
 
 
 class _ProcessWide:
@@ -75,18 +76,18 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if not labels and not (torch.is_grad_enabled() and _is_outermost()):
             return original(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            origin = Origin(patch.settings)
-            origin.in_forward = True
+            shared = SharedState(patch.settings)
+            shared.in_forward = True
             process_wide.traced += 1
-            with LossMode(classes_of(output_embeddings(self)), origin):
+            with LossMode(classes_of(output_embeddings(self)), shared):
                 outputs = original(self, *args, **kwargs)
             process_wide.traced -= 1
-            return _as_tensors(outputs, self, origin)
+            return _as_tensors(outputs, self, shared)
         if any(
             self is model for model, _, _ in running.forwards
         ):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
-        origin = Origin(patch.settings, patch.recorder)
+        shared = SharedState(patch.settings, patch.recorder)
         head = output_embeddings(self)
         if head is not None:
             make_head(head, None)
@@ -94,14 +95,14 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 process_wide.heads.add(head)
         watched = None
         if head is None or not patch.head_defers:
-            watched = LossMode(classes_of(head), origin, weights=_weights(self, head))
-        with while_running(self, patch, origin), watched or contextlib.nullcontext():
+            watched = LossMode(classes_of(head), shared, weights=_weights(self, head))
+        with while_running(self, patch, shared), watched or contextlib.nullcontext():
             outputs = original(self, *args, **kwargs)
-        patch.head_defers = origin.head_deferred
-        _check_taken(self, patch, origin, labels, original, outputs)
+        patch.head_defers = shared.head_deferred
+        _check_taken(self, patch, shared, labels, original, outputs)
         for _, _, outer in running.forwards:
-            outer.used = outer.used or origin.used
-        return _with_stats(outputs, origin.stats)
+            outer.used = outer.used or shared.used
+        return _with_stats(outputs, shared.stats)
 
     return forward
 
@@ -110,22 +111,22 @@ def _is_outermost() -> bool:
     return not (process_wide.traced if torch.compiler.is_compiling() else running.forwards)
 
 
-def _check_taken(model: Any, patch: Patch, origin: Origin, labels: bool, original: Any, outputs: Any) -> None:
+def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, original: Any, outputs: Any) -> None:
     """Raises an error, or warns, if a loss did not get the options, or could not be fused."""
-    given = origin.settings.changes
-    if labels and given and not origin.used:
+    given = shared.settings.changes
+    if labels and given and not shared.used:
         raise RuntimeError(
             f"{given}: given to patch_model, but the forward of {type(model).__name__} took no cross entropy over the "
             "head's classes that could use it; unpatch_model(model) and give it to the loss yourself"
         )
-    if not labels and given and not origin.deferred:
+    if not labels and given and not shared.deferred:
         raise RuntimeError(
             f"{given}: given to patch_model, but {type(model).__name__} is trained without labels: its loss is taken "
             "after the forward (as by Trainer's label_smoothing_factor and compute_loss_func) of logits that do not "
             "know of these options; its head is no matrix product, or patch without them and give them to the loss "
             "yourself"
         )
-    if labels and not origin.used and not origin.fused and not running.forwards and not patch.has_warned:
+    if labels and not shared.used and not shared.fused and not running.forwards and not patch.has_warned:
         patch.has_warned = True
         _warn_untaken(model, original, outputs)
 
@@ -166,10 +167,10 @@ def _python_function(loss: Any) -> str:
     return ""
 
 
-def origin_in(model: nn.Module) -> Origin:
-    """The origin of the forward that a model is running; a new one if the model is not patched."""
-    found = (origin for each, _, origin in running.forwards if each is model)
-    return next(found, None) or Origin(recorder=recorder_of(model))
+def state_in(model: nn.Module) -> SharedState:
+    """The state of the forward that a model is running; a new one if the model is not patched."""
+    found = (shared for each, _, shared in running.forwards if each is model)
+    return next(found, None) or SharedState(recorder=recorder_of(model))
 
 
 def _has_labels(given: Any) -> bool:
@@ -183,13 +184,13 @@ def is_label(name: str) -> bool:
 
 def output_embeddings(model: Any) -> nn.Module | None:
     """The output embeddings of the model, or else those of a model inside it."""
-    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
-
     head = None
     with contextlib.suppress(NotImplementedError, AttributeError):
         head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         return head
+    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
+
     inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
     return next((found for found in inner if found is not None), None)
 
@@ -209,13 +210,13 @@ def _with_stats(outputs: Any, stats: Any) -> Any:
     return outputs
 
 
-def _as_tensors(outputs: Any, model: nn.Module, origin: Origin) -> Any:
+def _as_tensors(outputs: Any, model: nn.Module, shared: SharedState) -> Any:
     """Turns traced logits into tensors. This happens outside of the graph, which cannot make them."""
     values = outputs.values() if isinstance(outputs, dict) else outputs
     traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
-    if not traced and origin.stats is None:
+    if not traced and shared.stats is None:
         return outputs
-    return _outside(outputs, model, origin.settings, origin.used, origin.stats)
+    return _outside(outputs, model, shared.settings, shared.used, shared.stats)
 
 
 @torch.compiler.disable(reason="a patched model breaks the graph once, at its end: compile it without fullgraph=True")
@@ -223,9 +224,9 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, sta
     def as_deferred(value: Any) -> Any:
         if not isinstance(value, TracedLogits):
             return value
-        made = as_tensor(value, Origin(settings, recorder_of(model)))
+        made = as_tensor(value, SharedState(settings, recorder_of(model)))
         if used:
-            made._origin.took(f"cross_entropy {COMPILED}", value._form.rows)
+            made._shared.took(f"cross_entropy {COMPILED}", value._form.product.rows)
         return made
 
     if not isinstance(outputs, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from .gradient import dense_of
 from .graph import Adopt, connected
-from .names import MEMORY, NATIVE
-from .origin import Origin
+from .operations import MEMORY, NATIVE
+from .shared_state import SharedState
 from .values import Lazy, deferred_in, flat, shares_memory, wrapped
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -23,7 +24,7 @@ def differentiated(func: Any, outputs: Any, inputs: Any = None, materialize_grad
     """
 
     def place(t: Any) -> Any:
-        if t._stands_alone():
+        if t._has_moved():
             return t._aliased(func.__name__)
         with _plainly():
             if t.requires_grad and func is torch.autograd.backward and any(t is each for each in inputs or ()):
@@ -51,6 +52,11 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
         return found
 
     values = {id(t): value(t) for t in deferred}
+    if name in MEMORY:  # somebody may write there, and nobody would notice
+        for t in deferred:
+            for member in t._family():
+                member._aliased(name)
+                member._is_written = True
     first = args[0] if args else None
     if is_metadata and isinstance(first, Lazy):
         found = func(values[id(first)], *replaced(args[1:], values), **replaced(kwargs, values))
@@ -59,32 +65,33 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
                 found = func(*args, **kwargs)
         return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    if any(shares_memory(o, values[id(t)]) for t in deferred if t._view_of is not None for o in flat([out])):
-        values = {id(t): t._aliased(name) for t in deferred}
+    views = [t for t in deferred if t._view_of is not None and not t._has_hooks()]
+    if any(shares_memory(o, values[id(t)]) for t in views for o in flat([out])):
+        values |= {id(t): t._views_of_each_other()[id(t)] for t in views}  # views of it may be written to
         out = func(*replaced(args, values), **replaced(kwargs, values))
     for t in deferred:
         if out is values[id(t)]:
             return t
-    origin = next((t._origin for t in deferred if t._origin.changes), None)
+    shared = next((t._shared for t in deferred if t._shared.changes), None)
     return (
         out
-        if origin is None
-        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, origin, type(deferred[0])), out)
+        if shared is None
+        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, shared, type(deferred[0])), out)
     )
 
 
-def _with_options(value: Tensor, origin: Origin, cls: Any) -> Tensor:
+def _with_options(value: Tensor, shared: SharedState, cls: Any) -> Tensor:
     """A tensor that was made of the logits, for code whose loss the options have to reach.
 
     If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
     """
     if not value.is_floating_point() or type(value) is not Tensor:
         return value
-    if origin.classes not in value.shape:
-        origin.guard(value)
+    if shared.classes not in value.shape:
+        shared.guard(value)
         return value
-    made = connected(Adopt, wrapped(cls, value, value.device, origin), value)
-    made._value, made._is_written = value, True
+    made = connected(Adopt, wrapped(cls, value, value.device, shared), value)
+    made._value, made._is_written, made._is_moved = value, True, True
     result: Lazy = made
     return result
 
@@ -101,22 +108,24 @@ def replaced(values: Any, by: dict[int, Tensor]) -> Any:
 
 def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Writes to the computed logits, which stand for the deferred ones from then on, as do their views."""
-    deferred = list(deferred_in((args, kwargs)))
+    deferred = deferred_in((args, kwargs))
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
+    values = {id(t): t._aliased(name) for t in deferred}
     family = target._family() if isinstance(target, Lazy) else []
-    values = {id(t): t._aliased(name) for t in (*deferred, *family)}
-    for reference in family[0]._saved if family else ():
-        if (saved := reference()) is not None:
-            saved.copy()
+    if family:
+        values |= family[0]._views_of_each_other()
+        for reference in family[0]._saved:
+            if (saved := reference()) is not None:
+                saved.copy()
+        first = values[id(family[0])]
+        place = first.grad_fn
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    was_enabled = torch.is_grad_enabled()
     for member in family:
-        value = values[id(member)]
+        value = member._value = values[id(member)]
         member._is_written = True
-        with _plainly(), torch.enable_grad():
-            if member._view_of is not None and member._view_of[4] is not None:
-                continue  # one of several results: PyTorch lets nobody touch it once its base was written to
-            if (was_enabled or member._requires_grad()) and value.requires_grad:
+        member._is_moved = member._is_moved or first.grad_fn is not place or member._view_of is not None
+        if member._is_moved and value.requires_grad:
+            with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 connected(Adopt, member, value)
                 if member.retains_grad and not value.retains_grad:
                     value.retain_grad()

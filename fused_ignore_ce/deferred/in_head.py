@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import forms
-from .expression import describe, products_of
+from .affine import describe
 from .graph import Fused, Work, connected, unpacked
 from .recipe import Recipe, autocast, autocast_state, is_deferred, of_graph
 from .reductions import reduction
@@ -37,7 +37,7 @@ def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> A
         return None
     with torch._C.DisableTorchFunctionSubclass():
         needs = [torch.is_grad_enabled() and t.requires_grad for t in (*inputs, *operands)]
-    state = autocast_state(inputs[0]._form.device.type)
+    state = autocast_state(inputs[0]._device.type)
 
     def as_called(*values: Tensor) -> Any:
         with autocast(state):
@@ -78,12 +78,11 @@ def reduced(func: Any, name: str, t: Lazy, args: tuple[Any, ...], kwargs: dict[s
     work = reduction(func, name, t._form, args, kwargs)
     if work is None or t._is_there():
         return None
-    origin = t._origin
-    found = take([t], [], lambda form: work.of(form, origin), work.dense)
+    shared = t._shared
+    found = take([t], [], lambda form: work.of(form, shared), work.dense)
     if found is None:
         return None
-    product = next(products_of(t._form))
-    origin.took(f"{name}({describe(t._form)})", product.rows)
+    shared.took(f"{name}({describe(t._form)})", t._form.product.rows)
     for value in found if isinstance(found, tuple) else (found,):
-        origin.guard(value)
+        shared.guard(value)
     return getattr(torch.return_types, name)(found) if isinstance(found, tuple) else found

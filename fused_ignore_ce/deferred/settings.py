@@ -1,8 +1,7 @@
-"""Which model some deferred logits come from: its options, which travel with them, and its report."""
+"""The arguments of `patch_model`: the options that its losses take, and how."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
 from ..core.unknown_keywords import unknown_keyword
-from .report import Recorder
 
 
 class Settings(NamedTuple):
@@ -99,108 +97,3 @@ def settings_of(
         given["memory_budget"] = memory_budget
     ids = () if ignore_index is None else ignored_ids(ignore_index)
     return Settings(ids, given, return_stats, keep_logits)
-
-
-class Origin:
-    """The state shared by all tensors that were made from the logits of one forward."""
-
-    def __init__(self, settings: Settings | None = None, recorder: Recorder | None = None) -> None:
-        self.settings = settings or Settings()
-        self.recorder = recorder or Recorder()
-        self.in_forward = False
-        #: Whether a product was deferred, whether that was the head's, and whether a loss took the options.
-        self.deferred = self.head_deferred = self.used = False
-        #: `LossStats` of the forward's first cross entropy, if `patch_model` was asked for them.
-        self.stats: Any = None
-        #: Whether a loss was taken without logits, and whether something computed logits.
-        self.fused = False
-        self.read = False
-        #: The size of the vocabulary.
-        self.classes = 0
-        #: Bytes that the head's products would take, and how many of them the recorder has counted.
-        self.size = self.counted = 0
-
-    def extended(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
-        """The options of a loss that takes those of `patch_model`."""
-        self.used = True
-        return self.settings.extend(options, target)
-
-    def asked_stats(self) -> dict[str, bool]:
-        """The keyword that makes a loss in the forward return statistics."""
-        return {"return_stats": True} if self.settings.return_stats and self.in_forward else {}
-
-    def without_stats(self, result: Any) -> Tensor:
-        """The loss; the statistics that came with it are kept for the forward's outputs."""
-        loss: Tensor
-        loss, stats = result if isinstance(result, tuple) else (result, None)
-        if self.stats is None:
-            self.stats = stats
-        return loss
-
-    def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
-        """Notes that a loss was computed without logits."""
-        if torch.compiler.is_compiling():
-            return
-        self.fused = True
-        self._count(0 if self.read else self.size)
-        self.recorder.add(kind, tokens, ignored)
-
-    def took_of_logits(self, kind: str, tokens: int, ignored: Tensor | None) -> None:
-        """Notes that a loss of this package was computed from logits that exist."""
-        if not torch.compiler.is_compiling():
-            self.recorder.add(kind, tokens, ignored, fused=False)
-
-    def was_read(self, operation: str) -> None:
-        self.read = True
-        self._count(0)
-        self.recorder.add_read(operation)
-
-    def _count(self, size: int) -> None:
-        self.recorder.bytes += size - self.counted
-        self.counted = size
-
-    @property
-    def changes(self) -> str:
-        """Names of the options that a loss has to take."""
-        return self.settings.changes
-
-    def guard(self, value: Tensor) -> None:
-        """Makes a gradient of a tensor that was made of the logits an error: its loss missed the options."""
-        if self.changes and value.requires_grad and torch.is_grad_enabled():
-            value.register_hook(functools.partial(_refuse, self.changes))
-
-
-class JointOrigin(Origin):
-    """The origin of an expression of several models' logits, such as a divergence. What it notes, it notes for each."""
-
-    def __init__(self, origins: list[Origin]) -> None:
-        super().__init__(origins[0].settings)
-        self.origins = origins
-
-    def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
-        for origin in self.origins:
-            origin.took(kind, tokens, ignored)
-
-    def was_read(self, operation: str) -> None:
-        self.read = True
-        for origin in self.origins:
-            origin.was_read(operation)
-
-    @property
-    def changes(self) -> str:
-        return next((origin.changes for origin in self.origins if origin.changes), "")
-
-
-def joint(origins: list[Origin]) -> Origin:
-    """The common origin of an expression whose logits have these origins."""
-    parts = [part for origin in origins for part in getattr(origin, "origins", [origin])]
-    different = list({id(part): part for part in parts}.values())
-    return different[0] if len(different) == 1 else JointOrigin(different)
-
-
-def _refuse(changes: str, gradient: Tensor) -> None:
-    raise RuntimeError(
-        f"{changes}: given to patch_model, but this loss was taken of the model's logits by something other "
-        "than a cross entropy over class indices, which cannot use it. Patch the model without these options, or "
-        "take the loss by torch.nn.functional.cross_entropy(outputs.logits, labels)"
-    )
