@@ -65,6 +65,8 @@ class Leaves:
     def __init__(self) -> None:
         #: Detached plain inputs of recipes that need a gradient, by the recipe's serial and the input's place.
         self.found: dict[tuple[int, int], Tensor] = {}
+        #: The parameters of heads, each with the detached tensor that stands for it here.
+        self.parameters: list[tuple[Tensor, Tensor]] = []
         self._forms: dict[tuple[int, bool], Any] = {}
 
     def form(self, t: Any, needed: bool) -> Any:
@@ -79,6 +81,8 @@ class Leaves:
                     values.append(self.form(x, needed and need))
                 else:
                     values.append(x.detach())
+                    if type(x) is torch.nn.Parameter:
+                        self.parameters.append((x, values[-1]))
                     if needed and need:
                         self.found[recipe.serial, i] = values[-1].requires_grad_()
             self._forms[key] = self._made(recipe, values, t._meta.dtype)

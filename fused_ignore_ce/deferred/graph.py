@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -32,13 +31,6 @@ class _Token(Tensor):
 def are_saved_tensors_packed() -> bool:
     """Whether somebody, such as a checkpoint, packs the tensors that are saved for backward."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def unpacked() -> Any:
-    """A context in which tensors are saved as they are: a checkpoint has nothing to compute again for our nodes."""
-    if not are_saved_tensors_packed():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def connected(function: Any, *args: Any, holders: Iterable[Any] = ()) -> Any:

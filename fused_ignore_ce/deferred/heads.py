@@ -90,8 +90,8 @@ def defer_logits(
     settings = settings_of("defer_logits", ignore_index, memory_budget, False, loss_options, keep_logits)
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected a module, got {type(head).__name__}")
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    weight = weight_of(head)
+    if not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2:
         got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
         raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
     make_head(head, Patch(settings))
@@ -173,11 +173,25 @@ def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, k
 
 def classes_of(head: Any) -> int | None:
     """The number of classes of a head, None if it does not tell."""
-    weight = getattr(head, "weight", None)
+    weight = weight_of(head)
     classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(weight, Tensor) and weight.dim() == 2:
-        classes = weight.shape[0]
+    if classes is None and isinstance(weight, Tensor) and len(_whole_shape(weight)) == 2:
+        classes = _whole_shape(weight)[0]
     return classes
+
+
+def weight_of(module: Any) -> Any:
+    """The weight of a module, None if it has none.
+
+    DeepSpeed gathers a parameter for the rest of the model's forward if it is asked for as an attribute.
+    """
+    parameters = getattr(module, "_parameters", {})
+    return dict.get(parameters, "weight") if "weight" in parameters else getattr(module, "weight", None)
+
+
+def _whole_shape(weight: Tensor) -> Any:
+    """The shape of a weight, also of one that DeepSpeed has partitioned."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 @functools.cache

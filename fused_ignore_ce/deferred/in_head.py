@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import forms
 from .affine import describe
-from .graph import Fused, Work, connected, unpacked
+from .graph import Fused, Work, connected
 from .recipe import Recipe, autocast, autocast_state, is_deferred, of_graph
 from .reductions import reduction
+from .saving import saving_parameters
 from .values import Lazy
 
 
@@ -46,7 +47,8 @@ def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> A
     def compute() -> Any:
         leaves = forms.Leaves()
         detached = [t.detach().requires_grad_(n) for t, n in zip(operands, needs[len(inputs) :], strict=True)]
-        with torch.set_grad_enabled(any(needs)), torch._C.DisableTorchFunctionSubclass(), unpacked():
+        gradients = torch.set_grad_enabled(any(needs))
+        with gradients, torch._C.DisableTorchFunctionSubclass(), saving_parameters(leaves.parameters):
             found = [leaves.form(t, n) for t, n in zip(inputs, needs, strict=False)]
             result = None if any(form is None for form in found) else lean(*found, *detached)
         if result is None or not any(needs):

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from .expression import Expression, Form, evaluate, leaves, substitute
+from .saving import without_memory
 
 #: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
 TILE_BYTES, TENSORS = 2**26, 8
 
 
 class _Work(NamedTuple):
-    form: Form  # of detached tensors, which are replaced by those of each tile
-    places: list[int]  # the ids of the detached tensors
+    form: Form  # of tensors without memory, which are replaced by those of each tile
+    places: list[int]  # the ids of these tensors
     by_rows: list[bool]
     rows: int
     tile: int
@@ -43,10 +44,10 @@ def _work_on(form: Form, memory_budget: int | None) -> tuple[_Work, list[Tensor]
     product, found = form.product, {id(t): (t, sliced) for t, sliced in leaves(form)}
     rows = product.rows
     tensors = [t.reshape(rows, t.shape[-1]) if sliced else t for t, sliced in found.values()]
-    detached = [t.detach() for t in tensors]
+    shapes = [without_memory(t) for t in tensors]
     work = _Work(
-        substitute(form, dict(zip(found, detached, strict=True))),
-        [id(t) for t in detached],
+        substitute(form, dict(zip(found, shapes, strict=True))),
+        [id(t) for t in shapes],
         [sliced for _, sliced in found.values()],
         rows,
         rows_of_tile(product.weight.shape[0], memory_budget),

@@ -14,29 +14,13 @@ from torch import Tensor
 from . import forms, tiles
 from .expression import is_chain
 from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
-from .recipe import Recipe, is_deferred, version_of
+from .recipe import Recipe, is_deferred
+from .saving import Saved, shares_memory
 from .shared_state import SharedState
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
 without_modes = torch._C._DisableTorchDispatch
-
-
-class Saved:
-    """A tensor that a backward needs, copied if it lies in the memory of logits that are about to be written to."""
-
-    def __init__(self, t: Tensor) -> None:
-        self._tensor, self._version = t.detach(), version_of(t)
-
-    def copy(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self._tensor, self._version = self._tensor.clone(), 0
-
-    def tensor(self) -> Tensor:
-        if version_of(self._tensor) != self._version:
-            raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
-                               "operation")  # fmt: skip
-        return self._tensor
 
 
 class Lazy(Tensor):
@@ -344,10 +328,6 @@ def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -
     )
     made._meta, made._device, made._shared, made._views, made._saved = meta, device, shared, [], []
     return made
-
-
-def shares_memory(out: Any, value: Tensor) -> bool:
-    return isinstance(out, Tensor) and out.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
 
 
 def _in_order(t: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, while_running
+from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, weight_of, while_running
 from ..deferred.logits import as_tensor
 from ..deferred.mode import LossMode
 from ..deferred.report import COMPILED, Recorder
@@ -198,8 +198,8 @@ def output_embeddings(model: Any) -> nn.Module | None:
 def _weights(model: Any, head: Any) -> list[Any]:
     """The weights of the head and of the input embeddings, with which it may be tied."""
     with contextlib.suppress(NotImplementedError, AttributeError):
-        return [getattr(head, "weight", None), model.get_input_embeddings().weight]
-    return [getattr(head, "weight", None)]
+        return [weight_of(head), weight_of(model.get_input_embeddings())]
+    return [weight_of(head)]
 
 
 def _with_stats(outputs: Any, stats: Any) -> Any:

@@ -9,6 +9,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import torch
 from hf_worker import V, batches, examples, llama
+from live_memory import measured
 from rank_environment import environment_of
 
 from fused_ignore_ce.hf import fusion_report, patch_model
@@ -18,10 +19,12 @@ gc.freeze()  # DeepSpeed collects garbage in every run, which takes a second wit
 
 
 def config_of(stage, *, bf16=False, accumulate=1, rows=2):
-    """A configuration that shards every parameter, however small it is, and has small buffers."""
+    """A configuration that shards every parameter, however small it is, and holds them no longer than it must."""
     zero = {"stage": stage, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
     if stage == 3:
-        zero.update(stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=True)
+        names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        zero.update({f"stage3_{name}": 0 for name in names}, stage3_gather_16bit_weights_on_model_save=True)
+        zero["allgather_sequential"] = True
     return {
         "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": accumulate, "zero_optimization": zero,
         "zero_allow_untested_optimizer": True, "bf16": {"enabled": bf16},
@@ -163,3 +166,21 @@ def states_of_accelerate(rank):
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()
         os.environ.update(before)
+
+
+def memory(rank, patched, loss, frozen=False):
+    """Bytes of a step under ZeRO-3."""
+    import memory_of_heads
+
+    environment_of(rank)
+    model = memory_of_heads.model_of(frozen)
+    if patched:
+        patch_model(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=trained, optimizer=adamw(trained), config=config_of(3, rows=1)
+    )
+    loss_of, batch = getattr(memory_of_heads, loss), memory_of_heads.first_batch(rank)
+    found = measured(lambda: loss_of(engine, batch), engine.backward)
+    engine.destroy()
+    return found

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import memory_of_heads
 import torch
 import torch.nn.functional as F
 from hf_worker import V, batches, llama
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from live_memory import measured
 from tp_worker import mesh_of, whole
 
 from fused_ignore_ce.hf import fusion_report, patch_model
@@ -88,3 +90,13 @@ def parameters_of(model):
         return {name: whole(p).detach().clone() for name, p in model.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(model):
         return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def memory(rank, name, patched, loss, frozen=False):
+    """Bytes of a step under FSDP2."""
+    model = memory_of_heads.model_of(frozen)
+    if patched:
+        patch_model(model)
+    wrapped = WRAPPED[name](model)
+    loss_of, batch = getattr(memory_of_heads, loss), memory_of_heads.first_batch(rank)
+    return measured(lambda: loss_of(wrapped, batch), torch.Tensor.backward)
