@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import forms, tiles
 from .expression import is_chain
-from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
+from .graph import Adopt, Read, are_saved_tensors_packed, connected
 from .recipe import Recipe, is_deferred
 from .saving import Saved, shares_memory
 from .shared_state import SharedState
@@ -279,65 +279,7 @@ class Lazy(Tensor):
         """The size of the vocabulary's dimension."""
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
-    def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self._device, self._shared, node=False)
-
-
-def deferred_in(values: Any) -> list[Lazy]:
-    """The deferred logits among arguments."""
-    found: list[Lazy] = []
-    for value in values:
-        if isinstance(value, Lazy):
-            found.append(value)
-        elif type(value) in (tuple, list):
-            found += deferred_in(value)
-        elif type(value) is dict and value:
-            found += deferred_in(value.values())
-    return found
-
-
-def made(
-    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, shared: SharedState, node: bool = True
-) -> Lazy:
-    """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
-
-    def make(recipe: Recipe) -> Any:
-        made = wrapped(cls, meta, device, shared)
-        made._recipe, made._form = recipe, form
-        return made
-
-    if not node:
-        alias: Lazy = make(recipe)
-        return alias
-    inputs, recipe.remake = list(recipe.inputs), make
-    if recipe.product is None:
-        recipe.keep_operands()
-    if not any(recipe.needs):
-        constant: Lazy = make(recipe)
-        return constant
-    of_graph = recipe.of_graph()
-    make_result = functools.partial(make, recipe)
-    deferred: Lazy = connected(Node, of_graph, make_result, *inputs, holders=of_graph.holders)
-    deferred._in_graph = weakref.ref(of_graph)
-    return deferred
-
-
-def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(
-        cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
-    )
-    made._meta, made._device, made._shared, made._views, made._saved = meta, device, shared, [], []
-    return made
-
 
 def _in_order(t: Tensor) -> bool:
     """Whether strides do not grow from one dimension to the next, as those of a computed part of the logits."""
     return sorted(t.stride(), reverse=True) == list(t.stride())
-
-
-def flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if type(value) in (tuple, list):
-            yield from flat(value)
-        else:
-            yield value

@@ -6,13 +6,13 @@ import memory_of_heads
 import torch
 import torch.nn.functional as F
 from hf_worker import V, batches, llama
+from live_memory import measured
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
 )
-from live_memory import measured
 from tp_worker import mesh_of, whole
 
 from fused_ignore_ce.hf import fusion_report, patch_model

@@ -52,7 +52,7 @@ class _Weak:
 
 
 def measured(forward, backward, steps=2):
-    """Bytes of the last of some steps: held when the forward is over, and at most in the forward and in the backward."""
+    """Bytes of the last of some steps: held after the forward, and at most in the forward and in the backward."""
     with LiveMemory() as memory:
         for _ in range(steps):
             before = memory.peak = memory.now()
