@@ -44,8 +44,8 @@ def unpacked() -> Any:
 def connected(function: Any, *args: Any, holders: Iterable[Any] = ()) -> Any:
     """Applies an autograd.Function of this package.
 
-    For each tensor that the function saves, a holder is kept in its place, from which its value follows. A backward with
-    `create_graph=True` gets the value, with the tensor's place in the graph; any other backward gets an empty tensor.
+    For each tensor that the function saves, a holder is kept in its place, from which its value follows. A backward
+    with `create_graph=True` gets the value, with the tensor's place in the graph; any other gets an empty tensor.
     """
     rest = iter(holders)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t if type(t) is _Token else next(rest), _unpack)

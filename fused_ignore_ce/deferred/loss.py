@@ -88,12 +88,11 @@ def own_cross_entropy(
     """`fused_cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
     changed = {n: value for n, value in options.items() if isinstance(value, Tensor) or value != _DEFAULTS[n]}
     options = origin.extended({"ignore_index": -100, **changed, "weight": weight}, target)
-    if hasattr(input, "take_loss"):
-        if options.get("process_group") is None:
-            linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
-            loss = _linear(input, target, linear, origin, kind)
-            if loss is not None:
-                return loss
+    if hasattr(input, "take_loss") and options.get("process_group") is None:
+        linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
+        loss = _linear(input, target, linear, origin, kind)
+        if loss is not None:
+            return loss
     options.pop("memory_budget", None)
     origin.took_of_logits(kind, target.numel(), _ignored(target, options))
     loss = _of_values(input, target, origin.asked_stats() | options, kind)

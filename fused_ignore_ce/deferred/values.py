@@ -23,7 +23,7 @@ without_modes = torch._C._DisableTorchDispatch
 
 
 class Saved:
-    """A tensor that a backward needs. If it lies in the memory of logits that are about to be written to, it is copied."""
+    """A tensor that a backward needs. If it lies in the memory of logits, it is copied before they are written to."""
 
     def __init__(self, t: Tensor) -> None:
         self._tensor, self._version = t.detach(), version_of(t)
@@ -197,11 +197,12 @@ class Lazy(Tensor):
     def _has_moved(self) -> bool:
         """Whether the computed value has this tensor's place in the graph, because somebody wrote to it.
 
-        PyTorch gives a view a new place whenever its memory was written to, and other tensors if the write is recorded.
+        PyTorch gives a view a new place whenever its memory was written to, and others if the write is recorded.
         """
         if not self._is_moved and self._stands_alone():
             if self._view_of is not None:
-                self._move(self._views_of_each_other()[id(self)])
+                if self._value is None or self._value._version != self._version_of_value:
+                    self._move(self._views_of_each_other()[id(self)])
             elif self._value is not None and getattr(self._value.grad_fn, "_forward_cls", None) is not Read:
                 self._is_moved = True
         return self._is_moved
@@ -314,8 +315,8 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
 
 
 def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
-                                                dtype=meta.dtype, device=device)  # fmt: skip
+    layout = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
+    made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, **layout, dtype=meta.dtype, device=device)
     made._meta, made._origin, made._views, made._saved = meta, origin, [], []
     return made
 
