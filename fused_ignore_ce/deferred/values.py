@@ -185,11 +185,12 @@ class Lazy(Tensor):
     def _has_moved(self) -> bool:
         """Whether the computed value has this tensor's place in the graph, because somebody wrote to it.
 
-        PyTorch gives a view a new place whenever its memory was written to, and other tensors if the write is recorded.
+        PyTorch gives a view a new place whenever its memory was written to, and others if the write is recorded.
         """
         if not self._is_moved and self._stands_alone():
             if self._view_of is not None:
-                self._move(self._views_of_each_other()[id(self)])
+                if self._value is None or self._value._version != self._version_of_value:
+                    self._move(self._views_of_each_other()[id(self)])
             elif self._value is not None and getattr(self._value.grad_fn, "_forward_cls", None) is not Read:
                 self._is_moved = True
         return self._is_moved
