@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -120,15 +119,11 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         first = values[id(family[0])]
         place = first.grad_fn
     out = func(*replaced(args, values), **replaced(kwargs, values))
+    is_recorded = bool(family) and first.grad_fn is not place
     for member in family:
-        value = member._value = values[id(member)]
         member._is_written = True
-        member._is_moved = member._is_moved or first.grad_fn is not place or member._view_of is not None
-        if member._is_moved and value.requires_grad:
-            with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
-                connected(Adopt, member, value)
-                if member.retains_grad and not value.retains_grad:
-                    value.retain_grad()
+        if is_recorded or member._view_of is not None:
+            member._move(values[id(member)])
     for t in deferred:
         if out is values[id(t)]:
             return t

@@ -188,22 +188,21 @@ def is_normalized(form: Any) -> bool:
 
 def substitute(form: Any, tensors: dict[int, Tensor], classes_second: bool | None = None, done: Any = None) -> Any:
     """The same form with other tensors, by the `id` of those that they replace. What is shared stays shared."""
-    if isinstance(form, Tensor):
-        return tensors.get(id(form), form)
-    if not is_form(form):
-        return form
     done = {} if done is None else done
-    if id(form) not in done:
-        if isinstance(form, Expression):
-            args = tuple([substitute(a, tensors, classes_second, done) for a in form.args])
-            product = substitute(form.product, tensors, classes_second, done)
-            done[id(form)] = form._replace(args=args, product=product)
-        else:
-            h, w, b, dtype, second, layout = form
-            h, w, b = (tensors.get(id(t), t) for t in (h, w, b))
-            second = second if classes_second is None else classes_second
-            done[id(form)] = Product(h, w, b, dtype, second, layout)
-    return done[id(form)]
+    found = done.get(id(form))
+    if found is not None:
+        return found
+    get = tensors.get
+    if isinstance(form, Product):
+        h, w, b, dtype, second, layout = form
+        second = second if classes_second is None else classes_second
+        found = Product(get(id(h), h), get(id(w), w), b if b is None else get(id(b), b), dtype, second, layout)
+    else:
+        args = [a if type(a) in _CONSTANTS else get(id(a), a) if isinstance(a, Tensor)
+                else substitute(a, tensors, classes_second, done) for a in form.args]  # fmt: skip
+        found = form._replace(args=tuple(args), product=done[id(form.product)])
+    done[id(form)] = found
+    return found
 
 
 def evaluate(form: Any, known: dict[int, Any]) -> Any:

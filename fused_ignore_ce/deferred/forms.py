@@ -16,9 +16,6 @@ from .rows import on_rows
 LAYOUT = "layout "
 
 
-_CAST = Tensor.to, "to"
-
-
 def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: Any, dtype: Any = None) -> Any:
     """The form after an operation on forms and tensors; a list of forms if it gives several tensors.
 
@@ -37,7 +34,9 @@ def applied(func: Any, name: str, args: Any, kwargs: dict[str, Any], autocast: A
         return normalized(func, name, args, kwargs, autocast, dtype)
     if name in CASTS:
         found = cast_of(name, rest, kwargs, form)
-        return None if found is None else Expression(*_CAST, (form, found[0]), {}, found[0], form.product, autocast)
+        if found is None:
+            return None
+        return Expression(Tensor.to, "to", (form, found[0]), {}, found[0], form.product, autocast)
     return form._replace(layout=name.removeprefix(LAYOUT))
 
 

@@ -131,7 +131,7 @@ class Gradient(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
-        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
+        if func is torch.ops.aten.add.Tensor and not kwargs:
             a, b = args if isinstance(args[0], Gradient) else args[::-1]
             if not a.is_changed and (
                 not isinstance(b, Gradient) or (b._recipe_of.serial == a._recipe_of.serial and not b.is_changed)

@@ -140,10 +140,10 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
         if len(args) > 1 and isinstance(args[-1], InHead):
             return args[-1]()
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
         shared = None if running.is_in_head else state_of(self)
         if shared is None:
             return original(self, *args, **kwargs)

@@ -45,6 +45,8 @@ class DeferredLogits(Lazy):
         name = func.__name__
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__ if name == "__get__" else f"__set__ {func.__self__.__name__}"
+        if name == "view_as" and len(args) == 2:
+            func, name, args = Tensor.view, "view", (args[0], args[1].shape)
         self = args[0] if args and isinstance(args[0], cls) else None
         if self is not None and name == "detach_":
             for t in (self._meta, self._value):

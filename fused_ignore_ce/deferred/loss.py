@@ -140,7 +140,14 @@ def _linear(input: Any, target: Tensor, options: dict[str, Any], shared: SharedS
 
     def lean(form: Any, *given: Tensor) -> Any:
         form = log_softmax_of(form) if of_log_probs else form
-        return None if form is None else affine.cross_entropy(form, **_with(given))
+        if form is None:
+            return None
+        tensors = _with(given)
+        weight = tensors["options"].get("weight")
+        if weight is not None and weight.dtype == form.dtype:  # the linear loss wants that of hidden states
+            dtype = torch.promote_types(weight.dtype, form.product.linear_dtype)
+            tensors["options"]["weight"] = weight.to(dtype)
+        return affine.cross_entropy(form, **tensors)
 
     def dense(values: Tensor, *given: Tensor) -> Any:
         return (_nll if of_log_probs else _on_logits)(values, **_with(given))

@@ -87,7 +87,8 @@ def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Laz
     """A tensor without memory of the shape, the strides and the dtype of a result."""
     meta = first._meta
     if name in ELEMENTWISE:  # keep shape and strides
-        return meta if form.dtype == meta.dtype and meta.is_contiguous() else meta.to(form.dtype, copy=True)
+        is_same = form.dtype == meta.dtype and meta.is_contiguous() and not meta._is_view()
+        return meta if is_same else meta.to(form.dtype, copy=True)
     if name in NORMALIZING:
         return torch.empty(meta.shape, dtype=form.dtype, device="meta")
     if name in CASTS:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .expression import Form, is_normalized, operands_of, products_of, substitute
+from .product import Product
 
 
 class _Rows(NamedTuple):
@@ -35,8 +36,12 @@ def on_rows(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _moved(form: Form, rule: _Rows) -> Any:
-    products, operands = list(products_of(form)), list(operands_of(form))
     whole, tensors = rule.classes == slice(None), {}
+    if whole and isinstance(form, Product):  # the usual case
+        found = rule.move(form.hidden)
+        if isinstance(found, Tensor):
+            return form._replace(hidden=found, classes_second=rule.classes_second)
+    products, operands = list(products_of(form)), list(operands_of(form))
     if any(t.dim() > 1 for t in operands):
         return None
     if not whole and is_normalized(form):  # each class depends on those that are cut off
@@ -116,21 +121,24 @@ def _narrow(form: Form, dim: int, start: Any, length: int) -> _Rows | None:
 _RULES: dict[str, Callable[..., _Rows | None]] = {
     "__getitem__": _getitem, "view": _reshape, "reshape": _reshape, "unsqueeze": _unsqueeze, "narrow": _narrow,
 }  # fmt: skip
-#: The first arguments of operations that do the same to hidden states, if no dimension that they name is the last.
-_ALONG = {
-    "flatten": ("start_dim", "end_dim"), "squeeze": ("dim",), "select": ("dim",), "index_select": ("dim",),
-    "unbind": ("dim",), "split": ("split_size", "dim"), "chunk": ("chunks", "dim"),
-}  # fmt: skip
-_DEFAULTS = {"flatten": {"start_dim": 0, "end_dim": -1}, "unbind": {"dim": 0}, "split": {"dim": 0}, "chunk": {"dim": 0}}
+#: The dimensions that an operation names, for those that do the same to hidden states if none of these is the last.
+_ALONG: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "flatten": lambda start_dim=0, end_dim=-1: (start_dim, end_dim),
+    "squeeze": lambda dim=None: (dim,),
+    "select": lambda dim, index: (dim,),
+    "index_select": lambda dim, index: (dim,),
+    "unbind": lambda dim=0: (dim,),
+    "split": lambda split_size, dim=0: (dim,),
+    "chunk": lambda chunks, dim=0: (dim,),
+}
 _REORDERS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
 def _along(form: Form, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> _Rows | None:
-    names, last = _ALONG[name], len(form.shape) - 1
-    given = {**_DEFAULTS.get(name, {}), **dict(zip(names, args, strict=False)), **kwargs}
-    dims = [given.get(n) for n in names if n.endswith("dim")]
-    if any(not isinstance(dim, int) or dim % len(form.shape) == last for dim in dims):
-        return None
+    ndim = form.product.hidden.dim()
+    for dim in _ALONG[name](*args, **kwargs):
+        if not isinstance(dim, int) or dim % ndim == ndim - 1:
+            return None
     return _Rows(lambda h: func(h, *args, **kwargs))
 
 

@@ -51,7 +51,7 @@ class Lazy(Tensor):
             if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
                 return self._aliased(reader)
             self._shared.was_read(reader)
-            self._keep(functools.partial(self._raw, reader))
+            self._keep(functools.partial(self._fresh, reader))
         assert self._value is not None
         return self._connected(self._value)
 
@@ -65,25 +65,24 @@ class Lazy(Tensor):
         return value
 
     def _keep(self, compute: Callable[[], Tensor]) -> None:
-        def fresh() -> Tensor:
-            """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
-            found = compute()
-            if type(found) is not Tensor:
-                return found
-            if found.stride() != self._meta.stride():
-                found = torch.empty_strided(
-                    found.shape, self._meta.stride(), dtype=found.dtype, device=found.device
-                ).copy_(found)
-            self._take_over(found)
-            if not found._is_view():
-                return found
-            made = found.new_empty(0)
-            return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
-
         requires_grad = self._requires_grad()
         with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
-            self._value = connected(Read, self, fresh) if requires_grad else fresh()
+            self._value = connected(Read, self, compute) if requires_grad else compute()
         self._version_of_value = self._value._version
+
+    def _fresh(self, reader: str) -> Tensor:
+        """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
+        found = self._raw(reader)
+        if type(found) is not Tensor:
+            return found
+        if found.stride() != self._meta.stride():
+            strided = torch.empty_strided(found.shape, self._meta.stride(), dtype=found.dtype, device=found.device)
+            found = strided.copy_(found)
+        self._take_over(found)
+        if not found._is_view():
+            return found
+        made = found.new_empty(0)
+        return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
 
     def _take_over(self, values: Tensor) -> None:
         """Writes what views of this tensor have been computed to into its values: a logit is one number."""
@@ -104,7 +103,8 @@ class Lazy(Tensor):
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if not known and is_chain(self._form):
                 form = forms.Leaves().form(self, False)
-                return tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+                found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+                return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -113,7 +113,7 @@ class Lazy(Tensor):
                     values.append(t._raw(reader))
                 else:
                     values.append(t.materialize(reader).detach())
-            found: Tensor = recipe.run(values)
+            found = recipe.run(values)
         return found.clone() if any(shares_memory(found, v) for v in values) else found
 
     def _is_known(self) -> bool:
@@ -152,16 +152,14 @@ class Lazy(Tensor):
         """
         if self._view_of is None:
             return self.materialize(reader)
+        if self._has_moved():
+            assert self._value is not None
+            return self._connected(self._value)
         base = self._view_of[0]
         value = base._aliased(reader)
         if self._value is None or not shares_memory(self._value, value):
-            requires_grad = self._requires_grad()
-            with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
-                if requires_grad and not base._stands_alone():
-                    self._value = connected(Read, self, lambda: self._part_of(value.detach()))
-                else:
-                    self._value = self._part_of(value)
-            self._version_of_value = self._value._version
+            self._keep(lambda: self._part_of(value.detach()))
+        assert self._value is not None
         return self._connected(self._value)
 
     def _part_of(self, value: Tensor) -> Tensor:
@@ -174,8 +172,11 @@ class Lazy(Tensor):
         """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
         found: dict[int, Tensor] = {}
         for member in self._family():
-            value = member._aliased("view")
-            if member._view_of is not None and not member._has_moved():
+            if member._view_of is None:
+                value = member.materialize("view")
+            elif member._is_moved:
+                value = member._aliased("view")
+            else:
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
                     value = member._part_of(found[id(member._view_of[0])])
             found[id(member)] = value
@@ -186,11 +187,26 @@ class Lazy(Tensor):
 
         PyTorch gives a view a new place whenever its memory was written to, and other tensors if the write is recorded.
         """
-        if self._is_moved or not self._stands_alone():
-            return self._is_moved
-        if self._view_of is not None or self._value is None:
-            return True
-        return getattr(self._value.grad_fn, "_forward_cls", None) is not Read
+        if not self._is_moved and self._stands_alone():
+            if self._view_of is not None:
+                self._move(self._views_of_each_other()[id(self)])
+            elif self._value is not None and getattr(self._value.grad_fn, "_forward_cls", None) is not Read:
+                self._is_moved = True
+        return self._is_moved
+
+    def _move(self, value: Tensor) -> None:
+        """Gives this tensor the place in the graph of a computed one that stands for it from now on."""
+        unchanged = self._value is not None and self._value._version == self._version_of_value
+        self._value, self._is_written, self._is_moved = value, True, True
+        if value.requires_grad:
+            with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
+                grad = self.grad if self.retains_grad else None
+                same = torch.autograd._unsafe_preserve_version_counter(self)  # type: ignore[attr-defined]
+                with same if unchanged else contextlib.nullcontext():
+                    connected(Adopt, self, value)
+                if self.retains_grad and not value.retains_grad:
+                    value.retain_grad()
+                    value.grad = grad
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which what is saved for backward survives that somebody writes to these logits."""

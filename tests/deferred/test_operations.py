@@ -234,6 +234,9 @@ def test_strides_are_those_of_computed_logits():
             ours, theirs = then(view(x)), then(view(plain))
             assert ours.stride() == theirs.stride()
             assert ours.is_contiguous() == theirs.is_contiguous()
+    ours, theirs = (t.transpose(1, 2).log_softmax(1) for t in (defer(*head()), plain))
+    assert ours.is_contiguous()
+    assert ours.materialize().stride() == theirs.stride()
     x = defer(*head())
     part = x[:, 1:]
     x.materialize()

@@ -35,11 +35,13 @@ class Verdict(NamedTuple):
         return self.verdict == RIGHT
 
 
-def judge(ours: Observed, plain: Observed, dtype: str, refusals: tuple[str, ...] = ()) -> Verdict:
+def judge(
+    ours: Observed, plain: Observed, dtype: str, refusals: tuple[str, ...] = (), leniencies: tuple[str, ...] = ()
+) -> Verdict:
     """The first difference between two lists of observations.
 
-    `refusals` are parts of the messages of errors that are right where the plain model raises none. What follows such
-    an error is not compared, unless only a value was read.
+    `refusals` are parts of the messages of errors that are right where the plain model raises none, and `leniencies` of
+    those that only the plain model may raise. What follows such an error is not compared, unless a value was read.
 
     Floating-point numbers may differ by rounding errors, relative to the largest number of their tensor, and to a
     hundred-thousandth of the largest number of the program: gradients that cancel are made of large addends.
@@ -60,7 +62,9 @@ def judge(ours: Observed, plain: Observed, dtype: str, refusals: tuple[str, ...]
                 return Verdict(RIGHT)
             continue
         if isinstance(expected, Exception) and not isinstance(got, Exception):
-            if any(text in label for text in _BACKWARD) and any(text in str(expected) for text in _WRITTEN_SINCE):
+            if any(text in label for text in _BACKWARD) and any(
+                text in str(expected) for text in (*_WRITTEN_SINCE, *leniencies)
+            ):
                 return Verdict(RIGHT)
             return Verdict(NOT_RAISED, f"{label}: plain raises {_told(expected)}")
         if label != our_label:

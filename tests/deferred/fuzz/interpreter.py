@@ -298,7 +298,8 @@ def session(setting: Setting, patch: Patch = patched) -> dict[str, Any]:
         "shift": trainable(V).detach(), "mask": ids % 2 == 1, "hooks": hooks, "see": hooks.see, "look": hooks.look,
         "scale": hooks.scale, "leaf": hooks.leaf, "labels_of": labels_of, "index_of": index_of, "like": like,
         "class_weight": class_weight, "ce": ce, "entropy": entropy, "z_loss": z_loss, "picked": picked,
-        "Doubled": Doubled, "HandedOn": HandedOn, "Tripled": Tripled, "in_thread": in_thread, "in_threads": in_threads, "replica_of": replica_of,
+        "Doubled": Doubled, "HandedOn": HandedOn, "Tripled": Tripled, "in_thread": in_thread, "in_threads": in_threads,
+        "replica_of": replica_of,
         "compiled_loss": compiled_loss, "saved_and_loaded": saved_and_loaded, "torch_saved": torch_saved,
         "head_flops": head_flops, "in_replicas": in_replicas, "trained": trained, "probabilities": probabilities,
         "soft_labels": probabilities(torch.empty(B, T, V, dtype=dtype, device=setting.device)),
@@ -348,6 +349,11 @@ class Run:
         for name in statement.makes:
             self._observe(f"{name} of `{statement.text}`", functools.partial(self._described, name))
             self.variables.append(name)
+        for name in self.variables:
+            with contextlib.suppress(RuntimeError):
+                _ = getattr(
+                    self.names[name], "grad_fn", None
+                )  # else PyTorch notices a write to a view at any later time
         self._retained.update(re.findall(r"(\w+)\.retain_grad\(", statement.text))
         if statement.backward and "retain_graph" not in statement.text:
             self._freed.update(re.findall(r"\bs\d+\b", statement.text))
@@ -402,7 +408,7 @@ class Run:
             self._observe(f"value of {name}", functools.partial(self.names.get, name))
         for name in self.variables:
             if isinstance(self.names[name], Tensor):
-                self._observe(f"strides of {name}", functools.partial(Tensor.stride, self.names[name]))
+                self._observe(f"strides of {name}", functools.partial(_strides, self.names[name]))
         with torch.no_grad():  # another model's loss is its own
             x = F.linear(self.names["shift"].expand(B, V), self.names["matrix"].detach())
             self._observe("loss of a model that is not patched", lambda: F.cross_entropy(x, labels_of(x)))
@@ -434,6 +440,11 @@ class Run:
             gc.collect()
         held = sum(not ref.expired() for ref in self._hidden.values())
         self.observed.append(("hidden states held by losses", held))
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """The strides of the dimensions in which there is more than one element; the others mean nothing."""
+    return tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
 
 
 def _differentiated(loss: Tensor) -> bool:

@@ -34,7 +34,7 @@ def verdict_of(program: Program, patch: Patch = patched, plain: Observed | None 
     """How a program on the patched model compares with the same on the plain one."""
     setting = program.setting
     expected = observe(program, None) if plain is None else plain
-    return judge(observe(program, patch), expected, setting.dtype, program.refusals)
+    return judge(observe(program, patch), expected, setting.dtype, program.refusals, program.leniencies)
 
 
 def smallest(failure: Failure, patch: Patch = patched, tries: int = 300, seconds: float = 20) -> Failure:

@@ -25,8 +25,10 @@ What is left out, because PyTorch is at odds with itself:
 
 - Views made under `no_grad` or in inference mode of a tensor that requires a gradient: they say that they require one,
   get none, and crash on a hook. So views are not moded.
-- Writes through `.data`: saved tensors change and nobody notices, so that PyTorch's own gradients are wrong.
+- Writes through `.data`, and to CPU tensors that `save_on_cpu` saved, as it neither copies nor checks them: saved
+  tensors change and nobody notices, so that PyTorch's own gradients are wrong.
 - A hook on a view whose base was written since: PyTorch crashes, unless somebody asks for `grad_fn` first. So hooks do.
+  And until somebody asks, what hooks and `retain_grad` of such a view see is what they saw before. So all are asked.
 - Calls of a hook with None: PyTorch's node of several results calls the hooks of those that get no gradient. Hooks of
   programs take no notice.
 - What follows a backward pass that failed: which gradients it has accumulated by then depends on the order of nodes.
@@ -40,6 +42,10 @@ Errors of one model alone that are right, by design of this library (see `Progra
 - A second backward through a freed graph, where the nodes that both go through had saved nothing in PyTorch: a product
   under `no_grad` with a trainable bias, and the product itself in `backward(inputs=[logits])`. Our nodes save how
   logits are computed, and a backward frees that.
+- A write to logits that a head computed (one that cannot be deferred, and any on the meta device), between the loss in
+  the model's forward and its backward: our loss saves these logits, PyTorch's saves log-probabilities.
+- A second backward of what `autograd.grad` for another part of a split has freed in PyTorch, where the parts are
+  results of one node. Here each part has its own.
 - An option of a patched model is refused, where the loss that is taken cannot use it.
 """
 
@@ -279,7 +285,7 @@ metric, weight 2, moded
     {new_value} = str({x})[:7]
 
 metric, weight 1
-    {new_value} = {tokens}.transpose(1, 2).is_contiguous()
+    {new_value} = {tokens}.transpose(1, 2).is_contiguous(), {tokens}.transpose(0, 1).is_contiguous()
     {new_value} = {x}.transpose(-1, -2).stride()
 
 one logit twice, weight 2, moded
@@ -299,7 +305,6 @@ question, weight 1, quiet
     {new_value} = {any}.stride()
     {new_value} = {any}.type()
     {new_value} = {any}.is_contiguous()
-    {new_value} = {tokens}.transpose(0, 1).is_contiguous()
     {new_value} = tuple({any}.shape)
     {new_value} = {any}.numel()
     {new_value} = torch.ones_like({any})
@@ -330,7 +335,6 @@ detached leaf, weight 3
 
 detach, weight 2
     {new} = {x}.detach()
-    {new} = {x}.data
     {new_value} = {node}.detach_()
 
 hook, weight 4
@@ -391,7 +395,7 @@ checkpoint, weight 3
     {new} = checkpoint(lambda z: z.softmax(-1), {x}, use_reentrant=False)
 
 saved tensors, weight 1
-    with torch.autograd.graph.save_on_cpu(): {new_loss} = ce({x}) + z_loss({x})
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t): {new_loss} = ce({x}) + z_loss({x})
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t): {new} = {x} / temperature
 
 in place, weight 3, moded
