@@ -128,7 +128,7 @@ def _handed_down(recipe: Recipe, gradient: Any) -> list[Any]:
         else:
             part = rest[i]
             for ticket in whole:
-                part = total(part, ticket.parts.get((recipe.serial, i)))
+                part = total(part, ticket.parts.pop((recipe.serial, i), None))
             found.append(torch.zeros_like(t) if part is None else part)
     return found
 
