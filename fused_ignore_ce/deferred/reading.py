@@ -110,7 +110,7 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     deferred = list(deferred_in((args, kwargs)))
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
     family = target._family() if isinstance(target, Lazy) else []
-    first = family[0] if family else None
+    first: Any = family[0] if family else None
     values = {id(t): t._aliased(name) for t in deferred} | (first._views_of_each_other() if family else {})
     for reference in first._saved if family else ():
         if (saved := reference()) is not None:

@@ -167,6 +167,7 @@ class Lazy(Tensor):
         if self._view_of is None:
             return self.materialize(reader)
         if self._has_moved():
+            assert self._value is not None
             return self._connected(self._value)
         base = self._view_of[0]
         value = base._aliased(reader)
@@ -185,7 +186,7 @@ class Lazy(Tensor):
         """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
         found: dict[int, Tensor] = {}
         for member in self._family():
-            value = member._value
+            value: Any = member._value
             if member._view_of is None:
                 value = member.materialize("view")
             elif not member._is_moved:
@@ -214,7 +215,7 @@ class Lazy(Tensor):
         if value.requires_grad:
             with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 grad = self.grad if self.retains_grad else None
-                same = torch.autograd._unsafe_preserve_version_counter(self)
+                same = torch.autograd.grad_mode._unsafe_preserve_version_counter(self)
                 with same if unchanged else contextlib.nullcontext():
                     connected(Adopt, self, value)
                 if self.retains_grad and not value.retains_grad:
@@ -315,7 +316,7 @@ def made(cls: Any, recipe: Recipe, form: Any, meta: Tensor, origin: Origin, node
 
 
 def wrapped(cls: Any, meta: Tensor, device: torch.device, origin: Origin) -> Any:
-    layout = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
+    layout: Any = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
     made: Any = Tensor._make_wrapper_subclass(cls, meta.shape, **layout, dtype=meta.dtype, device=device)
     made._meta, made._origin, made._views, made._saved = meta, origin, [], []
     return made
