@@ -202,7 +202,7 @@ class Lazy(Tensor):
         if value.requires_grad:
             with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 grad = self.grad if self.retains_grad else None
-                same = torch.autograd._unsafe_preserve_version_counter(self)  # type: ignore[attr-defined]
+                same = torch.autograd.grad_mode._unsafe_preserve_version_counter(self)
                 with same if unchanged else contextlib.nullcontext():
                     connected(Adopt, self, value)
                 if self.retains_grad and not value.retains_grad:
