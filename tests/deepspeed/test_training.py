@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("deepspeed", reason="make test-deepspeed installs DeepSpeed")
 
+from ..helpers.live_memory import CASES as LOSSES
+from ..helpers.live_memory import assert_gathered_no_longer
 from ..helpers.ranks import Ranks
 
 #: What changes the losses. All other options are compared with the unpatched model of ZeRO-3 without them.
@@ -108,3 +110,9 @@ def test_trainer(run, tmp_path):
     assert_same(ours, expected)
     names = [sorted(path.name for path in Path(tmp_path, who, "saved").iterdir()) for who in ("plain", "ours")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("loss", "frozen", "gradients"), LOSSES)
+def test_memory(run, loss, frozen, gradients):
+    plain, ours = (run("memory", patched, loss=loss, frozen=frozen) for patched in (False, True))
+    assert_gathered_no_longer(ours, plain, gradients)

@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from ..helpers.live_memory import CASES as LOSSES
+from ..helpers.live_memory import assert_gathered_no_longer
 from ..helpers.versions import release
 
 #: How `fsdp_worker.py` wraps models, by what changes the numbers.
@@ -56,3 +58,14 @@ def test_training(run, plain, numbers, name, outside):
         assert not mine["reads"]
     first, *_, last = zip(*(theirs["losses"] for theirs in expected), strict=True)
     assert sum(last) < sum(first)
+
+
+@pytest.mark.parametrize(("loss", "frozen", "gradients"), LOSSES)
+def test_memory(ranks, loss, frozen, gradients):
+    """FSDP2 keeps what it has gathered last until it gathers again, so two calls of the head in a row take more."""
+    case = {"name": "head alone", "loss": loss, "frozen": frozen}
+    plain, ours = (
+        ranks.run("fsdp_worker.memory", [{"rank": rank, "patched": patched, **case} for rank in range(4)])
+        for patched in (False, True)
+    )
+    assert_gathered_no_longer(ours, plain, gradients, gathers=loss == "cross_entropy")

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import memory_of_heads
 import torch
 from hf_worker import V, batches, examples, llama
 from live_memory import measured
@@ -169,9 +170,7 @@ def states_of_accelerate(rank):
 
 
 def memory(rank, patched, loss, frozen=False):
-    """Bytes of a step under ZeRO-3."""
-    import memory_of_heads
-
+    """The memory of a step under ZeRO-3."""
     environment_of(rank)
     model = memory_of_heads.model_of(frozen)
     if patched:
@@ -181,6 +180,6 @@ def memory(rank, patched, loss, frozen=False):
         model=model, model_parameters=trained, optimizer=adamw(trained), config=config_of(3, rows=1)
     )
     loss_of, batch = getattr(memory_of_heads, loss), memory_of_heads.first_batch(rank)
-    found = measured(lambda: loss_of(engine, batch), engine.backward)
+    found = measured(lambda: loss_of(engine, batch), engine.backward, memory_of_heads.HEAD)
     engine.destroy()
     return found

@@ -93,10 +93,10 @@ def parameters_of(model):
 
 
 def memory(rank, name, patched, loss, frozen=False):
-    """Bytes of a step under FSDP2."""
+    """The memory of a step under FSDP2."""
     model = memory_of_heads.model_of(frozen)
     if patched:
         patch_model(model)
     wrapped = WRAPPED[name](model)
     loss_of, batch = getattr(memory_of_heads, loss), memory_of_heads.first_batch(rank)
-    return measured(lambda: loss_of(wrapped, batch), torch.Tensor.backward)
+    return measured(lambda: loss_of(wrapped, batch), torch.Tensor.backward, memory_of_heads.HEAD)

@@ -51,8 +51,16 @@ class _Weak:
         return 0 if storage is None else storage.nbytes()
 
 
-def measured(forward, backward, steps=2):
-    """Bytes of the last of some steps: held after the forward, and at most in the forward and in the backward."""
+#: Losses of `memory_of_heads.py`, whether the head is frozen, and how many gradients of it may be there more than
+#: without this package: a cross entropy computes the gradient in its forward, and scales it in its backward.
+CASES = [("cross_entropy", True, 0), ("cross_entropy", False, 1), ("log_probs", True, 0), ("log_probs", False, 0)]
+
+
+def measured(forward, backward, unit, steps=2):
+    """What the last of some steps holds when its forward is over, and at most in its forward and in its backward.
+
+    In multiples of `unit` bytes.
+    """
     with LiveMemory() as memory:
         for _ in range(steps):
             before = memory.peak = memory.now()
@@ -62,4 +70,15 @@ def measured(forward, backward, steps=2):
             backward(loss)
             in_backward = memory.peak - before
             del loss
-    return {"held": held, "in the forward": in_forward, "in the backward": in_backward}
+    return {"held": held / unit, "in the forward": in_forward / unit, "in the backward": in_backward / unit}
+
+
+def assert_gathered_no_longer(ours, plain, gradients, gathers=0):
+    """A head's whole weight is in memory no longer than without this package.
+
+    There may be `gradients` of it more, and in the forward `gathers` of its memory.
+    """
+    for mine, theirs in zip(ours, plain, strict=True):
+        for when, heads in mine.items():
+            more = max(gradients, gathers) if when == "in the forward" else gradients
+            assert heads <= theirs[when] + more + 0.1, f"{when}: {mine}, without this package {theirs}"
