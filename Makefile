@@ -9,7 +9,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
+.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -32,6 +32,14 @@ test-oldest: $(VENV)-oldest/.ready
 # Checks that Hugging Face's kernels loads what `make kernels-hub` writes.
 test-kernels-hub: $(VENV)-kernels-hub/.ready
 	$(VENV)-kernels-hub/bin/python -m pytest tests/project/test_kernels_hub.py
+
+# `defer_logits` on the models of LitGPT and torchtitan.
+test-other-libraries: $(VENV)-other-libraries/.ready
+	$(VENV)-other-libraries/bin/python -m pytest tests/other_libraries
+
+# Patched models under DeepSpeed, on two processes. It compiles an extension at run time, with ninja.
+test-deepspeed: $(VENV)-deepspeed/.ready
+	CC=gcc PATH="$(abspath $(VENV)-deepspeed/bin):$$PATH" $(VENV)-deepspeed/bin/python -m pytest tests/deepspeed
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -79,20 +87,36 @@ docs: $(VENV)/.ready
 	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-# transformers behaves differently where Hugging Face's kernels is installed. So kernels has an environment of its own,
-# which finds all other packages in the first one.
-$(VENV)-kernels-hub/.ready: $(VENV)/.ready
+# An environment beside the first one, which finds there all packages that it does not have itself.
+define beside
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first-environment.pth
+endef
+
+# transformers behaves differently where Hugging Face's kernels is installed.
+$(VENV)-kernels-hub/.ready: $(VENV)/.ready
+	$(beside)
 	$(@D)/bin/python -m pip install -c constraints.txt kernels
+	touch $@
+
+# LitGPT and torchtitan ask for older versions of packages that their models do not import.
+$(VENV)-other-libraries/.ready: $(VENV)/.ready
+	$(beside)
+	$(@D)/bin/python -m pip install -c constraints.txt einops lightning spmd_types torch_checkpointing torchdata tyro
+	$(@D)/bin/python -m pip install -c constraints.txt --no-deps litgpt torchtitan
+	touch $@
+
+$(VENV)-deepspeed/.ready: $(VENV)/.ready
+	$(beside)
+	CC=gcc $(@D)/bin/python -m pip install -c constraints.txt deepspeed
 	touch $@
 
 # constraints-NAME.txt takes the place of lines of constraints.txt.

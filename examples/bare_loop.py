@@ -17,9 +17,7 @@ options = arguments()
 model, tokenizer = load(options.model, tied=True)
 model.to(DEVICE).train()
 PAD = tokenizer.pad_token_id
-patch_model(
-    model, ignore_index=PAD, without_labels=True
-)  # the only change; padding is ignored as well as the criterion's -100
+patch_model(model, ignore_index=PAD)  # the only change; padding is ignored as well as the criterion's -100
 
 criterion = torch.nn.CrossEntropyLoss()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

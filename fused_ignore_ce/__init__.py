@@ -1,5 +1,7 @@
 """Cross entropy for language models that is lean in memory and free for every token that is ignored."""
 
+from typing import TYPE_CHECKING, Any
+
 from .core.reduction import LossStats
 from .linear.plan import LinearPlan, plan_linear_loss
 from .losses.causal_lm import fused_causal_lm_loss, fused_linear_causal_lm_loss
@@ -8,16 +10,30 @@ from .losses.linear_cross_entropy import fused_linear_cross_entropy
 from .losses.log_probs import fused_linear_log_probs
 from .losses.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
 
+if TYPE_CHECKING:
+    from .deferred.heads import defer_logits, undefer_logits
+
 __all__ = [
     "FusedCrossEntropyLoss",
     "FusedLinearCrossEntropyLoss",
     "LinearPlan",
     "LossStats",
+    "defer_logits",
     "fused_causal_lm_loss",
     "fused_cross_entropy",
     "fused_linear_causal_lm_loss",
     "fused_linear_cross_entropy",
     "fused_linear_log_probs",
     "plan_linear_loss",
+    "undefer_logits",
 ]
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs PyTorch's compiler once it is asked for: the compiler takes a second to import."""
+    if name in ("defer_logits", "undefer_logits"):
+        from .deferred import heads
+
+        return getattr(heads, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

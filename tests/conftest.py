@@ -124,7 +124,7 @@ def plan(request, monkeypatch):
 @pytest.fixture
 def took(monkeypatch):
     """How the losses of a patched model were computed: "linear" from hidden states, "logits" from logits."""
-    from fused_ignore_ce.deferred import loss, product
+    from fused_ignore_ce.deferred import affine, loss
 
     taken = []
 
@@ -132,7 +132,7 @@ def took(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (taken.append(what), original(*a, **k))[1])
 
-    spy(product, "fused_linear_cross_entropy", "linear")
+    spy(affine, "fused_linear_cross_entropy", "linear")
     spy(loss, "fused_cross_entropy", "logits")
     return taken
 

@@ -67,7 +67,7 @@ def _of_training_step(_: int, way: str, share: float, sizes: dict[str, int]) -> 
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if way != "plain":
-        patch_model(model, without_labels=way == "own-loop")
+        patch_model(model)
 
     def step(input_ids: torch.Tensor, labels: torch.Tensor) -> None:
         if way == "own-loop":

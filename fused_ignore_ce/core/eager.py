@@ -18,12 +18,18 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is eager data: not traced, no tensor subclass, under no dispatch mode."""
+    """Whether x is eager data: not traced, not on the meta device, no tensor subclass, under no dispatch mode."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def overridden(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .eager import autocasts
 from .options import ReductionOptions
 from .tensors import Sizes, holds_probabilities
 
@@ -175,7 +176,7 @@ def loss_dtype_of(loss_dtype: torch.dtype | None, input: Tensor, target: Tensor,
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if torch.is_autocast_enabled(input.device.type) and dtype in (torch.float16, torch.bfloat16):
+    if autocasts(input.device) and dtype in (torch.float16, torch.bfloat16):
         return torch.float32
     return dtype
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .eager import autocasts
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -136,7 +138,7 @@ def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
     """Raises an error if an operand does not have input's dtype, unless autocast will cast it."""
     if operand.dtype == input.dtype:
         return
-    casts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, operand.dtype)
+    casts = autocasts(input.device) and torch.float64 not in (input.dtype, operand.dtype)
     if not (casts and operand.is_floating_point()):
         raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {operand.dtype}")
 
@@ -193,7 +195,7 @@ def _check_weight(weight: Tensor | None, input: Tensor, classes: int, any_dtype:
             f"weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
         )
-    any_dtype = any_dtype or torch.is_autocast_enabled(input.device.type)
+    any_dtype = any_dtype or autocasts(input.device)
     wide_weight = weight.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
     if not weight.is_floating_point() or not (any_dtype or wide_weight or weight.dtype == input.dtype):
         raise RuntimeError(f"weight: expected scalar type {input.dtype}, as input has, got {weight.dtype}")

@@ -1,33 +1,21 @@
-"""Operations on rows of logits, recorded as an expression. Nothing has the size of the logits until it is evaluated.
+"""`Expression`: operations on the elements and rows of logits, as a tree whose leaves are products.
 
-Elementwise operations, softmax and log_softmax keep the shape (..., V) of the logits and of each other. An expression
-can therefore be evaluated for a few rows at a time, which `tiles.py` does once an operation reduces the vocabulary.
+An expression and its products have one shape (..., V), so that it can be evaluated for a few rows at a time, which
+`tiles.py` does. In it, the classes are last, also where the tensor of logits has them second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ..core.eager import autocasts
+from .operations import NORMALIZING
 from .product import Product
-from .recording import record as record_on_product
-
-#: Names of operations on elements, whose tensors broadcast against the logits.
-ELEMENTWISE = frozenset({
-    "neg", "negative", "__neg__", "exp", "exp2", "expm1", "log", "log2", "log1p", "square", "sqrt", "rsqrt", "abs",
-    "sigmoid", "tanh", "sin", "relu", "reciprocal", "clamp", "clamp_min", "clamp_max", "nan_to_num", "xlogy",
-    "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub", "mul", "multiply", "__mul__",
-    "__rmul__", "div", "divide", "true_divide", "__truediv__", "__rtruediv__", "pow", "__pow__", "masked_fill",
-    "float", "double", "half", "bfloat16", "to", "eq", "ne", "gt", "ge", "lt", "le", "__eq__", "__ne__", "__gt__",
-    "__ge__", "__lt__", "__le__", "isfinite", "isnan", "isinf",
-})  # fmt: skip
-#: Operations on whole rows that keep their shape; the dimension is the first argument.
-NORMALIZING = frozenset({"softmax", "log_softmax"})
-_UNCHANGED = ("clone", "contiguous")
-_CASTS = ("float", "double", "half", "bfloat16", "to")
+from .recipe import autocast
 
 
 class Expression(NamedTuple):
@@ -41,22 +29,17 @@ class Expression(NamedTuple):
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    shape: torch.Size
-    dtype: torch.dtype
-    autocast: torch.dtype | None  # autocast's dtype when it was recorded; None if autocast was off
+    dtype: torch.dtype  # of the logits
+    product: Product  # the first that it is made of
+    autocast: tuple[str, torch.dtype | None]  # when it was recorded
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.product.shape
 
     @property
     def classes_second(self) -> bool:
-        return False
-
-    @property
-    def product(self) -> Product:
-        """The first product that it is made of."""
-        return next(p for p in _products(self))
-
-    @property
-    def device(self) -> torch.device:
-        return self.product.device
+        return self.product.classes_second
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -64,184 +47,173 @@ class Expression(NamedTuple):
         return list({id(t): t for t, _ in leaves(self)}.values())
 
     def with_tensors(self, tensors: list[Tensor]) -> Expression:
-        replaced = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
-        expression: Expression = substitute(self, replaced)
-        return expression
+        """The same expression of other tensors, in the order of `tensors`."""
+        found: Expression = substitute(self, {id(old): new for old, new in zip(self.tensors, tensors, strict=True)})
+        return found
 
     def logits(self) -> Tensor:
-        """The value of the expression for all rows at once."""
+        """The value for all rows at once, with the classes last."""
         value: Tensor = evaluate(self, {})
         return value
 
 
-def record(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
-    """The expression that an operation on products, expressions and tensors gives; None where it is not recorded."""
-    first = next(a for a in args if isinstance(a, (Product, Expression)))
-    if not can_record(first):
+Form = Product | Expression
+
+
+def is_form(value: Any) -> bool:
+    return isinstance(value, (Product, Expression))
+
+
+def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
+    """The expression of an elementwise operation on forms and tensors; None if it changes the shape."""
+    first = next((a for a in args if is_form(a)), None)
+    if first is None or not all(type(value) in _CONSTANTS for value in kwargs.values()):
         return None
-    if name in NORMALIZING:
-        normalized = _normalized(first, args[1:], kwargs) if args[0] is first else None
-        return None if normalized is None else made(func, name, (first, -1), normalized)
-    if name not in ELEMENTWISE or not all(_is_constant(value) for value in kwargs.values()):
+    operands = tuple([a if a is first or type(a) in _CONSTANTS else _operand(a, first) for a in args])
+    if any(a is _NOT for a in operands):
         return None
-    if name in _CASTS and not all(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
+    dtype = dtype or _dtype_of(func, operands, kwargs)
+    return Expression(func, name.strip("_"), operands, kwargs, dtype, first.product, state)
+
+
+def normalized(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: Any, dtype: Any) -> Any:
+    """The expression of softmax or log_softmax; None if it is over something else than the vocabulary."""
+    form, *rest = args
+    kwargs = {k: v for k, v in kwargs.items() if k != "_stacklevel"}
+    dim = rest[0] if rest else kwargs.pop("dim", None)
+    given = next((a for a in rest[1:] if isinstance(a, torch.dtype)), None) or kwargs.pop("dtype", None)
+    if kwargs or not is_of_classes(form, dim):
         return None
-    operands = [_operand(a, first) for a in args]
-    return None if any(a is _NOT for a in operands) else made(func, name, tuple(operands), kwargs)
+    kwargs = {} if given is None else {"dtype": given}
+    dtype = dtype or given or _dtype_of(func, (form, -1), kwargs)
+    return Expression(func, name, (form, -1), kwargs, dtype, form.product, state)
 
 
-def can_record(recipe: Product | Expression) -> bool:
-    """Whether operations on these logits are recorded: their rows are those of the hidden states, and V is above 1."""
-    products = list(_products(recipe))
-    return (
-        len(recipe.shape) > 1
-        and recipe.shape[-1] > 1
-        and all(p.layout == "plain" and not p.classes_second for p in products)
-    )
+def _dtype_of(func: Any, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """The dtype of a result, under autocast as it is here.
+
+    Numbers do not promote logits. Otherwise the operation tells it for tensors without elements, not for tensors on the
+    meta device, whose kernels of arithmetic are Python and take 80 to 900 us.
+    """
+    first = next(a for a in operands if is_form(a))
+    if not autocasts(first.product.hidden.device) and all(a is first or type(a) in _CONSTANTS for a in operands):
+        return cast(torch.dtype, first.dtype)
+    dtype: torch.dtype = func(*[_without_elements(a) for a in operands], **kwargs).dtype
+    return dtype
 
 
-def made(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression:
-    """Builds an expression with the shape of its logits and the dtype that the operation returns."""
-    first = next(a for a in args if isinstance(a, (Product, Expression)))
-    device = first.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    with torch.no_grad():
-        empty = func(*(_empty(a, device) for a in args), **kwargs)
-    dtype = empty.dtype if isinstance(empty, Tensor) else empty[0].dtype
-    return Expression(func, name.strip("_"), args, kwargs, first.shape, dtype, autocast)
+def _without_elements(value: Any) -> Any:
+    if is_form(value):
+        return torch.empty(0, dtype=value.dtype, device=value.product.hidden.device)
+    return value.new_empty(0) if isinstance(value, Tensor) and value.dim() else value
 
 
-def _empty(operand: Any, device: torch.device) -> Any:
-    """An operand with no rows, from which PyTorch tells the dtype of a result without computing one."""
-    if isinstance(operand, (Product, Expression)):
-        return torch.empty(0, operand.shape[-1], dtype=operand.dtype, device=device)
-    if isinstance(operand, Tensor) and operand.dim() > 1:
-        return operand.detach().reshape(-1, operand.shape[-1])[:0]
-    return operand
-
-
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype)
 _NOT = object()
 
 
-def _operand(value: Any, first: Product | Expression) -> Any:
+def _operand(value: Any, first: Form) -> Any:
     """An argument as an expression keeps it; `_NOT` if it cannot."""
-    if isinstance(value, (Product, Expression)):
-        return value if value.shape == first.shape and can_record(value) else _NOT
-    if not isinstance(value, Tensor):
-        return value if _is_constant(value) else _NOT
-    lead, V = first.shape[:-1], first.shape[-1]
-    if type(value) not in (Tensor, torch.nn.Parameter) or (value.device != first.device and value.dim() > 0):
+    shape, hidden = first.shape, first.product.hidden
+    if is_form(value):
+        return value if value.shape == shape and value.classes_second == first.classes_second else _NOT
+    if type(value) not in (Tensor, torch.nn.Parameter):
         return _NOT
-    if value.dim() > len(first.shape) or value.shape[-1:] not in ((), (1,), (V,)):
+    if value.dim() == 0:
+        return value
+    if value.device != hidden.device or value.dim() > len(shape):
         return _NOT
-    if value.numel() == 1 or value.numel() == value.shape[-1]:  # the same for all rows
-        return value.reshape(value.shape[-1:]) if value.dim() > 0 else value
+    if first.classes_second:
+        value = value[(None,) * (len(shape) - value.dim())].movedim(1, -1)
+    lead, V, last = hidden.shape[:-1], first.product.weight.shape[0], value.shape[-1]
+    if last not in (1, V):
+        return _NOT
+    if value.numel() == last:  # the same for all rows
+        return value.reshape(last)
     try:
-        return value.expand(*lead, value.shape[-1])
+        return value.expand(*lead, last)
     except RuntimeError:  # it would make the result larger
         return _NOT
 
 
-def _is_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, str, torch.dtype))
-
-
-def last_dim(recipe: Product | Expression, dim: Any) -> bool:
-    """Whether a dimension is the vocabulary's."""
+def is_of_classes(form: Form, dim: Any) -> bool:
+    """Whether a dimension of the logits is that of the classes."""
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
-    return isinstance(dim, int) and not isinstance(dim, bool) and dim % len(recipe.shape) == len(recipe.shape) - 1
+    ndim = form.product.hidden.dim()
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim % ndim == (1 if form.classes_second else ndim - 1)
 
 
-def _normalized(recipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The keywords of a softmax over the vocabulary, None if it is over something else."""
-    kwargs = {k: v for k, v in kwargs.items() if k != "_stacklevel"}
-    dims, dtypes = list(args[:1]), [a for a in args[1:] if isinstance(a, torch.dtype)]
-    dim = dims[0] if dims else kwargs.pop("dim", None)
-    dtype = dtypes[0] if dtypes else kwargs.pop("dtype", None)
-    if kwargs or not last_dim(recipe, dim):
-        return None
-    return {} if dtype is None else {"dtype": dtype}
+def log_softmax_of(form: Any) -> Any:
+    """The form whose log-probabilities these are; None if they are none, or float64, which no linear loss is."""
+    is_one = isinstance(form, Expression) and form.name == "log_softmax"
+    return form.args[0] if is_one and form.kwargs.get("dtype") != torch.float64 else None
 
 
-def on_rows(expression: Expression, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression | None:
-    """Applies an operation on rows to the rows of the logits; None if another tensor of the expression has rows too."""
-    if name in _UNCHANGED and not args and not kwargs:
-        return expression
-    if name == "detach":
-        return expression.with_tensors([t.detach() for t in expression.tensors])
-    if name in ELEMENTWISE or name in NORMALIZING:
-        return None
-    if any(t.dim() > 1 for t in _operands(expression)):
-        return None
-    hidden: dict[int, Tensor] = {}
-    for p in _products(expression):
-        done = record_on_product(p, name, args, kwargs)
-        if not isinstance(done, Product) or done.weight is not p.weight or done.classes_second or len(done.shape) < 2:
-            return None
-        hidden.setdefault(id(p.hidden), done.hidden)
-    changed: Expression = substitute(expression, hidden)
-    return changed
+def products_of(form: Any) -> Iterator[Product]:
+    """The products of a form; one that occurs twice, twice."""
+    if isinstance(form, Product):
+        yield form
+    elif isinstance(form, Expression):
+        for a in form.args:
+            yield from products_of(a)
 
 
-def _products(recipe: Any) -> Iterator[Product]:
-    if isinstance(recipe, Product):
-        yield recipe
-    elif isinstance(recipe, Expression):
-        for a in recipe.args:
-            yield from _products(a)
+def is_chain(form: Form) -> bool:
+    """Whether a form comes from one product, by operations one after another."""
+    return sum(1 for _ in products_of(form)) == 1
 
 
-def _operands(recipe: Any) -> Iterator[Tensor]:
-    if isinstance(recipe, Expression):
-        for a in recipe.args:
-            yield from _operands(a)
-    elif isinstance(recipe, Tensor):
-        yield recipe
+def operands_of(form: Any) -> Iterator[Tensor]:
+    """The tensors of a form that are in no product."""
+    if isinstance(form, Expression):
+        for a in form.args:
+            yield from operands_of(a)
+    elif isinstance(form, Tensor):
+        yield form
 
 
-def leaves(recipe: Any) -> Iterator[tuple[Tensor, bool]]:
-    """The tensors that a recipe depends on, and whether each has a part for every row."""
-    for p in _products(recipe):
+def leaves(form: Any) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors that a form depends on, and whether each has a part for every row."""
+    for p in products_of(form):
         yield p.hidden, True
         yield from ((t, False) for t in p.tensors[1:])
-    yield from ((t, t.dim() > 1) for t in _operands(recipe))
+    yield from ((t, t.dim() > 1) for t in operands_of(form))
 
 
-def substitute(recipe: Any, tensors: dict[int, Tensor]) -> Any:
-    """The same recipe with other tensors, by the `id` of those that they replace. Shapes follow from the logits."""
-    if isinstance(recipe, Product):
-        return recipe.with_tensors([tensors.get(id(t), t) for t in recipe.tensors])
-    if isinstance(recipe, Expression):
-        args = tuple(substitute(a, tensors) for a in recipe.args)
-        shape = next(a.shape for a in args if isinstance(a, (Product, Expression)))
-        return recipe._replace(args=args, shape=shape)
-    return tensors.get(id(recipe), recipe) if isinstance(recipe, Tensor) else recipe
+def is_normalized(form: Any) -> bool:
+    """Whether softmax or log_softmax is anywhere in a form, so that each class depends on the others."""
+    return isinstance(form, Expression) and (form.name in NORMALIZING or any(map(is_normalized, form.args)))
 
 
-def evaluate(recipe: Any, known: dict[Any, Any]) -> Any:
-    """The value of a recipe; `known` holds what was computed, so that nothing is computed twice."""
-    if isinstance(recipe, Product):
-        before, key = recipe.before_log_softmax, recipe.key
-        if key not in known:
-            known[key] = recipe.logits() if before is None else evaluate(before, known).log_softmax(-1)
-        return known[key]
-    if not isinstance(recipe, Expression):
-        return recipe
-    args = [evaluate(a, known) for a in recipe.args]
-    with autocast(recipe):
-        return recipe.func(*args, **recipe.kwargs)
+def substitute(form: Any, tensors: dict[int, Tensor], classes_second: bool | None = None, done: Any = None) -> Any:
+    """The same form with other tensors, by the `id` of those that they replace. What is shared stays shared."""
+    done = {} if done is None else done
+    found = done.get(id(form))
+    if found is not None:
+        return found
+    get = tensors.get
+    if isinstance(form, Product):
+        h, w, b, dtype, second, layout = form
+        second = second if classes_second is None else classes_second
+        found = Product(get(id(h), h), get(id(w), w), b if b is None else get(id(b), b), dtype, second, layout)
+    else:
+        args = [a if type(a) in _CONSTANTS else get(id(a), a) if isinstance(a, Tensor)
+                else substitute(a, tensors, classes_second, done) for a in form.args]  # fmt: skip
+        found = form._replace(args=tuple(args), product=done[id(form.product)])
+    done[id(form)] = found
+    return found
 
 
-def autocast(expression: Expression) -> torch.autocast:
-    """Restores the autocast state that was active when the operation was recorded."""
-    dtype = expression.autocast
-    return torch.autocast(expression.device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def describe(recipe: Any) -> str:
-    """The expression as a report shows it, such as "log_softmax(logits)"."""
-    if isinstance(recipe, Product):
-        return "logits" if recipe.before_log_softmax is None else "log_softmax(logits)"
-    parts = (describe(a) for a in recipe.args if isinstance(a, (Product, Expression)))
-    return f"{recipe.name}({', '.join(parts)})"
+def evaluate(form: Any, known: dict[int, Any]) -> Any:
+    """The value of a form, with the classes last; `known` holds what was computed, so that nothing is twice."""
+    if not is_form(form):
+        return form
+    if id(form) not in known:
+        if isinstance(form, Product):
+            known[id(form)] = form.logits()
+        else:
+            args = [evaluate(a, known) for a in form.args]
+            with autocast(form.autocast):
+                known[id(form)] = form.func(*args, **form.kwargs)
+    return known[id(form)]

@@ -1,94 +1,252 @@
-"""The autograd nodes of deferred logits, and the check that the tensors they depend on are unchanged."""
+"""The nodes of deferred logits in autograd's graph: they hand gradients on."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .gradient import MODULUS, Flow, Gradient, Ticket, dense_of, number_of, total
+from .recipe import Recipe, is_deferred, value_of
 
-def refuse_create_graph() -> None:
-    """Raises an error in a backward whose gradients cannot be differentiated again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph=True is not supported by deferred logits: take the loss of outputs.logits.materialize(), or "
-            "call unpatch_model(model)"
-        )
+
+class _Token(Tensor):
+    """Holds an object for backward. Saved as a tensor is, so that autograd frees it when it frees tensors."""
+
+    held: Any
+
+    @staticmethod
+    def of(held: Any) -> Any:
+        token: Any = Tensor._make_wrapper_subclass(_Token, (0,))
+        token.held = held
+        return token
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
+        return _Token.of(args[0].held)  # detach, which autograd asks for where hooks pack what is saved
+
+
+def are_saved_tensors_packed() -> bool:
+    """Whether somebody, such as a checkpoint, packs the tensors that are saved for backward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def connected(function: Any, *args: Any, holders: Iterable[Any] = ()) -> Any:
+    """Applies an autograd.Function of this package.
+
+    For each tensor that the function saves, a holder is kept in its place, from which its value follows. A backward
+    with `create_graph=True` gets the value, with the tensor's place in the graph; any other backward gets an empty
+    tensor.
+    """
+    rest = iter(holders)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t if type(t) is _Token else next(rest), _unpack)
+    with torch._C.DisableTorchFunctionSubclass(), hooks:
+        return function.apply(*args)
+
+
+def _unpack(holder: Any) -> Tensor:
+    if type(holder) is _Token:
+        return holder
+    return value_of(holder) if torch.is_grad_enabled() else torch.empty(0)
+
+
+def _needed(values: Iterable[Any], needs: list[bool]) -> list[Any]:
+    return [value for value, needed in zip(values, needs, strict=True) if needed]
+
+
+def _with_graph(saved: Any, holders: list[Any], needs: list[bool]) -> list[Tensor]:
+    """The values of a node's inputs, those that need a gradient as new tensors that the saved ones go to."""
+    rest = iter(saved)
+    return [(t := next(rest)).view_as(t) if n else value_of(holder) for holder, n in zip(holders, needs, strict=True)]
+
+
+def _differentiated(results: Any, inputs: list[Tensor], upstream: Any, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients of inputs, which can be differentiated again."""
+    wanted = _needed(inputs, needs)
+    pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad]
+    if not pairs:
+        return [None] * len(needs)
+    differentiated, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(differentiated, wanted, given, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 class Node(torch.autograd.Function):
-    """Makes deferred logits a part of the autograd graph. Its backward computes the logits."""
+    """A recorded operation; makes its result."""
 
     @staticmethod
-    def forward(ctx: Any, product: Any, cls: Any, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, recipe: Recipe, make: Callable[[], Any], *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.product = product.with_tensors([t.detach() for t in tensors])
-        return torch.Tensor._make_wrapper_subclass(cls, product.shape, dtype=product.dtype, device=product.device)
+        ctx.save_for_backward(_Token.of(recipe), *_needed(inputs, recipe.needs))
+        return make()
 
     @staticmethod
-    def backward(ctx: Any, dlogits: Any) -> Any:
-        if dlogits is None:
-            return (None,) * len(ctx.needs_input_grad)
-        refuse_create_graph()
-        needed = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.product.tensors, needed, strict=True)]
+    def backward(ctx: Any, gradient: Any) -> Any:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 2)
+        if gradient is None:
+            return None, None, *nothing
+        token, *saved = ctx.saved_tensors
+        recipe: Recipe = token.held
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled():
+                recipe.check_unchanged()
+                values = _with_graph(saved, recipe.inputs, recipe.needs)
+                return None, None, *_differentiated([recipe.run(values)], values, [dense_of(gradient)], recipe.needs)
+            return None, None, *_handed_down(recipe, gradient)
+
+
+def _handed_down(recipe: Recipe, gradient: Any) -> list[Any]:
+    """The gradients of a recipe's inputs, given that of its result."""
+
+    def vjp(g: Tensor) -> list[Tensor | None]:
+        return recipe.vjp(g)
+
+    if not isinstance(gradient, Gradient) or gradient._recipe_of.serial != recipe.serial or gradient.is_changed:
+        return vjp(dense_of(gradient) if isinstance(gradient, Gradient) else value_of(gradient))
+    extra, whole = gradient._extra, {}
+    for ticket, flow in gradient._flows.items():
+        if flow.number == ticket.expected.get(recipe.serial):
+            whole[ticket] = flow
+        else:
+            for value in flow.values:
+                extra = total(extra, value())
+    rest = [None] * len(recipe.inputs) if extra is None else vjp(extra)
+    if not whole:
+        return rest
+    found: list[Any] = []
+    for i, (t, needed) in enumerate(zip(recipe.inputs, recipe.needs, strict=True)):
+        if not needed:
+            found.append(None)
+        elif is_deferred(t):
+            factor = number_of(recipe.serial, i)
+            flows = {
+                ticket: Flow(flow.number * factor % MODULUS, (_lazily(vjp, flow, i),)) for ticket, flow in whole.items()
+            }
+            found.append(Gradient.of(t, t._recipe, flows, rest[i]))
+        else:
+            part = rest[i]
+            for ticket in whole:
+                part = total(part, ticket.parts.pop((recipe.serial, i), None))
+            found.append(torch.zeros_like(t) if part is None else part)
+    return found
+
+
+def _lazily(vjp: Callable[[Tensor], Any], flow: Flow, place: int) -> Callable[[], Tensor]:
+    def value() -> Tensor:
+        given = None
+        for part in flow.values:
+            given = total(given, part())
+        found: Tensor = vjp(given)[place]  # type: ignore[arg-type]  # there is at least one value
+        return found
+
+    return value
+
+
+class Work(NamedTuple):
+    """A loss that was computed without logits, as its node keeps it."""
+
+    results: list[Tensor]  # with a graph that ends in the leaves
+    leaves: dict[tuple[int, int], Tensor]  # detached plain inputs of recipes
+    operands: list[Tensor]  # detached tensors that the loss was given beside logits
+    inputs: list[Any]  # the deferred logits
+    needs: list[bool]  # of inputs and operands
+    dense: Callable[..., Any]  # the results, from computed logits and operands
+
+    @property
+    def holders(self) -> list[Any]:
+        """The inputs and operands that a gradient goes to."""
+        return _needed([*self.inputs, *self.operands], self.needs)
+
+    def gradients(self, upstream: tuple[Any, ...]) -> list[Any]:
+        """The gradients of the deferred inputs, and of the operands."""
+        pairs = [(r, g) for r, g in zip(self.results, upstream, strict=True) if g is not None and r.requires_grad]
+        if not pairs:
+            return [None] * len(self.needs)
+        wanted = [*self.leaves.values(), *(t for t in self.operands if t.requires_grad)]
+        results, given = zip(*pairs, strict=True)
+        found = list(torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True))
+        parts: dict[tuple[int, int], Tensor | None] = dict(zip(self.leaves, found, strict=False))
+        of_operands = iter(found[len(self.leaves) :])
+        ticket = Ticket(parts, self.inputs, self.needs[: len(self.inputs)])
+        memo: list[Any] = []
+
+        def value(i: int) -> Callable[[], Tensor]:
+            def dense() -> Tensor:
+                if not memo:
+                    memo.extend(self._dense_gradients(upstream))
+                gradient: Tensor = memo[i]
+                return gradient
+
+            return dense
+
+        out: list[Any] = []
+        for i, (t, needed) in enumerate(zip([*self.inputs, *self.operands], self.needs, strict=True)):
+            if not needed:
+                out.append(None)
+            elif is_deferred(t):
+                out.append(Gradient.of(t, t._recipe, {ticket: Flow(ticket.numbers[i], (value(i),))}, None))
+            else:
+                out.append(next(of_operands))
+        return out
+
+    def _dense_gradients(self, upstream: tuple[Any, ...]) -> list[Tensor | None]:
+        needs = self.needs[: len(self.inputs)]
+        values = [value_of(t).detach().requires_grad_(n) for t, n in zip(self.inputs, needs, strict=True)]
         with torch.enable_grad():
-            logits = ctx.product.with_tensors(tensors).logits()
-        grads = iter(torch.autograd.grad(logits, [t for t in tensors if t.requires_grad], dlogits, allow_unused=True))
-        return None, None, *(next(grads) if n else None for n in needed)
+            results, _ = torch.utils._pytree.tree_flatten(self.dense(*values, *(t.detach() for t in self.operands)))
+        pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad]
+        wanted = [v for v, n in zip(values, needs, strict=True) if n]
+        differentiated, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(differentiated, wanted, given, allow_unused=True, materialize_grads=True))
+        return [next(found) if n else None for n in needs]
+
+
+class Fused(torch.autograd.Function):
+    """The results of a loss that was computed without logits."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Work, *inputs: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(_Token.of(work), *_needed(inputs, work.needs))
+        results = tuple(r.detach() for r in work.results)
+        pairs = zip(results, work.results, strict=True)
+        ctx.mark_non_differentiable(*(mine for mine, r in pairs if not r.requires_grad))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        token, *saved = ctx.saved_tensors
+        work: Work = token.held
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled():
+                values = _with_graph(saved, [*work.inputs, *work.operands], work.needs)
+                results, _ = torch.utils._pytree.tree_flatten(work.dense(*values))
+                return None, *_differentiated(results, values, upstream, work.needs)
+            return None, *work.gradients(upstream)
 
 
 class Read(torch.autograd.Function):
-    """The logits of a tensor that another autograd.Function returned; their gradient goes to that function."""
+    """The computed logits; their gradient goes to the deferred tensor."""
 
     @staticmethod
-    def forward(ctx: Any, deferred: Any) -> Tensor:
-        logits: Tensor = deferred._checked_product().logits()
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
-        return dlogits
-
-
-class Connect(torch.autograd.Function):
-    """Identity; its backward also reaches the logits, without a gradient, so that their hooks are called.
-
-    The hooks get None. FSDP's hooks accept that; a hook that needs the gradient fails.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *hooked: Any) -> Tensor:
-        ctx.hooked = len(hooked)
-        return value.view_as(value)
+    def forward(ctx: Any, deferred: Any, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, *[None] * ctx.hooked
+        return gradient, None
 
 
-def check_unchanged(tensors: list[Tensor], versions: list[int]) -> None:
-    """Raises an error if the tensors that the logits depend on have changed."""
-    for t, version in zip(tensors, versions, strict=True):
-        if version_of(t) != version:
-            raise RuntimeError(
-                "logits: the head's weights or the hidden states were changed in place since the forward, so its "
-                "logits cannot be computed any more; before optimizer.step(), read outputs.logits or keep "
-                "outputs.logits.detach().clone(), or call unpatch_model(model) to have them always"
-            )
-        if t.numel() and _is_plain(t) and t.untyped_storage().size() == 0:
-            raise RuntimeError(
-                "logits: the head's weights were freed before the loss was taken, as a sharding wrapper of the head "
-                "alone does after its forward; let the head be part of the root's shard group (with FSDP2, no "
-                "fully_shard(model.lm_head), or reshard_after_forward=False there). A loss after the model's forward "
-                "also needs fully_shard(model, reshard_after_forward=False). Or call unpatch_model(model)"
-            )
+class Adopt(torch.autograd.Function):
+    """Gives a deferred tensor the place in the graph of the computed tensor that stands for it."""
 
+    @staticmethod
+    def forward(ctx: Any, deferred: Any, value: Tensor) -> Any:
+        ctx.mark_dirty(deferred)
+        return deferred
 
-def version_of(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
-def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type != "meta"
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return None, gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,9 @@ from ..core.reduction import LossStats
 from ..core.tensors import LogitsTensors
 from ..losses.causal_lm import aligned_with_logits, as_normalizer, check_vocab_size, fused_causal_lm_loss
 from ..losses.cross_entropy import fused_cross_entropy
-from .origin import Origin
+from . import affine
+from .expression import log_softmax_of
+from .shared_state import SharedState
 
 
 def cross_entropy(
@@ -27,9 +30,9 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    origin: Origin,
+    shared: SharedState,
 ) -> Any:
-    """`F.cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
+    """`F.cross_entropy(input, target, ...)` with the options that `shared` has."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     options: dict[str, Any] = {
@@ -38,15 +41,14 @@ def cross_entropy(
         "label_smoothing": label_smoothing,
         "weight": weight,
     }
-    options = origin.settings.extend(options, target)
-    if hasattr(input, "_product"):
-        loss = _linear(input, input._usable_product(), target, options, origin, "cross_entropy")
+    options = shared.extended(options, target)
+    if hasattr(input, "take_loss"):
+        loss = _linear(input, target, options, shared, "cross_entropy")
         if loss is not None:
             return loss
-        input = input.materialize("cross_entropy")
     options.pop("memory_budget", None)
-    origin.took_of_logits("cross_entropy", target.numel(), _ignored(target, options))
-    return origin.without_stats(fused_cross_entropy(input, target, **(options | origin.asked_stats())))
+    shared.took_of_logits("cross_entropy", target.numel(), _ignored(target, options))
+    return shared.without_stats(_of_values(input, target, options | shared.asked_stats(), "cross_entropy"))
 
 
 def nll_loss(
@@ -58,21 +60,21 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     *,
-    origin: Origin,
+    shared: SharedState,
 ) -> Any:
     """`F.nll_loss` of deferred logits: the cross entropy, if they are log-probabilities."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    product = input._usable_product()
-    logits = None if product is None else product.before_log_softmax
-    if logits is not None and not target.is_floating_point():
+    if not target.is_floating_point():
         options = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
-        options = origin.settings.extend(options, target)
-        loss = _linear(input, logits, target, options, origin, "nll_loss(log_softmax)")
+        loss = _linear(input, target, shared.settings.extend(options, target), shared, "nll_loss(log_softmax)")
         if loss is not None:
+            shared.used = True
             return loss
-    log_probs = origin.guarded(input.materialize("nll_loss"))
-    return torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
+    log_probs = input.materialize("nll_loss")
+    loss = torch.nn.functional.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
+    shared.guard(loss)
+    return loss
 
 
 def own_cross_entropy(
@@ -80,24 +82,22 @@ def own_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    origin: Origin,
+    shared: SharedState,
     kind: str = "fused_cross_entropy",
     **options: Any,
 ) -> Any:
-    """`fused_cross_entropy(input, target, ...)` with the options of the model that `origin` stands for."""
+    """`fused_cross_entropy(input, target, ...)` with the options that `shared` has."""
     changed = {n: value for n, value in options.items() if isinstance(value, Tensor) or value != _DEFAULTS[n]}
-    options = origin.settings.extend({"ignore_index": -100, **changed, "weight": weight}, target)
-    if hasattr(input, "_product"):
-        if options.get("process_group") is None:
-            linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
-            loss = _linear(input, input._usable_product(), target, linear, origin, kind)
-            if loss is not None:
-                return loss
-        input = input.materialize(kind)
+    options = shared.extended({"ignore_index": -100, **changed, "weight": weight}, target)
+    if hasattr(input, "take_loss") and options.get("process_group") is None:
+        linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
+        loss = _linear(input, target, linear, shared, kind)
+        if loss is not None:
+            return loss
     options.pop("memory_budget", None)
-    origin.took_of_logits(kind, target.numel(), _ignored(target, options))
-    loss = fused_cross_entropy(input, target, **(origin.asked_stats() | options))
-    return loss if "return_stats" in options else origin.without_stats(loss)
+    shared.took_of_logits(kind, target.numel(), _ignored(target, options))
+    loss = _of_values(input, target, shared.asked_stats() | options, kind)
+    return loss if "return_stats" in options else shared.without_stats(loss)
 
 
 def causal_lm_loss(
@@ -108,10 +108,10 @@ def causal_lm_loss(
     ignore_index: Any = -100,
     shift_labels: Tensor | None = None,
     *,
-    origin: Origin,
+    shared: SharedState,
     **options: Any,
 ) -> Any:
-    """`fused_causal_lm_loss(logits, labels, ...)` with the options of the model that `origin` stands for."""
+    """`fused_causal_lm_loss(logits, labels, ...)` with the options that `shared` has."""
     check_vocab_size(vocab_size, logits)
     ids, shifted = ignored_ids(ignore_index), shift_labels is not None
     labels = shift_labels if shift_labels is not None else labels
@@ -122,24 +122,61 @@ def causal_lm_loss(
     options["loss_dtype"] = options.get("loss_dtype") or torch.promote_types(logits.dtype, torch.float32)
     options["normalizer"] = as_normalizer(num_items_in_batch, logits.device)
     options["token_weight"] = None if token_weight is None else token_weight.flatten()
-    options |= {"ignore_index": ids, "origin": origin, "kind": "fused_causal_lm_loss"}
+    options |= {"ignore_index": ids, "shared": shared, "kind": "fused_causal_lm_loss"}
     found = own_cross_entropy(logits.flatten(0, -2), target.flatten(), weight, **options)
     loss, stats = found if isinstance(found, tuple) else (found, None)
     loss = loss.view(shape) if loss.dim() else loss
     return loss if stats is None else (loss, LossStats(*(t.view(shape) if t.dim() else t for t in stats)))
 
 
-def _linear(input: Any, product: Any, target: Tensor, options: dict[str, Any], origin: Origin, kind: str) -> Any:
+def _linear(input: Any, target: Tensor, options: dict[str, Any], shared: SharedState, kind: str) -> Any:
     """The linear loss, None where it cannot express these logits."""
-    if product is None:
-        return None
-    loss = product.cross_entropy(target, origin.asked_stats() | options)
+    asked = "return_stats" in options
+    options = shared.asked_stats() | options
+    of_log_probs = kind == "nll_loss(log_softmax)"
+    tensors = {"target": target, **options}
+    names = [name for name, value in tensors.items() if isinstance(value, Tensor) and value.requires_grad]
+
+    def lean(form: Any, *given: Tensor) -> Any:
+        form = log_softmax_of(form) if of_log_probs else form
+        return None if form is None else affine.cross_entropy(form, **_with(given))
+
+    def dense(values: Tensor, *given: Tensor) -> Any:
+        return (_nll if of_log_probs else _on_logits)(values, **_with(given))
+
+    def _with(given: tuple[Tensor, ...]) -> dict[str, Any]:
+        replaced = {**tensors, **dict(zip(names, given, strict=True))}
+        return {"target": replaced.pop("target"), "options": replaced}
+
+    loss = input.take_loss(lean, dense, [tensors[name] for name in names])
     if loss is None:
         return None
-    origin.took(kind, product.rows, _ignored(target, options))
-    if "return_stats" in options:
-        return input._connected(loss[0]), loss[1]
-    return input._connected(origin.without_stats(loss))
+    shared.took(kind, input.shape.numel() // max(1, input.classes), _ignored(target, options))
+    return loss if asked else shared.without_stats(loss)
+
+
+def _on_logits(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
+    options = {name: value for name, value in options.items() if name != "memory_budget"}
+    return fused_cross_entropy(values, target, **options)
+
+
+def _nll(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
+    """The loss of log-probabilities. Their normaliser is 0, so that a loss of logits with options is theirs, too."""
+    ids = ignored_ids(options["ignore_index"])
+    if options.keys() <= {"weight", "ignore_index", "reduction", "memory_budget", "backend"} and len(ids) == 1:
+        return torch.nn.functional.nll_loss(
+            values, target, options.get("weight"), ignore_index=ids[0], reduction=options["reduction"]
+        )
+    return _on_logits(values, target, options)
+
+
+def _of_values(input: Any, target: Tensor, options: dict[str, Any], kind: str) -> Any:
+    """The loss of logits, which are computed if they are deferred."""
+    if not hasattr(input, "take_loss"):
+        return fused_cross_entropy(input, target, **options)
+    values = input.materialize(kind)
+    with getattr(input, "saving", contextlib.nullcontext)():
+        return fused_cross_entropy(values, target, **options)
 
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..losses.causal_lm import fused_causal_lm_loss
+from .expression import log_softmax_of
 from .logits import defer
 from .loss import LOSSES
-from .origin import Origin
 from .product import product_of
 from .sharded import defer_sharded, is_sharded
+from .shared_state import SharedState
 from .traced import TracedLogits
 
 _MATMULS = ("matmul", "__matmul__")
@@ -22,34 +23,18 @@ _MATMULS = ("matmul", "__matmul__")
 class LossMode(TorchFunctionMode):
     """Defers the product with a head of `classes` rows; with `classes=None`, there is no head, and nothing is deferred.
 
-    The options of the origin's settings are added to the cross entropies over that many classes, or over any number
-    without a head.
+    The options of the settings are added to the cross entropies over that many classes, or over any number
+    without a head. It is entered and left by one function: around the call of a head that is no plain linear layer,
+    around a forward that calls no head that defers by itself, and where torch.compile traces.
     """
 
-    def __init__(self, classes: int | None, origin: Origin) -> None:
+    def __init__(self, classes: int | None, shared: SharedState, head: Any = None, weights: Any = None) -> None:
+        """`weights` are those with which `F.linear` is deferred, if there are others (of a model inside) to leave."""
         super().__init__()
+        self.weights = weights
         self.classes = classes
-        self.origin = origin
-        self.active = False
-
-    def start(self) -> None:
-        if not self.active:
-            self.active = True
-            self.__enter__()
-
-    def stop(self) -> None:
-        if self.active:
-            self.active = False
-            self.__exit__(None, None, None)
-
-    def check_used(self, name: str) -> None:
-        """Raises an error if no loss took the options of the model."""
-        given = self.origin.settings.changes
-        if not self.origin.used and given:
-            raise RuntimeError(
-                f"{given}: given to patch_model, but the forward of {name} took no cross entropy over the head's "
-                "classes that could use it; unpatch_model(model) and give it to the loss yourself"
-            )
+        self.shared = shared
+        self.head = head
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,38 +49,36 @@ class LossMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
-        if self.classes is None or weight.shape[0] != self.classes:
+        others = self.weights is not None and all(weight is not known for known in self.weights)
+        if self.classes is None or weight.shape[0] != self.classes or others:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
-            self.origin.deferred = True
-            return defer_sharded(input, weight, bias, self.origin)
-        if not _can_defer(input, weight, bias):
+            return defer_sharded(input, weight, bias, self.shared)
+        if not can_defer(input, weight, bias):
             return func(input, weight, bias)
         return self._deferred(input, weight, bias)
 
     def _matmul(self, func: Any, input: Any, other: Any) -> Any:
         """Recognises an embedding that is used as a projection: h @ embedding.weight.T."""
-        if other.dim() != 2 or other.shape[1] != self.classes or not _can_defer(input, other, None):
+        if other.dim() != 2 or other.shape[1] != self.classes or not can_defer(input, other, None):
             return func(input, other)
         return self._deferred(input, other.t(), None)
 
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        self.origin.deferred = True
         if torch.compiler.is_compiling():
+            self.shared.deferred = True
             return TracedLogits(product_of(hidden, weight, bias))
-        return defer(hidden, weight, bias, self.origin)
+        self.shared.head_deferred = self.shared.head_deferred or self.head is not None
+        return defer(hidden, weight, bias, self.shared, self.head)
 
     def _loss(self, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        deferred = hasattr(input, "_product")
         classes = input.shape[-1 if func is fused_causal_lm_loss else input.dim() > 1]
-        is_head = deferred or self.classes is None or classes == self.classes
-        if not is_head:
+        if not hasattr(input, "take_loss") and self.classes is not None and classes != self.classes:
             return func(input, *args, **kwargs)
-        self.origin.used = True
-        return LOSSES[func](input, *args, origin=self.origin, **kwargs)
+        return LOSSES[func](input, *args, shared=self.shared, **kwargs)
 
 
-def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
+def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
     plain = (Tensor, torch.nn.Parameter)
     tensors = [t for t in (hidden, weight, bias) if t is not None]
     return (
@@ -107,5 +90,4 @@ def _can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
 
 
 def _are_log_probs(input: Any) -> bool:
-    product = input._usable_product() if hasattr(input, "_product") else None
-    return product is not None and product.before_log_softmax is not None
+    return log_softmax_of(getattr(input, "_form", None)) is not None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .expression import ELEMENTWISE, Expression, can_record, describe, last_dim, made
-from .origin import Origin
-from .product import Product
-from .tiles import by_tiles
+from . import affine
+from .expression import Expression, Form, is_form, is_of_classes, log_softmax_of, products_of
+from .operations import ELEMENTWISE
+from .recipe import autocast_state
+from .shared_state import SharedState
+from .tiles import by_tiles, rows_of_tile
 
 #: name -> names of its first arguments after the logits
 _SIGNATURES = {
@@ -24,77 +26,93 @@ _SIGNATURES = {
 _NO_ID = torch.iinfo(torch.int32).min
 
 
-def reduce(
-    func: Callable[..., Any],
-    name: str,
-    recipe: Product | Expression,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    origin: Origin,
-) -> Any:
-    """The result of an operation, computed without logits; None if it does not reduce the vocabulary alone."""
-    if name not in _SIGNATURES or not can_record(recipe) or len(args) > len(_SIGNATURES[name]):
+class Reduction(NamedTuple):
+    """An operation that reduces the vocabulary: its keywords, and the index or the number of places it takes."""
+
+    func: Callable[..., Any]
+    name: str
+    kwargs: dict[str, Any]
+    of_index: Tensor | None
+    k: int | None
+
+    def of(self, form: Form, shared: SharedState) -> Any:
+        """The result, computed tile by tile."""
+        budget = shared.settings.options.get("memory_budget")
+        rest = form.dtype, form.product, autocast_state(form.product.hidden.device.type)
+        if self.of_index is not None:
+            one_each, rows = self.of_index.shape[-1] == 1, form.product.rows
+            if one_each and rows > rows_of_tile(form.shape[-1], budget):
+                found = _at(form, self.of_index, shared)
+                if found is not None:
+                    return found.to(form.dtype)
+            return by_tiles(Expression(torch.gather, self.name, (form, -1, self.of_index), {}, *rest), budget)
+        args: Any = (form, -1) if self.k is None else (form, self.k, -1)
+        found = by_tiles(Expression(self.func, self.name, args, self.kwargs, *rest), budget)
+        return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
+
+    def dense(self, values: Tensor) -> Any:
+        """The result, computed from all values."""
+        if self.of_index is not None:
+            return values.gather(-1, self.of_index)
+        return self.func(values, -1, **self.kwargs) if self.k is None else self.func(values, self.k, -1, **self.kwargs)
+
+
+def reduction(func: Callable[..., Any], name: str, form: Form, args: Any, kwargs: dict[str, Any]) -> Reduction | None:
+    """The operation, if it reduces the vocabulary alone; None otherwise."""
+    if name not in _SIGNATURES or not _has_tiles(form) or len(args) > len(_SIGNATURES[name]):
         return None
-    names = _SIGNATURES[name]
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if not last_dim(recipe, kwargs.pop("dim", -1 if name == "topk" else None)) or "out" in kwargs:
+    kwargs = {**dict(zip(_SIGNATURES[name], args, strict=False)), **kwargs}
+    if not is_of_classes(form, kwargs.pop("dim", -1 if name == "topk" else None)):
         return None
     index = kwargs.pop("index", kwargs.pop("indices", None))
-    if name in ("gather", "take_along_dim") and not _picks_classes(index, recipe, kwargs):
+    if name in ("gather", "take_along_dim") and not _picks_classes(index, form, kwargs):
         return None
     if any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
-    product = recipe if isinstance(recipe, Product) else recipe.product
-    budget = origin.settings.options.get("memory_budget")
-    kind = f"{name}({describe(recipe)})"
-    if index is not None:
-        found = _at(recipe, index, origin) if index.shape[-1] == 1 else None
-        if found is None:
-            found = by_tiles(made(torch.gather, name, (recipe, -1, index), {}), budget)
-        else:
-            found = found.to(recipe.dtype)
-    else:
-        position = kwargs.pop("k", None)
-        first = (recipe, -1) if position is None else (recipe, position, -1)
-        found = by_tiles(made(func, name, first, kwargs), budget)
-    origin.took(kind, product.rows)
-    if isinstance(found, tuple):
-        values = [origin.guarded(value) for value in found]
-        return getattr(torch.return_types, name)(values)
-    return origin.guarded(found)
+    return Reduction(func, name, kwargs, index, kwargs.pop("k", None))
 
 
-def _picks_classes(index: Any, recipe: Product | Expression, others: dict[str, Any]) -> bool:
+def _has_tiles(form: Form) -> bool:
+    """Whether the logits have rows, with more than one class each, that are computed from plain tensors."""
+    shape = form.shape
+    plain = all(p.layout == "plain" for p in products_of(form))
+    return len(shape) > 1 and shape[-1] > 1 and plain and not form.classes_second
+
+
+def _picks_classes(index: Any, form: Form, others: dict[str, Any]) -> bool:
     """Whether this is an index of some classes for every row."""
     is_index = isinstance(index, Tensor) and index.dim() > 1
-    return is_index and index.shape[:-1] == recipe.shape[:-1] and not others
+    return is_index and index.shape[:-1] == form.shape[:-1] and not others
 
 
-def _at(recipe: Any, index: Tensor, origin: Origin) -> Any:
-    """`recipe.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
+def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
+    """`form.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
-    Elementwise operations commute with gather: they are applied to numbers that were gathered.
+    It is for logits of more than one tile. In one tile, a gather is a part of what others see, to the last bit. Here,
+    log-probabilities are the fused function's. Elementwise operations commute with gather: they are applied to numbers
+    that were gathered. Logits themselves are gathered from the tiles that every reader of them sees.
     """
-    if isinstance(recipe, Product):
-        before = recipe.before_log_softmax
-        return recipe.at(index) if before is None else _log_probs(before, index, origin)
-    if isinstance(recipe, Tensor) and recipe.dim() > 0:
-        if recipe.shape[-1] == 1:
-            return recipe
-        return recipe[index] if recipe.dim() == 1 else recipe.gather(-1, index)
-    if not isinstance(recipe, Expression):
-        return recipe
-    if recipe.name == "softmax" and isinstance(recipe.args[0], Product) and not recipe.kwargs:
-        log_probs = _log_probs(recipe.args[0], index, origin)
+    if isinstance(form, Tensor) and form.dim() > 0:
+        if form.shape[-1] == 1:
+            return form
+        return form[index] if form.dim() == 1 else form.gather(-1, index)
+    if not is_form(form):
+        return form
+    if (logits := log_softmax_of(form)) is not None:
+        return _log_probs(logits, index, shared)
+    if not isinstance(form, Expression):
+        return None
+    if form.name == "softmax" and not form.kwargs:
+        log_probs = _log_probs(form.args[0], index, shared)
         return None if log_probs is None else log_probs.exp()
-    if recipe.name not in ELEMENTWISE and f"__{recipe.name}__" not in ELEMENTWISE:
+    if form.name not in ELEMENTWISE and f"__{form.name}__" not in ELEMENTWISE and form.name != "to":
         return None
-    args = [_at(a, index, origin) for a in recipe.args]
-    if any(found is None and a is not None for found, a in zip(args, recipe.args, strict=True)):
+    args = [_at(a, index, shared) for a in form.args]
+    if any(found is None and a is not None for found, a in zip(args, form.args, strict=True)):
         return None
-    return recipe.func(*args, **recipe.kwargs)
+    return form.func(*args, **form.kwargs)
 
 
-def _log_probs(logits: Product, index: Tensor, origin: Origin) -> Any:
-    given = {k: v for k, v in origin.settings.options.items() if k in ("memory_budget", "backend")}
-    return logits.log_probs(index, {"ignore_index": _NO_ID, **given})
+def _log_probs(logits: Form, index: Tensor, shared: SharedState) -> Any:
+    given = {k: v for k, v in shared.settings.options.items() if k in ("memory_budget", "backend")}
+    return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **given})

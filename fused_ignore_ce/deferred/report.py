@@ -69,10 +69,7 @@ class FusionReport:
                 lines.append(f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {ignored}")
         lines += [f"logits read by {reader}: {times} times" for reader, times in self.reads.items()]
         if not lines:
-            return (
-                "no loss was taken of this model's logits, and nothing read them "
-                "(is it patched? a loss after a forward without labels needs without_labels=True)"
-            )
+            return "no loss was taken of this model's logits, and nothing read them (is it patched?)"
         if not self.reads:
             lines.append("logits read: never")
         return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])
@@ -88,11 +85,11 @@ class Recorder:
         self.bytes = 0
 
     def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
-        """Counts one call. `ignored` is a 0-d tensor, or None if ignored tokens are not counted."""
+        """Counts one call. `ignored` is a 0-d tensor; on the meta device, or if it is None, none are counted."""
         counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
         counts[0] += 1
         counts[1] += tokens
-        if ignored is not None:
+        if ignored is not None and not ignored.is_meta:
             before = counts[2].get(ignored.device)
             counts[2][ignored.device] = ignored if before is None else before + ignored
 

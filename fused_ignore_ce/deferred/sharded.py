@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logits import DeferredLogits, make
-from .origin import Origin
-from .product import product_of
+from .forms import LAYOUT
+from .logits import DeferredLogits, deferred_product
+from .making import made
+from .product import Product, product_of
+from .recipe import Recipe
+from .shared_state import SharedState
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
@@ -38,10 +41,11 @@ def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def defer_sharded(hidden: Any, weight: Any, bias: Any, origin: Origin | None = None) -> DeferredLogits:
-    """`F.linear` of DTensors, deferred."""
+def defer_sharded(hidden: Any, weight: Any, bias: Any, shared: SharedState | None = None) -> DeferredLogits:
+    """`F.linear` of DTensors, deferred. The shards stay, so that its losses need no call of the head."""
     product = product_of(hidden.to_local(), weight, bias)._replace(layout="sharded")
-    return make(product, cls=DeferredDTensor, origin=origin)
+    logits: DeferredLogits = deferred_product(product, shared, None, DeferredDTensor)
+    return logits
 
 
 class DeferredDTensor(DeferredLogits):
@@ -55,15 +59,15 @@ class DeferredDTensor(DeferredLogits):
 
     @property
     def device_mesh(self) -> Any:
-        return self._product.weight.device_mesh
+        return self._form.product.weight.device_mesh
 
     @property
     def placements(self) -> tuple[Any, ...]:
         from torch.distributed.tensor import Replicate, Shard
 
-        last = Replicate() if self._product.layout == "replicated" else Shard(1 if self._product.classes_second else -1)
-        weight: Any = self._product.weight
-        return self._normalized(p if isinstance(p, Replicate) else last for p in weight.placements)
+        product = self._form.product
+        last = Replicate() if product.layout == "replicated" else Shard(1 if product.classes_second else -1)
+        return self._normalized(p if isinstance(p, Replicate) else last for p in product.weight.placements)
 
     def _normalized(self, placements: Iterable[Any]) -> tuple[Any, ...]:
         from torch.distributed.tensor import Shard
@@ -77,21 +81,20 @@ class DeferredDTensor(DeferredLogits):
         given = (device_mesh, placements)
         if placements is not None and self._normalized(placements) == self.placements:
             return self
-        product = None if placements is None or self._product.classes_second else self._usable_product()
-        if product is None or not all(isinstance(p, Replicate) for p in placements):
+        is_product = isinstance(self._form, Product) and not self._form.classes_second and self._can_be_fused()
+        if not is_product or placements is None or not all(isinstance(p, Replicate) for p in placements):
             return self._computed().redistribute(*given, **kwargs)
-        replicated = product._replace(layout="replicated")
-        return make(replicated, self, (DTensor.redistribute, given, kwargs), cls=DeferredDTensor)
+        return self._relaid(DTensor.redistribute, "replicated", given, kwargs, DeferredDTensor)
 
     def to_local(self, **kwargs: Any) -> Tensor:
         """The local tensor, as a DTensor gives it. For replicated logits it is deferred too."""
         from torch.distributed.tensor import DTensor
 
-        product = self._usable_product()
-        if product is None or product.layout != "replicated":
+        if not self._can_be_fused() or not isinstance(self._form, Product) or self._form.layout != "replicated":
             local: Tensor = self._computed().to_local(**kwargs)
             return local
-        return make(product._replace(layout="gathered"), self, (DTensor.to_local, (), kwargs), cls=DeferredLogits)
+        gathered: Tensor = self._relaid(DTensor.to_local, "gathered", (), kwargs, DeferredLogits)
+        return gathered
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
         """The whole tensor, as a DTensor gives it, but deferred."""
@@ -100,6 +103,11 @@ class DeferredDTensor(DeferredLogits):
         replicated = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
         gathered: Tensor = replicated.to_local(**kwargs)
         return gathered
+
+    def _relaid(self, func: Any, layout: str, args: Any, kwargs: dict[str, Any], cls: Any) -> Any:
+        """The same logits in another layout over the ranks."""
+        recipe = Recipe(func, f"{LAYOUT}{layout}", (self, *args), kwargs)
+        return made(cls, recipe, self._form._replace(layout=layout), self._meta, self._device, self._shared)
 
     def _computed(self) -> Any:
         return self.materialize("redistribute")

@@ -1,4 +1,4 @@
-"""Evaluates reductions of logits a tile of rows at a time; backward computes the tiles again."""
+"""Evaluates logits and their reductions a tile of rows at a time; backward computes the tiles again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .expression import Expression, evaluate, leaves, substitute
-from .graph import refuse_create_graph
+from .expression import Expression, Form, evaluate, leaves, substitute
+from .saving import without_memory
 
 #: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
 TILE_BYTES, TENSORS = 2**26, 8
 
 
 class _Work(NamedTuple):
-    reduction: Expression  # on detached tensors, which are replaced by those of each tile
-    places: list[int]  # the ids of the detached tensors
+    form: Form  # of tensors without memory, which are replaced by those of each tile
+    places: list[int]  # the ids of these tensors
     by_rows: list[bool]
     rows: int
     tile: int
@@ -26,7 +26,7 @@ class _Work(NamedTuple):
         return [t[start:stop] if sliced else t for t, sliced in zip(tensors, self.by_rows, strict=True)]
 
     def value(self, tile: list[Tensor]) -> list[Tensor]:
-        found = evaluate(substitute(self.reduction, dict(zip(self.places, tile, strict=True))), {})
+        found = evaluate(substitute(self.form, dict(zip(self.places, tile, strict=True)), False), {})
         return [found] if isinstance(found, Tensor) else list(found)
 
     @property
@@ -34,21 +34,48 @@ class _Work(NamedTuple):
         return range(0, max(1, self.rows), self.tile)
 
 
-def by_tiles(reduction: Expression, memory_budget: int | None) -> Tensor | tuple[Tensor, ...]:
-    """The value of an expression whose last operation reduces the vocabulary, with the rows' dimensions in front."""
-    lead, V = reduction.shape[:-1], reduction.shape[-1]
-    rows = lead.numel()
-    found = {id(t): (t, sliced) for t, sliced in leaves(reduction)}
-    tensors = [t.reshape(rows, t.shape[-1]) if sliced else t for t, sliced in found.values()]
-    detached = [t.detach() for t in tensors]
+def rows_of_tile(classes: int, memory_budget: int | None) -> int:
     size = TILE_BYTES if memory_budget is None else memory_budget // TENSORS
+    return max(1, size // (4 * max(classes, 1)))
+
+
+def _work_on(form: Form, memory_budget: int | None) -> tuple[_Work, list[Tensor]]:
+    """The work for a form, and the tensors that its tiles are taken of, whose first dimension is that of the rows."""
+    product, found = form.product, {id(t): (t, sliced) for t, sliced in leaves(form)}
+    rows = product.rows
+    tensors = [t.reshape(rows, t.shape[-1]) if sliced else t for t, sliced in found.values()]
+    shapes = [without_memory(t) for t in tensors]
     work = _Work(
-        substitute(reduction, dict(zip(found, detached, strict=True))),
-        [id(t) for t in detached],
+        substitute(form, dict(zip(found, shapes, strict=True))),
+        [id(t) for t in shapes],
         [sliced for _, sliced in found.values()],
         rows,
-        max(1, size // (4 * V)),
+        rows_of_tile(product.weight.shape[0], memory_budget),
     )
+    return work, tensors
+
+
+def all_logits(form: Form, memory_budget: int | None) -> Tensor:
+    """The logits of a form, from the same tiles as their reductions: a logit is the same number in both."""
+    product = form.product
+    if product.layout != "plain" or not product.rows:
+        found = form.logits()
+    else:
+        work, tensors = _work_on(form, memory_budget)
+        (found,) = work.value(work.tile_of(tensors, 0))
+        if work.tile < work.rows:
+            first, found = found, found.new_empty(work.rows, found.shape[-1])
+            found[: work.tile] = first
+            for start in work.starts[1:]:
+                (found[start : start + work.tile],) = work.value(work.tile_of(tensors, start))
+        found = found.view(*product.hidden.shape[:-1], found.shape[-1])
+    return found.movedim(-1, 1) if form.classes_second else found
+
+
+def by_tiles(reduction: Expression, memory_budget: int | None) -> Tensor | tuple[Tensor, ...]:
+    """The value of an expression whose last operation reduces the vocabulary, with the rows' dimensions in front."""
+    lead = reduction.product.hidden.shape[:-1]
+    work, tensors = _work_on(reduction, memory_budget)
     values = _Tiles.apply(work, *tensors)
     values = tuple(value.view(*lead, *value.shape[1:]) for value in values)
     return values[0] if len(values) == 1 else values
@@ -67,7 +94,6 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        refuse_create_graph()
         work, tensors = ctx.work, list(ctx.saved_tensors)
         needed = ctx.needs_input_grad[1:]
         given = [(i, g) for i, g in enumerate(upstream) if g is not None]

@@ -1,6 +1,6 @@
 """One call for any transformers model: its loss is computed by this package, without logits where possible.
 
-While the forward of a patched model runs with labels, the product of hidden states and head is deferred. Any cross
+The head of a patched model defers its product whenever gradients are enabled, or its forward is given labels. Any cross
 entropy of these logits is computed by this package, in the forward or later. No model is named, no forward is copied.
 """
 
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.optional_packages import needed
-from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
-from ..core.unknown_keywords import unknown_keyword
-from ..deferred.forward import has_head, is_label, patched_forward, process_wide, recorder_of
-from ..deferred.origin import Settings
+from ..deferred.heads import PATCH, REPLACED, Patch, make_head, own_class, replaced_class, unmake
 from ..deferred.report import FusionReport
-
-_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "zero_if_all_ignored", "backend")
+from ..deferred.settings import settings_of
+from .forward import is_label, output_embeddings, patched_forward, process_wide, recorder_of
 
 
 def patch_model(
@@ -29,23 +27,26 @@ def patch_model(
     *,
     ignore_index: int | Collection[int] | None = None,
     memory_budget: int | str | None = None,
-    without_labels: bool = False,
+    without_labels: bool | None = None,
     return_stats: bool = False,
+    keep_logits: bool = False,
     **loss_options: Any,
 ) -> nn.Module:
-    """Lets a transformers model take its loss from hidden states and head, whenever it is called with labels.
+    """Lets losses of a transformers model be taken from hidden states and head, in its forward or afterwards.
 
     Equivalent to the same model with `F.cross_entropy(logits, labels, ...)` replaced by
-    `fused_linear_cross_entropy(hidden, head.weight, labels, ...)`: loss and gradients are the same.
+    `fused_linear_cross_entropy(hidden, head.weight, labels, ...)`: loss and gradients are the same. This is
+    `defer_logits` of the model's head, and what the forwards of transformers need beside it.
 
     Args:
         model: a `PreTrainedModel`, or a module that holds one (PEFT, DDP, torch.compile's). Changed in place.
         ignore_index: an id or a collection of ids to ignore, beside those that the model ignores (-100).
         memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
-        without_labels: also defer the logits of forwards with gradients that get no labels, in training mode or not
-            (`from_pretrained` returns models that are not), so that a loss which is taken of `outputs.logits`
-            afterwards is fused.
+        without_labels: not needed any more: the logits of every forward with gradients are deferred, with labels or
+            without. Giving it is a DeprecationWarning.
         return_stats: `outputs.loss_stats` is then the `LossStats` of the loss that the forward took.
+        keep_logits: compute logits that somebody still holds when an optimizer steps. Without it, they cannot be read
+            after the step, since the head has changed.
         loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
             `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the forward
             and after it.
@@ -56,44 +57,46 @@ def patch_model(
     Raises:
         TypeError: no transformers model; a misspelled option.
         ValueError, RuntimeError: a model without a head; an option out of its range. In a forward: RuntimeError where
-            the model takes no cross entropy that the given options could apply to, and where it is trained without
-            labels, with options, and not by `without_labels=True`. ValueError where `ignore_index` ignores a token of
+            the model takes no cross entropy that the given options could apply to, and where it is called without
+            labels, with options, and its head is no matrix product. ValueError where `ignore_index` ignores a token of
             a loss that is asked for as a sum, whose divisor somebody else counts (`num_items_in_batch`):
             `IgnoreTokens` is what to do. In a backward: RuntimeError where a loss was taken of the logits by other
             means than a cross entropy, which the options did not reach.
 
     Note:
-        Generation, and forwards without labels and gradients, run the model's own code. Patching again replaces the
-        options. A model that was saved and loaded again is not patched.
+        Generation, and other forwards without labels and gradients, run the model's own code. Patching again replaces
+        the options. A model that was saved and loaded again is not patched.
     """
-    settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
+    _needless(without_labels)
+    settings = settings_of("patch_model", ignore_index, memory_budget, return_stats, loss_options, keep_logits)
     models = _transformers_models(model)
-    if not any(map(has_head, models)) and not any(map(_takes_labels, models)):
+    heads = [output_embeddings(inner) for inner in models]
+    if not any(heads) and not any(map(_takes_labels, models)):
         raise ValueError(
             f"model: expected a model with a head, whose loss can be taken, got {type(models[0]).__name__}, which has "
             "no output embeddings and whose forward takes no labels; patch the model around it (...ForCausalLM, say)"
         )
-    for inner in models:
-        recorder_of(inner, fresh=True)
-        cls: Any = type(inner)
-        if not hasattr(cls, "_fused_ignore_ce_of"):
-            inner.__class__ = _patched_class(cls)
+    for inner, head in zip(models, heads, strict=True):
+        if own_class(inner) is None:
+            cls: Any = type(inner)
+            inner.__class__ = replaced_class(cls, _of_model)
             if "forward" in inner.__dict__:
                 inner.forward = inner.__dict__["forward"]
-        inner._fused_ignore_ce = settings
+        inner.__dict__[PATCH] = patch = Patch(settings)
+        if head is not None:
+            make_head(head, patch)
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
-    for inner in _transformers_models(model):
-        inner.__dict__.pop("_fused_ignore_ce", None)
-        cls: Any = type(inner)
-        if "_fused_ignore_ce_of" in cls.__dict__:
-            inner.__class__ = cls._fused_ignore_ce_of
-            own = inner.__dict__.get("forward")
-            if own is not None:
-                inner.__dict__["forward"] = own.__func__._fused_ignore_ce_of
+    patches = {inner.__dict__.get(PATCH) for inner in _transformers_models(model)} - {None}
+    for module in model.modules():
+        own = module.__dict__.get("forward")
+        if own is not None and hasattr(own, "__func__") and hasattr(own.__func__, REPLACED):
+            module.__dict__["forward"] = own.__func__.__dict__[REPLACED]
+        if module.__dict__.get(PATCH) in patches or PATCH not in module.__dict__:
+            unmake(module)
     return model
 
 
@@ -101,19 +104,22 @@ def fusion_report(model: nn.Module) -> FusionReport:
     """The report on a model's logits since it was patched: the losses that were fused, and what read the logits.
 
     Args:
-        model: a patched model, or a module that holds one.
+        model: a patched model, a model whose head was given to `defer_logits`, or a module that holds one.
 
     Returns:
         A `FusionReport`, which prints as a table.
 
     Raises:
-        TypeError: no transformers model.
+        TypeError: neither a transformers model nor one with a head that defers.
 
     Note:
         Counting does not wait for the device; this function does.
     """
-    reports = [recorder_of(inner).report() for inner in _transformers_models(model)]
-    total = reports[0]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    recorders = [m.__dict__[PATCH].recorder for m in modules if PATCH in m.__dict__]
+    recorders = recorders or [recorder_of(inner) for inner in _transformers_models(model)]
+    reports = [recorder.report() for recorder in dict.fromkeys(recorders)]
+    total: FusionReport = reports[0]
     for other in reports[1:]:
         total.add(other)
     return total
@@ -134,13 +140,16 @@ class patch_transformers:  # a function that is also a context manager
         *,
         ignore_index: int | Collection[int] | None = None,
         memory_budget: int | str | None = None,
-        without_labels: bool = False,
+        without_labels: bool | None = None,
         return_stats: bool = False,
+        keep_logits: bool = False,
         **loss_options: Any,
     ) -> None:
-        settings = _settings(ignore_index, memory_budget, without_labels, return_stats, loss_options)
+        _needless(without_labels)
         self._before = process_wide.settings
-        process_wide.settings = settings
+        process_wide.set(
+            settings_of("patch_transformers", ignore_index, memory_budget, return_stats, loss_options, keep_logits)
+        )
         _patch_classes()
 
     def __enter__(self) -> patch_transformers:
@@ -149,13 +158,13 @@ class patch_transformers:  # a function that is also a context manager
     def __exit__(self, *exc: object) -> None:
         unpatch_transformers()
         if self._before is not None:
-            process_wide.settings = self._before
+            process_wide.set(self._before)
             _patch_classes()
 
 
 def unpatch_transformers() -> None:
     """Undoes `patch_transformers`; models patched by `patch_model` stay patched."""
-    process_wide.settings = None
+    process_wide.set(None)
     while _PATCHED_CLASSES:
         cls, name, original = _PATCHED_CLASSES.pop()
         if original is None:
@@ -164,27 +173,15 @@ def unpatch_transformers() -> None:
             setattr(cls, name, original)
 
 
-def _settings(
-    ignore_index: Any, memory_budget: Any, without_labels: Any, return_stats: Any, loss_options: dict[str, Any]
-) -> Settings:
-    for name, value in (("without_labels", without_labels), ("return_stats", return_stats)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-    for name in loss_options:
-        if name not in _OPTIONS:
-            known = ("ignore_index", "memory_budget", "without_labels", "return_stats", *_OPTIONS)
-            raise TypeError(unknown_keyword("patch_model", name, known))
-    given = {name: value for name, value in loss_options.items() if value is not None}
-    LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
-    ReductionOptions(zero_if_all_ignored=given.get("zero_if_all_ignored", False)).checked()
-    check_backend(given.get("backend", "auto"))
-    memory_budget = budget_bytes(memory_budget)
-    if "weight" in given and not isinstance(given["weight"], Tensor):
-        raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")
-    if memory_budget is not None:
-        given["memory_budget"] = memory_budget
-    ids = () if ignore_index is None else ignored_ids(ignore_index)
-    return Settings(ids, given, without_labels, return_stats)
+def _needless(without_labels: Any) -> None:
+    if without_labels is not None:
+        if not isinstance(without_labels, bool):
+            raise TypeError(f"without_labels: expected True or False, got {without_labels!r}")
+        warnings.warn(
+            "without_labels: leave it out; logits of all forwards with gradients are deferred, with labels or without",
+            DeprecationWarning,
+            stacklevel=3,
+        )
 
 
 def _transformers_models(model: Any) -> list[Any]:
@@ -206,24 +203,16 @@ def _takes_labels(model: nn.Module) -> bool:
     return any(map(is_label, inspect.signature(model.forward).parameters))
 
 
-@functools.cache
-def _patched_class(cls: type) -> type:
-    """A subclass of the same name whose forward is patched; instances pickle and copy as such."""
-    body = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": _reduce,
-        "_fused_ignore_ce_of": cls,
-        "forward": patched_forward(cls.forward),  # type: ignore[attr-defined]  # of a module class
-        "__setattr__": _set_attribute,
-    }
-    return type(cls)(cls.__name__, (cls,), body)
+def _of_model(cls: Any) -> dict[str, Any]:
+    """What the class of a patched model has instead of its own."""
+    return {"forward": patched_forward(cls.forward), "__setattr__": _set_attribute}
 
 
 def _set_attribute(self: Any, name: str, value: Any) -> None:
-    """Patches a forward that other code (accelerate, TRL) sets on the instance."""
-    super(_own_class(self), self).__setattr__(name, _patched_method(self, value) if name == "forward" else value)
+    """Patches a forward that other code (accelerate, TRL) sets on the instance; what is compiled calls the patched."""
+    if name == "forward" and not hasattr(value, "_torchdynamo_orig_callable"):
+        value = _patched_method(self, value)
+    super(own_class(self), self).__setattr__(name, value)
 
 
 def _patched_method(model: Any, forward: Any) -> Any:
@@ -233,24 +222,8 @@ def _patched_method(model: Any, forward: Any) -> Any:
         called: Any = functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs))
         called._fused_ignore_ce_set = forward
         patched = patched_forward(called)
-    patched._fused_ignore_ce_of = forward
+    setattr(patched, REPLACED, forward)
     return MethodType(patched, model)
-
-
-def _own_class(model: Any) -> Any:
-    """The patched class: the model's own, or the base that a sharding wrapper (FSDP2) derived the model's from."""
-    return next(cls for cls in type(model).__mro__ if "_fused_ignore_ce_of" in cls.__dict__)
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    cls = _own_class(self)
-    _, args, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
-    return _rebuild, (cls._fused_ignore_ce_of, *args[1:]), *rest
-
-
-def _rebuild(cls: type, *args: Any) -> Any:
-    patched = _patched_class(cls)
-    return patched.__new__(patched, *args)
 
 
 #: (class, attribute, what it was; None if it was inherited)
@@ -283,7 +256,7 @@ def _patch_classes() -> None:
 def _patch_class(cls: Any) -> None:
     from transformers import PreTrainedModel
 
-    if "_fused_ignore_ce_of" in cls.__dict__:
+    if REPLACED in cls.__dict__:
         return
     owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
     if owner is cls or (not issubclass(owner, PreTrainedModel) and owner is not nn.Module):  # its own, or a mixin's

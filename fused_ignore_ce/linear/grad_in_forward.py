@@ -17,6 +17,7 @@ from ..core.options import flatten, unflatten
 from ..core.reduction import scaled_total
 from ..core.rows import RowResults, fake_results
 from .calls import CALL_SCHEMA, OPERANDS, OPERANDS_SCHEMA, LinearCall, refuse_create_graph, tiles_of
+from .flops import tell_counters
 from .gradients import Wanted
 from .sweep import Scale, losses_and_gradients
 from .tiles import Operands
@@ -128,5 +129,6 @@ def sum_function(h: Tensor) -> Callable[..., Any]:
 
 
 def _traced(*args: Any) -> Any:
+    tell_counters()
     *tensors, wanted, call = args
     return _operator(*tensors, *wanted[:3], *flatten(call))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice as backends
-from ..core.eager import is_plain, refuse_transforms
+from ..core.eager import autocasts, is_plain, refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes
 from ..core.reduction import (
     Scales,
@@ -127,7 +127,7 @@ def linear_problem(
     if reduction.reduction != "none":
         row_scales = scales(targets, reduction, options.z_loss, shares)
     dtype = input.dtype
-    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
+    if autocasts(input.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
     call = LinearCall(
         options,

@@ -15,6 +15,7 @@ from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, unflatten
 from ..core.rows import RESULTS_SCHEMA, RowResults, Saved, Upstream, block_of, fake_results
 from .calls import CALL_SCHEMA, OPERANDS, OPERANDS_SCHEMA, LinearCall, refuse_create_graph, tiles_of, tiles_of_backward
+from .flops import tell_counters
 from .gradients import Gradients, Wanted
 from .sweep import gradients, losses
 from .tiles import Operands
@@ -128,4 +129,5 @@ def rows_function(h: Tensor) -> Callable[..., Any]:
 
 
 def _traced(*args: Any) -> Any:
+    tell_counters()
     return _rows_operator(*args[:OPERANDS], *flatten(args[OPERANDS]))

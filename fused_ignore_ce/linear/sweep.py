@@ -7,7 +7,8 @@ vocabulary is sharded. There are three walks: `losses`, `gradients` of saved row
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +82,10 @@ def losses_and_gradients(tiles: Tiles, scale: Scale, wanted: Wanted) -> tuple[Ro
         return RowResults.of(found), sums.gradients()
 
 
-def _no_autocast(tiles: Tiles) -> torch.autocast:
+def _no_autocast(tiles: Tiles) -> AbstractContextManager[Any]:
     """Switches autocast off: operands have their dtypes already, and sums have to stay in float32."""
+    if tiles.operands.h.is_meta:
+        return nullcontext()
     return torch.autocast(tiles.operands.h.device.type, enabled=False)
 
 

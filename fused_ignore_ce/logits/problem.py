@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import choose
-from ..core.eager import is_plain, refuse_transforms, wants_grad
+from ..core.eager import autocasts, is_plain, refuse_transforms, wants_grad
 from ..core.options import LossOptions, ReductionOptions
 from ..core.reduction import Targets, finished, loss_dtype_of, prepare_targets, statistics
 from ..core.rows import Logits, acc_dtype, classes_last
@@ -179,7 +179,7 @@ def checked_before(tensors: LogitsTensors, request: Request) -> CheckedCall:
     input, target, weight, token_weight = tensors
     key = (
         form_of(input), form_of(target), form_of(weight), form_of(token_weight), request,
-        torch.is_grad_enabled(), torch.is_autocast_enabled(input.device.type),
+        torch.is_grad_enabled(), autocasts(input.device),
     )  # fmt: skip
     found = _CHECKED.get(key)
     if found is None:

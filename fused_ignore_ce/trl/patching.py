@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.eager import autocasts
 from ..core.optional_packages import needed
 from ..core.options import budget_bytes, check_backend
-from ..deferred.forward import origin_in, recorder_of
+from ..deferred.heads import PATCH, REPLACED
 from ..deferred.product import product_of
+from ..hf.forward import recorder_of, state_in
 from ..hf.patching import patch_model, unpatch_model
 from .per_token import Head, PerToken, per_token
 
@@ -53,7 +55,7 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
     Note:
         An SFTTrainer with loss_type="nll" costs three matrix products of the head's size, other losses four, as their
         gradients are known in backward only. A loss that SFTTrainer takes of logits (`label_smoothing_factor`,
-        `compute_loss_func`) is fused by `patch_model(model, without_labels=True)`, which this calls then, unless the
+        `compute_loss_func`) is fused by `patch_model(model)`, which this calls then, unless the
         model is patched already. A model that was saved and loaded again is not patched.
 
     Examples:
@@ -70,8 +72,8 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
         recorder_of(model, fresh=True)
         if not any(_is(function, __name__, "forward_with_head") for function in _functions(model.forward)):
             model.forward = _with_head(model, _own_forward(model))
-    if _takes_logits(trainer) and (trained in _patched_here or "_fused_ignore_ce" not in trained.__dict__):
-        patch_model(trained, without_labels=True, **options)
+    if _takes_logits(trainer) and (trained in _patched_here or PATCH not in trained.__dict__):
+        patch_model(trained, **options)
         _patched_here.add(trained)
     if not isinstance(utils._ChunkedLogProbFunction, _LogProbs):
         utils._ChunkedLogProbFunction = _LogProbs(utils._ChunkedLogProbFunction)
@@ -190,14 +192,14 @@ def _per_token(
             "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
             "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
         )
-    if not torch.is_autocast_enabled(hidden.device.type):  # as TRL's function, which computes in hidden's dtype
+    if not autocasts(hidden.device):  # as TRL's function, which computes in hidden's dtype
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature)
     found = per_token(head, targets, outputs, call.patch.summed, call.patch.options)
-    origin = origin_in(call.model)
-    origin.size += call.tokens * len(weight) * product_of(hidden, weight, bias).dtype.itemsize
+    shared = state_in(call.model)
+    shared.size += call.tokens * len(weight) * product_of(hidden, weight, bias).dtype.itemsize
     kind = "summed log_probs of TRL" if call.patch.summed else "log_probs of TRL"
-    origin.took(kind, call.tokens, torch.tensor(call.tokens - len(targets)))
+    shared.took(kind, call.tokens, torch.tensor(call.tokens - len(targets)))
     return found
 
 
@@ -207,7 +209,7 @@ def _trl_utils() -> Any:
     if trl.__version__.rpartition(".")[0] not in KNOWN_VERSIONS:
         raise RuntimeError(
             f"trl: expected a release of {', '.join(KNOWN_VERSIONS)}, whose head is known, got {trl.__version__}; "
-            "install one of them, or use patch_model(model, without_labels=True), which needs no known version "
+            "install one of them, or use patch_model(model), which needs no known version "
             "where the trainer takes its loss of the model's logits"
         )
     return needed("trl.trainer.utils", "trl")
@@ -244,7 +246,7 @@ def _is(function: Any, module: str, name: str) -> bool:
 
 def _own_forward(model: Any) -> Any:
     """A model's forward, without what `patch_model` has put around it."""
-    return model.forward._fused_ignore_ce_of if hasattr(type(model), "_fused_ignore_ce_of") else model.forward
+    return getattr(model.forward, REPLACED) if hasattr(type(model), REPLACED) else model.forward
 
 
 def _sums(trainer: Any) -> bool:

@@ -227,14 +227,20 @@ def test_a_freed_head_is_an_error_that_says_what_to_do():
         F.cross_entropy(x, torch.zeros(3, dtype=torch.int64))
 
 
-def test_what_was_said_to_be_contiguous_is():
+def test_strides_are_those_of_computed_logits():
+    x, plain = defer(*head()), F.linear(*head())
+    for view in (lambda x: x, lambda x: x[:, 1:], lambda x: x[:1], lambda x: x.transpose(1, 2), lambda x: x.float()):
+        for then in (lambda x: x, lambda x: x / 2, lambda x: x.softmax(-1), lambda x: x.contiguous()):
+            ours, theirs = then(view(x)), then(view(plain))
+            assert ours.stride() == theirs.stride()
+            assert ours.is_contiguous() == theirs.is_contiguous()
+    ours, theirs = (t.transpose(1, 2).log_softmax(1) for t in (defer(*head()), plain))
+    assert ours.is_contiguous()
+    assert ours.materialize().stride() == theirs.stride()
     x = defer(*head())
-    part, moved = x[:, 1:], x.transpose(1, 2)
-    assert part.is_contiguous()
-    assert not moved.is_contiguous()
-    assert not x.is_materialized
+    part = x[:, 1:]
     x.materialize()
-    assert part.materialize().is_contiguous()
+    assert part.materialize().stride() == part.stride()
     assert torch.equal(part.materialize(), x.materialize()[:, 1:])
 
 
@@ -247,23 +253,34 @@ def test_hooks_see_the_gradient_of_what_is_read():
     torch.testing.assert_close(seen[0], 2 * F.linear(*leaves))
 
 
-def test_a_gradient_that_the_loss_does_not_make_is_an_error():
-    x = defer(*head())
-    F.cross_entropy(x.view(-1, V), torch.zeros(B * T, dtype=torch.int64)).backward()
-    with pytest.raises(RuntimeError, match="unpatch_model"):
+def test_a_gradient_is_retained_before_and_after_a_loss():
+    target = torch.zeros(B * T, dtype=torch.int64)
+    leaves = head()
+    grads = []
+    for linear in (defer, F.linear):
+        x = linear(*leaves)
+        loss = F.cross_entropy(x.view(-1, V), target)
         x.retain_grad()
+        (loss + x.logsumexp(-1).sum()).backward()
+        grads.append(x.grad)
+        assert type(x.grad) is torch.Tensor
+    torch.testing.assert_close(*grads)
     y = defer(*head())
     y.retain_grad()
     y.square().sum().backward()
     torch.testing.assert_close(y.grad, 2 * y.materialize())
 
 
-def test_a_part_that_was_read_and_then_written_is_an_error():
-    x = defer(*head())
-    part = x[:, 1:]
-    assert part.sum().isfinite()
-    with pytest.raises(RuntimeError, match="clone"):
+def test_a_part_that_was_read_and_then_written_is_seen():
+    found = []
+    for linear in (defer, F.linear):
+        torch.manual_seed(0)
+        x = linear(*head()) * 1
+        part = x[:, 1:]
+        assert part.sum().isfinite()
         x[:, 2] = 0.0
+        found.append(part + 0)
+    torch.testing.assert_close(*found)
 
 
 def test_writing_to_the_tensor_that_was_read_is_seen():
@@ -283,8 +300,17 @@ def test_copies_and_files_hold_real_logits():
     for copied in (pickle.loads(pickle.dumps(defer(*leaves).detach())), copy.deepcopy(defer(*leaves).detach())):
         assert type(copied) is torch.Tensor
         assert torch.equal(copied, plain)
+
+
+def test_logits_are_shown_as_their_values():
+    leaves = head()
+    x = defer(*leaves)
+    assert f"{x.detach()}" == str(x.detach()) == repr(F.linear(*leaves).detach())
+    x = defer(*leaves)
+    with torch.no_grad():
+        leaves[1].zero_()
     about = f"shape=({B}, {T}, {V}), dtype=torch.float32, device='cpu'"
-    assert repr(defer(*leaves)) == f"DeferredLogits({about}; .detach().clone() computes them)"
+    assert str(x).startswith(f"DeferredLogits({about}; logits: the head's weights or the hidden states were changed")
 
 
 def test_compiled_functions_take_deferred_logits():

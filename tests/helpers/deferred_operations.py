@@ -48,11 +48,17 @@ RECORDED = {
     "classes-second": lambda x: x.transpose(1, 2),
     "classes-second-movedim": lambda x: x.movedim(-1, 1).float().contiguous(),
     "classes-second-permute": lambda x: x.permute(0, 2, 1),
+    "classes-second-scaled": lambda x: (x / 2).transpose(1, 2) / 3.0,
+    "classes-second-softcap": lambda x: (x.transpose(1, 2) / 5.0).tanh() * 5.0,
+    "classes-second-bias": lambda x: x.transpose(1, 2) + VECTOR[:, None],
+    "classes-second-and-back": lambda x: (x.movedim(-1, 1) * 2).transpose(-1, 1),
     "split": lambda x: x.split(2, dim=1)[0],
     "chunk": lambda x: torch.chunk(x, 2)[1],
     "unbind": lambda x: x.unbind(0)[1],
     "select": lambda x: torch.select(x, 1, 2),
     "index-select": lambda x: x.index_select(1, torch.tensor([3, 0])),
+    "rows-of-elements": lambda x: (x * 2 + VECTOR).tanh()[:, 1:].flatten(0, 1)[..., : V - 2] * 4,
+    "scaled-sum": lambda x: 0.3 * x + 0.7 * x,
     "two-heads": lambda x: x + defer(torch.full((B, T, 3), 0.5), torch.ones(V, 3).tril()) * 0.25,
 }
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_ignore_ce.deferred import DeferredLogits, product
+from fused_ignore_ce.deferred import DeferredLogits, affine
 from fused_ignore_ce.hf import patch_model
 
 V, T, PAD = 101, 14, 0
@@ -94,7 +94,7 @@ class Spy:
 
     def __init__(self):
         self.calls = 0
-        self.original = product.fused_linear_cross_entropy
+        self.original = affine.fused_linear_cross_entropy
 
     def __call__(self, *args, **kwargs):
         self.calls += 1
@@ -103,7 +103,7 @@ class Spy:
 
 def spied(monkeypatch):
     spy = Spy()
-    monkeypatch.setattr(product, "fused_linear_cross_entropy", spy)
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", spy)
     return spy
 
 
@@ -158,11 +158,11 @@ def train_distributed(name, patched, rank):
     model = wrap(model)
     if patched and patch_wrapped is not None:
         patch_wrapped(model, without_labels=patched == "outside")
-    spy = product.fused_linear_cross_entropy = Spy()
+    spy = affine.fused_linear_cross_entropy = Spy()
     try:
         losses, outputs = trajectory(model, batches(4, seed=10 + rank), lr=0.2, outside=patched == "outside")
     finally:
-        product.fused_linear_cross_entropy = spy.original
+        affine.fused_linear_cross_entropy = spy.original
     if patched is True:
         assert_deferred(outputs)
     return {"losses": losses, "linear": spy.calls}

@@ -80,11 +80,11 @@ def step_by_own_plan(folder, batch, rank):
 
 def _patched_step(model, batch, read, options):
     """Loss, whole gradients, how often the linear loss was called and logits were computed, and the logits if read."""
-    from fused_ignore_ce.deferred import product
+    from fused_ignore_ce.deferred import affine, product
     from fused_ignore_ce.hf import patch_model
 
     with (
-        mock.patch.object(product, "fused_linear_cross_entropy", wraps=product.fused_linear_cross_entropy) as linear,
+        mock.patch.object(affine, "fused_linear_cross_entropy", wraps=affine.fused_linear_cross_entropy) as linear,
         mock.patch.object(product.Product, "logits", autospec=True, side_effect=product.Product.logits) as logits,
     ):
         outputs = patch_model(model, **options)(**batch)

@@ -13,8 +13,8 @@ from ..helpers.paths import TESTS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
-#: The way in which the head's weights are freed before the loss is taken.
-REFUSED = "FSDP2, head"
+#: The way in which the head's weights are freed before a loss after the forward is taken.
+REFUSED = "FSDP2, root resharded"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def result(results, *key):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name != REFUSED])
+@pytest.mark.parametrize("name", DISTRIBUTED)
 def test_same_losses(name, rank, results):
     expected, ours = result(results, rank, name, False), result(results, rank, name, True)
     assert "error" not in expected, expected["error"]
@@ -69,7 +69,7 @@ READ = {"DDP, unused parameters": 4, "DDP, static graph": 1}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name not in (REFUSED, "FSDP2, root resharded")])
+@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name != REFUSED])
 def test_a_loss_after_the_forward(name, rank, results):
     expected, ours = result(results, rank, name, False), result(results, rank, name, "outside")
     assert "error" not in ours, ours["error"]
@@ -77,21 +77,9 @@ def test_a_loss_after_the_forward(name, rank, results):
     assert ours["linear"] == len(ours["losses"]) - READ.get(name, 0)
 
 
-@pytest.mark.parametrize("name", [REFUSED, "FSDP2, root resharded"])
-def test_a_head_that_is_freed_after_the_forward_is_an_error(name, results):
-    error = result(results, 0, name, "outside")["error"]
+def test_a_head_that_is_freed_after_the_forward_is_an_error(results):
+    error = result(results, 0, REFUSED, "outside")["error"]
     assert "needs fully_shard(model, reshard_after_forward=False)" in error
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_head_sharded_alone(rank, results):
-    """FSDP2 has freed the head's weights when the loss is taken. Losses are right, or an error says what to do."""
-    assert "error" not in result(results, rank, REFUSED, False)
-    ours = result(results, rank, REFUSED, True)
-    if "error" in ours:
-        assert "let the head be part of the root's shard group" in ours["error"], ours["error"]
-    else:
-        assert_same(ours["losses"], result(results, rank, REFUSED, False)["losses"])
 
 
 def test_the_ranks_had_different_batches(results):

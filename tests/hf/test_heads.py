@@ -153,3 +153,16 @@ def test_a_label_outside_of_the_vocabulary_is_an_index_error():
     inputs["labels"][1, 3] = V
     with pytest.raises(IndexError, match=str(V)):
         patch_model(llama())(**inputs)
+
+
+def test_without_labels_and_gradients_the_original_code_runs(took):
+    model = llama()
+    input_ids = batch()["input_ids"]
+    plain, generated = model(input_ids).logits, model.generate(input_ids, max_new_tokens=3, do_sample=False)
+    patch_model(model)
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    assert type(logits) is torch.Tensor
+    assert torch.equal(logits, plain)
+    assert torch.equal(model.generate(input_ids, max_new_tokens=3, do_sample=False), generated)
+    assert took == []

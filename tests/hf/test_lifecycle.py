@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fused_ignore_ce.deferred import DeferredLogits
 from fused_ignore_ce.hf import patch_model, unpatch_model
 
 from ..helpers.hf_worker import PAD, MyLlama, assert_deferred, assert_same, batches, llama, spied, trajectory
@@ -86,11 +87,15 @@ def test_generate(options, took):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_without_labels(mode, took):
-    """Without labels the model runs its own code. Logits are plain tensors with the same bits."""
+    """Without labels and gradients the model runs its own code. Logits are plain tensors with the same bits."""
     batch = batches(1)[0]
     del batch["labels"]
     plain, model = getattr(llama(), mode)(), getattr(patch_model(llama()), mode)()
     expected, ours = plain(**batch), model(**batch)
+    assert type(ours.logits) is DeferredLogits
+    assert torch.equal(ours.logits, expected.logits)
+    with torch.no_grad():
+        expected, ours = plain(**batch), model(**batch)
     assert type(ours.logits) is torch.Tensor
     assert torch.equal(ours.logits, expected.logits)
     assert ours.keys() == expected.keys()

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce.deferred import forward
-from fused_ignore_ce.hf import patch_model, patch_transformers, unpatch_model
+from fused_ignore_ce.hf import forward, patch_model, patch_transformers, unpatch_model
 
 from ..helpers.hf_tiny import (
     TINY,
@@ -125,11 +124,21 @@ def test_wrong_options_are_errors_at_once(options, error, message):
     assert forward.process_wide.settings is None
 
 
-def test_zero_3_is_an_error_that_says_what_to_do():
-    model = llama()
-    model.lm_head.weight.ds_id = 0  # what DeepSpeed marks partitioned parameters by
-    with pytest.raises(RuntimeError, match="ZeRO-3.*fused_causal_lm_loss"):
-        patch_model(model)(**batch())
+def test_a_head_whose_weights_are_there_during_its_calls_only():
+    """DeepSpeed's ZeRO-3 takes the weights away after every call of a module, and brings them back before."""
+    model, inputs = llama(), batch()
+    plain = step(model, **inputs)
+    head, whole = model.lm_head, model.lm_head.weight.data
+    empty = torch.empty(0)
+    head.weight.data = empty
+    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
+    head.register_forward_hook(lambda *_: setattr(head.weight, "data", empty))
+    patch_model(model)
+    model.zero_grad()
+    outputs = model(**inputs)
+    head.weight.data = whole  # as before backward
+    (outputs.loss * 0.5).backward()
+    assert_same_step((outputs, {name: p.grad for name, p in model.named_parameters()}), plain)
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])

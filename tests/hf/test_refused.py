@@ -132,17 +132,49 @@ def test_options_reach_a_loss_after_the_forward():
     torch.testing.assert_close(ours, outputs.loss)
     outputs.logits[0, 0, 0] = 1.0
     assert isinstance(outputs.logits, DeferredLogits)
-    logits = outputs.logits.transpose(1, 2)  # a plain tensor
+    logits = (
+        (plain.logits * 1).index_fill(2, torch.tensor([0]), 1.0).where(F.one_hot(torch.tensor(0), V) > 0, plain.logits)
+    )
+    logits = torch.cat([torch.cat([logits[:1, :1], plain.logits[:1, 1:]], 1), plain.logits[1:]])
+    smoothed = F.cross_entropy(logits.transpose(1, 2), masked, label_smoothing=0.1)
+    torch.testing.assert_close(F.cross_entropy(outputs.logits.transpose(1, 2), batch["labels"]), smoothed)
     with pytest.raises(RuntimeError, match="ignore_index, label_smoothing: given to patch_model"):
-        F.cross_entropy(logits, batch["labels"]).backward()
+        outputs.logits.square().mean().backward()
+
+
+#: Operations that are not recorded, after which the tensor may still be logits.
+UNRECORDED = {
+    "where": lambda x: torch.where(x > 0, x, x * 0.5),
+    "cat": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "index_select": lambda x: x.index_select(2, torch.arange(V).flip(0)),
+    "layer_norm": lambda x: F.layer_norm(x, (V,)),
+    "softsign": F.softsign,
+    "logaddexp": lambda x: torch.logaddexp(x, x * 2),
+    "a sum": lambda x: x + torch.linspace(0, 1, x.numel()).view(x.shape) * 2 + x.roll(1, -1),
+}
+
+
+@pytest.mark.parametrize("operation", UNRECORDED.values(), ids=UNRECORDED)
+def test_options_reach_a_loss_after_operations_that_are_not_recorded(operation):
+    batch = batches(1)[0]
+    model = patch_model(llama(), label_smoothing=0.1)
+    losses = []
+    for one, options in ((model, {}), (llama(), {"label_smoothing": 0.1})):
+        for logits in (one(batch["input_ids"]).logits, one.lm_head(one.model(batch["input_ids"])[0])):
+            loss = F.cross_entropy(operation(logits).reshape(-1, V), batch["labels"].view(-1), **options)
+            losses.append(loss)
+        loss.backward()
+    for loss in losses[:3]:
+        torch.testing.assert_close(loss, losses[3])
+    torch.testing.assert_close(model.lm_head.weight.grad, one.lm_head.weight.grad)
 
 
 #: Losses of logits that are no cross entropy of class indices.
 OTHERS = {
     "mean": lambda logits, labels: logits.square().mean(),
     "log_softmax": lambda logits, labels: -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).mean(),
-    "cross_entropy of another tensor": lambda logits, labels: F.cross_entropy(
-        (logits.transpose(1, 2) + torch.rand(1, V, 1)), labels
+    "multi_margin_loss": lambda logits, labels: F.multi_margin_loss(
+        logits[:, 0] + torch.rand(1, V), labels[:, 1].abs()
     ),
 }
 
@@ -160,9 +192,9 @@ def test_a_loss_that_options_cannot_reach_is_an_error_in_its_backward(loss):
     assert logits.argmax(-1).shape == logits.shape[:2]  # logits can be read for other things than a loss
 
 
-def test_options_and_training_without_labels_are_an_error(tmp_path):
+def test_options_and_a_loss_of_the_trainer_that_cannot_take_them_are_an_error(tmp_path):
     model, ids = patch_model(llama(), z_loss=0.1), torch.tensor([[1, 2]])
-    with pytest.raises(RuntimeError, match=r"z_loss: given to patch_model.*without_labels=True"):
+    with pytest.raises(RuntimeError, match=r"z_loss: given to patch_model, but this loss was taken"):
         train(model, tmp_path, {"max_steps": 1, "label_smoothing_factor": 0.2})
     with torch.no_grad():
         assert model(ids).logits.isfinite().all()

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from fused_ignore_ce.deferred import product
+from fused_ignore_ce.deferred import affine, product
 
 from ..transformers_coverage import __main__ as sweep
 from ..transformers_coverage import compare, isolation
@@ -47,32 +47,32 @@ def test_known_classes(mapping, name, how):
 
 
 def test_a_wrong_loss_outside_is_a_difference(monkeypatch):
-    right = product.fused_linear_cross_entropy
+    right = affine.fused_linear_cross_entropy
     reductions = []
 
     def wrong_without_labels(hidden, head, target, **options):
         reductions.append(len(hidden))
         return right(hidden, head, target, **options) * (1.0 if len(reductions) == 1 else 1.001)
 
-    monkeypatch.setattr(product, "fused_linear_cross_entropy", wrong_without_labels)
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", wrong_without_labels)
     outcome = compare.compare("CAUSAL_LM", "LlamaForCausalLM")
     assert outcome.outside == "no"
     assert outcome.difference.startswith("with its loss outside: loss ")
 
 
 def test_a_wrong_loss_is_a_difference(monkeypatch):
-    right = product.fused_linear_cross_entropy
-    monkeypatch.setattr(product, "fused_linear_cross_entropy", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    right = affine.fused_linear_cross_entropy
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
     assert compare.compare("CAUSAL_LM", "LlamaForCausalLM").difference.startswith("loss ")
 
 
 def test_a_wrong_gradient_is_a_difference(monkeypatch):
-    right = product.fused_linear_cross_entropy
+    right = affine.fused_linear_cross_entropy
 
     def detached(hidden, head, *args, **kwargs):
         return right(hidden, head, *args, **kwargs) + 0.01 * (head[3] - head[3].detach()).sum()
 
-    monkeypatch.setattr(product, "fused_linear_cross_entropy", detached)
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", detached)
     assert compare.compare("CAUSAL_LM", "LlamaForCausalLM").difference.startswith("gradient of ")
 
 
@@ -80,21 +80,21 @@ def test_a_class_that_raises_when_patched_is_a_difference(monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("broken")
 
-    monkeypatch.setattr(product, "fused_linear_cross_entropy", broken)
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", broken)
     outcome = compare.compare("CAUSAL_LM", "LlamaForCausalLM")
     assert outcome.how == UNTOUCHED
     assert outcome.difference == "raises when patched: ValueError: broken"
 
 
 def test_logits_that_are_read_are_no_linear_way(monkeypatch):
-    right = product.fused_linear_cross_entropy
+    right = affine.fused_linear_cross_entropy
     read = []
 
     def reading(hidden, head, *args, **kwargs):
-        read.append(product.Product(hidden, head, None, hidden.dtype, hidden.dtype).logits())
+        read.append(product.Product(hidden, head, None, hidden.dtype).logits())
         return right(hidden, head, *args, **kwargs)
 
-    monkeypatch.setattr(product, "fused_linear_cross_entropy", reading)
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", reading)
     assert compare.compare("CAUSAL_LM", "LlamaForCausalLM").how == LOGITS
     assert read
 

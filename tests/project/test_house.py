@@ -20,8 +20,8 @@ FLOORS = [
     ["distributed"],
     ["logits", "linear"],
     ["losses"],
-    ["deferred", "__init__"],
-    ["hf"],
+    ["deferred"],
+    ["hf", "__init__"],
     ["trl", "tools"],
     ["__main__"],
 ]

@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fused_ignore_ce.deferred import affine as deferred_affine
 from fused_ignore_ce.deferred import loss as deferred_loss
 from fused_ignore_ce.deferred import product as deferred_product
 from fused_ignore_ce.hf import patch_model
@@ -196,11 +197,11 @@ def _watched() -> Iterator[Seen]:
         seen.reads.append(_reader())
         return logits(self)
 
-    fused_linear_cross_entropy = deferred_product.fused_linear_cross_entropy
+    fused_linear_cross_entropy = deferred_affine.fused_linear_cross_entropy
     fused_cross_entropy = deferred_loss.fused_cross_entropy
     logits = deferred_product.Product.logits
     with (
-        mock.patch.object(deferred_product, "fused_linear_cross_entropy", linear),
+        mock.patch.object(deferred_affine, "fused_linear_cross_entropy", linear),
         mock.patch.object(deferred_loss, "fused_cross_entropy", on_logits),
         mock.patch.object(deferred_product.Product, "logits", computed),
         _Originals(seen),

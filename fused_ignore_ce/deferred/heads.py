@@ -1,0 +1,245 @@
+"""Heads of models whose product is deferred: modules of which the class is replaced by one with another forward.
+
+The forward belongs to the class, so that it gets the module from the call: copies, replicas and unpickled modules defer
+their own product. Wrappers that replace `forward` on the instance call it like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .in_head import InHead
+from .logits import defer
+from .mode import LossMode, can_defer
+from .report import Recorder
+from .settings import Settings, settings_of
+from .sharded import defer_sharded, is_sharded
+from .shared_state import SharedState
+
+#: Where a module keeps its patch, and where a replaced class keeps the one that it stands for.
+PATCH, REPLACED = "_fused_ignore_ce", "_fused_ignore_ce_of"
+
+
+class Patch:
+    """What a model or a head was patched with. A copy counts for itself."""
+
+    def __init__(self, settings: Settings, recorder: Recorder | None = None) -> None:
+        self.settings = settings
+        self.recorder = recorder or Recorder()
+        #: Whether the last forward deferred the product of the head that the model says it has; None before the first.
+        self.head_defers: bool | None = None
+        #: Whether a warning said that other code takes the model's loss.
+        self.has_warned = False
+
+    def __reduce__(self) -> Any:
+        return Patch, (self.settings,)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+def defer_logits(
+    head: nn.Module,
+    *,
+    ignore_index: int | Collection[int] | None = None,
+    memory_budget: int | str | None = None,
+    keep_logits: bool = False,
+    **loss_options: Any,
+) -> nn.Module:
+    """Lets the head of any model return logits that are not computed until they are read.
+
+    From then on, what the module returns while gradients are enabled is a `DeferredLogits`. `F.cross_entropy` of it,
+    and of what is made of it by casts, scales, reshapes and slices, is `fused_linear_cross_entropy(hidden, head.weight,
+    ...)`, wherever it is taken; losses of log-probabilities and entropies are computed a tile of rows at a time.
+
+    Args:
+        head: an `nn.Linear`, or a module whose result is a product with its `weight` (V, D), plus an optional `bias`.
+            Changed in place.
+        ignore_index: an id or a collection of ids to ignore, beside those that a loss is told to ignore.
+        memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
+        keep_logits: compute logits that somebody still holds when an optimizer steps. Without it, they cannot be read
+            after the step, since the head has changed.
+        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
+            `fused_linear_cross_entropy`; they apply to every cross entropy that is taken of the logits.
+
+    Returns:
+        head.
+
+    Raises:
+        TypeError: no module; a misspelled option.
+        ValueError, RuntimeError: a module without a weight (V, D); an option out of its range. In a backward:
+            RuntimeError where a loss was taken of the logits by other means than a cross entropy, which the options
+            did not reach.
+
+    Examples:
+        >>> head = defer_logits(nn.Linear(2, 5))
+        >>> logits = head(torch.ones(3, 2))
+        >>> loss = torch.nn.functional.cross_entropy(logits.view(-1, 5), torch.tensor([0, 1, 4]))
+        >>> type(logits).__name__, logits.is_materialized
+        ('DeferredLogits', False)
+    """
+    settings = settings_of("defer_logits", ignore_index, memory_budget, False, loss_options, keep_logits)
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"head: expected a module, got {type(head).__name__}")
+    weight = weight_of(head)
+    if not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2:
+        got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
+        raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
+    make_head(head, Patch(settings))
+    return head
+
+
+def undefer_logits(head: nn.Module) -> nn.Module:
+    """Undoes `defer_logits`; without effect on a module that does not defer. Returns head."""
+    unmake(head)
+    return head
+
+
+class _Running(threading.local):
+    """The patched forwards that run in this thread, from the outermost, and whether a head does."""
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[nn.Module, Patch, SharedState]] = []
+        self.is_in_head = False
+
+
+running = _Running()
+
+
+@contextlib.contextmanager
+def while_running(model: nn.Module, patch: Patch, shared: SharedState) -> Iterator[None]:
+    running.forwards.append((model, patch, shared))
+    shared.in_forward = True
+    try:
+        yield
+    finally:
+        shared.in_forward = False
+        running.forwards.pop()
+
+
+def state_of(head: nn.Module) -> SharedState | None:
+    """What logits of a head belong to: the forward that its model is running, or a new one; None to compute them."""
+    patch = head.__dict__.get(PATCH)
+    for _, running_patch, shared in reversed(running.forwards):
+        if patch is None or patch is running_patch:
+            return shared
+    return SharedState(patch.settings, patch.recorder) if patch is not None and torch.is_grad_enabled() else None
+
+
+def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a head, given its own."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[-1], InHead):
+            return args[-1]()
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        shared = None if running.is_in_head else state_of(self)
+        if shared is None:
+            return original(self, *args, **kwargs)
+        if original is not nn.Linear.forward:
+            return _deferred_inside(self, original, shared, args, kwargs)
+        (hidden,) = (*args, *kwargs.values())
+        if is_sharded(hidden, self.weight, self.bias):
+            shared.head_deferred = True
+            return defer_sharded(hidden, self.weight, self.bias, shared)
+        if not can_defer(hidden, self.weight, self.bias):
+            return original(self, *args, **kwargs)
+        shared.head_deferred = True
+        return defer(hidden, self.weight, self.bias, shared, self)
+
+    return forward
+
+
+def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
+    """Runs the forward of a head that is no plain linear layer; products of the vocabulary's size are deferred."""
+    running.is_in_head = True
+    try:
+        with LossMode(classes_of(head), shared, head):
+            return original(head, *args, **kwargs)
+    finally:
+        running.is_in_head = False
+
+
+def classes_of(head: Any) -> int | None:
+    """The number of classes of a head, None if it does not tell."""
+    weight = weight_of(head)
+    classes = getattr(head, "out_features", None)
+    if classes is None and isinstance(weight, Tensor) and len(_whole_shape(weight)) == 2:
+        classes = _whole_shape(weight)[0]
+    return classes
+
+
+def weight_of(module: Any) -> Any:
+    """The weight of a module, None if it has none.
+
+    DeepSpeed gathers a parameter for the rest of the model's forward if it is asked for as an attribute.
+    """
+    parameters = getattr(module, "_parameters", {})
+    return dict.get(parameters, "weight") if "weight" in parameters else getattr(module, "weight", None)
+
+
+def _whole_shape(weight: Tensor) -> Any:
+    """The shape of a weight, also of one that DeepSpeed has partitioned."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+@functools.cache
+def replaced_class(cls: Any, of: Callable[[Any], dict[str, Any]]) -> Any:
+    """A subclass of the same name with the attributes that `of(cls)` gives; instances pickle and copy as such."""
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": functools.partialmethod(_reduce, of),
+        REPLACED: cls,
+        **of(cls),
+    }
+    return type(cls)(cls.__name__, (cls,), body)
+
+
+def own_class(module: Any) -> Any:
+    """The replaced class: the module's own, or the base that a sharding wrapper (FSDP2) derived the module's from."""
+    return next((cls for cls in type(module).__mro__ if REPLACED in cls.__dict__), None)
+
+
+def _reduce(self: Any, of: Any, protocol: Any) -> Any:
+    cls = own_class(self)
+    _, args, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
+    return _rebuild, (of, cls.__dict__[REPLACED], *args[1:]), *rest
+
+
+def _rebuild(of: Any, cls: type, *args: Any) -> Any:
+    replaced = replaced_class(cls, of)
+    return replaced.__new__(replaced, *args)
+
+
+def _of_head(cls: Any) -> dict[str, Any]:
+    return {"forward": _deferring(cls.forward)}
+
+
+def make_head(head: nn.Module, patch: Patch | None) -> None:
+    """Lets a module defer: with a patch whenever gradients are enabled, else while its model's patched forward runs."""
+    if own_class(head) is None:
+        cls: Any = type(head)
+        head.__class__ = replaced_class(cls, _of_head)
+    if patch is not None:
+        head.__dict__[PATCH] = patch
+
+
+def unmake(module: nn.Module) -> None:
+    """Gives a module its own class again."""
+    module.__dict__.pop(PATCH, None)
+    cls: Any = type(module)
+    if REPLACED in cls.__dict__:
+        module.__class__ = cls.__dict__[REPLACED]

@@ -1,0 +1,286 @@
+"""The tensor without memory: its values, computed once, and the memory that it shares with its views."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import forms, tiles
+from .expression import is_chain
+from .graph import Adopt, Read, are_saved_tensors_packed, connected
+from .recipe import Recipe, is_deferred
+from .saving import Saved, shares_memory
+from .shared_state import SharedState
+
+_plainly = torch._C.DisableTorchFunctionSubclass
+#: A context in which dispatch modes do not see the tensors without memory that tell shapes.
+without_modes = torch._C._DisableTorchDispatch
+
+
+class Lazy(Tensor):
+    """A tensor whose values follow from a recipe; what operations do to it is in `DeferredLogits`."""
+
+    _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
+    _recipe: Any = None  # None of logits that are there
+    _form: Any = None  # a Product or an Expression, of which only shapes are used
+    _meta: Tensor  # shape, strides and dtype
+    _device: torch.device
+    _shared: SharedState
+    _value: Tensor | None = None
+    _version_of_value = 0
+    _is_written = False  # the value stands for this tensor from now on
+    _is_moved = False  # and has its place in the graph
+    _view_of: Any = None  # the tensor that this one is a view of, the operation, and whether gradients were enabled
+    _views: list[weakref.ref[Lazy]]
+    _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
+
+    @property
+    def is_materialized(self) -> bool:
+        """Whether these logits, or others that were made from them or that they were made from, were computed."""
+        return self._shared.read
+
+    def materialize(self, reader: str = "materialize") -> Tensor:
+        """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
+        if self._value is None:
+            if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
+                return self._aliased(reader)
+            self._shared.was_read(reader)
+            self._keep(functools.partial(self._fresh, reader))
+        assert self._value is not None
+        return self._connected(self._value)
+
+    def _connected(self, value: Tensor) -> Tensor:
+        """The value, in the graph if this tensor is: an autograd.Function that returned it may have put it there since.
+
+        Or the value is that of a view whose base was detached in place.
+        """
+        if not value.requires_grad and self._requires_grad():
+            self._value = value = connected(Read, self, lambda: value)
+        return value
+
+    def _keep(self, compute: Callable[[], Tensor]) -> None:
+        requires_grad = self._requires_grad()
+        with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
+            self._value = connected(Read, self, compute) if requires_grad else compute()
+        self._version_of_value = self._value._version
+
+    def _fresh(self, reader: str) -> Tensor:
+        """Values in memory of their own, and no view: PyTorch lets nobody write to a view that a function made."""
+        found = self._raw(reader)
+        if type(found) is not Tensor:
+            return found
+        if found.stride() != self._meta.stride():
+            strided = torch.empty_strided(found.shape, self._meta.stride(), dtype=found.dtype, device=found.device)
+            found = strided.copy_(found)
+        self._take_over(found)
+        if not found._is_view():
+            return found
+        made = found.new_empty(0)
+        return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
+
+    def _take_over(self, values: Tensor) -> None:
+        """Writes what views of this tensor have been computed to into its values: a logit is one number."""
+        for view in self._live_views():
+            part = view._part_of(values)
+            if view._value is None:
+                view._take_over(part)
+            else:
+                part.copy_(view._value)
+
+    def _raw(self, reader: str = "backward") -> Tensor:
+        """The values, without a graph, as they were when this tensor was made."""
+        if self._value is not None and not self._stands_alone():
+            return self._value.detach()
+        recipe: Recipe = self._recipe
+        with torch.no_grad():
+            recipe.check_unchanged()
+            known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
+            if not known and is_chain(self._form):
+                form = forms.Leaves().form(self, False)
+                found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+                return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
+            values = []
+            for t in recipe.inputs:
+                if not is_deferred(t):
+                    values.append(t)
+                elif t._stands_alone() or t._is_known():
+                    values.append(t._raw(reader))
+                else:
+                    values.append(t.materialize(reader).detach())
+            found = recipe.run(values)
+        return found.clone() if any(shares_memory(found, v) for v in values) else found
+
+    def _is_known(self) -> bool:
+        """Whether the values follow from computed ones, without the head's weights."""
+        if self._value is not None and not self._stands_alone():
+            return True
+        above = [t for t in self._recipe.inputs if is_deferred(t)]
+        return bool(above) and all(t._is_known() for t in above)
+
+    def _is_there(self) -> bool:
+        """Whether the values are computed, or are a part of computed ones.
+
+        A checkpoint that runs a function again must find what it found the first time: to it, they are not.
+        """
+        if not self._shared.read or are_saved_tensors_packed():
+            return False
+        if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
+            return True
+        return self._recipe is None or self._is_known()
+
+    def _is_there_or_written(self) -> bool:
+        return self._value is not None or self._stands_alone()
+
+    def _stands_alone(self) -> bool:
+        """Whether the computed value stands for this tensor: somebody wrote to it, or there is no recipe."""
+        if self._is_written or self._recipe is None:
+            return True
+        if self._value is not None and self._value._version != self._version_of_value:
+            return True
+        return self._view_of is not None and self._view_of[0]._stands_alone()
+
+    def _aliased(self, reader: str) -> Tensor:
+        """The computed tensor, which shares memory with those of the tensors that this one is a view of.
+
+        Autograd does not know it as their view, but as computed from this tensor, unless theirs were written to.
+        """
+        if self._view_of is None:
+            return self.materialize(reader)
+        if self._has_moved():
+            assert self._value is not None
+            return self._connected(self._value)
+        base = self._view_of[0]
+        value = base._aliased(reader)
+        if self._value is None or not shares_memory(self._value, value):
+            self._keep(lambda: self._part_of(value.detach()))
+        assert self._value is not None
+        return self._connected(self._value)
+
+    def _part_of(self, value: Tensor) -> Tensor:
+        """The part of a base's values that this view is."""
+        _, func, args, kwargs, part, _ = self._view_of
+        found: Tensor = func(value, *args, **kwargs)
+        return found if part is None else found[part]
+
+    def _views_of_each_other(self) -> dict[int, Tensor]:
+        """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
+        found: dict[int, Tensor] = {}
+        for member in self._family():
+            if member._view_of is None:
+                value = member.materialize("view")
+            elif member._is_moved:
+                value = member._aliased("view")
+            else:
+                with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
+                    value = member._part_of(found[id(member._view_of[0])])
+            found[id(member)] = value
+        return found
+
+    def _has_moved(self) -> bool:
+        """Whether the computed value has this tensor's place in the graph, because somebody wrote to it.
+
+        PyTorch gives a view a new place whenever its memory was written to, and others if the write is recorded.
+        """
+        if not self._is_moved and self._stands_alone():
+            if self._view_of is not None:
+                if self._value is None or self._value._version != self._version_of_value:
+                    self._move(self._views_of_each_other()[id(self)])
+            elif self._value is not None and getattr(self._value.grad_fn, "_forward_cls", None) is not Read:
+                self._is_moved = True
+        return self._is_moved
+
+    def _move(self, value: Tensor) -> None:
+        """Gives this tensor the place in the graph of a computed one that stands for it from now on."""
+        unchanged = self._value is not None and self._value._version == self._version_of_value
+        self._value, self._is_written, self._is_moved = value, True, True
+        if value.requires_grad:
+            with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
+                grad = self.grad if self.retains_grad else None
+                same = torch.autograd.grad_mode._unsafe_preserve_version_counter(self)
+                with same if unchanged else contextlib.nullcontext():
+                    connected(Adopt, self, value)
+                if self.retains_grad and not value.retains_grad:
+                    value.retain_grad()
+                    value.grad = grad
+
+    def saving(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which what is saved for backward survives that somebody writes to these logits."""
+        first = self._family()[0]
+
+        def pack(t: Tensor) -> Saved:
+            saved = Saved(t)
+            if first._value is not None and shares_memory(t, first._value):
+                first._saved.append(weakref.ref(saved))
+            return saved
+
+        if are_saved_tensors_packed():
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(pack, Saved.tensor)
+
+    def _can_be_fused(self) -> bool:
+        """Whether a gradient of these logits reaches the recipe's inputs, or there is none."""
+        if self._stands_alone():
+            return False
+        if not self._requires_grad() or any(self._recipe.needs):
+            return True
+        return self._became_result_of_function()
+
+    def _became_result_of_function(self) -> bool:
+        """Takes on the recipe of the logits that an autograd.Function gave back detached, as its own result.
+
+        DeepSpeed puts such functions behind every module. Autograd gives the detached tensor the function's node, which
+        gradients pass on their way to the logits that the function was given.
+        """
+        recipe: Recipe = self._recipe
+        if recipe.name != "detach" or self.grad_fn is None:
+            return False
+        (source,) = recipe.inputs
+        if not source._can_be_fused():
+            return False
+        self._recipe = source._recipe
+        return True
+
+    def _requires_grad(self) -> bool:
+        with _plainly():
+            return self.requires_grad
+
+    def _has_hooks(self) -> bool:
+        with _plainly():
+            return bool(self._backward_hooks) or self.retains_grad
+
+    def _become_leaf(self) -> None:
+        """Detached logits that are told to require a gradient: the computed tensor is the leaf."""
+        value = self._aliased("requires_grad_")
+        value.requires_grad_()
+        self._is_written = self._is_moved = True
+        with torch.enable_grad():
+            connected(Adopt, self, value)
+
+    def _family(self) -> list[Lazy]:
+        """All tensors that share memory with this one."""
+        root = self
+        while root._view_of is not None:
+            root = root._view_of[0]
+        family = [root]
+        for member in family:
+            family += member._live_views()
+        return family
+
+    def _live_views(self) -> list[Lazy]:
+        return [view for reference in self._views if (view := reference()) is not None]
+
+    @property
+    def classes(self) -> int:
+        """The size of the vocabulary's dimension."""
+        return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
+
+
+def _in_order(t: Tensor) -> bool:
+    """Whether strides do not grow from one dimension to the next, as those of a computed part of the logits."""
+    return sorted(t.stride(), reverse=True) == list(t.stride())

@@ -1,0 +1,236 @@
+"""The forward of a patched transformers model: it says whose logits a head makes, and what became of its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, weight_of, while_running
+from ..deferred.logits import as_tensor
+from ..deferred.mode import LossMode
+from ..deferred.report import COMPILED, Recorder
+from ..deferred.settings import Settings
+from ..deferred.shared_state import SharedState
+from ..deferred.traced import TracedLogits
+
+
+class _ProcessWide:
+    def __init__(self) -> None:
+        #: The settings of `patch_transformers`, for models that were not patched themselves; None while it is off.
+        self.settings: Settings | None = None
+        #: The patches of those models, and the heads that were made to defer for them.
+        self.patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
+        self.heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        #: How many patched forwards, one inside another, torch.compile is tracing.
+        self.traced = 0
+
+    def set(self, settings: Settings | None) -> None:
+        self.settings = settings
+        self.patches = weakref.WeakKeyDictionary((m, Patch(p.settings, p.recorder)) for m, p in self.patches.items())
+        for head in list(self.heads) if settings is None else []:
+            if PATCH not in head.__dict__:
+                unmake(head)
+
+    def patch_of(self, model: nn.Module) -> Patch | None:
+        if self.settings is None:
+            return None
+        patch = self.patches.get(model)
+        if patch is None or patch.settings is not self.settings:
+            patch = self.patches[model] = Patch(self.settings, None if patch is None else patch.recorder)
+        return patch
+
+
+process_wide = _ProcessWide()
+
+
+def recorder_of(model: nn.Module, fresh: bool = False) -> Recorder:
+    """The recorder of a model; a new one on the first call, or if it is to be `fresh`."""
+    patch = model.__dict__.get(PATCH) or process_wide.patches.get(model)
+    if patch is None:
+        patch = process_wide.patches[model] = Patch(process_wide.settings or Settings())
+    if fresh:
+        patch.recorder = Recorder()
+    return patch.recorder
+
+
+def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    names = tuple(inspect.signature(original).parameters)
+    names = names[1:] if names[:1] == ("self",) else names
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch = self.__dict__.get(PATCH)
+        if patch is None and process_wide.settings is not None:
+            patch = process_wide.patch_of(self)
+        if patch is None:
+            return original(self, *args, **kwargs)
+        labels = _has_labels((*zip(names, args, strict=False), *kwargs.items()))
+        if not labels and not (torch.is_grad_enabled() and _is_outermost()):
+            return original(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            shared = SharedState(patch.settings)
+            shared.in_forward = True
+            process_wide.traced += 1
+            with LossMode(classes_of(output_embeddings(self)), shared):
+                outputs = original(self, *args, **kwargs)
+            process_wide.traced -= 1
+            return _as_tensors(outputs, self, shared)
+        if any(
+            self is model for model, _, _ in running.forwards
+        ):  # a subclass's forward, or the instance's, calls this
+            return original(self, *args, **kwargs)
+        shared = SharedState(patch.settings, patch.recorder)
+        head = output_embeddings(self)
+        if head is not None:
+            make_head(head, None)
+            if PATCH not in self.__dict__:
+                process_wide.heads.add(head)
+        watched = None
+        if head is None or not patch.head_defers:
+            watched = LossMode(classes_of(head), shared, weights=_weights(self, head))
+        with while_running(self, patch, shared), watched or contextlib.nullcontext():
+            outputs = original(self, *args, **kwargs)
+        patch.head_defers = shared.head_deferred
+        _check_taken(self, patch, shared, labels, original, outputs)
+        for _, _, outer in running.forwards:
+            outer.used = outer.used or shared.used
+        return _with_stats(outputs, shared.stats)
+
+    return forward
+
+
+def _is_outermost() -> bool:
+    return not (process_wide.traced if torch.compiler.is_compiling() else running.forwards)
+
+
+def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, original: Any, outputs: Any) -> None:
+    """Raises an error, or warns, if a loss did not get the options, or could not be fused."""
+    given = shared.settings.changes
+    if labels and given and not shared.used:
+        raise RuntimeError(
+            f"{given}: given to patch_model, but the forward of {type(model).__name__} took no cross entropy over the "
+            "head's classes that could use it; unpatch_model(model) and give it to the loss yourself"
+        )
+    if not labels and given and not shared.deferred:
+        raise RuntimeError(
+            f"{given}: given to patch_model, but {type(model).__name__} is trained without labels: its loss is taken "
+            "after the forward (as by Trainer's label_smoothing_factor and compute_loss_func) of logits that do not "
+            "know of these options; its head is no matrix product, or patch without them and give them to the loss "
+            "yourself"
+        )
+    if labels and not shared.used and not shared.fused and not running.forwards and not patch.has_warned:
+        patch.has_warned = True
+        _warn_untaken(model, original, outputs)
+
+
+def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
+    """Warns if other code took the loss of a patched model that was given labels, and names that code."""
+    name = _name_of(forward)
+    node = _python_function(outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else None)
+    warnings.warn(
+        f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but its loss was taken by "
+        f"{name}{node}, not by a cross entropy over logits that this package could compute: nothing was fused. "
+        "Undo what replaced the model's forward, if something did, or call unpatch_model(model)"
+        + "; for a trainer of TRL, fused_ignore_ce.trl.patch_trainer(trainer) fuses it"
+        * name.startswith("trl."),
+        stacklevel=4,
+    )
+
+
+def _name_of(forward: Any) -> str:
+    """Module and name of the code that runs as a model's forward, without transformers' own decorators."""
+    forward = getattr(forward, "_fused_ignore_ce_set", forward)  # a forward that was set on the instance
+    while getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers.utils"):
+        forward = forward.__wrapped__
+    forward = getattr(forward, "__func__", forward)
+    code = getattr(forward, "__code__", None)
+    return type(forward).__name__ if code is None else f"{forward.__globals__['__name__']}.{code.co_name}"
+
+
+def _python_function(loss: Any) -> str:
+    """The first autograd.Function written in Python that a loss comes from."""
+    nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
+    for node in nodes:
+        cls = getattr(node, "_forward_cls", None)
+        if cls is not None:
+            return f" ({cls.__module__}.{cls.__name__})"
+        if len(nodes) < 50:
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return ""
+
+
+def state_in(model: nn.Module) -> SharedState:
+    """The state of the forward that a model is running; a new one if the model is not patched."""
+    found = (shared for each, _, shared in running.forwards if each is model)
+    return next(found, None) or SharedState(recorder=recorder_of(model))
+
+
+def _has_labels(given: Any) -> bool:
+    return any(is_label(name) and value is not None and value is not False for name, value in given)
+
+
+def is_label(name: str) -> bool:
+    """Whether a forward's argument of this name asks for a loss."""
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The output embeddings of the model, or else those of a model inside it."""
+    head = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        return head
+    from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
+
+    inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
+    return next((found for found in inner if found is not None), None)
+
+
+def _weights(model: Any, head: Any) -> list[Any]:
+    """The weights of the head and of the input embeddings, with which it may be tied."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return [weight_of(head), weight_of(model.get_input_embeddings())]
+    return [weight_of(head)]
+
+
+def _with_stats(outputs: Any, stats: Any) -> Any:
+    if stats is not None:
+        if not isinstance(outputs, dict):
+            raise ValueError("return_stats: the forward returned a tuple, which has no place; pass return_dict=True")
+        object.__setattr__(outputs, "loss_stats", stats)
+    return outputs
+
+
+def _as_tensors(outputs: Any, model: nn.Module, shared: SharedState) -> Any:
+    """Turns traced logits into tensors. This happens outside of the graph, which cannot make them."""
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
+    if not traced and shared.stats is None:
+        return outputs
+    return _outside(outputs, model, shared.settings, shared.used, shared.stats)
+
+
+@torch.compiler.disable(reason="a patched model breaks the graph once, at its end: compile it without fullgraph=True")
+def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, stats: Any) -> Any:
+    def as_deferred(value: Any) -> Any:
+        if not isinstance(value, TracedLogits):
+            return value
+        made = as_tensor(value, SharedState(settings, recorder_of(model)))
+        if used:
+            made._shared.took(f"cross_entropy {COMPILED}", value._form.product.rows)
+        return made
+
+    if not isinstance(outputs, dict):
+        return _with_stats(type(outputs)(map(as_deferred, outputs)), stats)
+    for name, value in list(outputs.items()):
+        outputs[name] = as_deferred(value)
+    return _with_stats(outputs, stats)

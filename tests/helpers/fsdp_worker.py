@@ -1,0 +1,102 @@
+"""Functions for `rank_worker.py` that train a tiny model, patched or not, with FSDP."""
+
+from functools import partial
+
+import memory_of_heads
+import torch
+import torch.nn.functional as F
+from hf_worker import V, batches, llama
+from live_memory import measured
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from tp_worker import mesh_of, whole
+
+from fused_ignore_ce.hf import fusion_report, patch_model
+
+STEPS = 3
+
+
+def in_groups(model, head=None, **options):
+    """Shards each layer, the modules that `head` gives as a group, and the rest."""
+    options.setdefault("mesh", mesh_of(4))
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    if head is not None:
+        fully_shard(head(model), **options)
+    return fully_shard(model, **options)
+
+
+def first_version(model):
+    """FSDP1, with the head wrapped by itself."""
+    wrap = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
+    model.lm_head = wrap(model.lm_head)
+    return wrap(model)
+
+
+HEAD = {
+    "alone": lambda model: model.lm_head,
+    "with the embedding": lambda model: [model.model.embed_tokens, model.lm_head],
+    "with the norm": lambda model: [model.model.norm, model.lm_head],
+}
+WRAPPED = {
+    **{f"head {name}": partial(in_groups, head=head) for name, head in HEAD.items()},
+    "head alone, resharded over two": partial(in_groups, head=HEAD["alone"], reshard_after_forward=2),
+    "head alone, not resharded": partial(in_groups, head=HEAD["alone"], reshard_after_forward=False),
+    "head with the norm, resharded over two": partial(in_groups, head=HEAD["with the norm"], reshard_after_forward=2),
+    "offloaded": partial(in_groups, head=HEAD["alone"], offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "bf16, reduced in float32": partial(
+        in_groups, head=HEAD["alone"], mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    ),
+    "float32, reduced in bf16": partial(
+        in_groups, head=HEAD["alone"], mp_policy=MixedPrecisionPolicy(torch.float32, torch.bfloat16)
+    ),
+    "tied": partial(in_groups, head=HEAD["with the embedding"]),
+    "FSDP1, head by itself": first_version,
+}
+
+
+def train(rank, name, patched, outside=False):
+    """Losses of every step, parameters at the end, and the report."""
+    model = llama(tie_word_embeddings=name.startswith("tied"))
+    if patched:
+        patch_model(model)
+    wrapped = WRAPPED[name](model)
+    losses = []
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2, eps=1e-4)
+    for batch in batches(STEPS, rows=2, seed=10 + rank):
+        if outside:
+            labels = batch.pop("labels")[:, 1:]
+            logits = wrapped(**batch).logits[:, :-1].float()
+            loss = F.cross_entropy(logits.reshape(-1, V), labels.flatten())
+        else:
+            loss = wrapped(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    found = {"losses": losses, "parameters": parameters_of(wrapped)}
+    if patched:
+        report = fusion_report(model)
+        found.update(fused=sum(kind.calls for kind in report.fused.values()), reads=report.reads)
+    return found
+
+
+def parameters_of(model):
+    if not isinstance(model, FullyShardedDataParallel):
+        return {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    with FullyShardedDataParallel.summon_full_params(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def memory(rank, name, patched, loss, frozen=False):
+    """The memory of a step under FSDP2."""
+    model = memory_of_heads.model_of(frozen)
+    if patched:
+        patch_model(model)
+    wrapped = WRAPPED[name](model)
+    loss_of, batch = getattr(memory_of_heads, loss), memory_of_heads.first_batch(rank)
+    return measured(lambda: loss_of(wrapped, batch), torch.Tensor.backward, memory_of_heads.HEAD)
