@@ -156,6 +156,9 @@ def _linear_loss(function: Any, form: Form, target: Tensor, options: dict[str, A
         return None
     options = {**options, "softcap": options.get("softcap", cap)}
     options["logit_scale"] = scale * options.get("logit_scale", 1.0)
+    class_weight = options.get("weight")
+    if class_weight is not None and class_weight.dtype == form.dtype:  # the linear loss wants that of hidden states
+        options["weight"] = class_weight.to(torch.promote_types(class_weight.dtype, dtype))
     # Under autocast to the product's dtype, the loss is float32 until its caller casts it.
     half = dtype in (torch.float16, torch.bfloat16)
     if bias is not None and not half:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .gradient import dense_of
 from .graph import Adopt, connected
+from .making import deferred_in, flat, wrapped
 from .operations import MEMORY, NATIVE
+from .saving import shares_memory
 from .shared_state import SharedState
-from .values import Lazy, deferred_in, flat, shares_memory, wrapped
+from .values import Lazy
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 

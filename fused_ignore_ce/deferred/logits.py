@@ -13,12 +13,13 @@ from .computed import differentiated, of_values, replaced, written
 from .expression import Form, products_of, substitute
 from .in_head import reduced, take
 from .loss import LOSSES
+from .making import deferred_in, made
 from .operations import FACTORIES, NATIVE, ON_SHAPES, RECORDED, writes
 from .product import Product, product_of
 from .recipe import Recipe
 from .recording import recorded
 from .shared_state import SharedState
-from .values import Lazy, deferred_in, made, without_modes
+from .values import Lazy, without_modes
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 
@@ -46,7 +47,7 @@ class DeferredLogits(Lazy):
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__ if name == "__get__" else f"__set__ {func.__self__.__name__}"
         if name == "view_as" and len(args) == 2:
-            func, name, args = Tensor.view, "view", (args[0], args[1].shape)
+            return args[0].view(args[1].shape)
         self = args[0] if args and isinstance(args[0], cls) else None
         if self is not None and name == "detach_":
             for t in (self._meta, self._value):
@@ -97,7 +98,7 @@ class DeferredLogits(Lazy):
             func is torch.ops.aten.view.default and tuple(args[1]) == tuple(args[0].shape)
         )
         if same and isinstance(first, cls) and not first._stands_alone():
-            return first._alias()
+            return made(type(first), first._recipe, first._form, first._meta, first._device, first._shared, node=False)
 
         def value(t: DeferredLogits) -> Tensor:
             found = t.materialize(func.__name__)

@@ -89,12 +89,11 @@ def own_cross_entropy(
     """`fused_cross_entropy(input, target, ...)` with the options that `shared` has."""
     changed = {n: value for n, value in options.items() if isinstance(value, Tensor) or value != _DEFAULTS[n]}
     options = shared.extended({"ignore_index": -100, **changed, "weight": weight}, target)
-    if hasattr(input, "take_loss"):
-        if options.get("process_group") is None:
-            linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
-            loss = _linear(input, target, linear, shared, kind)
-            if loss is not None:
-                return loss
+    if hasattr(input, "take_loss") and options.get("process_group") is None:
+        linear = {name: value for name, value in options.items() if name not in _OF_LOGITS}
+        loss = _linear(input, target, linear, shared, kind)
+        if loss is not None:
+            return loss
     options.pop("memory_budget", None)
     shared.took_of_logits(kind, target.numel(), _ignored(target, options))
     loss = _of_values(input, target, shared.asked_stats() | options, kind)
@@ -140,14 +139,7 @@ def _linear(input: Any, target: Tensor, options: dict[str, Any], shared: SharedS
 
     def lean(form: Any, *given: Tensor) -> Any:
         form = log_softmax_of(form) if of_log_probs else form
-        if form is None:
-            return None
-        tensors = _with(given)
-        weight = tensors["options"].get("weight")
-        if weight is not None and weight.dtype == form.dtype:  # the linear loss wants that of hidden states
-            dtype = torch.promote_types(weight.dtype, form.product.linear_dtype)
-            tensors["options"]["weight"] = weight.to(dtype)
-        return affine.cross_entropy(form, **tensors)
+        return None if form is None else affine.cross_entropy(form, **_with(given))
 
     def dense(values: Tensor, *given: Tensor) -> Any:
         return (_nll if of_log_probs else _on_logits)(values, **_with(given))

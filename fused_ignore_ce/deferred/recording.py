@@ -11,10 +11,11 @@ from torch import Tensor
 from . import forms
 from .affine import steps_of
 from .expression import log_softmax_of
+from .making import made
 from .operations import CASTS, ELEMENTWISE, NORMALIZING
 from .recipe import Recipe
 from .shared_state import joint
-from .values import Lazy, made, without_modes
+from .values import Lazy, without_modes
 
 
 def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Lazy]) -> Any:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .forms import LAYOUT
 from .logits import DeferredLogits, deferred_product
+from .making import made
 from .product import Product, product_of
 from .recipe import Recipe
 from .shared_state import SharedState
-from .values import made
 
 
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import forms, tiles
 from .expression import is_chain
-from .graph import Adopt, Node, Read, are_saved_tensors_packed, connected
+from .graph import Adopt, Read, are_saved_tensors_packed, connected
+from .head_call import with_weights
 from .recipe import Recipe, is_deferred
 from .saving import Saved, shares_memory
 from .shared_state import SharedState
@@ -99,12 +100,10 @@ class Lazy(Tensor):
             return self._value.detach()
         recipe: Recipe = self._recipe
         with torch.no_grad():
-            recipe.check_unchanged()
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if not known and is_chain(self._form):
-                form = forms.Leaves().form(self, False)
-                found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
-                return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
+                return with_weights(recipe, self._of_product)
+            recipe.check_unchanged()
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -113,8 +112,13 @@ class Lazy(Tensor):
                     values.append(t._raw(reader))
                 else:
                     values.append(t.materialize(reader).detach())
-            found = recipe.run(values)
+            found: Tensor = recipe.run(values)
         return found.clone() if any(shares_memory(found, v) for v in values) else found
+
+    def _of_product(self) -> Tensor:
+        form = forms.Leaves().form(self, False)
+        found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+        return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
 
     def _is_known(self) -> bool:
         """Whether the values follow from computed ones, without the head's weights."""
@@ -185,11 +189,12 @@ class Lazy(Tensor):
     def _has_moved(self) -> bool:
         """Whether the computed value has this tensor's place in the graph, because somebody wrote to it.
 
-        PyTorch gives a view a new place whenever its memory was written to, and other tensors if the write is recorded.
+        PyTorch gives a view a new place whenever its memory was written to, and others if the write is recorded.
         """
         if not self._is_moved and self._stands_alone():
             if self._view_of is not None:
-                self._move(self._views_of_each_other()[id(self)])
+                if self._value is None or self._value._version != self._version_of_value:
+                    self._move(self._views_of_each_other()[id(self)])
             elif self._value is not None and getattr(self._value.grad_fn, "_forward_cls", None) is not Read:
                 self._is_moved = True
         return self._is_moved
@@ -279,65 +284,7 @@ class Lazy(Tensor):
         """The size of the vocabulary's dimension."""
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
 
-    def _alias(self) -> Lazy:
-        return made(type(self), self._recipe, self._form, self._meta, self._device, self._shared, node=False)
-
-
-def deferred_in(values: Any) -> list[Lazy]:
-    """The deferred logits among arguments."""
-    found: list[Lazy] = []
-    for value in values:
-        if isinstance(value, Lazy):
-            found.append(value)
-        elif type(value) in (tuple, list):
-            found += deferred_in(value)
-        elif type(value) is dict and value:
-            found += deferred_in(value.values())
-    return found
-
-
-def made(
-    cls: Any, recipe: Recipe, form: Any, meta: Tensor, device: torch.device, shared: SharedState, node: bool = True
-) -> Lazy:
-    """Makes deferred logits, with a node in autograd's graph if one of the recipe's inputs needs a gradient."""
-
-    def make(recipe: Recipe) -> Any:
-        made = wrapped(cls, meta, device, shared)
-        made._recipe, made._form = recipe, form
-        return made
-
-    if not node:
-        alias: Lazy = make(recipe)
-        return alias
-    inputs, recipe.remake = list(recipe.inputs), make
-    if recipe.product is None:
-        recipe.keep_operands()
-    if not any(recipe.needs):
-        constant: Lazy = make(recipe)
-        return constant
-    of_graph = recipe.of_graph()
-    make_result = functools.partial(make, recipe)
-    deferred: Lazy = connected(Node, of_graph, make_result, *inputs, holders=of_graph.holders)
-    deferred._in_graph = weakref.ref(of_graph)
-    return deferred
-
-
-def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(
-        cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
-    )
-    made._meta, made._device, made._shared, made._views, made._saved = meta, device, shared, [], []
-    return made
-
 
 def _in_order(t: Tensor) -> bool:
     """Whether strides do not grow from one dimension to the next, as those of a computed part of the logits."""
     return sorted(t.stride(), reverse=True) == list(t.stride())
-
-
-def flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if type(value) in (tuple, list):
-            yield from flat(value)
-        else:
-            yield value

@@ -51,8 +51,8 @@ class _Weak:
         return 0 if storage is None else storage.nbytes()
 
 
-#: Losses of `memory_of_heads.py`, whether the head is frozen, and how many gradients of it may be there more than without
-#: this package: a cross entropy computes the gradient in its forward, and scales it in its backward.
+#: Losses of `memory_of_heads.py`, whether the head is frozen, and how many gradients of it may be there more than
+#: without this package: a cross entropy computes the gradient in its forward, and scales it in its backward.
 CASES = [("cross_entropy", True, 0), ("cross_entropy", False, 1), ("log_probs", True, 0), ("log_probs", False, 0)]
 
 

@@ -1,0 +1,155 @@
+"""Programs that the fuzzer found: each does on deferred logits what it does on a plain model's."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fused_ignore_ce import defer_logits
+
+from .fuzz.interpreter import ce, entropy, like, picked, z_loss
+
+B, T, D, V = 2, 3, 8, 11
+
+
+def run(program, bias):
+    """What a program returns for plain and for deferred logits, and the gradients of all leaves."""
+    found = []
+    for patch in (lambda head: head, defer_logits):
+        torch.manual_seed(0)
+        head = patch(torch.nn.Linear(D, V, bias, dtype=torch.float64))
+        hidden = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+        operand = torch.linspace(0.5, 1.5, V, dtype=torch.float64).requires_grad_()
+        result = program(head(hidden), operand)
+        leaves = (hidden, operand, *head.parameters())
+        found.append([result, *(t.grad for t in leaves)])
+    return found
+
+
+def _second_order(x, b):
+    y = x * b
+    first = torch.autograd.grad(ce(y) + entropy(x) + z_loss(y), [x, y, b], create_graph=True)
+    sum(g.square().sum() for g in first).backward()
+    return first[0].detach()
+
+
+def _written_after_a_loss(x, b):
+    x.div_(2)
+    loss = ce(x) + ce(x[:, 1:])
+    x.mul_(b)
+    (loss + ce(x)).backward()
+    return loss.detach()
+
+
+def _written_in_inference_mode(x, b):
+    x.grad_fn, x.retain_grad()
+    y = 1.5 * x + 0.1
+    with torch.inference_mode():
+        x += b
+    _ = x.grad_fn
+    ce(y).backward()
+    return x.grad
+
+
+def _hook_on_a_view_of_a_known_base(x, b):
+    seen, y = [], x[:, 1:]
+    y.register_hook(lambda g: seen.append(g.clone()))
+    x.tolist()
+    (y.sin() * b).sum().backward()
+    return seen[0]
+
+
+def _hook_before_a_write(x, b):
+    seen, y = [], x / 2
+    x.grad_fn, x.register_hook(lambda g: seen.append(g.clone()))
+    x[:, 0] = 0.5
+    (ce(y) + (x * b).sin().sum()).backward()
+    return seen[0]
+
+
+def _checkpoint(x, b):
+    loss = checkpoint(z_loss, x * b, use_reentrant=False)
+    return torch.autograd.grad(loss, [x], like(loss), retain_graph=True)[0]
+
+
+def _dense_gradient_first(x, b):
+    seen = []
+    x.register_hook(lambda g: seen.append(g.clone()))
+    loss, y = -picked(x).sum(), -x[:, -1]
+    y.view(-1, V)[0] = 1.0
+    (F.cross_entropy(y, torch.tensor([1, 2])) + loss).backward()
+    return seen[0]
+
+
+def _detached_in_place(x, b):
+    y = x * b
+    y.tolist()
+    assert y.detach_() is y
+    assert not entropy(y).requires_grad
+    return y
+
+
+def _strides(x, b):
+    y = x.transpose(0, 1)
+    return torch.tensor([z.stride() for z in (y.log_softmax(-1), (1.5 * y + 0.1).mul_(2), y.clone().add_(1))])
+
+
+def _one_of_several(x, b):
+    part = x.unbind(0)[1]
+    x[:, 0] = 0.5
+    with pytest.raises(RuntimeError, match="Output 1 of Unbind"):
+        part.sum()
+
+
+def _given_away(x, b):
+    memory, y = x.data, x.sin()
+    memory.zero_()
+    return y.detach() + x.detach()
+
+
+def _scaled_with_classes_second(x, b):
+    loss = F.cross_entropy(x.transpose(1, 2) / 2, torch.ones(B, T, dtype=torch.int64))
+    loss.backward()
+    assert not getattr(x, "is_materialized", False)
+    return loss.detach()
+
+
+def _weight_of_cast_logits(x, b):
+    return ce(x.float(), weight=b.detach().float()).detach()
+
+
+PROGRAMS = [
+    value
+    for name, value in list(globals().items())
+    if name.startswith("_") and getattr(value, "__module__", "") == __name__
+]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__.strip("_"))
+def test_a_program_does_what_it_does_on_plain_logits(program, bias):
+    plain, ours = run(program, bias)
+    for mine, true in zip(ours, plain, strict=True):
+        assert (mine is None) == (true is None)
+        if true is not None:
+            torch.testing.assert_close(mine.detach(), true.detach())
+
+
+def test_views_are_not_detached_in_place():
+    x = defer_logits(torch.nn.Linear(D, V))(torch.randn(B, T, D))
+    for view in (x, x[0], x.transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="Can't detach views in-place"):
+            view.detach_()
+
+
+def test_a_leaf_is_let_go():
+    x = defer_logits(torch.nn.Linear(D, V))(torch.randn(B, T, D))
+    leaf = x.detach()
+    leaf.requires_grad = True
+    references = weakref.ref(x), weakref.ref(leaf)
+    del x, leaf
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
