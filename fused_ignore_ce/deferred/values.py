@@ -14,6 +14,7 @@ from torch import Tensor
 from . import forms, tiles
 from .expression import is_chain
 from .graph import Adopt, Read, are_saved_tensors_packed, connected
+from .head_call import with_weights
 from .recipe import Recipe, is_deferred
 from .saving import Saved, shares_memory
 from .shared_state import SharedState
@@ -99,12 +100,10 @@ class Lazy(Tensor):
             return self._value.detach()
         recipe: Recipe = self._recipe
         with torch.no_grad():
-            recipe.check_unchanged()
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if not known and is_chain(self._form):
-                form = forms.Leaves().form(self, False)
-                found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
-                return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
+                return with_weights(recipe, self._of_product)
+            recipe.check_unchanged()
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -113,8 +112,13 @@ class Lazy(Tensor):
                     values.append(t._raw(reader))
                 else:
                     values.append(t.materialize(reader).detach())
-            found = recipe.run(values)
+            found: Tensor = recipe.run(values)
         return found.clone() if any(shares_memory(found, v) for v in values) else found
+
+    def _of_product(self) -> Tensor:
+        form = forms.Leaves().form(self, False)
+        found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+        return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
 
     def _is_known(self) -> bool:
         """Whether the values follow from computed ones, without the head's weights."""
