@@ -37,8 +37,11 @@ What is left out, because PyTorch is at odds with itself:
 Errors of one model alone that are right, by design of this library (see `Program.refusals` and `comparison.py`):
 
 - Logits are read after the head's weights or the hidden states were changed in place: they cannot be computed any more.
-- PyTorch refuses a backward because a tensor that it saved was written to. Deferred logits may give the gradient of the
-  values at the time of the operation.
+- PyTorch refuses a backward because a tensor that it saved was written to, or detached in place; or it refuses to save
+  a tensor of inference mode. Deferred logits may give the gradient of the values at the time of the operation.
+- The head's weights were changed in place between a loss of several terms, or one that a checkpoint computes again, and
+  its backward, where PyTorch needs them no more because nothing below the logits is differentiated. Our backward
+  computes tiles of logits again.
 - A second backward through a freed graph, where the nodes that both go through had saved nothing in PyTorch: a product
   under `no_grad` with a trainable bias, and the product itself in `backward(inputs=[logits])`. Our nodes save how
   logits are computed, and a backward frees that.
