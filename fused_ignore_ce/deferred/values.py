@@ -80,10 +80,7 @@ class Lazy(Tensor):
             strided = torch.empty_strided(found.shape, self._meta.stride(), dtype=found.dtype, device=found.device)
             found = strided.copy_(found)
         self._take_over(found)
-        if not found._is_view():
-            return found
-        made = found.new_empty(0)
-        return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
+        return _no_view(found)
 
     def _take_over(self, values: Tensor) -> None:
         """Writes what views of this tensor have been computed to into its values: a logit is one number."""
@@ -183,6 +180,9 @@ class Lazy(Tensor):
             else:
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
                     value = member._part_of(found[id(member._view_of[0])])
+                if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
+                    member._keep(functools.partial(_no_view, value))
+                    value = member._aliased("view")
             found[id(member)] = value
         return found
 
@@ -283,6 +283,14 @@ class Lazy(Tensor):
     def classes(self) -> int:
         """The size of the vocabulary's dimension."""
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
+
+
+def _no_view(t: Tensor) -> Tensor:
+    """A tensor of the same memory that autograd does not know as a view."""
+    if not t._is_view():
+        return t
+    made = t.new_empty(0)
+    return made.set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def _in_order(t: Tensor) -> bool:
