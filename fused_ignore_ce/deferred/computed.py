@@ -53,11 +53,6 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
         return found
 
     values = {id(t): value(t) for t in deferred}
-    if name in MEMORY:  # somebody may write there, and nobody would notice
-        for t in deferred:
-            for member in t._family():
-                member._aliased(name)
-                member._is_written = True
     first = args[0] if args else None
     if is_metadata and isinstance(first, Lazy):
         found = func(values[id(first)], *replaced(args[1:], values), **replaced(kwargs, values))
@@ -70,6 +65,10 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
     if any(shares_memory(o, values[id(t)]) for t in views for o in flat([out])):
         values |= {id(t): t._views_of_each_other()[id(t)] for t in views}  # views of it may be written to
         out = func(*replaced(args, values), **replaced(kwargs, values))
+    for t in deferred if name in MEMORY else ():  # somebody may write there, and nobody would notice
+        for member in t._family():
+            member._aliased(name)
+            member._is_written = True
     for t in deferred:
         if out is values[id(t)]:
             return t

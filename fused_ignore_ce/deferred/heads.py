@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .in_head import InHead
+from .head_call import InHead
 from .logits import defer
 from .mode import LossMode, can_defer
 from .report import Recorder

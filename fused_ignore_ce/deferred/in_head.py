@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,22 +10,11 @@ from torch import Tensor
 from . import forms
 from .affine import describe
 from .graph import Fused, Work, connected
-from .recipe import Recipe, autocast, autocast_state, is_deferred, of_graph
+from .head_call import in_call_of_head
+from .recipe import autocast, autocast_state, of_graph
 from .reductions import reduction
 from .saving import saving_parameters
 from .values import Lazy
-
-
-class InHead:
-    """What a head computes in place of its logits, when it is called with this as its second argument."""
-
-    def __init__(self, compute: Callable[[], Any]) -> None:
-        self._compute = compute
-        self.was_called = False
-
-    def __call__(self) -> Any:
-        self.was_called = True
-        return self._compute()
 
 
 def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> Any:
@@ -59,20 +47,7 @@ def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> A
         made = connected(Fused, work, *inputs, *operands, holders=work.holders)
         return torch.utils._pytree.tree_unflatten(made, spec)
 
-    root = _root(inputs[0]._recipe)
-    if root.head is None:
-        return compute()
-    inside = InHead(compute)
-    found = root.head(root.inputs[0], inside)
-    return (
-        found if inside.was_called else compute()
-    )  # hooks of tensor parallelism pass the hidden states on, and no more
-
-
-def _root(recipe: Recipe) -> Recipe:
-    while recipe.product is None:
-        recipe = next(t for t in recipe.inputs if is_deferred(t))._recipe
-    return recipe
+    return in_call_of_head(inputs[0]._recipe, compute)
 
 
 def reduced(func: Any, name: str, t: Lazy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -119,7 +119,8 @@ class DeferredLogits(Lazy):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
         """Shows the computed logits; if they cannot be computed any more, the shape and why."""
         try:
-            return repr(self._aliased("repr") if self._stands_alone() else self.materialize("repr"))
+            shown = repr(self._aliased("repr") if self._stands_alone() else self.materialize("repr"))
+            return f"Parameter containing:\n{shown}" if isinstance(self, torch.nn.Parameter) else shown
         except Exception as e:
             return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'; {e})"
 

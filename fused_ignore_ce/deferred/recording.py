@@ -87,10 +87,10 @@ def _can_save(form: Any, is_there: bool) -> bool:
 def _meta_of(func: Any, name: str, args: Any, kwargs: Any, form: Any, first: Lazy) -> Any:
     """A tensor without memory of the shape, the strides and the dtype of a result."""
     meta = first._meta
-    if name in ELEMENTWISE:  # keep shape and strides
+    if name in ELEMENTWISE and name != "masked_fill":  # keep shape and strides
         is_same = form.dtype == meta.dtype and meta.is_contiguous() and not meta._is_view()
         return meta if is_same else meta.to(form.dtype, copy=True)
-    if name in NORMALIZING:
+    if name in ELEMENTWISE or name in NORMALIZING:
         return torch.empty(meta.shape, dtype=form.dtype, device="meta")
     if name in CASTS:
         found = forms.cast_of(name, args[1:], kwargs, first._form)

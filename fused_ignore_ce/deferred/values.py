@@ -14,6 +14,7 @@ from torch import Tensor
 from . import forms, tiles
 from .expression import is_chain
 from .graph import Adopt, Read, are_saved_tensors_packed, connected
+from .head_call import with_weights
 from .recipe import Recipe, is_deferred
 from .saving import Saved, shares_memory
 from .shared_state import SharedState
@@ -79,10 +80,7 @@ class Lazy(Tensor):
             strided = torch.empty_strided(found.shape, self._meta.stride(), dtype=found.dtype, device=found.device)
             found = strided.copy_(found)
         self._take_over(found)
-        if not found._is_view():
-            return found
-        made = found.new_empty(0)
-        return made.set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
+        return _no_view(found)
 
     def _take_over(self, values: Tensor) -> None:
         """Writes what views of this tensor have been computed to into its values: a logit is one number."""
@@ -99,12 +97,10 @@ class Lazy(Tensor):
             return self._value.detach()
         recipe: Recipe = self._recipe
         with torch.no_grad():
-            recipe.check_unchanged()
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
             if not known and is_chain(self._form):
-                form = forms.Leaves().form(self, False)
-                found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
-                return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
+                return with_weights(recipe, self._of_product)
+            recipe.check_unchanged()
             values = []
             for t in recipe.inputs:
                 if not is_deferred(t):
@@ -113,8 +109,13 @@ class Lazy(Tensor):
                     values.append(t._raw(reader))
                 else:
                     values.append(t.materialize(reader).detach())
-            found = recipe.run(values)
+            found: Tensor = recipe.run(values)
         return found.clone() if any(shares_memory(found, v) for v in values) else found
+
+    def _of_product(self) -> Tensor:
+        form = forms.Leaves().form(self, False)
+        found: Tensor = tiles.all_logits(form, self._shared.settings.options.get("memory_budget"))
+        return found.contiguous() if self._meta.is_contiguous() and form.product.layout == "plain" else found
 
     def _is_known(self) -> bool:
         """Whether the values follow from computed ones, without the head's weights."""
@@ -179,6 +180,9 @@ class Lazy(Tensor):
             else:
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
                     value = member._part_of(found[id(member._view_of[0])])
+                if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
+                    member._keep(functools.partial(_no_view, value))
+                    value = member._aliased("view")
             found[id(member)] = value
         return found
 
@@ -279,6 +283,14 @@ class Lazy(Tensor):
     def classes(self) -> int:
         """The size of the vocabulary's dimension."""
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
+
+
+def _no_view(t: Tensor) -> Tensor:
+    """A tensor of the same memory that autograd does not know as a view."""
+    if not t._is_view():
+        return t
+    made = t.new_empty(0)
+    return made.set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def _in_order(t: Tensor) -> bool:

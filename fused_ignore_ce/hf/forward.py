@@ -195,8 +195,13 @@ def output_embeddings(model: Any) -> nn.Module | None:
     return next((found for found in inner if found is not None), None)
 
 
-def _weights(model: Any, head: Any) -> list[Any]:
-    """The weights of the head and of the input embeddings, with which it may be tied."""
+def _weights(model: Any, head: Any) -> list[Any] | None:
+    """The weights of the head and of the input embeddings, with which it may be tied; None where any may be the head's.
+
+    FSMT names an embedding as its head, and multiplies with a layer that it does not name.
+    """
+    if isinstance(head, nn.Embedding):
+        return None
     with contextlib.suppress(NotImplementedError, AttributeError):
         return [weight_of(head), weight_of(model.get_input_embeddings())]
     return [weight_of(head)]

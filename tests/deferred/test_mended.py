@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_ignore_ce import defer_logits
 
-from .fuzz.interpreter import ce, entropy, like, picked, z_loss
+from .fuzz.interpreter import HandedOn, ce, entropy, like, picked, z_loss
 
 B, T, D, V = 2, 3, 8, 11
 
@@ -121,6 +121,21 @@ def _weight_of_cast_logits(x, b):
     return ce(x.float(), weight=b.detach().float()).detach()
 
 
+def _handed_on_and_written(x, b):
+    y = HandedOn.apply(x)
+    y *= b
+    loss = (picked(y) - picked(y).detach()).exp().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def _memory_asked_for_in_vain(x, b):
+    with pytest.raises(RuntimeError, match="requires grad"):
+        x.numpy()
+    y = x[None].squeeze(0) * b
+    return torch.autograd.grad(y, [x], like(y))[0]
+
+
 PROGRAMS = [
     value
     for name, value in list(globals().items())
@@ -136,6 +151,13 @@ def test_a_program_does_what_it_does_on_plain_logits(program, bias):
         assert (mine is None) == (true is None)
         if true is not None:
             torch.testing.assert_close(mine.detach(), true.detach())
+
+
+@pytest.mark.parametrize("of", [lambda x: x.T.masked_fill(x.T > 0.5, -3.0), lambda x: x.T * 2], ids=["mask", "scale"])
+def test_strides(of):
+    head, x = torch.nn.Linear(D, V), torch.randn(T, D)
+    plain = of(head(x))
+    assert of(defer_logits(head)(x)).stride() == plain.stride()
 
 
 def test_views_are_not_detached_in_place():

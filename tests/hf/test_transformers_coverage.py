@@ -19,6 +19,8 @@ CLASSES = [
     ("CAUSAL_LM", "LlamaForCausalLM", LINEAR),
     ("CAUSAL_LM", "Gemma2ForCausalLM", LINEAR),
     ("CAUSAL_LM", "GraniteForCausalLM", LINEAR),
+    ("CAUSAL_LM", "BltForCausalLM", LINEAR),  # a model inside has as many classes
+    ("SEQ_TO_SEQ_CAUSAL_LM", "FSMTForConditionalGeneration", LINEAR),  # multiplies with a layer that it does not name
     ("IMAGE_TEXT_TO_TEXT", "LlavaForConditionalGeneration", LINEAR),
     ("SEQ_TO_SEQ_CAUSAL_LM", "BartForConditionalGeneration", LINEAR),
     ("SEQ_TO_SEQ_CAUSAL_LM", "ProphetNetForConditionalGeneration", LINEAR),

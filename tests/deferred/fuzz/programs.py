@@ -80,19 +80,24 @@ class Program(NamedTuple):
         """Parts of the messages of errors that deferred logits may raise in this program by design."""
         texts = [st.text for st in self.statements]
         may_free_more = self.setting.model == "frozen no_grad" or any("inputs=" in text for text in texts)
+        saves_logits = self.setting.model == "where" or self.setting.device == "meta"
         writes_to_head = any(map(_WRITES_TO_HEAD.search, texts))
         return (
             *("label_smoothing",) * self.setting.options,  # an option may be refused, and never lost
             *("the head's weights or the hidden states were changed in place",) * writes_to_head,
             *("Trying to backward through the graph a second time",) * may_free_more,
-            *("modified by an inplace operation",) * (self.setting.model == "where" or self.setting.device == "meta"),
+            *("modified by an inplace operation",) * (writes_to_head or saves_logits),
         )
 
     @property
     def leniencies(self) -> tuple[str, ...]:
         """Parts of the messages of errors of plain PyTorch that deferred logits need not raise in this program."""
         parts = any(re.search("split|unbind", st.text) for st in self.statements)
-        return ("Trying to backward through the graph a second time",) * parts
+        return (
+            "Inference tensors cannot be saved for backward",
+            "a saved tensor that has been detached in-place",
+            *("Trying to backward through the graph a second time",) * parts,
+        )
 
     def __str__(self) -> str:
         """A snippet that runs the program on the patched model; `patch=None` in it runs the plain one."""

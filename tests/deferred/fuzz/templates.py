@@ -25,8 +25,8 @@ What is left out, because PyTorch is at odds with itself:
 
 - Views made under `no_grad` or in inference mode of a tensor that requires a gradient: they say that they require one,
   get none, and crash on a hook. So views are not moded.
-- Writes through `.data`, and to CPU tensors that `save_on_cpu` saved, as it neither copies nor checks them: saved
-  tensors change and nobody notices, so that PyTorch's own gradients are wrong.
+- Writes through `.data` or through what `copy.copy` returns, and to CPU tensors that `save_on_cpu` saved, as it neither
+  copies nor checks them: saved tensors change and nobody notices, so that PyTorch's own gradients are wrong.
 - A hook on a view whose base was written since: PyTorch crashes, unless somebody asks for `grad_fn` first. So hooks do.
   And until somebody asks, what hooks and `retain_grad` of such a view see is what they saw before. So all are asked.
 - Calls of a hook with None: PyTorch's node of several results calls the hooks of those that get no gradient. Hooks of
@@ -37,8 +37,11 @@ What is left out, because PyTorch is at odds with itself:
 Errors of one model alone that are right, by design of this library (see `Program.refusals` and `comparison.py`):
 
 - Logits are read after the head's weights or the hidden states were changed in place: they cannot be computed any more.
-- PyTorch refuses a backward because a tensor that it saved was written to. Deferred logits may give the gradient of the
-  values at the time of the operation.
+- PyTorch refuses a backward because a tensor that it saved was written to, or detached in place; or it refuses to save
+  a tensor of inference mode. Deferred logits may give the gradient of the values at the time of the operation.
+- The head's weights were changed in place between a loss of several terms, or one that a checkpoint computes again, and
+  its backward, where PyTorch needs them no more because nothing below the logits is differentiated. Our backward
+  computes tiles of logits again.
 - A second backward through a freed graph, where the nodes that both go through had saved nothing in PyTorch: a product
   under `no_grad` with a trainable bias, and the product itself in `backward(inputs=[logits])`. Our nodes save how
   logits are computed, and a backward frees that.
@@ -442,7 +445,6 @@ zero_grad, weight 1
 copy, weight 1
     {new} = copy.deepcopy({x})
     {new} = copy.deepcopy({x}.detach())
-    {new} = copy.copy({x})
     {new} = saved_and_loaded({x}.detach())
     {new} = torch_saved({x}.detach())
     {new} = copy.deepcopy(model)(ids).logits
