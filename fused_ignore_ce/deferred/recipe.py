@@ -70,6 +70,11 @@ class Edge:
         return value
 
 
+def is_freed(t: Any) -> bool:
+    """Whether a backward has freed the node of this input, which raises PyTorch's error if another one reaches it."""
+    return isinstance(t, Edge) and t._in_graph() is None
+
+
 def of_graph(t: Any, needed: bool) -> Any:
     """An input as the graph holds it."""
     with torch._C.DisableTorchFunctionSubclass():
