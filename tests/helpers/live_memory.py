@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """While this is on, `now()` is the size of what was allocated since then, and `peak` its largest once that is set."""
+    """While this is on, `now()` is the size of what was allocated since, and `peak` its largest once that is set."""
 
     def __init__(self):
         super().__init__()
