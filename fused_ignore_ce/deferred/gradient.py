@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .recipe import Recipe, is_deferred
+from .recipe import Recipe, is_deferred, is_freed
 
 MODULUS = (1 << 61) - 1
 
@@ -53,13 +53,13 @@ class Ticket:
         self.recipes: dict[int, Recipe] = {}
         recipes: dict[int, Recipe] = {}
         for t, needed, number in zip(inputs, needs, self.numbers, strict=True):
-            if needed:
+            if needed and not is_freed(t):
                 self._add(t._recipe, number, recipes)
         while recipes:  # from the newest: a recipe's inputs are older than itself
             recipe = recipes.pop(max(recipes))
             arrived = self.expected[recipe.serial]
             for i, (t, needed) in enumerate(zip(recipe.inputs, recipe.needs, strict=True)):
-                if needed and is_deferred(t):
+                if needed and is_deferred(t) and not is_freed(t):
                     self._add(t._recipe, arrived * number_of(recipe.serial, i) % MODULUS, recipes)
 
     def _settle(self) -> None:
@@ -150,6 +150,13 @@ class Gradient(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
         return repr(self.dense())
+
+
+def handed_to(t: Any, flows: dict[Ticket, Flow], extra: Tensor | None) -> Tensor:
+    """The gradient that goes to the node of a deferred input; zeros to a node that will raise."""
+    if is_freed(t):
+        return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+    return Gradient.of(t, t._recipe, flows, extra)
 
 
 def dense_of(gradient: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gradient import MODULUS, Flow, Gradient, Ticket, dense_of, number_of, total
+from .gradient import MODULUS, Flow, Gradient, Ticket, dense_of, handed_to, number_of, total
 from .recipe import Recipe, is_deferred, value_of
 
 
@@ -124,7 +124,7 @@ def _handed_down(recipe: Recipe, gradient: Any) -> list[Any]:
             flows = {
                 ticket: Flow(flow.number * factor % MODULUS, (_lazily(vjp, flow, i),)) for ticket, flow in whole.items()
             }
-            found.append(Gradient.of(t, t._recipe, flows, rest[i]))
+            found.append(handed_to(t, flows, rest[i]))
         else:
             part = rest[i]
             for ticket in whole:
@@ -186,7 +186,7 @@ class Work(NamedTuple):
             if not needed:
                 out.append(None)
             elif is_deferred(t):
-                out.append(Gradient.of(t, t._recipe, {ticket: Flow(ticket.numbers[i], (value(i),))}, None))
+                out.append(handed_to(t, {ticket: Flow(ticket.numbers[i], (value(i),))}, None))
             else:
                 out.append(next(of_operands))
         return out

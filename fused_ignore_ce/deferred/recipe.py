@@ -70,6 +70,11 @@ class Edge:
         return value
 
 
+def is_freed(t: Any) -> bool:
+    """Whether a backward has freed the node of this input, which raises PyTorch's error if another one reaches it."""
+    return isinstance(t, Edge) and t._in_graph() is None
+
+
 def of_graph(t: Any, needed: bool) -> Any:
     """An input as the graph holds it."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -227,9 +232,10 @@ def check_unchanged(t: Tensor, version: int) -> None:
         )
     if t.numel() and _has_memory(t) and t.untyped_storage().size() == 0:
         raise RuntimeError(
-            "logits: the head's weights were freed before the loss was taken, as a sharding wrapper does after a "
-            "forward; a loss after the forward needs fully_shard(model, reshard_after_forward=False) for the head's "
-            "group, or a group of its own for the head. Or call unpatch_model(model)"
+            "logits: the head's weights were freed before the loss was taken or the logits were read, as a sharding "
+            "wrapper does after a forward, and a call of the head does not bring them back. FSDP2: after the forward, "
+            "it needs fully_shard(model, reshard_after_forward=False) for the head's group, or a group of its own for "
+            "the head. FSDP1: do not wrap the head by itself. Or call unpatch_model(model)"
         )
 
 

@@ -21,6 +21,7 @@ CASES = {
     "untied": {},
     "tied": {"tied": True},
     "after the forward": {"outside": True},
+    "after the forward, of logits that are read": {"outside": "read"},
     "tied, after the forward": {"tied": True, "outside": True},
     "frozen head": {"frozen": True},
     "accumulated": {"accumulate": 2},
@@ -50,7 +51,7 @@ def run(two_ranks):
 
     def run(function, patched, **options):
         calls = [{"rank": rank, "patched": patched, **options} for rank in range(2)]
-        return two_ranks.run(f"deepspeed_worker.{function}", calls, timeout=120)
+        return two_ranks.run(f"deepspeed_worker.{function}", calls, timeout=300)
 
     return run
 
@@ -70,12 +71,12 @@ def plain(run):
     return plain
 
 
-def assert_same(ours, expected, tolerance=1e-5):
-    """The same losses and parameters on every rank, every loss fused, and a model that learns."""
+def assert_same(ours, expected, tolerance=1e-5, fused=True):
+    """The same losses and parameters on every rank, every loss fused if it can be, and a model that learns."""
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(mine["parameters"], theirs["parameters"], rtol=tolerance, atol=tolerance)
-        assert mine["fused"] >= len(mine["losses"])
+        assert mine["fused"] >= len(mine["losses"]) * fused
     first, second = (found["losses"] for found in expected)
     assert sum(first) + sum(second) < len(first) * (first[0] + second[0])
 
@@ -84,11 +85,11 @@ def assert_same(ours, expected, tolerance=1e-5):
 def test_training(run, plain, case):
     options = CASES[case]
     ours, expected = run("train", True, **options), plain(**options)
-    assert_same(ours, expected, 1e-2 if options.get("bf16") else 1e-5)
+    reads = options.get("outside") == "read"
+    assert_same(ours, expected, 1e-2 if options.get("bf16") else 1e-5, fused=not reads)
     for mine, theirs in zip(ours, expected, strict=True):
-        assert all("deepspeed_worker" in reader for reader in mine["reads"])
         torch.testing.assert_close(mine["seen"], theirs["seen"], rtol=1e-4, atol=1e-4)
-        assert bool(mine["reads"]) == bool(mine["seen"])  # only the evaluation reads logits
+        assert bool(mine["reads"]) == (reads or bool(mine["seen"]))  # the evaluation reads logits, too
 
 
 def test_saving(run, plain, tmp_path):

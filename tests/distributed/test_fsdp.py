@@ -60,6 +60,19 @@ def test_training(run, plain, numbers, name, outside):
     assert sum(last) < sum(first)
 
 
+def test_logits_that_are_read_after_the_forward(run, plain):
+    """They are computed in a call of the head, for which FSDP2 gathers it again."""
+    for mine, theirs in zip(run("head alone", patched=True, outside="read"), plain("float32"), strict=True):
+        torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-5)
+        assert mine["reads"]
+
+
+def test_a_head_that_fsdp1_wraps_by_itself_is_an_error(run):
+    with pytest.raises(AssertionError, match="FSDP1: do not wrap the head by itself"):
+        run("FSDP1, head by itself", patched=True)
+
+
 @pytest.mark.parametrize(("loss", "frozen", "gradients"), LOSSES)
 def test_memory(ranks, loss, frozen, gradients):
     """FSDP2 keeps what it has gathered last until it gathers again, so two calls of the head in a row take more."""

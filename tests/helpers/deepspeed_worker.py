@@ -56,8 +56,8 @@ def adamw(parameters):
 def train(rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, between=False, folder=None, **of_model):
     """Losses of every step, what was computed between steps, parameters at the end, and the report.
 
-    `outside` takes the loss after the forward, `between` evaluates and generates after every step, and `folder` is
-    where the model is saved.
+    `outside` takes the loss after the forward, if it is "read" of logits that were read; `between` evaluates and
+    generates after every step, and `folder` is where the model is saved.
     """
     environment_of(rank)
     config = config_of(stage, bf16=bf16, accumulate=accumulate)
@@ -94,6 +94,8 @@ def loss_of(engine, batch, outside):
         return engine(**batch).loss
     labels = batch.pop("labels")[:, 1:]
     logits = engine(**batch).logits[:, :-1]
+    if outside == "read":
+        logits = logits.sort(-1).values.gather(-1, logits.argsort(-1).argsort(-1))  # the same logits
     return torch.nn.functional.cross_entropy(logits.reshape(-1, V), labels.flatten())
 
 

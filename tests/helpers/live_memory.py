@@ -6,19 +6,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """While this is on, `now()` is the size of what was allocated since it was switched on, and `peak` its largest."""
+    """While this is on, `now()` is the size of what was allocated since, and `peak` its largest once that is set."""
 
     def __init__(self):
         super().__init__()
         self._storages = set()  # addresses of storages, with a weak reference to each
-        self.peak = 0
+        self.peak = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type != "meta":
                 self._storages.add(_Weak(t.untyped_storage()))
-        self.peak = max(self.peak, self.now())
+        if self.peak is not None:
+            self.peak = max(self.peak, self.now())
         return out
 
     def now(self):
@@ -56,20 +57,19 @@ class _Weak:
 CASES = [("cross_entropy", True, 0), ("cross_entropy", False, 1), ("log_probs", True, 0), ("log_probs", False, 0)]
 
 
-def measured(forward, backward, unit, steps=2):
-    """What the last of some steps holds when its forward is over, and at most in its forward and in its backward.
+def measured(forward, backward, unit):
+    """What a step holds when its forward is over, and at most in its forward and in its backward.
 
-    In multiples of `unit` bytes.
+    In multiples of `unit` bytes. It is the second step, as wrappers prepare themselves in the first.
     """
     with LiveMemory() as memory:
-        for _ in range(steps):
-            before = memory.peak = memory.now()
-            loss = forward()
-            held, in_forward = memory.now() - before, memory.peak - before
-            memory.peak = memory.now()
-            backward(loss)
-            in_backward = memory.peak - before
-            del loss
+        backward(forward())
+        before = memory.peak = memory.now()
+        loss = forward()
+        held, in_forward = memory.now() - before, memory.peak - before
+        memory.peak = memory.now()
+        backward(loss)
+        in_backward = memory.peak - before
     return {"held": held / unit, "in the forward": in_forward / unit, "in the backward": in_backward / unit}
 
 

@@ -9,7 +9,8 @@ HEAD = 4 * CLASSES * HIDDEN
 
 
 def model_of(frozen):
-    model = llama(vocab_size=CLASSES, hidden_size=HIDDEN, num_attention_heads=2, head_dim=16, use_cache=False)
+    sizes = {"vocab_size": CLASSES, "hidden_size": HIDDEN, "head_dim": 16, "num_hidden_layers": 1}
+    model = llama(**sizes, use_cache=False)
     model.model.embed_tokens = torch.nn.Embedding(V, HIDDEN)
     model.lm_head.weight.requires_grad_(not frozen)
     return model

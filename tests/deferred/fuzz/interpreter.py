@@ -355,7 +355,7 @@ class Run:
                     self.names[name], "grad_fn", None
                 )  # else PyTorch notices a write to a view at any later time
         self._retained.update(re.findall(r"(\w+)\.retain_grad\(", statement.text))
-        if statement.backward and "retain_graph" not in statement.text:
+        if ".backward(" in statement.text and "retain_graph" not in statement.text:
             self._freed.update(re.findall(r"\bs\d+\b", statement.text))
         self._flush_hooks(statement.text)
 
