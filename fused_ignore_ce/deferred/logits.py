@@ -175,7 +175,7 @@ def as_tensor(traced: Any, shared: SharedState) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
     form = substitute(traced._form, {}, False)
     logits: DeferredLogits = deferred_product(form, shared)
-    return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]
+    return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]  # is deferred
 
 
 #: The heads' logits that are alive, of models that were told to keep them, by the serials of their recipes.
