@@ -13,7 +13,7 @@ from .making import deferred_in, flat, wrapped
 from .operations import MEMORY, NATIVE
 from .saving import shares_memory
 from .shared_state import SharedState
-from .values import Lazy
+from .values import Lazy, View
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 
@@ -61,7 +61,7 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
                 found = func(*args, **kwargs)
         return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    views = [t for t in deferred if t._view_of is not None and not t._has_hooks()]
+    views = [t for t in deferred if t._view is not None and not t._has_hooks()]
     if any(shares_memory(o, values[id(t)]) for t in views for o in flat([out])):
         values |= {id(t): t._views_of_each_other()[id(t)] for t in views}  # views of it may be written to
         out = func(*replaced(args, values), **replaced(kwargs, values))
@@ -72,27 +72,34 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
     for t in deferred:
         if out is values[id(t)]:
             return t
+    written = [t for t in deferred if t._stands_alone()]
     shared = next((t._shared for t in deferred if t._shared.changes), None)
-    return (
-        out
-        if shared is None
-        else torch.utils._pytree.tree_map_only(Tensor, lambda t: _with_options(t, shared, type(deferred[0])), out)
-    )
+    if shared is None and not written:
+        return out
+    is_view = name not in MEMORY and name != "detach"
+    replace = torch.utils._pytree.tree_map_only
+    return replace(Tensor, lambda o: _as_deferred(o, values, written if is_view else [], shared, type(deferred[0])), out)
 
 
-def _with_options(value: Tensor, shared: SharedState, cls: Any) -> Tensor:
-    """A tensor that was made of the logits, for code whose loss the options have to reach.
+def _as_deferred(o: Tensor, values: dict[int, Tensor], written: list[Lazy], shared: SharedState | None, cls: Any) -> Any:
+    """A result of computed logits, as deferred logits if something may happen to it that others have to hear of.
 
-    If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
+    If it is a view of logits that were written to, and it is written to as well, these get another place in the graph.
+    With options, it takes losses as long as it may be logits itself; else, a gradient that arrives at it is an error.
     """
-    if not value.is_floating_point() or type(value) is not Tensor:
-        return value
-    if shared.classes not in value.shape:
-        shared.guard(value)
-        return value
-    made = connected(Adopt, wrapped(cls, value, value.device, shared), value)
-    made._value, made._is_written, made._is_moved = value, True, True
-    result: Lazy = made
+    if type(o) is not Tensor:
+        return o
+    base = next((t for t in written if o._is_view() and shares_memory(o, values[id(t)])), None)
+    if base is None:
+        if shared is None or not o.is_floating_point():
+            return o
+        if shared.classes not in o.shape:
+            shared.guard(o)
+            return o
+    result: Lazy = connected(Adopt, wrapped(cls, o, o.device, shared or base._shared), o)
+    result._value, result._is_written, result._is_moved = o, True, True
+    if base is not None:
+        result.becomes(View(base, None))
     return result
 
 
@@ -123,7 +130,7 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     is_recorded = bool(family) and first.grad_fn is not place
     for member in family:
         member._is_written = True
-        if is_recorded or member._view_of is not None:
+        if is_recorded or member._view is not None:
             member._move(values[id(member)])
     for t in deferred:
         if out is values[id(t)]:

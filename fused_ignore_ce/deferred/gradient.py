@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .recipe import Recipe, is_deferred, is_freed
+from .recipe import Recipe, is_deferred, is_freed, zeros_for
 
 MODULUS = (1 << 61) - 1
 
@@ -155,7 +155,7 @@ class Gradient(Tensor):
 def handed_to(t: Any, flows: dict[Ticket, Flow], extra: Tensor | None) -> Tensor:
     """The gradient that goes to the node of a deferred input; zeros to a node that will raise."""
     if is_freed(t):
-        return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+        return zeros_for(t)
     return Gradient.of(t, t._recipe, flows, extra)
 
 

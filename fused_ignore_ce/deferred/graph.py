@@ -144,6 +144,20 @@ def _lazily(vjp: Callable[[Tensor], Any], flow: Flow, place: int) -> Callable[[]
     return value
 
 
+def _apart(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Gradients no two of which share memory, as those of two biases that were added do.
+
+    Autograd may keep a gradient as a leaf's `.grad`, and add the next one to it in place.
+    """
+    seen: set[int] = set()
+    found: list[Tensor | None] = []
+    for g in gradients:
+        address = g.untyped_storage().data_ptr() if type(g) is Tensor else None
+        found.append(g.clone() if address and address in seen else g)
+        seen.add(address or 0)
+    return found
+
+
 class Work(NamedTuple):
     """A loss that was computed without logits, as its node keeps it."""
 
@@ -166,7 +180,7 @@ class Work(NamedTuple):
             return [None] * len(self.needs)
         wanted = [*self.leaves.values(), *(t for t in self.operands if t.requires_grad)]
         results, given = zip(*pairs, strict=True)
-        found = list(torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True))
+        found = _apart(torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True))
         parts: dict[tuple[int, int], Tensor | None] = dict(zip(self.leaves, found, strict=False))
         of_operands = iter(found[len(self.leaves) :])
         ticket = Ticket(parts, self.inputs, self.needs[: len(self.inputs)])

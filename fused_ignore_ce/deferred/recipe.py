@@ -75,6 +75,14 @@ def is_freed(t: Any) -> bool:
     return isinstance(t, Edge) and t._in_graph() is None
 
 
+def zeros_for(t: Any) -> Tensor:
+    """A gradient for an input of a backward that is going to raise an error at another node.
+
+    An error that a node raises while others wait would let autograd's queue hold these until the thread's next backward.
+    """
+    return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+
+
 def of_graph(t: Any, needed: bool) -> Any:
     """An input as the graph holds it."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -170,6 +178,8 @@ class Recipe:
 
     def vjp(self, gradient: Tensor) -> list[Tensor | None]:
         """The gradients of the inputs, given the result's."""
+        if any(map(is_freed, self.inputs)):
+            return [zeros_for(t) if needed else None for t, needed in zip(self.inputs, self.needs, strict=True)]
         if self.product is not None:
             self.check_unchanged()
             found = self.product.gradients(gradient, self.needs) if isinstance(self.product, Product) else None

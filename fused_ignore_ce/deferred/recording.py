@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .making import made
 from .operations import CASTS, ELEMENTWISE, NORMALIZING
 from .recipe import Recipe
 from .shared_state import joint
-from .values import Lazy, without_modes
+from .values import Lazy, View, without_modes
 
 
 def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Lazy]) -> Any:
@@ -43,12 +42,12 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not isinstance(form, list):
         result = made(type(first), Recipe(func, name, args, kwargs), form, meta, first._device, shared)
         if not is_new and meta._is_view():
-            _is_view(result, first, func, args[1:], kwargs)
+            result.becomes(View(first, func, args[1:], kwargs, None, torch.is_grad_enabled()))
         return result
     parts: list[Lazy] = []
     for i, (part, shape) in enumerate(zip(form, meta, strict=True)):
         parts.append(made(type(first), Recipe(func, name, args, kwargs, i), part, shape, first._device, shared))
-        _is_view(parts[-1], first, func, args[1:], kwargs, i)
+        parts[-1].becomes(View(first, func, args[1:], kwargs, i, torch.is_grad_enabled()))
     return tuple(parts)
 
 
@@ -56,13 +55,8 @@ def _detached(func: Any, t: Lazy) -> Lazy:
     with torch.no_grad():
         recipe = Recipe(func, "detach", (t,), {})
     result = made(type(t), recipe, t._form, t._meta, t._device, t._shared)
-    _is_view(result, t, func, (), {})
+    result.becomes(View(t, func, with_gradients=torch.is_grad_enabled()))
     return result
-
-
-def _is_view(view: Lazy, base: Lazy, func: Any, args: Any, kwargs: Any, part: Any = None) -> None:
-    view._view_of = base, func, args, kwargs, part, torch.is_grad_enabled()
-    base._views.append(weakref.ref(view))
 
 
 def _form_of(value: Any) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ _plainly = torch._C.DisableTorchFunctionSubclass
 without_modes = torch._C._DisableTorchDispatch
 
 
+class View(NamedTuple):
+    """How a deferred tensor is a part of another one's memory."""
+
+    base: Lazy
+    func: Any
+    args: Any = ()
+    kwargs: Any = {}  # noqa: RUF012 (never written)
+    part: int | None = None  # which of several results
+    with_gradients: bool = True  # whether it was made while gradients were enabled
+
+    def part_of(self, value: Tensor) -> Tensor:
+        """The part of the base's values."""
+        found: Tensor = self.func(value, *self.args, **self.kwargs)
+        return found if self.part is None else found[self.part]
+
+
 class Lazy(Tensor):
     """A tensor whose values follow from a recipe; what operations do to it is in `DeferredLogits`."""
 
@@ -37,7 +53,7 @@ class Lazy(Tensor):
     _version_of_value = 0
     _is_written = False  # the value stands for this tensor from now on
     _is_moved = False  # and has its place in the graph
-    _view_of: Any = None  # the tensor that this one is a view of, the operation, and whether gradients were enabled
+    _view: View | None = None
     _views: list[weakref.ref[Lazy]]
     _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
 
@@ -49,7 +65,7 @@ class Lazy(Tensor):
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
-            if self._view_of is not None and (self._view_of[0]._is_there_or_written() or not _in_order(self._meta)):
+            if self._view is not None and (self._view.base._is_there_or_written() or not _in_order(self._meta)):
                 return self._aliased(reader)
             self._shared.was_read(reader)
             self._keep(functools.partial(self._fresh, reader))
@@ -85,7 +101,7 @@ class Lazy(Tensor):
     def _take_over(self, values: Tensor) -> None:
         """Writes what views of this tensor have been computed to into its values: a logit is one number."""
         for view in self._live_views():
-            part = view._part_of(values)
+            part = view._view.part_of(values)
             if view._value is None:
                 view._take_over(part)
             else:
@@ -131,7 +147,7 @@ class Lazy(Tensor):
         """
         if not self._shared.read or are_saved_tensors_packed():
             return False
-        if self._value is not None or (self._view_of is not None and self._view_of[0]._is_there()):
+        if self._value is not None or (self._view is not None and self._view.base._is_there()):
             return True
         return self._recipe is None or self._is_known()
 
@@ -144,42 +160,36 @@ class Lazy(Tensor):
             return True
         if self._value is not None and self._value._version != self._version_of_value:
             return True
-        return self._view_of is not None and self._view_of[0]._stands_alone()
+        return self._view is not None and self._view.base._stands_alone()
 
     def _aliased(self, reader: str) -> Tensor:
         """The computed tensor, which shares memory with those of the tensors that this one is a view of.
 
         Autograd does not know it as their view, but as computed from this tensor, unless theirs were written to.
         """
-        if self._view_of is None:
+        if self._view is None:
             return self.materialize(reader)
         if self._has_moved():
             assert self._value is not None
             return self._connected(self._value)
-        base = self._view_of[0]
-        value = base._aliased(reader)
+        view = self._view
+        value = view.base._aliased(reader)
         if self._value is None or not shares_memory(self._value, value):
-            self._keep(lambda: self._part_of(value.detach()))
+            self._keep(lambda: view.part_of(value.detach()))
         assert self._value is not None
         return self._connected(self._value)
-
-    def _part_of(self, value: Tensor) -> Tensor:
-        """The part of a base's values that this view is."""
-        _, func, args, kwargs, part, _ = self._view_of
-        found: Tensor = func(value, *args, **kwargs)
-        return found if part is None else found[part]
 
     def _views_of_each_other(self) -> dict[int, Tensor]:
         """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
         found: dict[int, Tensor] = {}
         for member in self._family():
-            if member._view_of is None:
+            if member._view is None:
                 value = member.materialize("view")
             elif member._is_moved:
                 value = member._aliased("view")
             else:
-                with torch.inference_mode(False), torch.set_grad_enabled(member._view_of[5]):
-                    value = member._part_of(found[id(member._view_of[0])])
+                with torch.inference_mode(False), torch.set_grad_enabled(member._view.with_gradients):
+                    value = member._view.part_of(found[id(member._view.base)])
                 if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
                     member._keep(functools.partial(_no_view, value))
                     value = member._aliased("view")
@@ -192,7 +202,7 @@ class Lazy(Tensor):
         PyTorch gives a view a new place whenever its memory was written to, and others if the write is recorded.
         """
         if not self._is_moved and self._stands_alone():
-            if self._view_of is not None:
+            if self._view is not None:
                 if self._value is None or self._value._version != self._version_of_value:
                     self._move(self._views_of_each_other()[id(self)])
             elif self._value is not None and getattr(self._value.grad_fn, "_forward_cls", None) is not Read:
@@ -269,8 +279,8 @@ class Lazy(Tensor):
     def _family(self) -> list[Lazy]:
         """All tensors that share memory with this one."""
         root = self
-        while root._view_of is not None:
-            root = root._view_of[0]
+        while root._view is not None:
+            root = root._view.base
         family = [root]
         for member in family:
             family += member._live_views()
@@ -278,6 +288,11 @@ class Lazy(Tensor):
 
     def _live_views(self) -> list[Lazy]:
         return [view for reference in self._views if (view := reference()) is not None]
+
+    def becomes(self, view: View) -> None:
+        """Takes this tensor for a view of another."""
+        self._view = view
+        view.base._views.append(weakref.ref(self))
 
     @property
     def classes(self) -> int:
