@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .gradient import dense_of
 from .graph import Adopt, connected
-from .making import deferred_in, flat, wrapped
+from .making import deferred_in, wrapped
 from .operations import MEMORY, NATIVE
 from .saving import shares_memory
 from .shared_state import SharedState
@@ -61,46 +62,52 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
                 found = func(*args, **kwargs)
         return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    views = [t for t in deferred if t._view is not None and not t._has_hooks()]
-    if any(shares_memory(o, values[id(t)]) for t in views for o in flat([out])):
-        values |= {id(t): t._views_of_each_other()[id(t)] for t in views}  # views of it may be written to
-        out = func(*replaced(args, values), **replaced(kwargs, values))
-    for t in deferred if name in MEMORY else ():  # somebody may write there, and nobody would notice
+    for t in deferred if name in MEMORY else ():
         for member in t._family():
             member._aliased(name)
-            member._is_written = True
+            member._is_lent = True
     for t in deferred:
         if out is values[id(t)]:
             return t
-    written = [t for t in deferred if t._stands_alone()]
+
+    def again(t: Lazy, value: Tensor) -> Any:
+        by = values | {id(t): value}
+        return func(*replaced(args, by), **replaced(kwargs, by))
+
+    def result(o: Any, part: int | None = None) -> Any:
+        for t in deferred:
+            if name not in MEMORY and shares_memory(o, values[id(t)]):
+                view = View(t, functools.partial(again, t), part=part, with_gradients=torch.is_grad_enabled())
+                return _as_deferred(o, shared or t._shared, type(t), view)
+        return o if shared is None else _with_options(o, shared, type(deferred[0]))
+
     shared = next((t._shared for t in deferred if t._shared.changes), None)
-    if shared is None and not written:
-        return out
-    is_view = name not in MEMORY and name != "detach"
-    replace = torch.utils._pytree.tree_map_only
-    return replace(Tensor, lambda o: _as_deferred(o, values, written if is_view else [], shared, type(deferred[0])), out)
+    if type(out) in (tuple, list):
+        return type(out)([result(o, i) for i, o in enumerate(out)])
+    return result(out)
 
 
-def _as_deferred(o: Tensor, values: dict[int, Tensor], written: list[Lazy], shared: SharedState | None, cls: Any) -> Any:
-    """A result of computed logits, as deferred logits if something may happen to it that others have to hear of.
+def _with_options(value: Any, shared: SharedState, cls: Any) -> Any:
+    """A tensor that was made of the logits, for code whose loss the options have to reach.
 
-    If it is a view of logits that were written to, and it is written to as well, these get another place in the graph.
-    With options, it takes losses as long as it may be logits itself; else, a gradient that arrives at it is an error.
+    If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
     """
-    if type(o) is not Tensor:
-        return o
-    base = next((t for t in written if o._is_view() and shares_memory(o, values[id(t)])), None)
-    if base is None:
-        if shared is None or not o.is_floating_point():
-            return o
-        if shared.classes not in o.shape:
-            shared.guard(o)
-            return o
-    result: Lazy = connected(Adopt, wrapped(cls, o, o.device, shared or base._shared), o)
-    result._value, result._is_written, result._is_moved = o, True, True
-    if base is not None:
-        result.becomes(View(base, None))
-    return result
+    if type(value) is not Tensor or not value.is_floating_point():
+        return value
+    if shared.classes not in value.shape:
+        shared.guard(value)
+        return value
+    return _as_deferred(value, shared, cls)
+
+
+def _as_deferred(value: Tensor, shared: SharedState, cls: Any, view: View | None = None) -> Any:
+    """A computed tensor as deferred logits. If it is a view of others and is written to, those have to hear of it."""
+    made: Lazy = connected(Adopt, wrapped(cls, value, value.device, shared), value)
+    made._value, made._version_of_value = value, value._version
+    made._is_written = made._is_moved = view is None
+    if view is not None:
+        made.becomes(view)
+    return made
 
 
 def replaced(values: Any, by: dict[int, Tensor]) -> Any:

@@ -153,7 +153,7 @@ def _apart(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for g in gradients:
         address = g.untyped_storage().data_ptr() if type(g) is Tensor else None
-        found.append(g.clone() if address and address in seen else g)
+        found.append(g.clone() if g is not None and address and address in seen else g)
         seen.add(address or 0)
     return found
 

@@ -78,7 +78,7 @@ def is_freed(t: Any) -> bool:
 def zeros_for(t: Any) -> Tensor:
     """A gradient for an input of a backward that is going to raise an error at another node.
 
-    An error that a node raises while others wait would let autograd's queue hold these until the thread's next backward.
+    If a node raises it while others wait, autograd's queue holds those until the thread's next backward.
     """
     return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
 

@@ -52,6 +52,7 @@ class Lazy(Tensor):
     _value: Tensor | None = None
     _version_of_value = 0
     _is_written = False  # the value stands for this tensor from now on
+    _is_lent = False  # somebody was given the value's memory, and may write there without anybody's noticing
     _is_moved = False  # and has its place in the graph
     _view: View | None = None
     _views: list[weakref.ref[Lazy]]
@@ -101,6 +102,7 @@ class Lazy(Tensor):
     def _take_over(self, values: Tensor) -> None:
         """Writes what views of this tensor have been computed to into its values: a logit is one number."""
         for view in self._live_views():
+            assert view._view is not None
             part = view._view.part_of(values)
             if view._value is None:
                 view._take_over(part)
@@ -111,6 +113,9 @@ class Lazy(Tensor):
         """The values, without a graph, as they were when this tensor was made."""
         if self._value is not None and not self._stands_alone():
             return self._value.detach()
+        return self._anew(reader)
+
+    def _anew(self, reader: str) -> Tensor:
         recipe: Recipe = self._recipe
         with torch.no_grad():
             known = any(t._is_known() for t in recipe.inputs if is_deferred(t))
@@ -158,9 +163,16 @@ class Lazy(Tensor):
         """Whether the computed value stands for this tensor: somebody wrote to it, or there is no recipe."""
         if self._is_written or self._recipe is None:
             return True
+        if self._is_lent and not (are_saved_tensors_packed() and self._is_as_made()):
+            return True
         if self._value is not None and self._value._version != self._version_of_value:
             return True
         return self._view is not None and self._view.base._stands_alone()
+
+    def _is_as_made(self) -> bool:
+        """Whether nobody has written to memory that was lent. A checkpoint has to find what it found at first."""
+        assert self._value is not None
+        return torch.equal(self._value.detach(), self._anew("checkpoint"))
 
     def _aliased(self, reader: str) -> Tensor:
         """The computed tensor, which shares memory with those of the tensors that this one is a view of.
@@ -263,10 +275,6 @@ class Lazy(Tensor):
     def _requires_grad(self) -> bool:
         with _plainly():
             return self.requires_grad
-
-    def _has_hooks(self) -> bool:
-        with _plainly():
-            return bool(self._backward_hooks) or self.retains_grad
 
     def _become_leaf(self) -> None:
         """Detached logits that are told to require a gradient: the computed tensor is the leaf."""

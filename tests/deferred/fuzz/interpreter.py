@@ -448,13 +448,23 @@ def _strides(t: Tensor) -> tuple[int, ...]:
 
 
 def _differentiated(loss: Tensor) -> bool:
-    """Runs the backward of a loss that requires a gradient; whether that went well."""
-    try:
-        if loss.requires_grad:
+    """Runs the backward of a loss that requires a gradient; whether that went well.
+
+    If it fails, what waited in autograd's queue of this thread would be held, so it has a thread of its own.
+    """
+    failed: list[bool] = []
+
+    def backward() -> None:
+        try:
             loss.backward()
-    except Exception:
-        return False
-    return True
+        except Exception:
+            failed.append(True)
+
+    if loss.requires_grad:
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    return not failed
 
 
 def _modes_switched_off() -> int:

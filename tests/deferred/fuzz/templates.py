@@ -50,6 +50,9 @@ Errors of one model alone that are right, by design of this library (see `Progra
 - A second backward of what `autograd.grad` for another part of a split has freed in PyTorch, where the parts are
   results of one node. Here each part has its own.
 - An option of a patched model is refused, where the loss that is taken cannot use it.
+- One of several views (of split, unbind or chunk) may not be used once its base was written to, and no view of a tensor
+  that was detached in place may be written to. Deferred logits that nobody has computed by then may be.
+- Logits that cannot be computed any more are shown without values.
 """
 
 from __future__ import annotations
@@ -285,7 +288,7 @@ metric, weight 2, moded
     {new_value} = {any}.detach().clone()
     {new_value} = float({x}.numpy().sum())
     {new_value} = {sharp}.max()
-    {new_value} = str({x})[:7]
+    {new_value} = str({x})[:7] in ("tensor(", "Deferre")
 
 metric, weight 1
     {new_value} = {tokens}.transpose(1, 2).is_contiguous(), {tokens}.transpose(0, 1).is_contiguous()
@@ -331,7 +334,7 @@ fused, weight 2, fusible quiet
 detached leaf, weight 3
     {new} = {x}.detach().requires_grad_()
     {new} = {x}.detach(); {new!}.requires_grad = True
-    {new} = {x}.data.requires_grad_()
+    {new} = {x}.data.clone().requires_grad_()
     {new} = torch.nn.Parameter({x}.detach())
     {new} = {x}.detach().clone().requires_grad_()
     {new_value} = {any}.requires_grad_()
