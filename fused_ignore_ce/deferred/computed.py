@@ -103,8 +103,7 @@ def _with_options(value: Any, shared: SharedState, cls: Any) -> Any:
 def _as_deferred(value: Tensor, shared: SharedState, cls: Any, view: View | None = None) -> Any:
     """A computed tensor as deferred logits. If it is a view of others and is written to, those have to hear of it."""
     made: Lazy = connected(Adopt, wrapped(cls, value, value.device, shared), value)
-    made._value, made._version_of_value = value, value._version
-    made._is_written = made._is_moved = view is None
+    made._value, made._is_written, made._is_moved = value, True, True
     if view is not None:
         made.becomes(view)
     return made

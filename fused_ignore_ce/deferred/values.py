@@ -195,10 +195,11 @@ class Lazy(Tensor):
         """The computed tensors of all that share memory with this one, by `id`, as autograd's views of each other."""
         found: dict[int, Tensor] = {}
         for member in self._family():
+            moved = member._value if member._is_moved else None
             if member._view is None:
-                value = member.materialize("view")
-            elif member._is_moved:
-                value = member._aliased("view")
+                value = root = member.materialize("view")
+            elif moved is not None and (not moved._is_view() or moved._base is root):
+                value = member._connected(moved)
             else:
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view.with_gradients):
                     value = member._view.part_of(found[id(member._view.base)])
