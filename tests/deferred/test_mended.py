@@ -136,6 +136,54 @@ def _memory_asked_for_in_vain(x, b):
     return torch.autograd.grad(y, [x], like(y))[0]
 
 
+def _new_view_written(x, b):
+    x *= 2
+    y = x.view(-1, V)
+    y *= b
+    ce(checkpoint(lambda z: z / 2, x, use_reentrant=True)).backward()
+    return x.detach()
+
+
+def _retained_before_a_write_without_record(x, b):
+    x.retain_grad()
+    with torch.inference_mode():
+        x[:, 1:].mul_(2)
+    y = x[:, 1:]
+    y *= b
+    ce(y).backward()
+    return x.grad
+
+
+def _hook_after_an_unrecorded_view(x, b):
+    seen, y = [], x.transpose(0, 1)
+    wide = y.expand(2, *y.shape)
+    y.register_hook(lambda g: seen.append(g.clone()))
+    wide.register_hook(lambda g: g * b)
+    wide.sin().sum().backward()
+    return seen[0]
+
+
+def _unrecorded_view_written(x, b):
+    wide = x[:, 1:].expand(2, B, T - 1, V)
+    wide[0].mul_(2)
+    (wide * b).sin().sum().backward()
+    return x.detach()
+
+
+def _numpy_before_a_checkpoint_is_run_again(x, b):
+    loss = checkpoint(z_loss, x, use_reentrant=False)
+    x.detach().numpy()
+    (loss * b.sum()).backward()
+    return loss.detach()
+
+
+def _written_by_numpy_before_a_checkpoint(x, b):
+    x.detach().numpy()[0, 0] = 0.5
+    loss = checkpoint(z_loss, x * b, use_reentrant=False)
+    loss.backward()
+    return loss.detach()
+
+
 PROGRAMS = [
     value
     for name, value in list(globals().items())
@@ -151,6 +199,32 @@ def test_a_program_does_what_it_does_on_plain_logits(program, bias):
         assert (mine is None) == (true is None)
         if true is not None:
             torch.testing.assert_close(mine.detach(), true.detach())
+
+
+@pytest.mark.parametrize("loss", [ce, entropy], ids=["fused", "tiles"])
+def test_gradients_of_added_biases_lie_apart(loss):
+    """Autograd adds to a leaf's gradient in place, so no two leaves may share the memory of theirs."""
+    head = defer_logits(torch.nn.Linear(D, V))
+    bias = torch.zeros(V, requires_grad=True)
+    total = loss(head(torch.randn(B, T, D)) + bias)
+    total.backward(retain_graph=True)
+    first = bias.grad.clone()
+    total.backward()
+    torch.testing.assert_close(bias.grad, 2 * first)
+    torch.testing.assert_close(head.bias.grad, 2 * first)
+
+
+def test_a_backward_that_fails_holds_nothing():
+    """Autograd's queue holds the nodes that wait when another one raises, until the thread's next backward."""
+    logits = defer_logits(torch.nn.Linear(D, V))(torch.randn(B, T, D))
+    ce(logits).backward()
+    one, other = logits.log_softmax(-1), logits.softmax(-1)
+    loss, reference = (one.cumsum(-1) + other.cumsum(-1)).sum(), weakref.ref(one.grad_fn)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+    del logits, one, other, loss
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.parametrize("of", [lambda x: x.T.masked_fill(x.T > 0.5, -3.0), lambda x: x.T * 2], ids=["mask", "scale"])
