@@ -63,7 +63,7 @@ MEMORY = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storag
 
 def writes(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether an operation of this name writes to a tensor that it is given."""
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in NATIVE
     return (
         in_place
         or name in ("__setitem__", "__set__ data")
