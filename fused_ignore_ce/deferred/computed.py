@@ -14,7 +14,8 @@ from .making import deferred_in, wrapped
 from .operations import MEMORY, NATIVE
 from .saving import shares_memory
 from .shared_state import SharedState
-from .values import Lazy, View
+from .values import Lazy
+from .views import View
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 

@@ -55,13 +55,13 @@ class DeferredLogits(Lazy):
                     t.detach_()  # raises PyTorch's error for views
             with _plainly():
                 return func(self)
-        if self is not None and not self._has_moved():
-            if _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
-                self._become_leaf()
-                return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
-            if name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks"):
-                with _plainly():
-                    return func(*args, **kwargs)
+        if self is not None and _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
+            self._become_leaf()
+            return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
+        is_native = name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks")
+        if is_native and self is not None and not self._has_moved():
+            with _plainly():
+                return func(*args, **kwargs)
         if self is not None and not self._stands_alone():
             if name == "detach":
                 return recorded(func, name, args, kwargs, [self])

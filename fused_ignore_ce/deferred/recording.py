@@ -14,7 +14,8 @@ from .making import made
 from .operations import CASTS, ELEMENTWISE, NORMALIZING
 from .recipe import Recipe
 from .shared_state import joint
-from .values import Lazy, View, without_modes
+from .values import Lazy, without_modes
+from .views import View, no_view
 
 
 def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Lazy]) -> Any:
@@ -54,7 +55,7 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _detached(func: Any, t: Lazy) -> Lazy:
     with torch.no_grad():
         recipe = Recipe(func, "detach", (t,), {})
-    result = made(type(t), recipe, t._form, t._meta, t._device, t._shared)
+    result = made(type(t), recipe, t._form, no_view(t._meta), t._device, t._shared)
     result.becomes(View(t, func, with_gradients=torch.is_grad_enabled()))
     return result
 

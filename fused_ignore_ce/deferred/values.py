@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,11 @@ from .head_call import with_weights
 from .recipe import Recipe, is_deferred
 from .saving import Saved, shares_memory
 from .shared_state import SharedState
+from .views import View, in_order, no_view
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 #: A context in which dispatch modes do not see the tensors without memory that tell shapes.
 without_modes = torch._C._DisableTorchDispatch
-
-
-class View(NamedTuple):
-    """How a deferred tensor is a part of another one's memory."""
-
-    base: Lazy
-    func: Any
-    args: Any = ()
-    kwargs: Any = {}  # noqa: RUF012 (never written)
-    part: int | None = None  # which of several results
-    with_gradients: bool = True  # whether it was made while gradients were enabled
-
-    def part_of(self, value: Tensor) -> Tensor:
-        """The part of the base's values."""
-        found: Tensor = self.func(value, *self.args, **self.kwargs)
-        return found if self.part is None else found[self.part]
 
 
 class Lazy(Tensor):
@@ -66,7 +51,7 @@ class Lazy(Tensor):
     def materialize(self, reader: str = "materialize") -> Tensor:
         """The logits as a plain tensor, computed on the first call; `reader` is the operation that a report names."""
         if self._value is None:
-            if self._view is not None and (self._view.base._is_there_or_written() or not _in_order(self._meta)):
+            if self._view is not None and (self._view.base._is_there_or_written() or not in_order(self._meta)):
                 return self._aliased(reader)
             self._shared.was_read(reader)
             self._keep(functools.partial(self._fresh, reader))
@@ -97,7 +82,7 @@ class Lazy(Tensor):
             strided = torch.empty_strided(found.shape, self._meta.stride(), dtype=found.dtype, device=found.device)
             found = strided.copy_(found)
         self._take_over(found)
-        return _no_view(found)
+        return no_view(found)
 
     def _take_over(self, values: Tensor) -> None:
         """Writes what views of this tensor have been computed to into its values: a logit is one number."""
@@ -204,7 +189,7 @@ class Lazy(Tensor):
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view.with_gradients):
                     value = member._view.part_of(found[id(member._view.base)])
                 if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
-                    member._keep(functools.partial(_no_view, value))
+                    member._keep(functools.partial(no_view, value))
                     value = member._aliased("view")
             found[id(member)] = value
         return found
@@ -307,16 +292,3 @@ class Lazy(Tensor):
     def classes(self) -> int:
         """The size of the vocabulary's dimension."""
         return int(self.shape[1 if getattr(self._form, "classes_second", False) else -1])
-
-
-def _no_view(t: Tensor) -> Tensor:
-    """A tensor of the same memory that autograd does not know as a view."""
-    if not t._is_view():
-        return t
-    made = t.new_empty(0)
-    return made.set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
-
-
-def _in_order(t: Tensor) -> bool:
-    """Whether strides do not grow from one dimension to the next, as those of a computed part of the logits."""
-    return sorted(t.stride(), reverse=True) == list(t.stride())

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_ignore_ce import defer_logits
 
-from .fuzz.interpreter import HandedOn, ce, entropy, like, picked, z_loss
+from .fuzz.names import HandedOn, ce, entropy, like, picked, z_loss
 
 B, T, D, V = 2, 3, 8, 11
 
@@ -182,6 +182,17 @@ def _written_by_numpy_before_a_checkpoint(x, b):
     loss = checkpoint(z_loss, x * b, use_reentrant=False)
     loss.backward()
     return loss.detach()
+
+
+def _leaf_of_written_logits(x, b):
+    x *= 2
+    leaf = x.detach().requires_grad_()
+    checkpoint(lambda z: ce(z * b), leaf, use_reentrant=True).backward()
+    return leaf.grad
+
+
+def _handed_on_and_detached_in_place(x, b):
+    return HandedOn.apply(x.view(-1, V)).detach_() * b.detach()
 
 
 PROGRAMS = [

@@ -104,7 +104,7 @@ class Program(NamedTuple):
     def __str__(self) -> str:
         """A snippet that runs the program on the patched model; `patch=None` in it runs the plain one."""
         lines = [
-            "from tests.deferred.fuzz.interpreter import Setting, session",
+            "from tests.deferred.fuzz.names import Setting, session",
             f"globals().update(session({self.setting}))",
             *(st.text for st in self.statements),
         ]

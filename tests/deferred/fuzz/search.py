@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from .comparison import NOT_RAISED, RAISED, RIGHT, WRONG, Verdict, judge
 from .grammar import draw
-from .interpreter import Observed, Patch, observe
+from .interpreter import Observed, observe
 from .models import patched
+from .names import Patch
 from .programs import Program, Setting
 
 __all__ = ["NOT_RAISED", "RAISED", "RIGHT", "WRONG", "Failure", "drawn", "smallest", "verdict_of"]
