@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,11 +60,3 @@ def wrapped(cls: Any, meta: Tensor, device: torch.device, shared: SharedState) -
     )
     made._meta, made._device, made._shared, made._views, made._saved = meta, device, shared, [], []
     return made
-
-
-def flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if type(value) in (tuple, list):
-            yield from flat(value)
-        else:
-            yield value
