@@ -49,8 +49,8 @@ Errors of one model alone that are right, by design of this library (see `Progra
   the model's forward and its backward: our loss saves these logits, PyTorch's saves log-probabilities.
 - A second backward of what `autograd.grad` for another part of a split has freed in PyTorch, where the parts are
   results of one node. Here each part has its own.
-- A second backward of a loss whose first one named inputs, such as `loss.backward(inputs=[loss])`: which nodes that frees
-  depends on how the loss is made of them.
+- A second backward of a loss whose first one named inputs, such as `loss.backward(inputs=[loss])`: which nodes that
+  frees depends on how the loss is made of them.
 - An option of a patched model is refused, where the loss that is taken cannot use it.
 - One of several views (of split, unbind or chunk) may not be used once its base was written to, and no view of a tensor
   that was detached in place may be written to. Deferred logits that nobody has computed by then may be.
