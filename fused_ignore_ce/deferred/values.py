@@ -190,7 +190,8 @@ class Lazy(Tensor):
                     value = member._view.part_of(found[id(member._view.base)])
                 if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
                     member._keep(functools.partial(no_view, value))
-                    value = member._aliased("view")
+                    assert member._value is not None
+                    value = member._connected(member._value)
             found[id(member)] = value
         return found
 
