@@ -114,7 +114,10 @@ def _is_outermost() -> bool:
 def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, original: Any, outputs: Any) -> None:
     """Raises an error, or warns, if a loss did not get the options, or could not be fused."""
     given = shared.settings.changes
-    if labels and given and not shared.used:
+    # The labels that a model hands on to the one inside it, which only prepares them or returns hidden states, are used
+    # outside of that.
+    takes_loss = not running.forwards or _loss_in(outputs) is not None
+    if labels and given and not shared.used and takes_loss:
         raise RuntimeError(
             f"{given}: given to patch_model, but the forward of {type(model).__name__} took no cross entropy over the "
             "head's classes that could use it; unpatch_model(model) and give it to the loss yourself"
@@ -134,7 +137,7 @@ def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, or
 def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
     """Warns if other code took the loss of a patched model that was given labels, and names that code."""
     name = _name_of(forward)
-    node = _python_function(outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else None)
+    node = _python_function(_loss_in(outputs))
     warnings.warn(
         f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but its loss was taken by "
         f"{name}{node}, not by a cross entropy over logits that this package could compute: nothing was fused. "
@@ -143,6 +146,11 @@ def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
         * name.startswith("trl."),
         stacklevel=4,
     )
+
+
+def _loss_in(outputs: Any) -> Any:
+    """The loss that a forward returned, None if there is none or it has no name."""
+    return outputs.get("loss") if isinstance(outputs, dict) else None
 
 
 def _name_of(forward: Any) -> str:
