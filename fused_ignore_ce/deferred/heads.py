@@ -165,19 +165,19 @@ def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, k
     """Runs the forward of a head that is no plain linear layer; products of the vocabulary's size are deferred."""
     running.is_in_head = True
     try:
-        with LossMode(classes_of(head), shared, head):
+        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        with LossMode(classes_of(head), shared, head, ndim=None if hidden is None else hidden.dim()):
             return original(head, *args, **kwargs)
     finally:
         running.is_in_head = False
 
 
 def classes_of(head: Any) -> int | None:
-    """The number of classes of a head, None if it does not tell."""
+    """The number of classes of a head, None if it does not tell. PEFT swaps the features of a tied copy of a head."""
     weight = weight_of(head)
-    classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(weight, Tensor) and len(_whole_shape(weight)) == 2:
-        classes = _whole_shape(weight)[0]
-    return classes
+    if isinstance(weight, Tensor) and weight.is_floating_point() and len(_whole_shape(weight)) == 2:
+        return int(_whole_shape(weight)[0])
+    return getattr(head, "out_features", None)
 
 
 def weight_of(module: Any) -> Any:
