@@ -173,11 +173,16 @@ def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, k
 
 
 def classes_of(head: Any) -> int | None:
-    """The number of classes of a head, None if it does not tell. PEFT swaps the features of a tied copy of a head."""
+    """The number of classes of a head: its own, or else that of its last layer that tells; None if none does.
+
+    The weight comes first, because PEFT swaps the features of a tied copy of a head.
+    """
     weight = weight_of(head)
     if isinstance(weight, Tensor) and weight.is_floating_point() and len(_whole_shape(weight)) == 2:
         return int(_whole_shape(weight)[0])
-    return getattr(head, "out_features", None)
+    classes = getattr(head, "out_features", None)
+    layers = reversed(list(head.children())) if classes is None and isinstance(head, nn.Module) else ()
+    return next((found for found in map(classes_of, layers) if found is not None), classes)
 
 
 def weight_of(module: Any) -> Any:
