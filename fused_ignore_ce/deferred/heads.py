@@ -91,7 +91,8 @@ def defer_logits(
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected a module, got {type(head).__name__}")
     weight = weight_of(head)
-    if not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2:
+    is_linear = isinstance(head, nn.Linear)  # its weight may be computed whenever it is read
+    if not is_linear and (not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2):
         got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
         raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
     make_head(head, Patch(settings))
@@ -113,6 +114,15 @@ class _Running(threading.local):
 
 
 running = _Running()
+
+
+class _Tracing:
+    def __init__(self) -> None:
+        #: How many forwards of patched models, one inside another, torch.compile is tracing.
+        self.models = 0
+
+
+tracing = _Tracing()
 
 
 @contextlib.contextmanager
@@ -143,21 +153,25 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) > 1 and isinstance(args[-1], InHead):
             return args[-1]()
         if torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
+            return (original if tracing.models else eager)(self, *args, **kwargs)
         shared = None if running.is_in_head else state_of(self)
         if shared is None:
             return original(self, *args, **kwargs)
         if original is not nn.Linear.forward:
             return _deferred_inside(self, original, shared, args, kwargs)
         (hidden,) = (*args, *kwargs.values())
-        if is_sharded(hidden, self.weight, self.bias):
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes them
+        if is_sharded(hidden, weight, bias):
             shared.head_deferred = True
-            return defer_sharded(hidden, self.weight, self.bias, shared)
-        if not can_defer(hidden, self.weight, self.bias):
-            return original(self, *args, **kwargs)
+            return defer_sharded(hidden, weight, bias, shared)
+        if not can_defer(hidden, weight, bias):
+            return torch.nn.functional.linear(hidden, weight, bias)
         shared.head_deferred = True
-        return defer(hidden, self.weight, self.bias, shared, self)
+        return defer(hidden, weight, bias, shared, self)
 
+    eager = torch.compiler.disable(
+        forward, reason="a head that defers breaks the graph: compile without fullgraph=True"
+    )
     return forward
 
 
@@ -186,12 +200,14 @@ def classes_of(head: Any) -> int | None:
 
 
 def weight_of(module: Any) -> Any:
-    """The weight of a module, None if it has none.
+    """The weight of a module, None if it has none, or one that is computed whenever it is read.
 
     DeepSpeed gathers a parameter for the rest of the model's forward if it is asked for as an attribute.
     """
     parameters = getattr(module, "_parameters", {})
-    return dict.get(parameters, "weight") if "weight" in parameters else getattr(module, "weight", None)
+    if "weight" in parameters or "parametrizations" in getattr(module, "_modules", {}):
+        return dict.get(parameters, "weight")
+    return getattr(module, "weight", None)
 
 
 def _whole_shape(weight: Tensor) -> Any:

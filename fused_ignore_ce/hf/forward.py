@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, weight_of, while_running
+from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, tracing, unmake, weight_of, while_running
 from ..deferred.logits import as_tensor
 from ..deferred.mode import LossMode
 from ..deferred.report import COMPILED, Recorder
@@ -29,8 +29,6 @@ class _ProcessWide:
         #: The patches of those models, and the heads that were made to defer for them.
         self.patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
         self.heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        #: How many patched forwards, one inside another, torch.compile is tracing.
-        self.traced = 0
 
     def set(self, settings: Settings | None) -> None:
         self.settings = settings
@@ -78,10 +76,10 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             shared = SharedState(patch.settings)
             shared.in_forward = True
-            process_wide.traced += 1
+            tracing.models += 1
             with LossMode(classes_of(output_embeddings(self)), shared):
                 outputs = original(self, *args, **kwargs)
-            process_wide.traced -= 1
+            tracing.models -= 1
             return _as_tensors(outputs, self, shared)
         if any(
             self is model for model, _, _ in running.forwards
@@ -108,7 +106,7 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_outermost() -> bool:
-    return not (process_wide.traced if torch.compiler.is_compiling() else running.forwards)
+    return not (tracing.models if torch.compiler.is_compiling() else running.forwards)
 
 
 def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, original: Any, outputs: Any) -> None:
@@ -196,7 +194,7 @@ def output_embeddings(model: Any) -> nn.Module | None:
     with contextlib.suppress(NotImplementedError, AttributeError):
         head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
-        return head
+        return head._modules.get("_orig_mod", head)  # what torch.compile was given
     from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
 
     inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))

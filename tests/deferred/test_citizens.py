@@ -355,6 +355,31 @@ def test_in_place(loss):
     check(steps(loss))
 
 
+class _HandsOn(torch.autograd.Function):
+    """PyTorch puts one such around a module that has full backward hooks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+HANDED_ON = {
+    "loss": cross_entropy,
+    "rows": lambda x: F.cross_entropy(x.reshape(-1, V), LABELS.flatten()),
+    "view that is read": lambda x: x.view(-1, V)[:, :3].sum(1).sin().sum(),
+    "entropy": entropy,
+}
+
+
+@pytest.mark.parametrize("loss", HANDED_ON.values(), ids=HANDED_ON)
+def test_a_function_that_returns_what_it_was_given(loss):
+    check(steps(lambda x: loss(_HandsOn.apply(x))))
+
+
 #: 6. Memory.
 @pytest.mark.parametrize("loss", [entropy, lambda x: x.logsumexp(-1).square().mean(), cross_entropy],
                          ids=["entropy", "z-loss", "cross entropy"])  # fmt: skip

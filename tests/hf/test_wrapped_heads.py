@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from fused_ignore_ce.deferred import affine
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
-from ..helpers.hf_tiny import D, V, assert_same_step, batch, llama
+from ..helpers.hf_tiny import D, V, assert_same_step, batch, llama, step
 
 
 class CastOutputToFloat(nn.Sequential):
@@ -110,3 +111,110 @@ def assert_close(ours, plain, rel):
         size = expected.abs().max().item()
         assert size > 0, name
         assert (ours[1][name] - expected).abs().max().item() <= max(rel, 1e-2) * size, name  # bfloat16 below the head
+
+
+class Random(nn.Module):
+    def forward(self, weight):
+        return weight * (torch.rand_like(weight) > 0.2)
+
+
+def _hooked(register, hook):
+    return lambda head, seen: getattr(head, register)(lambda *args: hook(seen, *args))
+
+
+#: name -> what is done to a head, given a list for what its hooks see.
+HOOKS = {
+    "reads": _hooked("register_forward_hook", lambda seen, head, args, out: seen.append(out.detach().sum())),
+    "reads the shape": _hooked("register_forward_hook", lambda seen, head, args, out: seen.append(out.shape.numel())),
+    "scales": _hooked("register_forward_hook", lambda seen, head, args, out: out * 2),
+    "computes": _hooked("register_forward_hook", lambda seen, head, args, out: out.sinh()),
+    "scales hidden states": _hooked("register_forward_pre_hook", lambda seen, head, args: (args[0] * 1.5,)),
+    "backward": _hooked(
+        "register_full_backward_hook", lambda seen, head, given, grad: seen.extend([given[0].norm(), grad[0].norm()])
+    ),
+    "backward, replaces": _hooked("register_full_backward_hook", lambda seen, head, given, grad: (given[0] * 0.5,)),
+    "backward, before": _hooked("register_full_backward_pre_hook", lambda seen, head, grad: (grad[0] * 0.5,)),
+    "weight norm": lambda head, seen: parametrizations.weight_norm(head),
+    "weight norm by a hook": lambda head, seen: torch.nn.utils.weight_norm(head),
+    "spectral norm": lambda head, seen: parametrizations.spectral_norm(head),
+    "orthogonal": lambda head, seen: parametrizations.orthogonal(head),
+    "random": lambda head, seen: parametrize.register_parametrization(head, "weight", Random()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])
+@pytest.mark.parametrize("patched", ["before", "after"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_and_parametrizations(name, patched, outside):
+    def trained(patch):
+        model, seen = llama(), []
+        if patch == "before":
+            patch_model(model)
+        torch.manual_seed(1)
+        HOOKS[name](model.lm_head, seen)
+        if patch == "after":
+            patch_model(model)
+        torch.manual_seed(2)
+        losses = []
+        for _ in range(2):  # a second time, because the first may advance what the second begins with
+            inputs = batch()
+            labels = inputs.pop("labels")
+            outputs = model(**inputs) if outside else model(**inputs, labels=labels)
+            if outside:
+                outputs.loss = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+            (outputs.loss * 0.5).backward()
+            losses.append(outputs.loss.detach())
+        return model, seen, losses, {name: p.grad for name, p in model.named_parameters()}
+
+    (plain, expected, true, grads), (model, seen, losses, found) = trained(None), trained(patched)
+    torch.testing.assert_close(losses, true)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    if name != "computes":
+        assert fusion_report(model).fused["cross_entropy"].calls == 2
+
+
+def test_a_hook_that_changes_a_loss_in_a_call_of_the_head_is_an_error():
+    """The head's weights come and go, so that the loss is taken in a call, and the hook takes it for the logits."""
+    model = patch_model(llama())
+    head, whole, empty = model.lm_head, model.lm_head.weight.data, torch.empty(0)
+    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
+    head.register_forward_hook(lambda *_: setattr(head.weight, "data", empty))
+    model(**batch())
+    hook = head.register_forward_hook(lambda head, args, out: out * 1)
+    model(**batch())
+    hook.remove()
+    head.register_forward_hook(lambda head, args, out: out * 2)
+    with pytest.raises(RuntimeError, match="head: a forward hook on it changed a loss"):
+        model(**batch())
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_compiled_heads(patched, outside, how):
+    torch._dynamo.reset()
+    model, inputs = llama(), batch()
+    labels = inputs.pop("labels")
+    plain = step(model, **inputs, labels=labels)
+
+    def compiled():
+        if how == "in place":
+            model.lm_head.compile(backend="aot_eager")
+        else:
+            model.lm_head = torch.compile(model.lm_head, backend="aot_eager")
+
+    for work in (lambda: patch_model(model), compiled)[:: 1 if patched == "before" else -1]:
+        work()
+    model.zero_grad()
+    outputs = model(**inputs) if outside else model(**inputs, labels=labels)
+    if outside:
+        outputs.loss = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+    (outputs.loss * 0.5).backward()
+    torch.testing.assert_close(outputs.loss, plain[0].loss)
+    found = {name.replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(found, plain[1])
+    assert fusion_report(model).fused["cross_entropy"].calls == 1
+    assert fusion_report(model).fused.keys() == {"cross_entropy"}
