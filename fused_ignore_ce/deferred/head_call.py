@@ -28,9 +28,10 @@ class InHead:
         return self.computed
 
 
-def with_weights(recipe: Recipe, compute: Callable[[], Any]) -> Any:
+def with_weights(recipe: Recipe, compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` returns. If the head's weights are not there, it is called in a call of the head."""
-    return _with_weights(recipe, compute)[0]
+    found: Tensor = _with_weights(recipe, compute)[0]
+    return found
 
 
 def in_call_of_head(recipe: Recipe, compute: Callable[[], Any]) -> Any:

@@ -159,7 +159,7 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         if original is not nn.Linear.forward:
             return _deferred_inside(self, original, shared, args, kwargs)
-        (hidden,) = (*args, *kwargs.values())
+        hidden: Any = (*args, *kwargs.values())[0]
         weight, bias = self.weight, self.bias  # read once: a parametrization computes them
         if is_sharded(hidden, weight, bias):
             shared.head_deferred = True
