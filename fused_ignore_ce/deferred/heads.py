@@ -158,7 +158,7 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
         if shared is None:
             return original(self, *args, **kwargs)
         if original is not nn.Linear.forward:
-            return _deferred_inside(self, original, shared, args, kwargs)
+            return _deferred_inside(self, functools.partial(original, self), shared, args, kwargs)
         hidden: Any = (*args, *kwargs.values())[0]
         weight, bias = self.weight, self.bias  # read once: a parametrization computes them
         if is_sharded(hidden, weight, bias):
@@ -175,13 +175,13 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
-    """Runs the forward of a head that is no plain linear layer; products of the vocabulary's size are deferred."""
+def _deferred_inside(head: Any, call: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
+    """Runs a head that is no plain linear layer; products of the vocabulary's size are deferred."""
     running.is_in_head = True
     try:
         hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         with LossMode(classes_of(head), shared, head, ndim=None if hidden is None else hidden.dim()):
-            return original(head, *args, **kwargs)
+            return call(*args, **kwargs)
     finally:
         running.is_in_head = False
 
@@ -246,7 +246,22 @@ def _rebuild(of: Any, cls: type, *args: Any) -> Any:
 
 
 def _of_head(cls: Any) -> dict[str, Any]:
-    return {"forward": _deferring(cls.forward)}
+    return {"forward": _deferring(cls.forward), "__call__": _called}
+
+
+def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of a head. If other code (accelerate, TRL) has set its `forward`, that need not call the class's own."""
+    call = super(own_class(self), self).__call__
+    if "forward" not in self.__dict__ or torch.compiler.is_compiling():
+        return call(*args, **kwargs)
+    if len(args) > 1 and isinstance(args[-1], InHead):
+        theirs = self.__dict__.pop("forward")
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.__dict__["forward"] = theirs
+    shared = None if running.is_in_head else state_of(self)
+    return call(*args, **kwargs) if shared is None else _deferred_inside(self, call, shared, args, kwargs)
 
 
 def make_head(head: nn.Module, patch: Patch | None) -> None:

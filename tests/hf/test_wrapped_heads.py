@@ -11,6 +11,8 @@ from fused_ignore_ce.hf import fusion_report, patch_model
 
 from ..helpers.hf_tiny import D, V, assert_same_step, batch, llama, step
 
+accelerate = pytest.importorskip("accelerate")
+
 
 class CastOutputToFloat(nn.Sequential):
     """What PEFT's examples put around a head."""
@@ -218,3 +220,45 @@ def test_compiled_heads(patched, outside, how):
     torch.testing.assert_close(found, plain[1])
     assert fusion_report(model).fused["cross_entropy"].calls == 1
     assert fusion_report(model).fused.keys() == {"cross_entropy"}
+
+
+#: name -> what accelerate does to a model, given a folder.
+OFFLOADS = {
+    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, execution_device="cpu"),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
+    "dispatch_model": lambda model, folder: accelerate.dispatch_model(
+        model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True
+    ),
+    "dispatch_model, head on disk": lambda model, folder: accelerate.dispatch_model(
+        model, {"model": "cpu", "lm_head": "disk"}, main_device="cpu", offload_dir=folder, force_hooks=True
+    ),
+}
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])
+@pytest.mark.parametrize("patched", ["before", "after"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_offloaded_models(name, tied, patched, outside, tmp_path):
+    """Offloaded weights take no gradients in accelerate, so those of hidden states are compared."""
+
+    def stepped(patch):
+        model, hidden = llama(tie_word_embeddings=tied), []
+        if patch == "before":
+            patch_model(model)
+        OFFLOADS[name](model, str(tmp_path / str(patch)))
+        if patch == "after":
+            patch_model(model)
+        model.model.norm.register_forward_hook(lambda norm, args, out: hidden.append(out))
+        inputs = batch()
+        labels = inputs.pop("labels")
+        inputs["inputs_embeds"] = F.embedding(inputs.pop("input_ids"), torch.linspace(-1, 1, V * D).view(V, D))
+        outputs = model(**inputs) if outside else model(**inputs, labels=labels)
+        if outside:
+            outputs.loss = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+        (gradient,) = torch.autograd.grad(outputs.loss * 0.5, hidden)
+        return model, outputs.loss.detach(), gradient
+
+    (_, *expected), (model, *found) = stepped(None), stepped(patched)
+    torch.testing.assert_close(found, expected)
+    assert fusion_report(model).fused["cross_entropy"].calls == 1
