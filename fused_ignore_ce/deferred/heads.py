@@ -33,10 +33,11 @@ class Patch:
     def __init__(self, settings: Settings, recorder: Recorder | None = None) -> None:
         self.settings = settings
         self.recorder = recorder or Recorder()
-        #: Whether the last forward deferred the product of the head that the model says it has; None before the first.
-        self.head_defers: bool | None = None
-        #: Whether a warning said that other code takes the model's loss.
-        self.has_warned = False
+        #: For forwards with labels and without: whether the head of the last one deferred its product by itself, and a
+        #: loss in it was fused. Such a forward is not watched by a `LossMode`.
+        self.head_defers: dict[bool, bool] = {}
+        #: What warnings have said: why nothing was fused.
+        self.warned: set[str] = set()
 
     def __reduce__(self) -> Any:
         return Patch, (self.settings,)
@@ -165,6 +166,7 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
             shared.head_deferred = True
             return defer_sharded(hidden, weight, bias, shared)
         if not can_defer(hidden, weight, bias):
+            shared.was_not_fused(f"its head multiplies {_kind(hidden)} with {_kind(weight)}, which cannot be deferred")
             return torch.nn.functional.linear(hidden, weight, bias)
         shared.head_deferred = True
         return defer(hidden, weight, bias, shared, self)
@@ -177,13 +179,26 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _deferred_inside(head: Any, call: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
     """Runs a head that is no plain linear layer; products of the vocabulary's size are deferred."""
+    shared.deferred, before = False, shared.deferred
     running.is_in_head = True
     try:
         hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         with LossMode(classes_of(head), shared, head, ndim=None if hidden is None else hidden.dim()):
-            return call(*args, **kwargs)
+            found = call(*args, **kwargs)
     finally:
         running.is_in_head = False
+    if not shared.deferred:
+        weight = weight_of(head)
+        of = f" with a weight of type {type(weight).__name__}" * (
+            type(weight) not in (Tensor, nn.Parameter, type(None))
+        )
+        shared.was_not_fused(f"its head, a {type(head).__name__}{of}, makes no product that can be deferred")
+    shared.deferred |= before
+    return found
+
+
+def _kind(t: Any) -> str:
+    return f"a {type(t).__name__} of {t.dtype} on {t.device}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 
 def classes_of(head: Any) -> int | None:

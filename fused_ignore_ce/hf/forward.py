@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.eager import PACKAGE
 from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, tracing, unmake, weight_of, while_running
 from ..deferred.logits import as_tensor
 from ..deferred.mode import LossMode
@@ -80,6 +81,8 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             with LossMode(classes_of(output_embeddings(self)), shared):
                 outputs = original(self, *args, **kwargs)
             tracing.models -= 1
+            if labels and not shared.used and _is_outermost():
+                _check_traced(self, original, outputs)
             return _as_tensors(outputs, self, shared)
         if any(
             self is model for model, _, _ in running.forwards
@@ -92,11 +95,11 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             if PATCH not in self.__dict__:
                 process_wide.heads.add(head)
         watched = None
-        if head is None or not patch.head_defers:
+        if head is None or not patch.head_defers.get(labels):
             watched = LossMode(classes_of(head), shared, weights=_weights(self, head))
         with while_running(self, patch, shared), watched or contextlib.nullcontext():
             outputs = original(self, *args, **kwargs)
-        patch.head_defers = shared.head_deferred
+        patch.head_defers[labels] = shared.head_deferred and (shared.fused or not labels)
         _check_taken(self, patch, shared, labels, original, outputs)
         for _, _, outer in running.forwards:
             outer.used = outer.used or shared.used
@@ -127,22 +130,31 @@ def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, or
             "know of these options; its head is no matrix product, or patch without them and give them to the loss "
             "yourself"
         )
-    if labels and not shared.used and not shared.fused and not running.forwards and not patch.has_warned:
-        patch.has_warned = True
-        _warn_untaken(model, original, outputs)
+    if not labels or shared.fused or running.forwards:
+        return
+    if not shared.why_not:
+        shared.was_not_fused(_reason(model, shared, original, outputs))
+    if shared.why_not not in patch.warned:
+        patch.warned.add(shared.why_not)
+        warnings.warn(
+            f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but nothing was fused: "
+            f"{shared.why_not}",
+            stacklevel=3,
+        )
 
 
-def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
-    """Warns if other code took the loss of a patched model that was given labels, and names that code."""
+def _reason(model: Any, shared: SharedState, forward: Any, outputs: Any) -> str:
+    """Why nothing was fused in a forward that was given labels."""
+    read = f"its logits were computed for {shared.reader}" * shared.read
+    if shared.used:
+        return read or "its loss was taken of logits that its output embeddings did not make"
     name = _name_of(forward)
-    node = _python_function(_loss_in(outputs))
-    warnings.warn(
-        f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but its loss was taken by "
-        f"{name}{node}, not by a cross entropy over logits that this package could compute: nothing was fused. "
-        "Undo what replaced the model's forward, if something did, or call unpatch_model(model)"
+    return (
+        f"{read}{', and ' * bool(read)}its loss was taken by {name}{_python_function(_loss_in(outputs))}, not by a "
+        "cross entropy over logits that this package could compute. Undo what replaced the model's forward, if "
+        "something did, or call unpatch_model(model)"
         + "; for a trainer of TRL, fused_ignore_ce.trl.patch_trainer(trainer) fuses it"
-        * name.startswith("trl."),
-        stacklevel=4,
+        * name.startswith("trl.")
     )
 
 
@@ -166,7 +178,7 @@ def _python_function(loss: Any) -> str:
     nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
     for node in nodes:
         cls = getattr(node, "_forward_cls", None)
-        if cls is not None:
+        if cls is not None and not cls.__module__.startswith(PACKAGE):
             return f" ({cls.__module__}.{cls.__name__})"
         if len(nodes) < 50:
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
@@ -228,6 +240,12 @@ def _as_tensors(outputs: Any, model: nn.Module, shared: SharedState) -> Any:
     if not traced and shared.stats is None:
         return outputs
     return _outside(outputs, model, shared.settings, shared.used, shared.stats)
+
+
+@torch.compiler.disable
+def _check_traced(model: nn.Module, original: Any, outputs: Any) -> None:
+    patch: Any = model.__dict__.get(PATCH) or process_wide.patch_of(model)
+    _check_taken(model, patch, SharedState(patch.settings, patch.recorder), True, original, outputs)
 
 
 @torch.compiler.disable(reason="a patched model breaks the graph once, at its end: compile it without fullgraph=True")

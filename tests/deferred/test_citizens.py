@@ -367,6 +367,14 @@ class _HandsOn(torch.autograd.Function):
         return g
 
 
+class _Clones(_HandsOn):
+    """DDP puts one such behind a model that may have unused parameters."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
 HANDED_ON = {
     "loss": cross_entropy,
     "rows": lambda x: F.cross_entropy(x.reshape(-1, V), LABELS.flatten()),
@@ -375,9 +383,18 @@ HANDED_ON = {
 }
 
 
+@pytest.mark.parametrize("function", [_HandsOn, _Clones])
 @pytest.mark.parametrize("loss", HANDED_ON.values(), ids=HANDED_ON)
-def test_a_function_that_returns_what_it_was_given(loss):
-    check(steps(lambda x: loss(_HandsOn.apply(x))))
+def test_a_function_that_returns_what_it_was_given(loss, function):
+    check(steps(lambda x: loss(function.apply(x))))
+
+
+def test_what_a_function_returns_is_fused():
+    for function in (_HandsOn, _Clones):
+        model = patch_model(small())
+        cross_entropy(function.apply(model(IDS).logits)).backward()
+        assert fusion_report(model).fused["cross_entropy"].calls == 1
+        assert not fusion_report(model).reads
 
 
 #: 6. Memory.
