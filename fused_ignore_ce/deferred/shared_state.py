@@ -25,6 +25,8 @@ class SharedState:
         self.stats: Any = None
         #: Whether a loss was taken without logits, and whether something computed logits.
         self.fused = self._read = False
+        #: What the forward will divide a sum by, if 0 / 0 is to be 0: 1 is written into it where that would be.
+        self.divisor: Tensor | None = None
         #: Why nothing could be fused, and what read the logits first.
         self.why_not = self.reader = ""
         #: The size of the vocabulary.

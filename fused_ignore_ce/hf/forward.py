@@ -77,6 +77,7 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             shared = SharedState(patch.settings)
             shared.in_forward = True
+            _spare(kwargs, shared)
             tracing.models += 1
             with LossMode(classes_of(output_embeddings(self)), shared):
                 outputs = original(self, *args, **kwargs)
@@ -89,6 +90,7 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         ):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
         shared = SharedState(patch.settings, patch.recorder)
+        _spare(kwargs, shared)
         head = output_embeddings(self)
         if head is not None:
             make_head(head, None)
@@ -106,6 +108,14 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return _with_stats(outputs, shared.stats)
 
     return forward
+
+
+def _spare(kwargs: dict[str, Any], shared: SharedState) -> None:
+    """With zero_if_all_ignored, gives the forward a copy of `num_items_in_batch`, which its loss may write to."""
+    count = kwargs.get("num_items_in_batch")
+    may_be_zero = count is not None and (isinstance(count, Tensor) or count == 0)
+    if may_be_zero and shared.settings.options.get("zero_if_all_ignored"):
+        kwargs["num_items_in_batch"] = shared.divisor = torch.as_tensor(count).clone()
 
 
 def _is_outermost() -> bool:
