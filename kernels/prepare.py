@@ -65,7 +65,7 @@ class Prepared:
 
     def __call__(self, device, *first):
         if self.interpreted:
-            self.kernel[self.grid](*first, *self.fixed, **self.options)
+            self._run(first)
             return
         active = driver.active
         current = active.get_current_device()
@@ -76,7 +76,7 @@ class Prepared:
         key = current, kinds(first)
         found = self.compiled.get(key)
         if found is None:
-            compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
+            compiled = self._run(first)
             # For AMD, the kernel also depends on the size of a tensor's storage, so Triton looks it up at every launch.
             if compiled is not None and compiled.metadata.target.backend == "cuda":
                 self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
@@ -89,9 +89,48 @@ class Prepared:
             metadata = compiled.launch_metadata(self.grid, stream, *first, *self.fixed)
         run(*self.grid, stream, function, packed, metadata, enter, leave, *first, *self.fixed)
 
+    def _run(self, first):
+        """Launches the kernel by Triton's own launcher; returns the compiled kernel, or None if it is not to be kept.
+
+        A kernel sees memory, which does not hold the values of a lazily negated or zero tensor. It gets a copy of such
+        a tensor, and what it writes there is copied back.
+        """
+        copies = []
+        first = tuple(
+            type(argument)(*(_in_memory(*each, copies) for each in zip(argument._fields, argument, strict=True)))
+            if isinstance(argument, tuple)
+            else _in_memory("", argument, copies)
+            for argument in first
+        )
+        compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
+        for field, given, copy in copies:
+            if field in WRITTEN:
+                given.copy_(copy)
+        return None if copies else compiled
+
+
+#: The fields of arguments in which a kernel may write to a tensor of the caller.
+WRITTEN = ("dx", "dprobs", "out")
+
+
+def _in_memory(field, value, copies):
+    """The value of a field; a copy with the same strides if its memory does not hold it, which `copies` is told."""
+    lazy = isinstance(value, torch.Tensor) and (value.is_neg() or value._is_zerotensor())
+    if not lazy or value.numel() == 0:
+        return value
+    # The gaps between elements are copied too, so that elements which share memory still do.
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    memory = torch.empty(span, dtype=value.dtype, device=value.device)
+    copy = memory.copy_(value.as_strided((span,), (1,))).as_strided(value.shape, value.stride())
+    copies.append((field, value, copy))
+    return copy
+
 
 def kinds(arguments):
-    """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers."""
+    """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers.
+
+    Also whether a tensor's values are in its memory: no kernel is kept for others, see `Prepared._run`.
+    """
     found = []
     add = found.append
     for argument in arguments:
@@ -100,7 +139,9 @@ def kinds(arguments):
                 add(None)
             elif isinstance(value, torch.Tensor):
                 add(value.dtype)
-                add(value.data_ptr() % 16 == 0)
+                address = value.data_ptr()
+                add(address % 16 == 0 if address else None)
+                add(value.is_neg())
             else:
                 add(float if isinstance(value, float) else value)
     return tuple(found)

@@ -55,7 +55,7 @@ class GradInForward(torch.autograd.Function):
         total, factor, *statistics = compute(problem, x, dx)
         if inplace:
             torch.autograd.graph.increment_version(x)
-        ctx.save_for_backward(x if inplace else dx, factor)
+        ctx.save_for_backward(dx, factor)
         ctx.backend = problem.call.backend
         ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
         ctx.set_materialize_grads(False)
