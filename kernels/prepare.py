@@ -42,7 +42,7 @@ from .structs import (
     Reduction,
     Upstream,
 )
-from .variant import FEW_REGISTERS, MAX_REGISTERS, is_simple, one_pass_registers, one_pass_variant
+from .variant import FEW_REGISTERS, MAX_REGISTERS, PART_REGISTERS, is_simple, one_pass_registers, one_pass_variant
 
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
@@ -160,21 +160,22 @@ def forward(x, probs, weight, options, with_stats, block, launch, chip):
         of_x = (x.itemsize, x.contiguous, aligned(weight, x, probs), chip)
         launch = part_launch(T, V, *of_x) if block else forward_launch(B, T, V, *of_x)
     into_rows = block is None and launch.splits == 1
-    simple = into_rows and is_simple(launch, weight, probs, flags) and not any(flags)
+    simple = is_simple(launch, weight, probs, flags) and not any(flags)
+    few = FEW_REGISTERS if into_rows else PART_REGISTERS
     return Prepared(
         forward_kernel, B * ceil_div(T, launch.BLOCK_N) * launch.splits,
         B * T, T, V, Place(launch.splits, launch.split_tiles, *(block or (0, V))),
         ForwardStrides(x.strides, strides_of(probs)), options.ignore_index, *scalars_of(options), launch.TILE, flags,
         splits=launch.splits, num_warps=launch.num_warps, **ASSERTS,
-        **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
+        **chip.options(few if simple else MAX_REGISTERS),
     )  # fmt: skip
 
 
 @remembered
-def merge(N, ignore_index, with_stats, chip):
+def merge(N, options, with_stats, chip):
     """The kernel that merges parts, called with (target, Rows, Parts)."""
     return Prepared(
-        merge_kernel, ceil_div(N, MERGE_ROWS), N, ignore_index, MERGE_ROWS, with_stats,
+        merge_kernel, ceil_div(N, MERGE_ROWS), N, options.ignore_index, scalars_of(options).cap, MERGE_ROWS, with_stats,
         num_warps=MERGE_ROWS // chip.warp_size,
     )  # fmt: skip
 
@@ -225,15 +226,15 @@ def reduce_programs(N):
 
 
 @remembered
-def reduce(N, classes, stride_tw, divided, ignore_index, chip):
+def reduce(N, classes, stride_tw, divided, options, chip):
     """The kernel that reduces rows, called with (Shares, number, Rows, Parts, ProgramSums, Totals).
 
     `divided` are the fields of a `Reduction`.
     """
     programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
     return Prepared(
-        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block,
-        Reduction(*divided), num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
+        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, options.ignore_index,
+        scalars_of(options).cap, block, Reduction(*divided), num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
     )  # fmt: skip
 
 

@@ -29,6 +29,11 @@ class Tile(NamedTuple):
         """Classes."""
         return self.CHUNKS * self.LANES * self.WIDTH
 
+    @property
+    def ONE_CHUNK(self) -> "Tile":
+        """A tile that takes few registers."""
+        return self._replace(CHUNKS=1)
+
 
 class Options(NamedTuple):
     """Which options of the loss a kernel is compiled for."""
@@ -69,7 +74,7 @@ class Rows(NamedTuple):
 
     loss: Any  # (N,)
     lse: Any  # (N,) or None
-    norm: Any  # (3, N): c, s and mass, see `sums`
+    norm: Any  # (3, N): c, s (-s in far rows) and mass, see `sums`
     predicted: Any  # (N,) int64 or None
     entropy: Any  # (N,) or None
 
@@ -84,7 +89,7 @@ class Saved(NamedTuple):
 class Part(NamedTuple):
     """Where the sums over a part of each row are stored: views that begin at this part."""
 
-    partial: Any  # (5, parts, N): largest used logit, s, r, mass and d, see `sums`
+    partial: Any  # (5, parts, N): largest used logit without the cap, s, r / 4, mass and d, see `sums`
     argmax: Any  # (parts, N) int64
     stride_field: Any  # of the five fields
 
@@ -221,6 +226,8 @@ class Curve(NamedTuple):
     scale: Any
     height: Any  # log2(e), times the cap if there is one
     steep: Any  # d used logit / d logit, without the slope of tanh
+    coarse: Any  # a power of two that takes the place of the height in far rows, see `shift_of`
+    nats: Any  # of a unit of exponents there
 
 
 class LossOptions(NamedTuple):
@@ -269,11 +276,12 @@ class RowSums(NamedTuple):
 
     c: Any
     s: Any
-    r: Any
+    r: Any  # a quarter of it
     mass: Any
     d: Any
     largest: Any  # the largest used logit, without the cap
     predicted: Any  # the first class that has it
+    far: Any  # whether that logit is far from zero, see `shift_of`
 
 
 class TargetTerms(NamedTuple):
@@ -294,16 +302,17 @@ class EntropyTerms(NamedTuple):
 
 
 class ProbsTerms(NamedTuple):
-    """The numbers of a row for the gradient of its probabilities, `multiplier (log_s - (y - c))`."""
+    """The numbers of a row for the gradient of its probabilities, `offset - multiplier (y - c) / 4`."""
 
     multiplier: Any
-    log_s: Any
+    offset: Any
 
 
 class Terms(NamedTuple):
     """The numbers of a row that its gradient is computed from."""
 
     c: Any
+    height: Any  # of the curve in this row
     multiplier: Any  # of 2^(y - c)
     g: Any  # of q
     target: TargetTerms
