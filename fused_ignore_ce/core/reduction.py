@@ -75,7 +75,7 @@ def prepare_targets(
     `target` are indices or probabilities of `sizes`. With probabilities, the class of the largest counts as correct.
     """
     if not holds_probabilities(target):
-        index = target if target.dim() == 1 else target.reshape(-1)
+        index = target if target.dim() == 1 else _unshared(target, ids[0]).reshape(-1)
         index = index.long().contiguous()
     elif with_stats and sizes.classes:
         index = target.detach().argmax(len(sizes.batch)).reshape(-1)
@@ -91,6 +91,11 @@ def prepare_targets(
         index = index.masked_fill(ignored, ids[0])
     shape = sizes.rows if holds_probabilities(target) else target.shape
     return Targets(index, ids[0], None if token_weight is None else token_weight.reshape(-1), shape, acc)
+
+
+def _unshared(target: Tensor, ignored: int) -> Tensor:
+    """While tracing, a copy of the target: Inductor does not notice a write to a tensor whose view backward needs."""
+    return torch.where(target == ignored, ignored, target) if torch.compiler.is_compiling() else target
 
 
 def weight_of_target(targets: Targets, weight: Tensor | None, probs: Tensor | None) -> Tensor | None:

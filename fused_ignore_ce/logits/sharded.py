@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.reduction import reduce_rows
-from ..core.rows import RowResults
 from .problem import LogitsProblem
-from .row_results import rows_function
+from .row_results import rows_of
 
 
 def loss(problem: LogitsProblem) -> Any:
     """The loss, or (loss, LossStats); the same bits on all ranks."""
     _, targets, call, reduction, *_ = problem
-    rows = RowResults(*rows_function(problem.tensors.input)(*problem.logits, call, problem.inplace_backward))
+    rows = rows_of(problem)
     total = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, rows.target_weight)
     if call.with_stats and problem.probs is not None:
         problem = problem._replace(targets=targets.with_classes(rows.likeliest))
