@@ -21,7 +21,7 @@ def store_totals(out, normalizer_ptr, number, loss, share, count, ACC: tl.conste
     elif REDUCTION.HAS_NUMBER:
         divisor = tl.full((), number, ACC)
     elif REDUCTION.MEAN:
-        divisor = share
+        divisor = tl.where(share == 0.0, float("nan"), share)
     if out.total is not None:
         tl.store(out.total, (loss / divisor).to(out.total.dtype.element_ty))
     tl.store(out.factor, 1.0 / divisor)

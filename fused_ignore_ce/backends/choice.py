@@ -63,7 +63,8 @@ def scaled(gradient: Tensor, dloss: Tensor, backend: str, factor: Tensor | None 
     It is done in place, unless backward may run again.
     """
     if not is_plain(gradient):
-        return (gradient * dloss.reshape(1)).to(gradient.dtype)
+        # A gradient of 0, as that of an ignored row, stays 0 even where the product is inf or NaN.
+        return torch.where(gradient == 0, 0.0, gradient * dloss.reshape(1)).to(gradient.dtype)
     kernels = implementation(backend, gradient.device)
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         kernels.scale(gradient, factor, dloss)
