@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .device_math import LN2, exponent, row_curve, used_logits
-from .structs import EntropyTerms, ProbsTerms, TargetTerms, Terms
+from .structs import ExponentTerms, TargetTerms, Terms
 from .sums import soft_target
 from .tiles import load_tile, load_weights, store_tile
 
@@ -48,10 +48,10 @@ def row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, options):
     inverse = tl.where(s == 0, 0.0, 1.0 / s)
     log_s = tl.log2(s) * tl.where(far, LN2 / nats, 1.0)
     dlog_p = g * confidence * nats
-    of_probs = ProbsTerms(multiplier=4.0 * dlog_p, offset=dlog_p * log_s)
+    of_probs = ExponentTerms(multiplier=4.0 * dlog_p, offset=dlog_p * log_s)
     g *= steep
     of_lse = dlse * steep * inverse
-    of_entropy = EntropyTerms(multiplier=dentropy * steep * inverse * nats, offset=entropy / nats - log_s)
+    of_entropy = ExponentTerms(multiplier=dentropy * steep * inverse * nats, offset=entropy / nats - log_s)
     q_s = w_target * (confidence + options.smoothing.share) * s
     of_target = TargetTerms(local=local, q_s=q_s, mass=mass, g_s=g * inverse, of_lse=of_lse)
     multiplier = g * mass * inverse + of_lse

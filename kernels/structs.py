@@ -1,9 +1,8 @@
 """The named tuples that kernels take, build and return, so that nothing in a kernel is read by position.
 
 Triton treats each element of a tuple like an argument of its own: it compiles in None and the number 1, notices which
-addresses and numbers are multiples of 16, and passes everything else as a parameter. Real numbers would lose digits in
-a tuple, since Triton would make them float32. They are arguments of their own, as are numbers that must not be
-specialised on.
+addresses and numbers are multiples of 16, and passes everything else as a parameter. Real numbers would become float32
+in a tuple. They are arguments of their own, as are numbers that must not be specialised on.
 
 The order of a kernel's parameters, fields of tuples included, is part of its machine code: a GPU loads neighbouring
 parameters together. So tensors that are used together are neighbours.
@@ -30,8 +29,7 @@ class Tile(NamedTuple):
         return self.CHUNKS * self.LANES * self.WIDTH
 
     @property
-    def ONE_CHUNK(self) -> "Tile":
-        """A tile that takes few registers."""
+    def ONE_CHUNK(self):  # takes the fewest registers
         return self._replace(CHUNKS=1)
 
 
@@ -294,15 +292,8 @@ class TargetTerms(NamedTuple):
     of_lse: Any
 
 
-class EntropyTerms(NamedTuple):
-    """The numbers of a row for the gradient of its entropy, `-e multiplier ((y - c) + offset)`."""
-
-    multiplier: Any
-    offset: Any
-
-
-class ProbsTerms(NamedTuple):
-    """The numbers of a row for the gradient of its probabilities, `offset - multiplier (y - c) / 4`."""
+class ExponentTerms(NamedTuple):
+    """The numbers of a row for a gradient that comes from its exponents y - c, see `gradient_tile`."""
 
     multiplier: Any
     offset: Any
@@ -316,8 +307,8 @@ class Terms(NamedTuple):
     multiplier: Any  # of 2^(y - c)
     g: Any  # of q
     target: TargetTerms
-    entropy: EntropyTerms
-    probs: ProbsTerms
+    entropy: ExponentTerms
+    probs: ExponentTerms
 
 
 class GradientRows(NamedTuple):

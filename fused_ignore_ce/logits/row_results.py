@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import choice
+from ..core.batches import is_batched, loops_over_batches
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
 from ..core.rows import (
@@ -156,6 +158,7 @@ class CrossEntropyRows(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
         dx = dprobs = None
         if any(gradient is not None for gradient in (dloss, dlse, dentropy)):
@@ -168,7 +171,7 @@ class CrossEntropyRows(torch.autograd.Function):
                 _refuse_create_graph(place)
                 dx, dprobs = differentiable_backward(upstream, logits, ctx.call.options, need_dx, need_dprobs)
             else:
-                overwrites = need_dx and ctx.inplace_backward
+                overwrites = need_dx and ctx.inplace_backward and not is_batched(ctx)
                 dx, dprobs = _gradients_like(logits, need_dx and not overwrites, need_dprobs)
                 dx = logits.x.detach() if overwrites else dx
                 _backward(upstream, logits, saved, place, ctx.call, (dx, dprobs))
@@ -185,10 +188,13 @@ def _refuse_create_graph(place: Tensor) -> None:
         )
 
 
-def rows_of(problem: LogitsProblem) -> RowResults:
-    """The results of rows. Loss, lse and entropy are differentiable in logits, the loss also in probabilities."""
-    tensors, targets, call = problem.tensors, problem.targets, problem.call
+def rows_call(problem: LogitsProblem) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function that gives the fields of `RowResults`, and its arguments.
+
+    Loss, lse and entropy are differentiable in logits, the loss also in probabilities.
+    """
+    tensors, call = problem.tensors, problem.call
     if is_plain(tensors.input):
-        return RowResults(*CrossEntropyRows.apply(*problem.logits, call, problem.inplace_backward))
-    given = (tensors.input, targets.target, problem.weight, problem.probs, problem.classes_dim)
-    return RowResults(*_forward_operator(*given, *flatten(call)))
+        return CrossEntropyRows.apply, (*problem.logits, call, problem.inplace_backward)
+    given = (tensors.input, problem.targets.target, problem.weight, problem.probs, problem.classes_dim)
+    return _forward_operator, (*given, *flatten(call))
