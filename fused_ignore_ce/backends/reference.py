@@ -52,8 +52,11 @@ def rows(
     # `where` takes out ignored rows before and after the formula: their NaN reaches neither value nor gradient.
     x = used_logits(torch.where(keep.unsqueeze(-1), x, 0.0), softcap, logit_scale)
     q = target_distribution(torch.where(keep, target, 0), probs, weight, x.shape[-1], label_smoothing, x.dtype)
-    lse = torch.logsumexp(x, -1)
-    log_p = x - lse.unsqueeze(-1)
+    shift = torch.logsumexp(x.detach(), -1, keepdim=True)
+    shift = shift.masked_fill(shift == -torch.inf, 0.0)
+    shifted = x - shift  # log p, but for the rounding of the shift, which is that of a large logit
+    log_s = shifted.exp().sum(-1, keepdim=True).log()
+    lse, log_p = (shift + log_s).squeeze(-1), shifted - log_s
     p = log_p.exp()
     nll = torch.where(q == 0, 0.0, q * -log_p).sum(-1)
     return Rows(
