@@ -60,6 +60,8 @@ def _names(code: Any) -> frozenset[str]:
 
 _VARIABLE = re.compile(r"[a-z]\d+")
 
+_NAMES_INPUTS = re.compile(r"inputs=|autograd\.grad\(")
+
 _WRITES_TO_HEAD = re.compile(r"\.step\(|model\.lm_head\.weight\.\w+_\(|\bh\d+\.\w+_\(")
 
 
@@ -79,7 +81,7 @@ class Program(NamedTuple):
     def refusals(self) -> tuple[str, ...]:
         """Parts of the messages of errors that deferred logits may raise in this program by design."""
         texts = [st.text for st in self.statements]
-        may_free_more = self.setting.model == "frozen no_grad" or any("inputs=" in text for text in texts)
+        may_free_more = self.setting.model == "frozen no_grad" or any(map(_NAMES_INPUTS.search, texts))
         saves_logits = self.setting.model == "where" or self.setting.device == "meta"
         writes_to_head = any(map(_WRITES_TO_HEAD.search, texts))
         return (
@@ -93,7 +95,7 @@ class Program(NamedTuple):
     def leniencies(self) -> tuple[str, ...]:
         """Parts of the messages of errors of plain PyTorch that deferred logits need not raise in this program."""
         parts = any(re.search("split|unbind|chunk", st.text) for st in self.statements)
-        names_inputs = any("inputs=" in st.text for st in self.statements)
+        names_inputs = any(_NAMES_INPUTS.search(st.text) for st in self.statements)
         detaches = any("detach_(" in st.text for st in self.statements)
         return (
             "Inference tensors cannot be saved for backward",

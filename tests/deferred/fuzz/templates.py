@@ -43,8 +43,8 @@ Errors of one model alone that are right, by design of this library (see `Progra
   its backward, where PyTorch needs them no more because nothing below the logits is differentiated. Our backward
   computes tiles of logits again.
 - A second backward through a freed graph, where the nodes that both go through had saved nothing in PyTorch: a product
-  under `no_grad` with a trainable bias, and the product itself in `backward(inputs=[logits])`. Our nodes save how
-  logits are computed, and a backward frees that.
+  under `no_grad` with a trainable bias, and what lies between a loss and the inputs that `backward` or `autograd.grad`
+  was told, such as a slice. Our nodes save how logits are computed, and a backward frees that.
 - A write to logits that a head computed (one that cannot be deferred, and any on the meta device), between the loss in
   the model's forward and its backward: our loss saves these logits, PyTorch's saves log-probabilities.
 - A second backward of what `autograd.grad` for another part of a split has freed in PyTorch, where the parts are
