@@ -14,8 +14,8 @@ from ..losses.log_probs import fused_linear_log_probs
 from .expression import Expression, Form, is_form
 from .product import Product
 
-#: ("mul", number or tensor of one element), ("div", the same), ("tanh", None), ("add", a vector over the classes),
-#: ("sub", the same) or ("plus", another form with steps).
+#: ("mul", number, tensor of one element or vector over the classes), ("div", the same), ("tanh", None), ("add", a
+#: vector over the classes), ("sub", the same) or ("plus", another form with steps).
 _Step = tuple[str, Any]
 _KINDS = {
     **dict.fromkeys(("mul", "multiply", "rmul"), "mul"),
@@ -52,10 +52,14 @@ def _step(product: Product, kind: str, value: Any = None) -> tuple[_Step, ...] |
         return ((kind, value),)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
+    by_class = value.shape == product.weight.shape[:1]
+    if kind in ("mul", "div") and by_class:
+        exact = torch.promote_types(value.dtype, product.weight.dtype) == product.weight.dtype
+        return ((kind, value),) if exact and product.layout == "plain" else None
     if kind in ("mul", "div"):
         promotes = value.dim() > 0 and value.dtype != product.dtype
         return None if value.numel() != 1 or promotes else ((kind, value.reshape(())),)
-    return ((kind, value),) if value.shape == product.weight.shape[:1] else None
+    return ((kind, value),) if by_class else None
 
 
 class Affine(NamedTuple):
@@ -68,57 +72,81 @@ class Affine(NamedTuple):
 
 def affine(form: Form) -> Affine | None:
     """The same logits up to rounding, in the form that the linear loss takes; None if they have no such form."""
+    found = _sum_of(form)
+    return None if found is None else Affine(_as_one(found[0]), *found[1:])
+
+
+def _sum_of(form: Form) -> tuple[list[Product], float, float | None] | None:
+    """The products whose sum is x, with the scale and the softcap of `Affine`."""
     found = steps_of(form)
     if found is None:
         return None
-    product, steps = found
-    scale, cap = 1.0, None
-    for kind, value in steps:
+    products, scale, cap = [found[0]], 1.0, None
+    for kind, value in found[1]:
         if kind == "tanh":
             if cap is not None:
                 return None
             cap = 1.0
         elif kind == "plus":
-            other = affine(value)
-            if other is None or cap is not None or other.softcap is not None:
+            other = _sum_of(value)
+            if other is None or cap is not None or other[2] is not None:
                 return None
-            product, scale = _sum(product, scale, other), 1.0
+            products = _scaled(products, scale) + _scaled(other[0], other[1])
+            scale = 1.0
         elif kind in ("add", "sub"):
-            if cap is not None or scale == 0.0 or (product.layout != "plain" and product.bias is not None):
+            first = products[0]
+            if cap is not None or scale == 0.0 or (first.layout != "plain" and first.bias is not None):
                 return None
             value = -value if kind == "sub" else value
             unscaled = value if scale == 1.0 else value / scale
-            product = product._replace(bias=unscaled if product.bias is None else product.bias + unscaled)
+            products[0] = first._replace(bias=unscaled if first.bias is None else first.bias + unscaled)
         elif isinstance(value, Tensor):
             if cap is not None:
                 return None
-            product = _scaled(product, value if kind == "mul" else 1 / value)
+            products = _scaled(products, value if kind == "mul" else 1 / value)
         else:
             number = value if kind == "mul" else 1 / value if value else math.nan
             scale *= number
             cap = None if cap is None else cap * number
     if not math.isfinite(scale) or (cap is not None and not cap > 0):
         return None
-    return Affine(product, scale, cap)
+    return products, scale, cap
 
 
-def _scaled(product: Product, factor: Any) -> Product:
+def _scaled(products: list[Product], factor: Any) -> list[Product]:
+    """The products times a number, a tensor of one element, or a vector over the classes (DoRA and IA3 on a head)."""
+
     def scaled(t: Tensor) -> Tensor:
         return t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor)
 
-    return product._replace(hidden=scaled(product.hidden), bias=None if product.bias is None else scaled(product.bias))
+    def one(product: Product) -> Product:
+        hidden, weight, bias, *_ = product
+        if isinstance(factor, Tensor) and factor.dim():
+            weight = weight * factor.to(weight.dtype).unsqueeze(1)
+        else:
+            hidden = scaled(hidden)
+        return product._replace(hidden=hidden, weight=weight, bias=None if bias is None else scaled(bias))
+
+    return products if isinstance(factor, float) and factor == 1.0 else [one(p) for p in products]
 
 
-def _sum(mine: Product, scale: float, other: Affine) -> Product:
-    """The sum of two scaled products with the same rows, as one with the features of both (LoRA on a head)."""
-    mine = mine if scale == 1.0 else _scaled(mine, scale)
-    others = _scaled(other.product, other.scale)
-    hidden = torch.cat([mine.hidden, others.hidden.to(mine.hidden.dtype)], -1)
-    weight = torch.cat([mine.weight, others.weight.to(mine.weight.dtype)], -1)
-    bias = None if others.bias is None else others.bias.to(mine.weight.dtype)
-    if mine.bias is not None:
-        bias = mine.bias if bias is None else mine.bias + bias
-    return mine._replace(hidden=hidden, weight=weight, bias=bias)
+def _as_one(products: list[Product]) -> Product:
+    """The sum of products with the same rows, as one with the features of all of them (LoRA on a head)."""
+    first, *others = products
+    if not others:
+        return first
+    weights: dict[int, Tensor] = {}
+    hidden = {id(p.hidden): p.hidden.to(first.hidden.dtype) for p in products}
+    bias: Tensor | None = None
+    for p in products:
+        weight, key = p.weight.to(first.weight.dtype), id(p.hidden)
+        weights[key] = weights[key] + weight if key in weights else weight
+        if p.bias is not None:
+            more = p.bias.to(first.weight.dtype)
+            bias = more if bias is None else bias + more
+    return first._replace(
+        hidden=torch.cat([*hidden.values()], -1), weight=torch.cat([*weights.values()], -1), bias=bias
+    )
 
 
 def cross_entropy(form: Form, target: Tensor, options: dict[str, Any]) -> Any:

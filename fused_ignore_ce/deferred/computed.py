@@ -63,10 +63,11 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
                 found = func(*args, **kwargs)
         return first if found is values[id(first)] else found
     out = func(*replaced(args, values), **replaced(kwargs, values))
-    for t in deferred if name in MEMORY else ():
-        for member in t._family():
-            member._aliased(name)
-            member._is_lent = True
+    lent = [member for t in deferred for member in t._family()] if name in MEMORY else []
+    for member in lent:
+        member._aliased(name)
+    for member in lent:  # not before all of them share the memory
+        member._is_lent = True
     for t in deferred:
         if out is values[id(t)]:
             return t
@@ -77,7 +78,7 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
 
     def result(o: Any, part: int | None = None) -> Any:
         for t in deferred:
-            if name not in MEMORY and shares_memory(o, values[id(t)]):
+            if name not in MEMORY and type(o) is Tensor and shares_memory(o, values[id(t)]):
                 view = View(t, functools.partial(again, t), part=part, with_gradients=torch.is_grad_enabled())
                 return _as_deferred(o, shared or t._shared, type(t), view)
         return o if shared is None else _with_options(o, shared, type(deferred[0]))

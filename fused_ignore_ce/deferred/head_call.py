@@ -28,32 +28,49 @@ class InHead:
         return self.computed
 
 
+def with_weights(recipe: Recipe, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` returns. If the head's weights are not there, it is called in a call of the head."""
+    found: Tensor = _with_weights(recipe, compute)[0]
+    return found
+
+
 def in_call_of_head(recipe: Recipe, compute: Callable[[], Any]) -> Any:
+    """The same, with the place in the graph that hooks give it that bring the weights back for a backward."""
+    computed, found = _with_weights(recipe, compute)
+    flat = torch.utils._pytree.tree_leaves
+    if found is not computed and not all(map(_is_same, flat(found), flat(computed))):
+        raise RuntimeError(
+            "head: a forward hook on it changed a loss, which was taken in a call of the head because the head's "
+            "weights are freed after each call. Do in the model's forward what the hook does, or call "
+            "unpatch_model(model)"
+        )
+    return found
+
+
+def _with_weights(recipe: Recipe, compute: Callable[[], Any]) -> tuple[Any, Any]:
     """What `compute` returns, and what hooks on the head make of that."""
     root = root_of(recipe)
-    if root.head is None:
-        return compute()
-    inside = InHead(compute)
-    found = root.head(root.inputs[0], inside)
-    # Hooks of tensor parallelism pass the hidden states on, and no more.
-    return found if inside.was_called else compute()
-
-
-def with_weights(recipe: Recipe, compute: Callable[[], Tensor]) -> Tensor:
-    """What `compute` returns. If the head's weights are not there, it is called where they are."""
-    root = root_of(recipe)
-    if root.head is None or all(map(_is_there, root.inputs)):
-        return compute()
-    inside = InHead(compute)
-    root.head(root.inputs[0], inside)
-    found: Tensor = inside.computed if inside.was_called else compute()
-    return found
+    if root.head is not None and not all(map(_is_there, root.inputs)):
+        inside = InHead(compute)
+        found = root.head(root.inputs[0], inside)
+        if inside.was_called:  # hooks may pass the hidden states on, and no more
+            return inside.computed, found
+    computed = compute()
+    return computed, computed
 
 
 def root_of(recipe: Recipe) -> Recipe:
     while recipe.product is None:
         recipe = next(t for t in recipe.inputs if is_deferred(t))._recipe
     return recipe
+
+
+def _is_same(found: Any, computed: Any) -> bool:
+    return found is computed or (
+        isinstance(found, Tensor)
+        and found.shape == computed.shape
+        and torch.allclose(found.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def _is_there(t: Tensor) -> bool:

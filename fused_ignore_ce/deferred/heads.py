@@ -33,10 +33,11 @@ class Patch:
     def __init__(self, settings: Settings, recorder: Recorder | None = None) -> None:
         self.settings = settings
         self.recorder = recorder or Recorder()
-        #: Whether the last forward deferred the product of the head that the model says it has; None before the first.
-        self.head_defers: bool | None = None
-        #: Whether a warning said that other code takes the model's loss.
-        self.has_warned = False
+        #: For forwards with labels and without: whether the head of the last one deferred its product by itself, and a
+        #: loss in it was fused. Such a forward is not watched by a `LossMode`.
+        self.head_defers: dict[bool, bool] = {}
+        #: What warnings have said: why nothing was fused.
+        self.warned: set[str] = set()
 
     def __reduce__(self) -> Any:
         return Patch, (self.settings,)
@@ -91,7 +92,8 @@ def defer_logits(
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected a module, got {type(head).__name__}")
     weight = weight_of(head)
-    if not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2:
+    is_linear = isinstance(head, nn.Linear)  # its weight may be computed whenever it is read
+    if not is_linear and (not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2):
         got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
         raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
     make_head(head, Patch(settings))
@@ -113,6 +115,15 @@ class _Running(threading.local):
 
 
 running = _Running()
+
+
+class _Tracing:
+    def __init__(self) -> None:
+        #: How many forwards of patched models, one inside another, torch.compile is tracing.
+        self.models = 0
+
+
+tracing = _Tracing()
 
 
 @contextlib.contextmanager
@@ -143,50 +154,75 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) > 1 and isinstance(args[-1], InHead):
             return args[-1]()
         if torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
+            return (original if tracing.models else eager)(self, *args, **kwargs)
         shared = None if running.is_in_head else state_of(self)
         if shared is None:
             return original(self, *args, **kwargs)
         if original is not nn.Linear.forward:
-            return _deferred_inside(self, original, shared, args, kwargs)
-        (hidden,) = (*args, *kwargs.values())
-        if is_sharded(hidden, self.weight, self.bias):
+            return _deferred_inside(self, functools.partial(original, self), shared, args, kwargs)
+        hidden: Any = (*args, *kwargs.values())[0]
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes them
+        if is_sharded(hidden, weight, bias):
             shared.head_deferred = True
-            return defer_sharded(hidden, self.weight, self.bias, shared)
-        if not can_defer(hidden, self.weight, self.bias):
-            return original(self, *args, **kwargs)
+            return defer_sharded(hidden, weight, bias, shared)
+        if not can_defer(hidden, weight, bias):
+            shared.was_not_fused(f"its head multiplies {_kind(hidden)} with {_kind(weight)}, which cannot be deferred")
+            return torch.nn.functional.linear(hidden, weight, bias)
         shared.head_deferred = True
-        return defer(hidden, self.weight, self.bias, shared, self)
+        return defer(hidden, weight, bias, shared, self)
 
+    eager = torch.compiler.disable(
+        forward, reason="a head that defers breaks the graph: compile without fullgraph=True"
+    )
     return forward
 
 
-def _deferred_inside(head: Any, original: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
-    """Runs the forward of a head that is no plain linear layer; products of the vocabulary's size are deferred."""
+def _deferred_inside(head: Any, call: Any, shared: SharedState, args: Any, kwargs: Any) -> Any:
+    """Runs a head that is no plain linear layer; products of the vocabulary's size are deferred."""
+    shared.deferred, before = False, shared.deferred
     running.is_in_head = True
     try:
-        with LossMode(classes_of(head), shared, head):
-            return original(head, *args, **kwargs)
+        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        with LossMode(classes_of(head), shared, head, ndim=None if hidden is None else hidden.dim()):
+            found = call(*args, **kwargs)
     finally:
         running.is_in_head = False
+    if not shared.deferred:
+        weight = weight_of(head)
+        of = f" with a weight of type {type(weight).__name__}" * (
+            type(weight) not in (Tensor, nn.Parameter, type(None))
+        )
+        shared.was_not_fused(f"its head, a {type(head).__name__}{of}, makes no product that can be deferred")
+    shared.deferred |= before
+    return found
+
+
+def _kind(t: Any) -> str:
+    return f"a {type(t).__name__} of {t.dtype} on {t.device}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 
 def classes_of(head: Any) -> int | None:
-    """The number of classes of a head, None if it does not tell."""
+    """The number of classes of a head: its own, or else that of its last layer that tells; None if none does.
+
+    The weight comes first, because PEFT swaps the features of a tied copy of a head.
+    """
     weight = weight_of(head)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and len(_whole_shape(weight)) == 2:
+        return int(_whole_shape(weight)[0])
     classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(weight, Tensor) and len(_whole_shape(weight)) == 2:
-        classes = _whole_shape(weight)[0]
-    return classes
+    layers = reversed(list(head.children())) if classes is None and isinstance(head, nn.Module) else ()
+    return next((found for found in map(classes_of, layers) if found is not None), classes)
 
 
 def weight_of(module: Any) -> Any:
-    """The weight of a module, None if it has none.
+    """The weight of a module, None if it has none, or one that is computed whenever it is read.
 
     DeepSpeed gathers a parameter for the rest of the model's forward if it is asked for as an attribute.
     """
     parameters = getattr(module, "_parameters", {})
-    return dict.get(parameters, "weight") if "weight" in parameters else getattr(module, "weight", None)
+    if "weight" in parameters or "parametrizations" in getattr(module, "_modules", {}):
+        return dict.get(parameters, "weight")
+    return getattr(module, "weight", None)
 
 
 def _whole_shape(weight: Tensor) -> Any:
@@ -225,7 +261,22 @@ def _rebuild(of: Any, cls: type, *args: Any) -> Any:
 
 
 def _of_head(cls: Any) -> dict[str, Any]:
-    return {"forward": _deferring(cls.forward)}
+    return {"forward": _deferring(cls.forward), "__call__": _called}
+
+
+def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of a head. If other code (accelerate, TRL) has set its `forward`, that need not call the class's own."""
+    call = super(own_class(self), self).__call__
+    if "forward" not in self.__dict__ or torch.compiler.is_compiling():
+        return call(*args, **kwargs)
+    if len(args) > 1 and isinstance(args[-1], InHead):
+        theirs = self.__dict__.pop("forward")
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.__dict__["forward"] = theirs
+    shared = None if running.is_in_head else state_of(self)
+    return call(*args, **kwargs) if shared is None else _deferred_inside(self, call, shared, args, kwargs)
 
 
 def make_head(head: nn.Module, patch: Patch | None) -> None:

@@ -42,6 +42,9 @@ def cross_entropy(
         "weight": weight,
     }
     options = shared.extended(options, target)
+    if shared.divisor is not None and reduction == "sum" and not target.is_floating_point():
+        none_kept = _are_ignored(target, options).all().to(shared.divisor.device)
+        shared.divisor.masked_fill_(none_kept & (shared.divisor == 0), 1)
     if hasattr(input, "take_loss"):
         loss = _linear(input, target, options, shared, "cross_entropy")
         if loss is not None:
@@ -181,12 +184,16 @@ def _of_values(input: Any, target: Tensor, options: dict[str, Any], kind: str) -
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:
     """How many targets are ignored, on their device; None where they are not counted."""
-    if target.is_floating_point() or torch.compiler.is_compiling():
-        return None
-    found = None
-    for index in ignored_ids(options["ignore_index"]):
-        found = target == index if found is None else found | (target == index)
-    return None if found is None else found.sum()
+    counted = not target.is_floating_point() and not torch.compiler.is_compiling()
+    return _are_ignored(target, options).sum() if counted else None
+
+
+def _are_ignored(target: Tensor, options: dict[str, Any]) -> Tensor:
+    first, *others = ignored_ids(options["ignore_index"])
+    found = target == first
+    for index in others:
+        found = found | (target == index)
+    return found
 
 
 #: The options of `fused_cross_entropy` and their defaults, and those of them that only a loss of logits has.

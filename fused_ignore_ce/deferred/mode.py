@@ -28,10 +28,16 @@ class LossMode(TorchFunctionMode):
     around a forward that calls no head that defers by itself, and where torch.compile traces.
     """
 
-    def __init__(self, classes: int | None, shared: SharedState, head: Any = None, weights: Any = None) -> None:
-        """`weights` are those with which `F.linear` is deferred, if there are others (of a model inside) to leave."""
+    def __init__(
+        self, classes: int | None, shared: SharedState, head: Any = None, weights: Any = None, ndim: int | None = None
+    ) -> None:
+        """`weights` and `ndim` limit what is deferred, where a forward multiplies other tensors, too.
+
+        `weights` are those with which `F.linear` is deferred, if a model inside has others. `ndim` is the number of
+        dimensions of hidden states: DoRA multiplies its head with a unit matrix besides.
+        """
         super().__init__()
-        self.weights = weights
+        self.weights, self.ndim = weights, ndim
         self.classes = classes
         self.shared = shared
         self.head = head
@@ -50,6 +56,7 @@ class LossMode(TorchFunctionMode):
 
     def _linear(self, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
         others = self.weights is not None and all(weight is not known for known in self.weights)
+        others = others or self.ndim not in (None, input.dim())
         if self.classes is None or weight.shape[0] != self.classes or others:
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):

@@ -39,6 +39,7 @@ class FusionReport:
         on_logits: by kind of loss: the calls of a loss of this package on logits that were computed, because the head
             could not be deferred.
         reads: by "operation (file:line)": how often it made deferred logits be computed.
+        not_fused: by reason: how often nothing was fused in a forward, or a head could not be deferred.
         bytes_not_allocated: bytes of the logits, in their dtype, that losses were taken of and that nobody read. Each
             is counted once.
     """
@@ -46,6 +47,7 @@ class FusionReport:
     fused: dict[str, FusedCalls] = field(default_factory=dict)
     on_logits: dict[str, FusedCalls] = field(default_factory=dict)
     reads: dict[str, int] = field(default_factory=dict)
+    not_fused: dict[str, int] = field(default_factory=dict)
     bytes_not_allocated: int = 0
 
     def add(self, other: FusionReport) -> None:
@@ -56,8 +58,9 @@ class FusionReport:
                 total.calls += count.calls
                 total.tokens += count.tokens
                 total.ignored += count.ignored
-        for reader, times in other.reads.items():
-            self.reads[reader] = self.reads.get(reader, 0) + times
+        for counts, more in ((self.reads, other.reads), (self.not_fused, other.not_fused)):
+            for name, times in more.items():
+                counts[name] = counts.get(name, 0) + times
         self.bytes_not_allocated += other.bytes_not_allocated
 
     def __str__(self) -> str:
@@ -67,10 +70,11 @@ class FusionReport:
                 ignored = "ignored ones" if kind.endswith(COMPILED) else f"{count.ignored} of them ignored"
                 ignored += " not counted" * kind.endswith(COMPILED)
                 lines.append(f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {ignored}")
+        lines += [f"not fused, {times} times: {reason}" for reason, times in self.not_fused.items()]
         lines += [f"logits read by {reader}: {times} times" for reader, times in self.reads.items()]
         if not lines:
             return "no loss was taken of this model's logits, and nothing read them (is it patched?)"
-        if not self.reads:
+        if self.fused and not self.reads:
             lines.append("logits read: never")
         return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])
 
@@ -82,6 +86,7 @@ class Recorder:
         self._fused: dict[str, list[Any]] = {}
         self._on_logits: dict[str, list[Any]] = {}
         self._reads: dict[str, int] = {}
+        self._not_fused: dict[str, int] = {}
         self.bytes = 0
 
     def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
@@ -93,9 +98,14 @@ class Recorder:
             before = counts[2].get(ignored.device)
             counts[2][ignored.device] = ignored if before is None else before + ignored
 
-    def add_read(self, operation: str) -> None:
+    def add_read(self, operation: str) -> str:
+        """Counts a reader, and returns its name."""
         reader = f"{operation} ({caller()})"
         self._reads[reader] = self._reads.get(reader, 0) + 1
+        return reader
+
+    def add_not_fused(self, reason: str) -> None:
+        self._not_fused[reason] = self._not_fused.get(reason, 0) + 1
 
     def report(self) -> FusionReport:
         def counted(kinds: dict[str, list[Any]]) -> dict[str, FusedCalls]:
@@ -104,7 +114,9 @@ class Recorder:
                 for kind, (calls, tokens, ignored) in kinds.items()
             }
 
-        return FusionReport(counted(self._fused), counted(self._on_logits), dict(self._reads), self.bytes)
+        return FusionReport(
+            counted(self._fused), counted(self._on_logits), dict(self._reads), dict(self._not_fused), self.bytes
+        )
 
 
 def caller() -> str:

@@ -25,6 +25,10 @@ class SharedState:
         self.stats: Any = None
         #: Whether a loss was taken without logits, and whether something computed logits.
         self.fused = self._read = False
+        #: What the forward will divide a sum by, if 0 / 0 is to be 0: 1 is written into it where that would be.
+        self.divisor: Tensor | None = None
+        #: Why nothing could be fused, and what read the logits first.
+        self.why_not = self.reader = ""
         #: The size of the vocabulary.
         self.classes = 0
         #: Bytes that the head's products would take, and how many of them the recorder has counted.
@@ -67,7 +71,13 @@ class SharedState:
     def was_read(self, operation: str) -> None:
         self._read = True
         self._count(0)
-        self.recorder.add_read(operation)
+        reader = self.recorder.add_read(operation)
+        self.reader = self.reader or reader
+
+    def was_not_fused(self, reason: str) -> None:
+        """Notes why a head was not deferred, or why a forward fused nothing."""
+        self.why_not = self.why_not or reason
+        self.recorder.add_not_fused(reason)
 
     def _count(self, size: int) -> None:
         self.recorder.bytes += size - self.counted

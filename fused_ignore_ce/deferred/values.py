@@ -190,7 +190,8 @@ class Lazy(Tensor):
                     value = member._view.part_of(found[id(member._view.base)])
                 if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
                     member._keep(functools.partial(no_view, value))
-                    value = member._aliased("view")
+                    assert member._value is not None
+                    value = member._connected(member._value)
             found[id(member)] = value
         return found
 
@@ -244,16 +245,17 @@ class Lazy(Tensor):
         return self._became_result_of_function()
 
     def _became_result_of_function(self) -> bool:
-        """Takes on the recipe of the logits that an autograd.Function gave back detached, as its own result.
+        """Takes on the recipe of the logits that an autograd.Function gave back, as they are, detached or cloned.
 
-        DeepSpeed puts such functions behind every module. Autograd gives the detached tensor the function's node, which
-        gradients pass on their way to the logits that the function was given.
+        DeepSpeed puts such functions behind every module, PyTorch behind one that has backward hooks, and DDP behind
+        the model. Autograd gives the tensor the function's node, which gradients pass on their way to the logits that
+        the function was given.
         """
         recipe: Recipe = self._recipe
-        if recipe.name != "detach" or self.grad_fn is None:
+        if recipe.name not in ("detach", "view", "clone") or self.grad_fn is None:
             return False
         (source,) = recipe.inputs
-        if not source._can_be_fused():
+        if source.shape != self.shape or not source._can_be_fused():
             return False
         self._recipe = source._recipe
         return True

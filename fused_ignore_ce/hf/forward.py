@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, unmake, weight_of, while_running
+from ..core.eager import PACKAGE
+from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, tracing, unmake, weight_of, while_running
 from ..deferred.logits import as_tensor
 from ..deferred.mode import LossMode
 from ..deferred.report import COMPILED, Recorder
@@ -29,8 +30,6 @@ class _ProcessWide:
         #: The patches of those models, and the heads that were made to defer for them.
         self.patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
         self.heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        #: How many patched forwards, one inside another, torch.compile is tracing.
-        self.traced = 0
 
     def set(self, settings: Settings | None) -> None:
         self.settings = settings
@@ -78,27 +77,31 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             shared = SharedState(patch.settings)
             shared.in_forward = True
-            process_wide.traced += 1
+            _spare(kwargs, shared)
+            tracing.models += 1
             with LossMode(classes_of(output_embeddings(self)), shared):
                 outputs = original(self, *args, **kwargs)
-            process_wide.traced -= 1
+            tracing.models -= 1
+            if labels and not shared.used and _is_outermost():
+                _check_traced(self, original, outputs)
             return _as_tensors(outputs, self, shared)
         if any(
             self is model for model, _, _ in running.forwards
         ):  # a subclass's forward, or the instance's, calls this
             return original(self, *args, **kwargs)
         shared = SharedState(patch.settings, patch.recorder)
+        _spare(kwargs, shared)
         head = output_embeddings(self)
         if head is not None:
             make_head(head, None)
             if PATCH not in self.__dict__:
                 process_wide.heads.add(head)
         watched = None
-        if head is None or not patch.head_defers:
+        if head is None or not patch.head_defers.get(labels):
             watched = LossMode(classes_of(head), shared, weights=_weights(self, head))
         with while_running(self, patch, shared), watched or contextlib.nullcontext():
             outputs = original(self, *args, **kwargs)
-        patch.head_defers = shared.head_deferred
+        patch.head_defers[labels] = shared.head_deferred and (shared.fused or not labels)
         _check_taken(self, patch, shared, labels, original, outputs)
         for _, _, outer in running.forwards:
             outer.used = outer.used or shared.used
@@ -107,14 +110,25 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _spare(kwargs: dict[str, Any], shared: SharedState) -> None:
+    """With zero_if_all_ignored, gives the forward a copy of `num_items_in_batch`, which its loss may write to."""
+    count = kwargs.get("num_items_in_batch")
+    may_be_zero = count is not None and (isinstance(count, Tensor) or count == 0)
+    if may_be_zero and shared.settings.options.get("zero_if_all_ignored"):
+        kwargs["num_items_in_batch"] = shared.divisor = torch.as_tensor(count).clone()
+
+
 def _is_outermost() -> bool:
-    return not (process_wide.traced if torch.compiler.is_compiling() else running.forwards)
+    return not (tracing.models if torch.compiler.is_compiling() else running.forwards)
 
 
 def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, original: Any, outputs: Any) -> None:
     """Raises an error, or warns, if a loss did not get the options, or could not be fused."""
     given = shared.settings.changes
-    if labels and given and not shared.used:
+    # The labels that a model hands on to the one inside it, which only prepares them or returns hidden states, are used
+    # outside of that.
+    takes_loss = not running.forwards or _loss_in(outputs) is not None
+    if labels and given and not shared.used and takes_loss:
         raise RuntimeError(
             f"{given}: given to patch_model, but the forward of {type(model).__name__} took no cross entropy over the "
             "head's classes that could use it; unpatch_model(model) and give it to the loss yourself"
@@ -126,23 +140,37 @@ def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, or
             "know of these options; its head is no matrix product, or patch without them and give them to the loss "
             "yourself"
         )
-    if labels and not shared.used and not shared.fused and not running.forwards and not patch.has_warned:
-        patch.has_warned = True
-        _warn_untaken(model, original, outputs)
+    if not labels or shared.fused or running.forwards:
+        return
+    if not shared.why_not:
+        shared.was_not_fused(_reason(model, shared, original, outputs))
+    if shared.why_not not in patch.warned:
+        patch.warned.add(shared.why_not)
+        warnings.warn(
+            f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but nothing was fused: "
+            f"{shared.why_not}",
+            stacklevel=3,
+        )
 
 
-def _warn_untaken(model: nn.Module, forward: Any, outputs: Any) -> None:
-    """Warns if other code took the loss of a patched model that was given labels, and names that code."""
+def _reason(model: Any, shared: SharedState, forward: Any, outputs: Any) -> str:
+    """Why nothing was fused in a forward that was given labels."""
+    read = f"its logits were computed for {shared.reader}" * shared.read
+    if shared.used:
+        return read or "its loss was taken of logits that its output embeddings did not make"
     name = _name_of(forward)
-    node = _python_function(outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else None)
-    warnings.warn(
-        f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but its loss was taken by "
-        f"{name}{node}, not by a cross entropy over logits that this package could compute: nothing was fused. "
-        "Undo what replaced the model's forward, if something did, or call unpatch_model(model)"
+    return (
+        f"{read}{', and ' * bool(read)}its loss was taken by {name}{_python_function(_loss_in(outputs))}, not by a "
+        "cross entropy over logits that this package could compute. Undo what replaced the model's forward, if "
+        "something did, or call unpatch_model(model)"
         + "; for a trainer of TRL, fused_ignore_ce.trl.patch_trainer(trainer) fuses it"
-        * name.startswith("trl."),
-        stacklevel=4,
+        * name.startswith("trl.")
     )
+
+
+def _loss_in(outputs: Any) -> Any:
+    """The loss that a forward returned, None if there is none or it has no name."""
+    return outputs.get("loss") if isinstance(outputs, dict) else None
 
 
 def _name_of(forward: Any) -> str:
@@ -160,7 +188,7 @@ def _python_function(loss: Any) -> str:
     nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
     for node in nodes:
         cls = getattr(node, "_forward_cls", None)
-        if cls is not None:
+        if cls is not None and not cls.__module__.startswith(PACKAGE):
             return f" ({cls.__module__}.{cls.__name__})"
         if len(nodes) < 50:
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
@@ -188,7 +216,7 @@ def output_embeddings(model: Any) -> nn.Module | None:
     with contextlib.suppress(NotImplementedError, AttributeError):
         head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
-        return head
+        return head._modules.get("_orig_mod", head)  # what torch.compile was given
     from transformers.modeling_utils import PreTrainedModel  # Dynamo of PyTorch 2.11 cannot trace a lazy module
 
     inner = (output_embeddings(child) for child in model.children() if isinstance(child, PreTrainedModel))
@@ -222,6 +250,12 @@ def _as_tensors(outputs: Any, model: nn.Module, shared: SharedState) -> Any:
     if not traced and shared.stats is None:
         return outputs
     return _outside(outputs, model, shared.settings, shared.used, shared.stats)
+
+
+@torch.compiler.disable
+def _check_traced(model: nn.Module, original: Any, outputs: Any) -> None:
+    patch: Any = model.__dict__.get(PATCH) or process_wide.patch_of(model)
+    _check_taken(model, patch, SharedState(patch.settings, patch.recorder), True, original, outputs)
 
 
 @torch.compiler.disable(reason="a patched model breaks the graph once, at its end: compile it without fullgraph=True")

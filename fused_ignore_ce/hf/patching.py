@@ -71,7 +71,7 @@ def patch_model(
     settings = settings_of("patch_model", ignore_index, memory_budget, return_stats, loss_options, keep_logits)
     models = _transformers_models(model)
     heads = [output_embeddings(inner) for inner in models]
-    if not any(heads) and not any(map(_takes_labels, models)):
+    if heads.count(None) == len(heads) and not any(map(_takes_labels, models)):
         raise ValueError(
             f"model: expected a model with a head, whose loss can be taken, got {type(models[0]).__name__}, which has "
             "no output embeddings and whose forward takes no labels; patch the model around it (...ForCausalLM, say)"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fused_ignore_ce.deferred import DeferredLogits
-from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf import fusion_report, patch_model
 
 from ..helpers.hf_worker import V, llama
 from ..helpers.plain_and_patched import (
@@ -286,3 +286,45 @@ IN_PLACE = {f.__name__: f for f in (_operand, _trained_operand, _view_was_read, 
 @pytest.mark.parametrize("loss", IN_PLACE.values(), ids=IN_PLACE)
 def test_in_place(loss):
     check(steps(loss))
+
+
+class _HandsOn(torch.autograd.Function):
+    """PyTorch puts one such around a module that has full backward hooks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class _Clones(_HandsOn):
+    """DDP puts one such behind a model that may have unused parameters."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+HANDED_ON = {
+    "loss": cross_entropy,
+    "rows": lambda x: F.cross_entropy(x.reshape(-1, V), LABELS.flatten()),
+    "view that is read": lambda x: x.view(-1, V)[:, :3].sum(1).sin().sum(),
+    "entropy": entropy,
+}
+
+
+@pytest.mark.parametrize("function", [_HandsOn, _Clones])
+@pytest.mark.parametrize("loss", HANDED_ON.values(), ids=HANDED_ON)
+def test_a_function_that_returns_what_it_was_given(loss, function):
+    check(steps(lambda x: loss(function.apply(x))))
+
+
+def test_what_a_function_returns_is_fused():
+    for function in (_HandsOn, _Clones):
+        model = patch_model(small())
+        cross_entropy(function.apply(model(IDS).logits)).backward()
+        assert fusion_report(model).fused["cross_entropy"].calls == 1
+        assert not fusion_report(model).reads

@@ -60,7 +60,7 @@ HEADS = {
     "bias": (with_head(lambda: nn.Linear(D, V)), "linear"),
     "tied": (lambda: llama(tie_word_embeddings=True), "linear"),
     "transform": (with_head(TransformHead), "linear"),
-    "sequential": (with_head(lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V))), "logits"),  # tells no size
+    "sequential": (with_head(lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V))), "linear"),
     "quantized": (with_head(lambda: QuantizedHead(D, V, bias=False)), "logits"),
     "embedding-as-projection": (lambda: llama(MatmulHead), "linear"),
     "criterion-in-forward": (lambda: llama(CriterionInForward), "linear"),

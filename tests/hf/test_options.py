@@ -159,6 +159,25 @@ def test_zero_if_all_ignored(outside):
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("build", [llama, with_head(lambda: QuantizedHead(D, V, bias=False))], ids=["linear", "logits"])
+def test_zero_if_all_ignored_with_a_divisor_of_zero(build, compiled, count):
+    """transformers divides the sum by it afterwards."""
+    torch._dynamo.reset()
+    model, inputs = patch_model(build(), zero_if_all_ignored=True), batch()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    loss = forward(**inputs | {"labels": torch.full_like(inputs["labels"], -100)}, num_items_in_batch=count).loss
+    assert loss == 0
+    loss.backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert forward(**inputs, num_items_in_batch=count).loss.isinf()  # as of the unpatched model
+    assert count == 0
+    five = type(count)(5) if not isinstance(count, torch.Tensor) else count + 5
+    plain = build()(**inputs, num_items_in_batch=five).loss
+    torch.testing.assert_close(forward(**inputs, num_items_in_batch=five).loss, plain)
+
+
 def test_zero_if_all_ignored_leaves_other_losses_alone():
     """The option changes only the mean of no tokens, so it is no error where other losses are taken."""
     model = patch_model(llama(), without_labels=True, zero_if_all_ignored=True).train()

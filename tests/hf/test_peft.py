@@ -1,4 +1,4 @@
-"""PEFT's LoRA on a patched model: on the body, on the head, with the head trained whole."""
+"""PEFT on a patched model: adapters on the body and the head, the head trained whole, some of its tokens trained."""
 
 import pytest
 import torch
@@ -19,22 +19,47 @@ CONFIGS = {
     "head, rank-stabilised": {"target_modules": HEAD, "use_rslora": True, "lora_alpha": 3},
     "head, LoRA's bias": {"target_modules": HEAD, "lora_bias": True},
     "head, dropout": {"target_modules": HEAD, "lora_dropout": 0.3},
+    "head, DoRA": {"target_modules": HEAD, "use_dora": True},
     "head saved whole": {"target_modules": BODY, "modules_to_save": ["lm_head"]},
     "head and embeddings saved whole": {"target_modules": BODY, "modules_to_save": ["lm_head", "embed_tokens"]},
 }
-#: DoRA scales each class, so its logits are computed.
-READS_LOGITS = {"head, DoRA": {"target_modules": HEAD, "use_dora": True}}
+_TIED, _TOKENS = {"tie_word_embeddings": True}, {"lm_head": [5, 9], "embed_tokens": [5, 9]}
+#: name -> (configuration of Llama, of its adapters)
+MORE = {
+    "tied, DoRA": (_TIED, {"target_modules": HEAD, "use_dora": True}),
+    "tied, LoRA on both": (_TIED, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied, embeddings saved": (
+        _TIED, {"target_modules": BODY, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
+    "tied, head saved": (_TIED, {"target_modules": BODY, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    "tied, both saved": (_TIED, {"target_modules": BODY, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "tokens": ({}, {"target_modules": BODY, "trainable_token_indices": [5, 9, 11]}),
+    "tokens of both": ({}, {"target_modules": BODY, "trainable_token_indices": _TOKENS}),
+    "tied, tokens": (_TIED, {"target_modules": BODY, "trainable_token_indices": [5, 9, 11]}),
+    "tied, tokens of both": (
+        _TIED, {"target_modules": BODY, "trainable_token_indices": _TOKENS, "ensure_weight_tying": True}
+    ),
+    "IA3": ({}, {"cls": "IA3Config", "target_modules": HEAD, "feedforward_modules": []}),
+    "IA3, feedforward": ({}, {"cls": "IA3Config", "target_modules": HEAD, "feedforward_modules": ["lm_head"]}),
+    "VeRA": ({}, {"cls": "VeraConfig", "target_modules": ["lm_head"]}),
+    "OFT": ({}, {"cls": "OFTConfig", "target_modules": HEAD, "oft_block_size": 4}),
+}  # fmt: skip
 
 
-def lora(patch=None, model=None, **config):
+def lora(patch=None, model=None, options=None, cls="LoraConfig", **config):
     """LoRA whose second matrix is not zero, so that the first step has gradients for both matrices."""
     model = model or llama()
     if patch == "before":
-        patch_model(model)
+        patch_model(model, **options or {})
     torch.manual_seed(3)
-    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "init_lora_weights": False, **config}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    return patch_model(wrapped) if patch == "after" else wrapped
+    if cls == "LoraConfig":
+        config = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | config
+    wrapped = peft.get_peft_model(model, getattr(peft, cls)(task_type="CAUSAL_LM", **config))
+    torch.manual_seed(5)
+    for name, p in wrapped.named_parameters():  # not the identity, in which they begin
+        if p.requires_grad and ("ia3_l" in name or "magnitude" in name):
+            p.data *= 1 + 0.2 * torch.rand_like(p)
+    return patch_model(wrapped, **options or {}) if patch == "after" else wrapped
 
 
 def train(model, lr=0.05):
@@ -42,20 +67,52 @@ def train(model, lr=0.05):
     return trajectory(model, batches(STEPS), lr=lr)
 
 
-@pytest.mark.parametrize("patch", ["before", "after"])
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *READS_LOGITS.values()], ids=[*CONFIGS, *READS_LOGITS])
-def test_lora(config, patch, monkeypatch):
-    plain = lora(**config)
-    expected, _ = train(plain)
-    spy = spied(monkeypatch)
-    model = lora(patch, **config)
-    losses, outputs = train(model)
+def assert_trains_the_same(plain, model, spy, lr=0.05):
+    losses, outputs = train(model, lr)
+    calls, spy.calls = spy.calls, 0
+    assert calls == STEPS
+    assert_deferred(outputs)
+    expected, _ = train(plain, lr)
     assert_same(losses, expected)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    if config not in READS_LOGITS.values():
-        assert_deferred(outputs)
-        assert spy.calls == STEPS
+
+
+@pytest.mark.parametrize("patch", ["before", "after"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_lora(config, patch, monkeypatch):
+    assert_trains_the_same(lora(**config), lora(patch, **config), spied(monkeypatch))
+
+
+@pytest.mark.parametrize("patch", ["before", "after"])
+@pytest.mark.parametrize(("of_model", "config"), MORE.values(), ids=MORE)
+def test_other_adapters(of_model, config, patch, monkeypatch):
+    plain, model = (lora(p, llama(initializer_range=0.1, **of_model), **config) for p in (None, patch))
+    assert_trains_the_same(plain, model, spied(monkeypatch), lr=0.3)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "config"),
+    [
+        ({}, CONFIGS["head"]),
+        ({}, CONFIGS["head, DoRA"]),
+        *(MORE[n] for n in ("tied, head saved", "tied, tokens", "IA3")),
+    ],
+    ids=["LoRA", "DoRA", "saved", "tokens", "IA3"],
+)
+def test_options_reach_the_loss(of_model, config, monkeypatch):
+    plain = lora(None, llama(**of_model), **config)
+    batch = batches(1)[0]
+    logits, labels = plain(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+    )
+    spy = spied(monkeypatch)
+    found = lora("before", llama(**of_model), {"label_smoothing": 0.1}, **config)(**batch).loss
+    torch.testing.assert_close(found, expected)
+    expected.backward()
+    found.backward()
+    assert spy.calls == 1
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

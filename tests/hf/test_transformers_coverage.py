@@ -13,7 +13,7 @@ from fused_ignore_ce.deferred import affine, product
 
 from ..transformers_coverage import __main__ as sweep
 from ..transformers_coverage import compare, isolation
-from ..transformers_coverage.compare import FAILED, LINEAR, LOGITS, UNTOUCHED, Outcome
+from ..transformers_coverage.compare import APPLIED, FAILED, LINEAR, LOGITS, UNTOUCHED, Outcome
 
 CLASSES = [
     ("CAUSAL_LM", "LlamaForCausalLM", LINEAR),
@@ -22,6 +22,9 @@ CLASSES = [
     ("CAUSAL_LM", "BltForCausalLM", LINEAR),  # a model inside has as many classes
     ("SEQ_TO_SEQ_CAUSAL_LM", "FSMTForConditionalGeneration", LINEAR),  # multiplies with a layer that it does not name
     ("IMAGE_TEXT_TO_TEXT", "LlavaForConditionalGeneration", LINEAR),
+    ("IMAGE_TEXT_TO_TEXT", "Gemma3ForConditionalGeneration", LINEAR),  # hands its labels to the model inside
+    ("SEQ_TO_SEQ_CAUSAL_LM", "Qwen2AudioForConditionalGeneration", LINEAR),  # so does this
+    ("IMAGE_TEXT_TO_TEXT", "ChameleonForConditionalGeneration", LOGITS),  # writes into its logits
     ("SEQ_TO_SEQ_CAUSAL_LM", "BartForConditionalGeneration", LINEAR),
     ("SEQ_TO_SEQ_CAUSAL_LM", "ProphetNetForConditionalGeneration", LINEAR),
     ("SPEECH_SEQ_2_SEQ", "WhisperForConditionalGeneration", LINEAR),
@@ -46,6 +49,7 @@ def test_known_classes(mapping, name, how):
     outcome = compare.compare(mapping, name)
     assert (outcome.how, outcome.difference) == (how, "")
     assert outcome.outside == ("equal, fused" if mapping == "CAUSAL_LM" else "")
+    assert outcome.option == APPLIED
 
 
 def test_a_wrong_loss_outside_is_a_difference(monkeypatch):
@@ -60,6 +64,25 @@ def test_a_wrong_loss_outside_is_a_difference(monkeypatch):
     outcome = compare.compare("CAUSAL_LM", "LlamaForCausalLM")
     assert outcome.outside == "no"
     assert outcome.difference.startswith("with its loss outside: loss ")
+
+
+def test_a_loss_without_the_option_is_a_difference(monkeypatch):
+    right = affine.fused_linear_cross_entropy
+
+    def without(hidden, head, target, **options):
+        return right(hidden, head, target, **options | {"label_smoothing": 0.0})
+
+    monkeypatch.setattr(affine, "fused_linear_cross_entropy", without)
+    outcome = compare.compare("CAUSAL_LM", "LlamaForCausalLM")
+    assert outcome.option == "no"
+    assert outcome.difference.startswith("with label_smoothing: loss ")
+
+
+def test_an_option_that_is_refused_is_no_difference(monkeypatch):
+    monkeypatch.setattr(compare, "SMOOTHING", 2.0)
+    outcome = compare.compare("CAUSAL_LM", "LlamaForCausalLM")
+    assert outcome.option.startswith("RuntimeError: ")
+    assert not outcome.difference
 
 
 def test_a_wrong_loss_is_a_difference(monkeypatch):

@@ -25,7 +25,7 @@ import transformers
 from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 
-from .compare import FAILED, LINEAR, LOGITS, RULE, UNTOUCHED, Outcome
+from .compare import FAILED, LINEAR, LOGITS, RULE, SMOOTHING, UNTOUCHED, Outcome
 from .isolation import isolated
 
 MAPPINGS = (
@@ -70,6 +70,9 @@ def document(outcomes: list[Outcome], seconds: float) -> str:
         "Loss outside, of causal models: the model gets no labels, and the loss is `F.cross_entropy` of its logits",
         "after the forward. Equal means what it means above; fused, that no logits were computed.",
         "",
+        f"Option: the model is patched with `label_smoothing={SMOOTHING}`. Its loss and gradients are those of the",
+        "plain model whose cross entropies are smoothed, or the forward is an error.",
+        "",
         f"| mapping | classes | run | equal | {LINEAR} | {LOGITS} | {UNTOUCHED} | {FAILED} |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -82,10 +85,16 @@ def document(outcomes: list[Outcome], seconds: float) -> str:
         cells = (mapping, len(group), len(ran), sum(not o.difference for o in ran), *counts)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for mapping, group in groups.items():
-        lines += ["", f"## {mapping}", "", "| class | equal | how | why | loss outside |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {mapping}",
+            "",
+            "| class | equal | how | why | loss outside | option |",
+            "|---|---|---|---|---|---|",
+        ]
         for o in group:
             equal = "" if o.how == FAILED else f"no: {o.difference}" if o.difference else "yes"
-            lines.append(f"| {o.name} | {equal} | {o.how} | {o.why} | {o.outside} |")
+            lines.append(f"| {o.name} | {equal} | {o.how} | {o.why} | {o.outside} | {o.option} |")
     return "\n".join(lines) + "\n"
 
 

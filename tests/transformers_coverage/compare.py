@@ -27,7 +27,9 @@ from torch.overrides import TorchFunctionMode
 from fused_ignore_ce.deferred import affine as deferred_affine
 from fused_ignore_ce.deferred import loss as deferred_loss
 from fused_ignore_ce.deferred import product as deferred_product
+from fused_ignore_ce.deferred.heads import classes_of
 from fused_ignore_ce.hf import patch_model
+from fused_ignore_ce.hf.forward import output_embeddings
 
 from . import overrides
 from .batch import batches
@@ -43,13 +45,17 @@ RULE = (
     "loss's gradient, of order one, is rounded. A gradient that is `None` in one is `None` in the other."
 )
 
+#: The option that models are patched with, and what is said of one whose loss has it.
+SMOOTHING, APPLIED = 0.1, "the loss with it"
+
 LINEAR, LOGITS, UNTOUCHED, FAILED = "fused-linear", "fused-logits", "untouched", "not built"
 
 
 class Outcome(NamedTuple):
     """How a class fared. `how` is LINEAR, LOGITS, UNTOUCHED or FAILED. `difference` is empty if there is none.
 
-    `outside` says how a loss fared that was taken after a forward without labels; empty if none was.
+    `outside` says how a loss fared that was taken after a forward without labels; empty if none was. `option` says what
+    a model that was patched with label_smoothing did: APPLIED, or its error.
     """
 
     mapping: str
@@ -59,6 +65,7 @@ class Outcome(NamedTuple):
     difference: str = ""
     seconds: float = 0.0
     outside: str = ""
+    option: str = ""
 
 
 def compare(mapping: str, name: str) -> Outcome:
@@ -89,7 +96,20 @@ def _compare(mapping: str, name: str) -> Outcome:
     if mapping == "CAUSAL_LM":
         outside, wrong = _outside(model, batch)
         difference = difference or wrong
-    return Outcome(mapping, name, *_how(model, plain.seen, fused.seen), difference, outside=outside)
+    option, wrong = _with_option(model, batch)
+    how, why = _how(model, plain.seen, fused.seen)
+    return Outcome(mapping, name, how, why, difference or wrong, outside=outside, option=option)
+
+
+def _with_option(model: Any, batch: dict[str, Any]) -> tuple[str, str]:
+    """What a model does that is patched with an option: its loss with it or an error, or else the difference."""
+    try:
+        fused = _run(patch_model(copy.deepcopy(model), label_smoothing=SMOOTHING), batch)
+    except Exception as e:
+        return _line(e), ""
+    with _Smoothed(model):
+        difference = _difference(_run(copy.deepcopy(model), batch), fused)
+    return ("no", f"with label_smoothing: {difference}") if difference else (APPLIED, "")
 
 
 def _outside(model: Any, batch: dict[str, Any]) -> tuple[str, str]:
@@ -222,6 +242,21 @@ class _Originals(TorchFunctionMode):
         elif getattr(func, "__name__", "").endswith(("_loss", "_loss_nd", "cross_entropy_with_logits")):
             self.seen.others.append(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+class _Smoothed(TorchFunctionMode):
+    """Smooths the labels of PyTorch's cross entropies over a head's classes, or over any if there is no head."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.classes = classes_of(output_embeddings(model))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        losses = (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss)  # the cross entropy of their softmax
+        if func in losses and self.classes in (None, args[0].shape[args[0].dim() > 1]):
+            func, kwargs["label_smoothing"] = losses[0], SMOOTHING
+        return func(*args, **kwargs)
 
 
 def _reader() -> str:
