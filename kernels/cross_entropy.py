@@ -56,7 +56,7 @@ def _forward(logits, rows_out, options, with_stats, launch):
 
 def _merge(target, parts, rows_out, options, with_stats):
     """A launch that merges the parts into the rows."""
-    merge_rows = prepare.merge(len(target), options.ignore_index, with_stats, chip_of(target.device))
+    merge_rows = prepare.merge(len(target), options, with_stats, chip_of(target.device))
     return merge_rows, (target, rows_out, parts_of(parts))
 
 
@@ -139,8 +139,7 @@ def _reduce(rows, shares, options, mean, acc, out_dtype, parts, with_stats):
     out = Totals(total, target.new_empty((), dtype=acc), target.new_empty(()) if with_stats else None)
     programs, divided = prepare.reduce_programs(N), (mean, number is not None, with_stats)
     reduce_rows = prepare.reduce(
-        N, 0 if weight is None else len(weight), row_stride(token_weight), divided, options.ignore_index,
-        chip_of(device),
+        N, 0 if weight is None else len(weight), row_stride(token_weight), divided, options, chip_of(device),
     )  # fmt: skip
     number = 1.0 if number is None else number
     shares = Shares(target, weight, token_weight, normalizer)

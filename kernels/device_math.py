@@ -20,8 +20,8 @@ from .structs import Curve, LossOptions, Smoothing
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-#: The shift of a lane that saw no logit above it. A row's largest logit has to lie within 2^31 / L of zero.
-LOWEST = tl.constexpr(-2147483648.0)
+#: The exponents from which on a shift is too coarse, in float32 and in float64, see `shift_of`.
+FAR, FAR64 = tl.constexpr(2.0**31), tl.constexpr(2.0**62)
 
 #: An index above those of all classes.
 NO_CLASS = tl.constexpr(2147483647)
@@ -99,6 +99,15 @@ def row_sum(x, TILE: tl.constexpr):
 
 
 @triton.jit
+def row_any(x, TILE: tl.constexpr):
+    """Whether any row of a program has a property."""
+    if TILE.BLOCK_N == 1:
+        return x
+    else:
+        return tl.max(x.to(tl.int32)) > 0
+
+
+@triton.jit
 def row_min_of_tile(x, TILE: tl.constexpr):
     """The smallest value in each row of a tile; a scalar where there is one row."""
     if TILE.BLOCK_N == 1:
@@ -161,9 +170,37 @@ def exponent(u, height, c):
 
 
 @triton.jit
-def whole_shift(largest):
-    """The shift that goes with a row's largest used logit."""
-    return tl.maximum(tl.floor(largest * LOG2E), LOWEST)
+def lowest(like):
+    """The shift where there is no logit above -inf."""
+    return -FAR64 if like.dtype == tl.float64 else -FAR
+
+
+@triton.jit
+def row_curve(curve, far):
+    """(height, nats of a unit of exponents) of each row."""
+    return tl.where(far, curve.coarse, curve.height), tl.where(far, curve.nats, tl.full((), LN2, curve.nats.dtype))
+
+
+@triton.jit
+def shift_of(largest, curve):
+    """(shift, whether it is far from zero) for the largest `u` of `used_logits`.
+
+    From `FAR` on, neighbouring floating-point numbers lie so far apart that only the largest logits of a row have a
+    probability above 0, and a whole shift may differ from the largest exponent by more than 2^x can bear. There, the
+    height is a power of two: the shift is exact, no product with it overflows, and 2^(y - c) is 1 or as good as 0.
+    """
+    y = largest * curve.height
+    far = (tl.abs(y) >= -lowest(y)) & (tl.abs(largest) < float("inf"))
+    return tl.where(far, largest * curve.coarse, tl.maximum(tl.floor(y), lowest(y))), far
+
+
+@triton.jit
+def capped_curve(scale, cap, ACC: tl.constexpr):
+    """The curve of `cap * tanh(scale * x)`, or of `scale * x` for a cap of 1."""
+    scale, cap = tl.full((), scale, ACC), tl.full((), cap, ACC)
+    height = cap * LOG2E
+    coarse = tl.exp2(tl.floor(tl.log2(height)))
+    return Curve(scale=scale, height=height, steep=scale * cap, coarse=coarse, nats=cap / coarse)
 
 
 @triton.jit
@@ -175,11 +212,11 @@ def weighted(q, z):
 @triton.jit
 def loss_options(classes, smoothing, scale, cap, ACC: tl.constexpr, OPTIONS: tl.constexpr):
     """The options of the loss in the dtype of sums."""
-    smoothing, scale, cap = tl.full((), smoothing, ACC), tl.full((), scale, ACC), tl.full((), cap, ACC)
-    height = tl.full((), LOG2E, ACC)
-    steep = scale
+    smoothing = tl.full((), smoothing, ACC)
     if OPTIONS.HAS_SOFTCAP:
-        height *= cap
-        steep *= cap
+        curve = capped_curve(scale, cap, ACC)
+    else:
+        one, scale = tl.full((), 1.0, ACC), tl.full((), scale, ACC)
+        curve = Curve(scale=scale, height=one * LOG2E, steep=scale, coarse=one, nats=one)
     of_target = Smoothing(confidence=1.0 - smoothing, share=smoothing / classes)
-    return LossOptions(smoothing=of_target, curve=Curve(scale=scale, height=height, steep=steep))
+    return LossOptions(smoothing=of_target, curve=curve)

@@ -8,7 +8,7 @@ the other (`first_class`), or both.
 import triton
 import triton.language as tl
 
-from .device_math import exponent, loss_options, used_logits, weighted
+from .device_math import exponent, loss_options, row_curve, used_logits, weighted
 from .structs import ForwardStrides, Logits, Part, Place, RowInputs, Rows, RowSums, Targets
 from .sums import row_sums, store_ignored, store_kept, store_part, target_weight
 from .tiles import row_start, rows_of, tile_offsets
@@ -77,16 +77,16 @@ def forward_kernel(
     r, mass = sums.r, sums.mass
     if logits.probs is None:
         u_target, _ = used_logits(x_target, options.curve, ACC, OPTIONS)
-        r += weighted(w_target, exponent(u_target, options.curve.height, sums.c))
+        height, _ = row_curve(options.curve, sums.far)
+        r += weighted(w_target, exponent(u_target, height * 0.25, sums.c * 0.25))
         mass += w_target
 
     predicted = sums.predicted + place.first_class
-    largest = sums.largest
-    if part_out is not None:
-        largest *= tl.full((), cap, ACC)
-    sums = RowSums(c=sums.c, s=sums.s, r=r, mass=mass, d=sums.d, largest=largest, predicted=predicted)
+    sums = RowSums(
+        c=sums.c, s=sums.s, r=r, mass=mass, d=sums.d, largest=sums.largest, predicted=predicted, far=sums.far
+    )  # fmt: skip
     if part_out is None:
-        store_kept(rows_out, row, N, inside, keep, sums)
+        store_kept(rows_out, row, N, inside, keep, sums, options.curve)
     else:
         store_part(part_out, row + part * N, keep, sums, OPTIONS.HAS_STATS)
     # The assertion comes last, when no values are held in registers: a call in the middle of the kernel makes it spill.

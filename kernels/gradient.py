@@ -13,8 +13,8 @@ exact, and a difference of rounded products would not be.
 import triton
 import triton.language as tl
 
-from .device_math import LN2, exponent, used_logits
-from .structs import EntropyTerms, ProbsTerms, TargetTerms, Terms
+from .device_math import LN2, exponent, row_curve, used_logits
+from .structs import ExponentTerms, TargetTerms, Terms
 from .sums import soft_target
 from .tiles import load_tile, load_weights, store_tile
 
@@ -38,21 +38,24 @@ def loss_gradient(upstream, strides, row, keep, ACC: tl.constexpr):
 
 @triton.jit
 def row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, options):
-    """The numbers per row (`Terms`) that `gradient_tile` needs.
+    """The numbers per row (`Terms`) that `gradient_tile` needs, with s as `signed` gives it.
 
     A row whose logits are all -inf has s = 0, and no gradient.
     """
     confidence, steep = options.smoothing.confidence, options.curve.steep
+    far, s = s < 0, tl.abs(s)
+    height, nats = row_curve(options.curve, far)
     inverse = tl.where(s == 0, 0.0, 1.0 / s)
-    log_s = tl.log2(s)
-    of_probs = ProbsTerms(multiplier=g * confidence * LN2, log_s=log_s)
+    log_s = tl.log2(s) * tl.where(far, LN2 / nats, 1.0)
+    dlog_p = g * confidence * nats
+    of_probs = ExponentTerms(multiplier=4.0 * dlog_p, offset=dlog_p * log_s)
     g *= steep
     of_lse = dlse * steep * inverse
-    of_entropy = EntropyTerms(multiplier=dentropy * steep * inverse * LN2, offset=entropy / LN2 - log_s)
+    of_entropy = ExponentTerms(multiplier=dentropy * steep * inverse * nats, offset=entropy / nats - log_s)
     q_s = w_target * (confidence + options.smoothing.share) * s
     of_target = TargetTerms(local=local, q_s=q_s, mass=mass, g_s=g * inverse, of_lse=of_lse)
     multiplier = g * mass * inverse + of_lse
-    return Terms(c=c, multiplier=multiplier, g=g, target=of_target, entropy=of_entropy, probs=of_probs)
+    return Terms(c=c, height=height, multiplier=multiplier, g=g, target=of_target, entropy=of_entropy, probs=of_probs)
 
 
 @triton.jit
@@ -65,7 +68,7 @@ def gradient_tile(
     terms, options = rows.terms, rows.options
     x = load_tile(inputs.x, v, offs, inputs.stride_xv, inputs.keep, inputs.v_end, float("-inf"), TILE, WHOLE, IN)
     u, slope = used_logits(x, options.curve, ACC, OPTIONS)
-    z = exponent(u, options.curve.height, terms.c)
+    z = exponent(u, terms.height, terms.c)
     if outputs.dx is not None:
         e = tl.exp2(z)
         grad = e * terms.multiplier
@@ -89,7 +92,8 @@ def gradient_tile(
             grad = tl.where(inputs.keep, grad, 0.0)
         store_tile(outputs.dx, v, offs, outputs.stride_dxv, outputs.inside, inputs.v_end, grad, TILE, WHOLE, OUT)
     if outputs.dprobs is not None:
-        grad = terms.probs.multiplier * (terms.probs.log_s - z)
+        # A quarter of the exponent does not overflow.
+        grad = terms.probs.offset - terms.probs.multiplier * exponent(u, terms.height * 0.25, terms.c * 0.25)
         if inputs.weight is not None:
             grad *= load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
         if TILE.BLOCK_N > 1:

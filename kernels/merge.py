@@ -3,18 +3,21 @@
 import triton
 import triton.language as tl
 
-from .device_math import LOWEST, whole_shift
+from .device_math import LN2, capped_curve, lowest, shift_of
 from .structs import Parts, Rows, RowSums
 from .sums import store_kept
 
 
 @triton.jit
-def merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N: tl.constexpr, HAS_STATS: tl.constexpr):
+def merge_rows(rows_out, parts, row, N, inside, keep, cap, BLOCK_N: tl.constexpr, HAS_STATS: tl.constexpr):
     """Merges the parts (`Parts`) of each row and stores the row's results (`Rows`); returns (loss, lse)."""
     field = tl.cast(parts.count, tl.int64) * N
-    zero = tl.zeros((BLOCK_N,), parts.partial.dtype.element_ty)
-    largest, c = zero + float("-inf"), zero + LOWEST
+    ACC: tl.constexpr = parts.partial.dtype.element_ty
+    curve = capped_curve(1.0, cap, ACC)
+    zero = tl.zeros((BLOCK_N,), ACC)
+    largest, c = zero + float("-inf"), zero + lowest(zero)
     s, r, mass, d = zero, zero, zero, zero
+    far = zero < 0
     predicted = tl.zeros((BLOCK_N,), tl.int64)
     for i in range(0, parts.count):
         part = parts.partial + row + i * N
@@ -22,21 +25,37 @@ def merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N: tl.constexpr, HAS
         s_part = tl.load(part + field, mask=keep, other=0.0)
         r_part = tl.load(part + 2 * field, mask=keep, other=0.0)
         mass_part = tl.load(part + 3 * field, mask=keep, other=0.0)
-        c_part = whole_shift(largest_part)
-        c_new = tl.maximum(c, c_part)
-        alpha, beta = tl.exp2(c - c_new), tl.exp2(c_part - c_new)
-        r += mass * (c - c_new) + r_part + mass_part * (c_part - c_new)
+        c_part, far_part = shift_of(largest_part, curve)
+        c_new, far_new = shift_of(tl.maximum(largest, largest_part), curve)
+        down, power, unit = rebase(c, far, c_new, far_new, curve)
+        down_part, power_part, unit_part = rebase(c_part, far_part, c_new, far_new, curve)
+        r = r * unit + mass * down + r_part * unit_part + mass_part * down_part
         mass += mass_part
         if HAS_STATS:
             d_part = tl.load(part + 4 * field, mask=keep, other=0.0)
-            d = alpha * (d + s * (c - c_new)) + beta * (d_part + s_part * (c_part - c_new))
+            d = moved_entropy(d, s, down, power) + moved_entropy(d_part, s_part, down_part, power_part)
             predicted_part = tl.load(parts.argmax + row + i * N, mask=keep, other=0)
             predicted = tl.where((largest_part > largest) | (i == 0), predicted_part, predicted)
-        s = s * alpha + s_part * beta
+        s = s * power + s_part * power_part
         largest = tl.maximum(largest, largest_part)
-        c = c_new
-    sums = RowSums(c=c, s=s, r=r, mass=mass, d=d, largest=largest, predicted=predicted)
-    return store_kept(rows_out, row, N, inside, keep, sums)
+        c, far = c_new, far_new
+    sums = RowSums(c=c, s=s, r=r, mass=mass, d=d, largest=largest, predicted=predicted, far=far)
+    return store_kept(rows_out, row, N, inside, keep, sums, curve)
+
+
+@triton.jit
+def rebase(c, far, c_new, far_new, curve):
+    """What makes sums relative to `c` relative to `c_new`: (a quarter of c - c_new, its power of two, units of c)."""
+    same = far == far_new
+    unit = tl.where(same, 1.0, tl.where(far, curve.nats / LN2, LN2 / curve.nats))
+    down = 0.25 * c * unit - 0.25 * c_new
+    return down, tl.where(same, tl.exp2(4.0 * down), 0.0), unit
+
+
+@triton.jit
+def moved_entropy(d, s, down, power):
+    """`d` relative to the new shift; 0 * inf = 0."""
+    return tl.where(power == 0.0, 0.0, power * (d + s * 4.0 * down))
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -46,10 +65,11 @@ def merge_kernel(
     parts: Parts,
     N: tl.int64,
     ignore_index: tl.int64,
+    cap: tl.float64,
     BLOCK_N: tl.constexpr,
     HAS_STATS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < N
     keep = inside & (tl.load(target_ptr + row, mask=inside, other=ignore_index) != ignore_index)
-    merge_rows(rows_out, parts, row, N, inside, keep, BLOCK_N, HAS_STATS)
+    merge_rows(rows_out, parts, row, N, inside, keep, cap, BLOCK_N, HAS_STATS)

@@ -8,7 +8,7 @@ which takes one row after the other.
 import triton
 import triton.language as tl
 
-from .device_math import LN2, exponent, fused_multiply_add, loss_options, used_logits, weighted
+from .device_math import LN2, exponent, fused_multiply_add, loss_options, row_curve, used_logits, weighted
 from .gradient import load_upstream, loss_gradient, row_terms, write_gradient, write_zeros
 from .structs import (
     GradientRows,
@@ -22,7 +22,7 @@ from .structs import (
     RowSums,
     Targets,
 )
-from .sums import row_sums, store_ignored, store_kept, target_weight
+from .sums import row_sums, signed, store_ignored, store_kept, target_weight
 from .tiles import row_start, tile_offsets
 
 
@@ -73,16 +73,19 @@ def one_pass_kernel(
             sums = row_sums(inputs, 0, offs, options, ACC, TILE, OPTIONS, OPTIONS.HAS_STATS, "evict_last")
             c, s, r, mass = sums.c, sums.s, sums.r, sums.mass
             u_target, _ = used_logits(x_target, options.curve, ACC, OPTIONS)
-            r += weighted(w_target * options.smoothing.confidence, exponent(u_target, options.curve.height, c))
+            height, nats = row_curve(options.curve, sums.far)
+            r += weighted(w_target * options.smoothing.confidence, exponent(u_target, height * 0.25, c * 0.25))
             mass += w_target * options.smoothing.confidence
-            sums = RowSums(c=c, s=s, r=r, mass=mass, d=sums.d, largest=sums.largest, predicted=sums.predicted)
-            store_kept(rows_out, row, N, everywhere, everywhere, sums)
+            sums = RowSums(
+                c=c, s=s, r=r, mass=mass, d=sums.d, largest=sums.largest, predicted=sums.predicted, far=sums.far
+            )  # fmt: skip
+            store_kept(rows_out, row, N, everywhere, everywhere, sums, options.curve)
             dlse = 0.0
             if upstream.dz is not None:
-                lse = fused_multiply_add(c, tl.full((), LN2, ACC), tl.log2(s) * LN2)
+                lse = fused_multiply_add(c, nats, tl.log2(s) * LN2)
                 dz = load_upstream(upstream.dz, strides.upstream.dz, row, everywhere, ACC)
                 dlse = dz * lse * (2.0 * tl.full((), z_loss, ACC))
-            terms = row_terms(g, dlse, 0.0, c, s, mass, 0.0, w_target, target, options)
+            terms = row_terms(g, dlse, 0.0, c, signed(s, sums.far), mass, 0.0, w_target, target, options)
             outputs = RowOutputs(dx=dx_row, stride_dxv=strides.dx.v, dprobs=NO_PROBS, stride_dpv=0, inside=everywhere)
             rows = GradientRows(inputs=inputs, outputs=outputs, terms=terms, options=options)
             write_gradient(rows, 0, offs, ACC, TILE, OPTIONS, False, "evict_first", "evict_first")

@@ -42,7 +42,7 @@ from .structs import (
     Reduction,
     Upstream,
 )
-from .variant import FEW_REGISTERS, MAX_REGISTERS, is_simple, one_pass_registers, one_pass_variant
+from .variant import FEW_REGISTERS, MAX_REGISTERS, PART_REGISTERS, is_simple, one_pass_registers, one_pass_variant
 
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
@@ -65,7 +65,7 @@ class Prepared:
 
     def __call__(self, device, *first):
         if self.interpreted:
-            self.kernel[self.grid](*first, *self.fixed, **self.options)
+            self._run(first)
             return
         active = driver.active
         current = active.get_current_device()
@@ -76,7 +76,7 @@ class Prepared:
         key = current, kinds(first)
         found = self.compiled.get(key)
         if found is None:
-            compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
+            compiled = self._run(first)
             # For AMD, the kernel also depends on the size of a tensor's storage, so Triton looks it up at every launch.
             if compiled is not None and compiled.metadata.target.backend == "cuda":
                 self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
@@ -89,9 +89,48 @@ class Prepared:
             metadata = compiled.launch_metadata(self.grid, stream, *first, *self.fixed)
         run(*self.grid, stream, function, packed, metadata, enter, leave, *first, *self.fixed)
 
+    def _run(self, first):
+        """Launches the kernel by Triton's own launcher; returns the compiled kernel, or None if it is not to be kept.
+
+        A kernel sees memory, which does not hold the values of a lazily negated or zero tensor. It gets a copy of such
+        a tensor, and what it writes there is copied back.
+        """
+        copies = []
+        first = tuple(
+            type(argument)(*(_in_memory(*each, copies) for each in zip(argument._fields, argument, strict=True)))
+            if isinstance(argument, tuple)
+            else _in_memory("", argument, copies)
+            for argument in first
+        )
+        compiled = self.kernel[self.grid](*first, *self.fixed, **self.options)
+        for field, given, copy in copies:
+            if field in WRITTEN:
+                given.copy_(copy)
+        return None if copies else compiled
+
+
+#: The fields of arguments in which a kernel may write to a tensor of the caller.
+WRITTEN = ("dx", "dprobs", "out")
+
+
+def _in_memory(field, value, copies):
+    """The value of a field; a copy with the same strides if its memory does not hold it, which `copies` is told."""
+    lazy = isinstance(value, torch.Tensor) and (value.is_neg() or value._is_zerotensor())
+    if not lazy or value.numel() == 0:
+        return value
+    # The gaps between elements are copied too, so that elements which share memory still do.
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    memory = torch.empty(span, dtype=value.dtype, device=value.device)
+    copy = memory.copy_(value.as_strided((span,), (1,))).as_strided(value.shape, value.stride())
+    copies.append((field, value, copy))
+    return copy
+
 
 def kinds(arguments):
-    """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers."""
+    """What a compiled kernel depends on: dtypes of tensors, whether their addresses are aligned, values of integers.
+
+    Also whether a tensor's values are in its memory: no kernel is kept for others, see `Prepared._run`.
+    """
     found = []
     add = found.append
     for argument in arguments:
@@ -100,7 +139,9 @@ def kinds(arguments):
                 add(None)
             elif isinstance(value, torch.Tensor):
                 add(value.dtype)
-                add(value.data_ptr() % 16 == 0)
+                address = value.data_ptr()
+                add(address % 16 == 0 if address else None)
+                add(value.is_neg())
             else:
                 add(float if isinstance(value, float) else value)
     return tuple(found)
@@ -119,21 +160,22 @@ def forward(x, probs, weight, options, with_stats, block, launch, chip):
         of_x = (x.itemsize, x.contiguous, aligned(weight, x, probs), chip)
         launch = part_launch(T, V, *of_x) if block else forward_launch(B, T, V, *of_x)
     into_rows = block is None and launch.splits == 1
-    simple = into_rows and is_simple(launch, weight, probs, flags) and not any(flags)
+    simple = is_simple(launch, weight, probs, flags) and not any(flags)
+    few = FEW_REGISTERS if into_rows else PART_REGISTERS
     return Prepared(
         forward_kernel, B * ceil_div(T, launch.BLOCK_N) * launch.splits,
         B * T, T, V, Place(launch.splits, launch.split_tiles, *(block or (0, V))),
         ForwardStrides(x.strides, strides_of(probs)), options.ignore_index, *scalars_of(options), launch.TILE, flags,
         splits=launch.splits, num_warps=launch.num_warps, **ASSERTS,
-        **chip.options(FEW_REGISTERS if simple else MAX_REGISTERS),
+        **chip.options(few if simple else MAX_REGISTERS),
     )  # fmt: skip
 
 
 @remembered
-def merge(N, ignore_index, with_stats, chip):
+def merge(N, options, with_stats, chip):
     """The kernel that merges parts, called with (target, Rows, Parts)."""
     return Prepared(
-        merge_kernel, ceil_div(N, MERGE_ROWS), N, ignore_index, MERGE_ROWS, with_stats,
+        merge_kernel, ceil_div(N, MERGE_ROWS), N, options.ignore_index, scalars_of(options).cap, MERGE_ROWS, with_stats,
         num_warps=MERGE_ROWS // chip.warp_size,
     )  # fmt: skip
 
@@ -184,15 +226,15 @@ def reduce_programs(N):
 
 
 @remembered
-def reduce(N, classes, stride_tw, divided, ignore_index, chip):
+def reduce(N, classes, stride_tw, divided, options, chip):
     """The kernel that reduces rows, called with (Shares, number, Rows, Parts, ProgramSums, Totals).
 
     `divided` are the fields of a `Reduction`.
     """
     programs, block = reduce_programs(N), min(REDUCE_BLOCK, max(128, triton.next_power_of_2(N)))
     return Prepared(
-        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, ignore_index, block,
-        Reduction(*divided), num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
+        reduce_kernel, programs, N, ceil_div(N, programs), classes, stride_tw, options.ignore_index,
+        scalars_of(options).cap, block, Reduction(*divided), num_warps=min(block, REDUCE_THREADS) // chip.warp_size,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def store_totals(out, normalizer_ptr, number, loss, share, count, ACC: tl.conste
     elif REDUCTION.HAS_NUMBER:
         divisor = tl.full((), number, ACC)
     elif REDUCTION.MEAN:
-        divisor = share
+        divisor = tl.where(share == 0.0, float("nan"), share)
     if out.total is not None:
         tl.store(out.total, (loss / divisor).to(out.total.dtype.element_ty))
     tl.store(out.factor, 1.0 / divisor)
@@ -42,6 +42,7 @@ def reduce_kernel(
     classes,
     stride_tw,  # of the token weights
     ignore_index: tl.int64,
+    cap: tl.float64,  # of the parts' logits
     BLOCK_N: tl.constexpr,
     REDUCTION: tl.constexpr,  # Reduction
 ):
@@ -65,7 +66,7 @@ def reduce_kernel(
             if parts is None:
                 loss_row = tl.load(rows.loss + row, mask=keep, other=0.0)
             else:
-                loss_row, _ = merge_rows(rows, parts, row, N, inside, keep, BLOCK_N, REDUCTION.HAS_STATS)
+                loss_row, _ = merge_rows(rows, parts, row, N, inside, keep, cap, BLOCK_N, REDUCTION.HAS_STATS)
             loss += tl.where(keep, token * loss_row, 0.0)
         if shares.weight is None:
             share += token

@@ -1,9 +1,8 @@
 """The named tuples that kernels take, build and return, so that nothing in a kernel is read by position.
 
 Triton treats each element of a tuple like an argument of its own: it compiles in None and the number 1, notices which
-addresses and numbers are multiples of 16, and passes everything else as a parameter. Real numbers would lose digits in
-a tuple, since Triton would make them float32. They are arguments of their own, as are numbers that must not be
-specialised on.
+addresses and numbers are multiples of 16, and passes everything else as a parameter. Real numbers would become float32
+in a tuple. They are arguments of their own, as are numbers that must not be specialised on.
 
 The order of a kernel's parameters, fields of tuples included, is part of its machine code: a GPU loads neighbouring
 parameters together. So tensors that are used together are neighbours.
@@ -28,6 +27,10 @@ class Tile(NamedTuple):
     def BLOCK_V(self) -> int:
         """Classes."""
         return self.CHUNKS * self.LANES * self.WIDTH
+
+    @property
+    def ONE_CHUNK(self):  # takes the fewest registers
+        return self._replace(CHUNKS=1)
 
 
 class Options(NamedTuple):
@@ -69,7 +72,7 @@ class Rows(NamedTuple):
 
     loss: Any  # (N,)
     lse: Any  # (N,) or None
-    norm: Any  # (3, N): c, s and mass, see `sums`
+    norm: Any  # (3, N): c, s (-s in far rows) and mass, see `sums`
     predicted: Any  # (N,) int64 or None
     entropy: Any  # (N,) or None
 
@@ -84,7 +87,7 @@ class Saved(NamedTuple):
 class Part(NamedTuple):
     """Where the sums over a part of each row are stored: views that begin at this part."""
 
-    partial: Any  # (5, parts, N): largest used logit, s, r, mass and d, see `sums`
+    partial: Any  # (5, parts, N): largest used logit without the cap, s, r / 4, mass and d, see `sums`
     argmax: Any  # (parts, N) int64
     stride_field: Any  # of the five fields
 
@@ -221,6 +224,8 @@ class Curve(NamedTuple):
     scale: Any
     height: Any  # log2(e), times the cap if there is one
     steep: Any  # d used logit / d logit, without the slope of tanh
+    coarse: Any  # a power of two that takes the place of the height in far rows, see `shift_of`
+    nats: Any  # of a unit of exponents there
 
 
 class LossOptions(NamedTuple):
@@ -269,11 +274,12 @@ class RowSums(NamedTuple):
 
     c: Any
     s: Any
-    r: Any
+    r: Any  # a quarter of it
     mass: Any
     d: Any
     largest: Any  # the largest used logit, without the cap
     predicted: Any  # the first class that has it
+    far: Any  # whether that logit is far from zero, see `shift_of`
 
 
 class TargetTerms(NamedTuple):
@@ -286,29 +292,23 @@ class TargetTerms(NamedTuple):
     of_lse: Any
 
 
-class EntropyTerms(NamedTuple):
-    """The numbers of a row for the gradient of its entropy, `-e multiplier ((y - c) + offset)`."""
+class ExponentTerms(NamedTuple):
+    """The numbers of a row for a gradient that comes from its exponents y - c, see `gradient_tile`."""
 
     multiplier: Any
     offset: Any
-
-
-class ProbsTerms(NamedTuple):
-    """The numbers of a row for the gradient of its probabilities, `multiplier (log_s - (y - c))`."""
-
-    multiplier: Any
-    log_s: Any
 
 
 class Terms(NamedTuple):
     """The numbers of a row that its gradient is computed from."""
 
     c: Any
+    height: Any  # of the curve in this row
     multiplier: Any  # of 2^(y - c)
     g: Any  # of q
     target: TargetTerms
-    entropy: EntropyTerms
-    probs: ProbsTerms
+    entropy: ExponentTerms
+    probs: ExponentTerms
 
 
 class GradientRows(NamedTuple):

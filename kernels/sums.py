@@ -6,6 +6,8 @@ shift `c` (see `device_math`):
     s = sum 2^(y - c)    r = sum q (y - c)    mass = sum q    d = sum 2^(y - c) (y - c)
     lse = ln2 (c + log2 s)    loss = ln2 (mass log2 s - r)    entropy = ln2 (log2 s - d / s)
 
+A row is walked once. Where that overflows, as it does for some logits beyond 1e9, `careful_sums` walks it again.
+
 The normaliser is kept as the pair (c, s): `x - lse` would round at the size of `lse`, `(y - c) - log2 s` does not.
 """
 
@@ -14,24 +16,26 @@ import triton.language as tl
 
 from .device_math import (
     LN2,
-    LOWEST,
     NO_CLASS,
     by_lane,
     exponent,
     fused_multiply_add,
     lane_max,
     lane_sum,
+    lowest,
     over_lanes,
     over_tile,
+    row_any,
+    row_curve,
     row_max,
     row_min_of_tile,
     row_sum,
+    shift_of,
     used_logits,
     weighted,
-    whole_shift,
 )
 from .structs import LaneSums, RowSums
-from .tiles import load_tile, load_weights
+from .tiles import load_tile, load_weights, tile_offsets
 
 
 @triton.jit
@@ -120,7 +124,7 @@ def row_sums(
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
     zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
     at = tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start
-    lanes = LaneSums(c=zero + LOWEST, s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
+    lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
     whole_end = v_start
     if BLOCK_N == 1:  # tiles of several rows need their masks all along
         whole_end += (inputs.v_end - v_start) // BLOCK_V * BLOCK_V
@@ -148,9 +152,75 @@ def row_sums(
         largest = row_max(largest, TILE)
     if OPTIONS.HAS_STATS:
         predicted = first_of_largest(lanes, inputs, v_start, offs, options.curve, largest, ACC, TILE, OPTIONS)
+    if OPTIONS.HAS_SOFT:
+        r *= 0.25
+    far = s < 0.0
+    # False for NaN, too. With the largest shifts, s is at most 2^64 times the number of classes.
+    sound = (s > 2.0**-100) & (s < 2.0**100) & (tl.abs(c) < -lowest(c))
+    if OPTIONS.HAS_SOFT:
+        sound &= tl.abs(r) < float("inf")
+    strange = inputs.keep & (sound == 0)
+    if row_any(strange, TILE):
+        c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(
+            inputs, v_start, options, ACC, TILE.ONE_CHUNK, OPTIONS
+        )
+        c, s, far = tl.where(strange, c_new, c), tl.where(strange, s_new, s), strange & far_new
+        if OPTIONS.HAS_SOFT:
+            r, mass = tl.where(strange, r_new, r), tl.where(strange, mass_new, mass)
+        if OPTIONS.HAS_STATS:
+            d = tl.where(strange, d_new, d)
     if not OPTIONS.HAS_SOFT:
         r, mass = s * 0.0, s * 0.0
-    return RowSums(c=c, s=s, r=r, mass=mass, d=d, largest=largest, predicted=predicted)
+    return RowSums(c=c, s=s, r=r, mass=mass, d=d, largest=largest, predicted=predicted, far=far)
+
+
+@triton.jit
+def careful_sums(inputs, v_start, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """The sums of each row, whatever its logits are, in two walks: one finds the largest logit, one adds.
+
+    A quarter of an exponent does not overflow, though the exponent may.
+    """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    LANES: tl.constexpr = TILE.LANES
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    offs = tile_offsets(TILE)
+    curve = options.curve
+    zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
+    tiles = tl.cdiv(inputs.v_end - v_start, BLOCK_V)
+    # The sign of `v_end` is 0, which the compiler does not know. With a known step, it would unroll these loops, and
+    # take more registers for them than for the loop that nearly all rows need alone.
+    step = 1 + (inputs.v_end >> 31)
+    best = zero + float("-inf")
+    for i in range(0, tiles, step):
+        v = v_start + i * BLOCK_V
+        best = tl.maximum(best, lane_max(by_lane(masked_logits(inputs, v, offs, curve, ACC, TILE, OPTIONS), TILE)))
+    largest = row_max(best, TILE)
+    c, far = shift_of(largest, curve)
+    height, _ = row_curve(curve, far)
+    s, r, mass, d = zero, zero, zero, zero
+    for i in range(0, tiles, step):
+        v = v_start + i * BLOCK_V
+        u = masked_logits(inputs, v, offs, curve, ACC, TILE, OPTIONS)
+        z = exponent(u, height, c)
+        e = tl.exp2(z)
+        s += lane_sum(by_lane(e, TILE))
+        if OPTIONS.HAS_STATS:
+            d += lane_sum(by_lane(e * tl.maximum(z, -200.0), TILE))
+        if OPTIONS.HAS_SOFT:
+            q = soft_target(inputs, v, offs, options, ACC, TILE, False)
+            r += lane_sum(by_lane(weighted(q, exponent(u, height * 0.25, c * 0.25)), TILE))
+            mass += lane_sum(by_lane(tl.where(u == u, q, 0.0), TILE))
+    s = row_sum(s, TILE)
+    r, mass, d = row_sum(r, TILE), row_sum(mass, TILE), row_sum(d, TILE)
+    return c, s, r, mass, d, far
+
+
+@triton.jit
+def masked_logits(inputs, v, offs, curve, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """`used_logits` of a tile, -inf beyond the last class."""
+    x = load_tile(inputs.x, v, offs, inputs.stride_xv, inputs.keep, inputs.v_end, float("-inf"), TILE, False, "")
+    u, _ = used_logits(x, curve, ACC, OPTIONS)
+    return tl.where(offs < inputs.v_end - v, u, float("-inf"))
 
 
 @triton.jit
@@ -163,13 +233,18 @@ def target_weight(weight_ptr, local, own, ACC: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(s, r, mass):
-    """`ln2 (mass log2 s - r)` as the logarithm of a quotient, so that a target of probability 1 costs exactly 0."""
-    mean = tl.div_rn(r, mass) if r.dtype == tl.float32 else r / mass
+def cross_entropy(s, r, mass, far, nats):
+    """`ln2 (mass log2 s - r)` as the logarithm of a quotient, so that a target of probability 1 costs exactly 0.
+
+    `r` is a quarter of it. In far rows its unit is `nats`, and not ln2.
+    """
+    mean = 4.0 * (tl.div_rn(r, mass) if r.dtype == tl.float32 else r / mass)
     power = tl.exp2(mean)
     quotient = tl.div_rn(s, power) if s.dtype == tl.float32 else s / power
+    log_s = tl.log2(s) * tl.where(far, LN2 / nats, 1.0)
     # The comparison is false for NaN too, which rows without mass or with infinite logits have.
-    return LN2 * tl.where(tl.abs(mean) < 100.0, mass * tl.log2(quotient), mass * tl.log2(s) - r)
+    near = (tl.abs(mean) < 100.0) & (far == 0)
+    return tl.where(near, LN2 * mass * tl.log2(quotient), 4.0 * nats * (0.25 * mass * log_s - r))
 
 
 @triton.jit
@@ -193,16 +268,23 @@ def store_ignored(rows_out, row, N, inside):
 
 
 @triton.jit
-def store_kept(rows_out, row, N, inside, keep, sums):
+def store_kept(rows_out, row, N, inside, keep, sums, curve):
     """Stores the results of rows from their sums (`RowSums`), and zeros for ignored rows; returns (loss, lse)."""
     s = tl.where(keep, sums.s, 1.0)
     log_s = tl.log2(s)
-    loss = tl.where(keep, cross_entropy(s, sums.r, sums.mass), 0.0)
-    lse = tl.where(keep, fused_multiply_add(sums.c, tl.full((), LN2, sums.c.dtype), log_s * LN2), 0.0)
+    _, nats = row_curve(curve, sums.far)
+    loss = tl.where(keep, cross_entropy(s, sums.r, sums.mass, sums.far, nats), 0.0)
+    lse = tl.where(keep, fused_multiply_add(sums.c, nats, log_s * LN2), 0.0)
     entropy = tl.where(keep, LN2 * (log_s - sums.d / s), 0.0)
-    c, s, mass = tl.where(keep, sums.c, 0.0), tl.where(keep, s, 0.0), tl.where(keep, sums.mass, 0.0)
+    c, s, mass = tl.where(keep, sums.c, 0.0), tl.where(keep, signed(s, sums.far), 0.0), tl.where(keep, sums.mass, 0.0)
     store_row(rows_out, row, N, inside, loss, lse, c, s, mass, tl.where(keep, sums.predicted, 0), entropy)
     return loss, lse
+
+
+@triton.jit
+def signed(s, far):
+    """`s` as it is stored for backward: its sign says whether the row is far."""
+    return tl.where(far, -s, s)
 
 
 @triton.jit
@@ -212,12 +294,10 @@ def store_part(part_out, at, keep, sums, HAS_STATS: tl.constexpr):
     The shift is not stored: it follows from the largest used logit, which is stored, as the argmax is chosen by it.
     """
     partial, field = part_out.partial + at, part_out.stride_field
-    shift = whole_shift(sums.largest)
-    back = tl.exp2(sums.c - shift)
     tl.store(partial, sums.largest, mask=keep)
-    tl.store(partial + field, sums.s * back, mask=keep)
-    tl.store(partial + 2 * field, sums.r + sums.mass * (sums.c - shift), mask=keep)
+    tl.store(partial + field, sums.s, mask=keep)
+    tl.store(partial + 2 * field, sums.r, mask=keep)
     tl.store(partial + 3 * field, sums.mass, mask=keep)
     if HAS_STATS:
-        tl.store(partial + 4 * field, back * (sums.d + sums.s * (sums.c - shift)), mask=keep)
+        tl.store(partial + 4 * field, sums.d, mask=keep)
         tl.store(part_out.argmax + at, sums.predicted, mask=keep)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 from .structs import Options
 
 #: Limits on registers per thread. 40 leave room for 1536 threads per multiprocessor, and no kernel with few features
-#: spills with them. Other kernels may use all that there are. Without any limit, ptxas spills a word or two in some
-#: variants to reach the next step of occupancy; with this one, it spills nothing on any architecture.
-FEW_REGISTERS, MAX_REGISTERS = 40, 255
+#: spills with them. 64 leave room for 1024, where sums of parts are stored. Other kernels may use all that there are.
+#: Without any limit, ptxas spills a word or two in some variants to reach the next step of occupancy; with this one, it
+#: spills nothing on any architecture.
+FEW_REGISTERS, PART_REGISTERS, MAX_REGISTERS = 40, 64, 255
 
 
 def is_simple(launch, weight, probs, options: Options) -> bool:

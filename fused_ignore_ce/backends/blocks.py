@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from torch import Tensor
 #: with fewer, larger blocks, threads wait for each other less where cores are shared.
 BLOCK_ELEMENTS = 1 << 21
 
-#: Elements that are scaled at a time where a factor of another dtype would make PyTorch copy the tensor.
+#: Elements that are scaled at a time where PyTorch would otherwise hold a tensor of the gradient's size: if the factor
+#: has another dtype, or may not be finite.
 SCALED_ELEMENTS = 1 << 20
 
 #: Tensors of a block's size, in float32, that are alive at a time: at most this many, and two more with probabilities.
@@ -95,16 +97,26 @@ def _flat_if_view(x: Tensor) -> Tensor:
 
 
 def scale(dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
-    """`dx * dloss * factor` in the wider dtype, in place or into `out`. In place on CPU, a factor of 1 is skipped."""
+    """`dx * dloss * factor` in the wider dtype, in place or into `out`. In place on CPU, a factor of 1 is skipped.
+
+    A gradient of 0, as that of an ignored row, stays 0 even where the product is inf or NaN.
+    """
     product = dloss if factor is None else dloss * factor
-    if out is None and product.device.type == "cpu" and product.item() == 1.0:
+    known = product.item() if product.device.type == "cpu" else math.nan
+    if out is None and known == 1.0:
         return
     into = dx if out is None else out
     product = product.reshape(1)  # with a dimension it takes part in type promotion: it is not rounded to bfloat16
-    if dx.device.type != "cpu" or dx.dtype == product.dtype or not dx.is_contiguous():
+    if math.isfinite(known) and (dx.dtype == product.dtype or not dx.is_contiguous()):
         torch.mul(dx, product, out=into)
         return
-    for part, part_into in zip(
-        torch.split(dx.view(-1), SCALED_ELEMENTS), torch.split(into.view(-1), SCALED_ELEMENTS), strict=True
-    ):
-        torch.mul(part, product, out=part_into)
+    parts = zip(*(_scaled_parts(t) for t in (dx, into)), strict=True)
+    for part, part_into in parts:
+        if math.isfinite(known):
+            torch.mul(part, product, out=part_into)
+        else:
+            part_into.copy_(torch.where(part == 0, 0.0, part * product))
+
+
+def _scaled_parts(t: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(t.view(-1), SCALED_ELEMENTS) if t.is_contiguous() else (t,)

@@ -57,15 +57,18 @@ def check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
         raise IndexError(out_of_bounds(int(target[wrong][0]), classes, ignore_index))
 
 
-def scaled(gradient: Tensor, dloss: Tensor, backend: str, factor: Tensor | None = None) -> Tensor:
+def scaled(
+    gradient: Tensor, dloss: Tensor, backend: str, factor: Tensor | None = None, *, keep: bool = False
+) -> Tensor:
     """Multiplies a gradient from forward by the upstream gradient, and by a factor that was left out of it.
 
-    It is done in place, unless backward may run again.
+    It is done in place, unless backward may run again or the gradient is to be kept.
     """
     if not is_plain(gradient):
-        return (gradient * dloss.reshape(1)).to(gradient.dtype)
+        # A gradient of 0, as that of an ignored row, stays 0 even where the product is inf or NaN.
+        return torch.where(gradient == 0, 0.0, gradient * dloss.reshape(1)).to(gradient.dtype)
     kernels = implementation(backend, gradient.device)
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
+    if not keep and not torch._C._autograd._get_current_graph_task_keep_graph():
         kernels.scale(gradient, factor, dloss)
         return gradient
     out = torch.empty_like(gradient)

@@ -140,14 +140,15 @@ def _top_k(
 
     "bucket" takes all other classes for one more; "renormalise" leaves them out.
     """
-    mine, V = log_q.gather(1, ids), log_q.shape[1]
+    mine = log_q.gather(1, ids)
     if options.tail == "renormalise":
         mine, log_p = mine.log_softmax(-1), log_p.log_softmax(-1)
+    if options.tail == "renormalise" or ids.shape[1] == log_q.shape[1]:
         loss, g = divergence(log_p, mine, options.divergence, options.beta)
         if not with_gradient:
             return loss, None
         g = g.sub_(mine.exp_().mul_(g.sum(-1, keepdim=True)))
-        return loss, log_q.new_zeros(log_q.shape).scatter_add_(1, ids, g)
+        return loss, torch.zeros_like(log_q).scatter_add_(1, ids, g)
     others = log_q.scatter(1, ids, -torch.inf)
     rest = others.logsumexp(-1, keepdim=True)
     p_rest = (1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min_(0.0)
@@ -155,12 +156,8 @@ def _top_k(
     loss, g = divergence(*both, options.divergence, options.beta)
     if not with_gradient:
         return loss, None
-    of_rest = (
-        others.sub_(rest.masked_fill(rest == -torch.inf, 0.0)).exp_().mul_(g[:, -1:])
-        if ids.shape[1] < V
-        else others.zero_()
-    )
-    gradient = of_rest.sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
+    share_of_rest = others.sub_(rest.masked_fill(rest == -torch.inf, 0.0)).exp_()
+    gradient = share_of_rest.mul_(g[:, -1:]).sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
     return loss, gradient.scatter_add_(1, ids, g[:, :-1])
 
 

@@ -44,7 +44,7 @@ class Backend(Protocol):
     ) -> None:
         """Writes the sums over one block of the vocabulary into number `part` of `parts`."""
 
-    def combine(self, parts: Parts) -> Parts:
+    def combine(self, parts: Parts, options: LossOptions) -> Parts:
         """The sums over all parts, as one part."""
 
     def merge(self, target: Tensor, parts: Parts, options: LossOptions, *, with_stats: bool) -> Rows:

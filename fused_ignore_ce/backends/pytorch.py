@@ -92,7 +92,12 @@ def _sums(inputs: _Inputs, at: RowBlock, z: Tensor, with_stats: bool) -> _Sums:
     m = z.amax(1)
     zero = z.new_zeros(count)
     argmax = z.argmax(1) if with_stats else m
-    z.sub_(_finite_or_zero(m).unsqueeze(1))
+    shift = _finite_or_zero(m)
+    if inputs.probs is None:
+        index, w = _target_class(inputs, at, zero)
+        # A quarter of the difference, as in `_careful_sum`.
+        quarter = 0.25 * z.gather(1, index.unsqueeze(1)).squeeze(1) - 0.25 * shift
+    z.sub_(shift.unsqueeze(1))
     r, mass, d = zero, zero, zero
     if inputs.probs is not None or inputs.options.label_smoothing:
         q = _soft_target(inputs, at, z.dtype)
@@ -100,10 +105,11 @@ def _sums(inputs: _Inputs, at: RowBlock, z: Tensor, with_stats: bool) -> _Sums:
             r, mass = (q * z).masked_fill_(q == 0, 0.0).sum(1), q.sum(1).expand(count)  # 0 * inf = 0
         else:
             r, mass = z.sum(1).mul_(q), zero + q * V
+        overflown = ~r.isfinite()
+        if overflown.any():
+            r[overflown] = _careful_sum(inputs, at, q, shift, overflown)
     if inputs.probs is None:
-        index, w = _target_class(inputs, at, zero)
-        z_target = z.gather(1, index.unsqueeze(1)).squeeze(1)
-        r = r + torch.where(w == 0, 0.0, w * z_target)
+        r = r + torch.where(w == 0, 0.0, 4.0 * (w * quarter))
         mass = mass + w
     if with_stats:
         e = z.exp()
@@ -112,6 +118,14 @@ def _sums(inputs: _Inputs, at: RowBlock, z: Tensor, with_stats: bool) -> _Sums:
     else:
         s = z.exp_().sum(1)
     return _Sums(m, s, r, mass, d, argmax)
+
+
+def _careful_sum(inputs: _Inputs, at: RowBlock, q: Tensor | float, shift: Tensor, which: Tensor) -> Tensor:
+    """The sums r of the rows `which` of a block: a quarter of a difference of logits does not overflow."""
+    u = _use(inputs.x[at.b][at.rows][which].to(shift.dtype, copy=True), inputs.options)
+    q = q[which] if isinstance(q, Tensor) and len(q) > 1 else torch.as_tensor(q, dtype=u.dtype, device=u.device)
+    quarters = u.mul_(0.25).sub_(0.25 * shift[which].unsqueeze(1)).mul_(q).masked_fill_(q == 0, 0.0)
+    return 4.0 * quarters.sum(1)
 
 
 def _row_sums(inputs: _Inputs, with_stats: bool) -> Iterator[tuple[slice | Tensor, _Sums]]:
@@ -170,20 +184,21 @@ def forward_part(
             argmax[part, at] = sums.argmax + block.first_class
 
 
-def combine(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def combine(parts: tuple[Tensor, Tensor], options: LossOptions) -> tuple[Tensor, Tensor]:
     (m, s, r, mass, d), argmax = parts
     if len(m) == 1:
         return parts
     largest, at = m.max(0, keepdim=True)
     shift = _finite_or_zero(m) - _finite_or_zero(largest)
     beta = shift.exp().masked_fill_(m == -torch.inf, 0.0)
-    sums = (s * beta, r + mass * shift, mass, beta * (d + s * shift))
+    quarter = 0.25 * _finite_or_zero(m) - 0.25 * _finite_or_zero(largest)  # it does not overflow
+    sums = (s * beta, r + 4.0 * (mass * quarter), mass, (beta * (d + s * shift)).masked_fill_(beta == 0, 0.0))
     partial = torch.stack([largest, *(each.sum(0, keepdim=True) for each in sums)])
     return partial, argmax.gather(0, at) if argmax.shape[1] else argmax[:1]
 
 
 def merge(target: Tensor, parts: tuple[Tensor, Tensor], options: LossOptions, *, with_stats: bool) -> Rows:
-    partial, argmax = combine(parts)
+    partial, argmax = combine(parts, options)
     m, s, r, mass, d = partial[:, 0]
     found = zero_rows(partial, len(target), with_stats)
     kept = target != options.ignore_index
@@ -218,9 +233,9 @@ def backward(
         slope = None
         if options.softcap is not None and dx is not None:
             slope = torch.mul(z, options.logit_scale / options.softcap).tanh_().square_().neg_().add_(1.0)
-        z = _use(z, options).sub_(c)
+        z = _use(z, options)
         if dprobs is not None:
-            dq = (log_s - z).mul_(g * (1.0 - options.label_smoothing))
+            dq = (z - c).neg_().add_(log_s).mul_(g * (1.0 - options.label_smoothing))
             dprobs[at.b, at.rows] = (dq if weight is None else dq.mul_(weight.to(dq.dtype))).to(dprobs.dtype)
         if dx is not None:
             write(dx, at, _gradient(inputs, at, z, g, upstream, saved, slope))
@@ -264,7 +279,7 @@ def _gradient(
     saved: Saved,
     slope: Tensor | None,
 ) -> Tensor:
-    """Overwrites the shifted used logits z (count, V) with their gradient; g (count, 1) is that of the row losses."""
+    """Overwrites the used logits z (count, V) with their gradient; g (count, 1) is that of the row losses."""
     options, soft = inputs.options, inputs.probs is not None or inputs.options.label_smoothing != 0.0
     log_s = saved.norm[1, at.out].unsqueeze(1)
     masked = z == -torch.inf if soft or upstream.dlse is not None or upstream.dentropy is not None else None
@@ -272,12 +287,14 @@ def _gradient(
         index, w = _target_class(inputs, at, g.new_zeros(at.size))
         index = index.unsqueeze(1)
         w = torch.where(z.gather(1, index) != -torch.inf, g * w.unsqueeze(1), 0.0)
+    z.sub_(saved.norm[0, at.out].unsqueeze(1))  # may overflow to -inf, which does not count as masked
     # The factor of p in addition to mass * g. Its product is added last: where p is near 1, p * mass - q is exact, and
     # must not be rounded at the size of p.
     factor_p = None if upstream.dlse is None else upstream.dlse[at.out].unsqueeze(1).to(z.dtype)
     if upstream.dentropy is not None:  # -p (log p + H)
         assert saved.entropy is not None  # it is known where it has a gradient
         log_p_and_entropy = z + (saved.entropy[at.out].unsqueeze(1) - log_s)
+        log_p_and_entropy.clamp_(min=-1000.0)  # 0 * -1000, and not 0 * -inf
         of_entropy = log_p_and_entropy.mul_(-upstream.dentropy[at.out].unsqueeze(1).to(z.dtype))
         factor_p = of_entropy if factor_p is None else of_entropy.add_(factor_p)
     # p * mass * g, with the normalisation folded into the row's factor, which saves a pass.

@@ -90,11 +90,10 @@ class LossOptions(NamedTuple):
     def checked(self) -> LossOptions:
         """The same options as plain numbers, or an error that names the one that is wrong."""
         _, label_smoothing, softcap, logit_scale, z_loss = self
-        if not torch.compiler.is_compiling():  # while tracing, numbers may be symbols
-            check_number("label_smoothing", label_smoothing)
-            check_number("softcap", softcap)
-            check_number("logit_scale", logit_scale)
-            check_number("z_loss", z_loss)
+        check_number("label_smoothing", label_smoothing)
+        check_number("softcap", softcap)
+        check_number("logit_scale", logit_scale)
+        check_number("z_loss", z_loss)
         if not 0.0 <= label_smoothing <= 1.0:
             raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
         if softcap is not None and not softcap > 0.0:
@@ -109,6 +108,8 @@ class LossOptions(NamedTuple):
 
 
 def check_number(name: str, value: Any) -> None:
+    if torch.compiler.is_compiling():  # numbers may be symbols
+        return
     if (type(value) is float and math.isfinite(value)) or (value is None and name == "softcap"):
         return
     if not hasattr(value, "__float__"):
@@ -148,7 +149,7 @@ def _check_normalizer(reduction: str, normalizer: Any) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-    elif not hasattr(normalizer, "__float__") or isinstance(normalizer, bool):
+    elif not torch.compiler.is_compiling() and (not hasattr(normalizer, "__float__") or isinstance(normalizer, bool)):
         raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
 
 

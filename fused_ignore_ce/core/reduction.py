@@ -69,18 +69,21 @@ def prepare_targets(
     *,
     acc: torch.dtype,
     with_stats: bool,
+    sharded: bool,
 ) -> Targets:
     """Marks every ignored row by `ids[0]`; a row of token weight 0 is ignored too.
 
     `target` are indices or probabilities of `sizes`. With probabilities, the class of the largest counts as correct.
+    Without classes, all rows are ignored. With a sharded vocabulary, these two come from all ranks.
     """
     if not holds_probabilities(target):
-        index = target if target.dim() == 1 else target.reshape(-1)
+        index = target if target.dim() == 1 else _unshared(target, ids[0]).reshape(-1)
         index = index.long().contiguous()
-    elif with_stats and sizes.classes:
+    elif with_stats and not sharded and sizes.classes:
         index = target.detach().argmax(len(sizes.batch)).reshape(-1)
     else:
-        index = torch.zeros(sizes.rows.numel(), dtype=torch.int64, device=target.device)
+        class_of_all = 0 if sharded or sizes.classes else ids[0]
+        index = torch.full((sizes.rows.numel(),), class_of_all, dtype=torch.int64, device=target.device)
     ignored = None
     for extra in ids[1:]:
         ignored = index == extra if ignored is None else ignored | (index == extra)
@@ -91,6 +94,11 @@ def prepare_targets(
         index = index.masked_fill(ignored, ids[0])
     shape = sizes.rows if holds_probabilities(target) else target.shape
     return Targets(index, ids[0], None if token_weight is None else token_weight.reshape(-1), shape, acc)
+
+
+def _unshared(target: Tensor, ignored: int) -> Tensor:
+    """While tracing, a copy of the target: Inductor does not notice a write to a tensor whose view backward needs."""
+    return torch.where(target == ignored, ignored, target) if torch.compiler.is_compiling() else target
 
 
 def weight_of_target(targets: Targets, weight: Tensor | None, probs: Tensor | None) -> Tensor | None:
@@ -126,11 +134,12 @@ def scales(targets: Targets, reduction: ReductionOptions, z_loss: float, target_
         if target_weight is not None and len(target_weight):
             weighted = torch.where(kept, target_weight.to(targets.acc) * share, 0.0)
         divisor = weighted.sum()
+        divisor = torch.where(divisor == 0, torch.nan, divisor)  # as PyTorch's mean, smoothing included
     scale = torch.where(kept, share / divisor, 0.0)
     z_scale = None
     if z_loss:
         z_scale = scale if weighted is share else torch.where(kept, share / share.sum(), 0.0)
-    # 0 / 0 is NaN, as PyTorch's mean of nothing; the scales of ignored rows are 0 all the same.
+    # NaN, as PyTorch's mean of nothing; the scales of ignored rows are 0 all the same.
     zero = share.new_zeros(())
     nothing = torch.where(kept.any(), zero, zero / (divisor.detach() if isinstance(divisor, Tensor) else divisor))
     return Scales(scale, z_scale, divisor, nothing)

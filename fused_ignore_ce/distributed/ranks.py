@@ -156,7 +156,7 @@ def merge(
     `parts` are this rank's sums, and `targets` are (target (N,), class weights, probabilities (N, V)) of its shard.
     """
     target, weight, probs = targets
-    partial, argmax = kernels.combine(parts)
+    partial, argmax = kernels.combine(parts, options)
     fields = list(partial[: 5 if with_stats else 4, 0])
     if with_stats:
         fields.append(_as_float(argmax[0], partial.dtype))

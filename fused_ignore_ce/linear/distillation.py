@@ -142,7 +142,8 @@ def _flat(*args: Any) -> tuple[Tensor, ...]:
     """`_compute` with the arguments of the operator."""
     wanted, settings = Wanted(*args[8:11]), Settings(*args[11:15])
     options = unflatten(DistillationOptions, args[15:])
-    return tuple(_compute(Side(*args[:3]), Side(*args[3:6]), *args[6:8], wanted, settings, options))
+    target, scale = args[6:8]
+    return tuple(_compute(Side(*args[:3]), Side(*args[3:6]), target, scale, wanted, settings, options))
 
 
 _operator = torch.library.custom_op(
@@ -175,12 +176,12 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, at_once: bool, scalars: tuple[Any, ...], *tensors: Any) -> Any:
         scale = tensors[7]
         wanted = [need and at_once for need in ctx.needs_input_grad[2:5]]
-        loss, lse, predicted, entropy, *gradients = _run(*tensors, *wanted, *scalars)
+        loss, lse, predicted, entropy, *of_one = _run(*tensors, *wanted, *scalars)
         value = (loss * scale).sum() if at_once else loss
         ctx.at_once, ctx.scalars = at_once, scalars
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, predicted, entropy)
-        ctx.save_for_backward(*((loss, *gradients) if at_once else tensors[:7]))
+        ctx.save_for_backward(*((loss, *of_one) if at_once else tensors[:7]))
         return value, lse, predicted, entropy
 
     @staticmethod
@@ -191,18 +192,16 @@ class _Function(torch.autograd.Function):
             return tuple(found)
         refuse_create_graph()
         if ctx.at_once:
-            loss, *gradients = ctx.saved_tensors
-            for i, gradient in enumerate(gradients):
-                if needs[2 + i]:
-                    found[2 + i] = scaled(gradient, upstream, "torch")
+            loss, *of_one = ctx.saved_tensors
+            for i, gradient in enumerate(of_one, 2):
+                found[i] = scaled(gradient, upstream, "torch") if needs[i] else None
             if needs[9]:
                 found[9] = loss * upstream
         else:
             wanted = [bool(need) for need in needs[2:5]]
-            *_, dh, dw, db = _run(*ctx.saved_tensors, upstream, *wanted, False, *ctx.scalars[1:])
-            for i, gradient in enumerate((dh, dw, db)):
-                if needs[2 + i]:
-                    found[2 + i] = gradient
+            results = _run(*ctx.saved_tensors, upstream, *wanted, False, *ctx.scalars[1:])
+            for i, gradient in enumerate(results[4:], 2):
+                found[i] = gradient if needs[i] else None
         return tuple(found)
 
 

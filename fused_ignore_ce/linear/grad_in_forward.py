@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import scaled
+from ..core.batches import is_batched, loops_over_batches
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, unflatten
 from ..core.reduction import scaled_total
@@ -89,7 +90,7 @@ def _backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
     loss, lse, *found = ctx.saved_tensors  # accessed only once, see CrossEntropyRows
     for i, gradient in enumerate(found):
         if ctx.needs_input_grad[i]:
-            gradients[i] = scaled(gradient, dtotal, ctx.backend)
+            gradients[i] = scaled(gradient, dtotal, ctx.backend, keep=is_batched(ctx))
     if ctx.needs_input_grad[OPERANDS]:
         gradients[OPERANDS] = loss * dtotal
     if ctx.needs_input_grad[OPERANDS + 1]:
@@ -119,6 +120,7 @@ class _Function(torch.autograd.Function):
         return output
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *gradients)
 

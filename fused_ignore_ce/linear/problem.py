@@ -115,9 +115,8 @@ def linear_problem(
     check_token_weight(token_weight, sizes.rows, target.device)
     refuse_transforms(input, linear_weight, linear_bias, target if holds_probabilities(target) else None)
     with_stats = bool(reduction.return_stats)
-    # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
     targets = prepare_targets(
-        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats, sharded=group is not None
     )
     weight = None if weight is None else weight.contiguous()
     shares = (

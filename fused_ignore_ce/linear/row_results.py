@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.batches import loops_over_batches
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, unflatten
 from ..core.rows import RESULTS_SCHEMA, RowResults, Saved, Upstream, block_of, fake_results
@@ -112,6 +113,7 @@ class _LinearRows(torch.autograd.Function):
         return output
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in (dloss, dlse, dentropy)):
             return (None,) * len(ctx.needs_input_grad)

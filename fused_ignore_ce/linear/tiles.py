@@ -112,7 +112,7 @@ class Tiles:
         # Written into place, see `_joined`.
         parts = self.kernels.new_parts(self.operands.h.new_empty((1, self.N, 0)), 1, self.with_stats)
         for rows in self.chunks:
-            for whole, part in zip(parts, self.kernels.combine(self.parts_of(rows)), strict=True):
+            for whole, part in zip(parts, self.kernels.combine(self.parts_of(rows), self.options), strict=True):
                 if whole.shape[-1]:
                     whole[..., rows] = part
         return ranks.merge(self.kernels, shard, parts, self.operands[3:], self.options, self.with_stats)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
+from ..core.batches import is_batched, loops_over_batches
 from ..core.reduction import scaled_total, scales, weight_of_target
 from ..core.rows import Logits, Rows, Upstream, classes_last
 from .kernel_reduction import as_rows
@@ -55,13 +56,14 @@ class GradInForward(torch.autograd.Function):
         total, factor, *statistics = compute(problem, x, dx)
         if inplace:
             torch.autograd.graph.increment_version(x)
-        ctx.save_for_backward(x if inplace else dx, factor)
+        ctx.save_for_backward(dx, factor)
         ctx.backend = problem.call.backend
         ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
         ctx.set_materialize_grads(False)
         return total, *statistics
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
         if dtotal is None:
             return None, None, None
@@ -70,7 +72,7 @@ class GradInForward(torch.autograd.Function):
                 "create_graph=True is not supported with grad_in_forward=True: pass grad_in_forward=False"
             )
         dx, factor = ctx.saved_tensors
-        return choice.scaled(dx.detach(), dtotal, ctx.backend, factor), None, None
+        return choice.scaled(dx.detach(), dtotal, ctx.backend, factor, keep=is_batched(ctx)), None, None
 
 
 def _reduced_by_kernel(problem: LogitsProblem, x: Tensor, dx: Tensor) -> Computed:

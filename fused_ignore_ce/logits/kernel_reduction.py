@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
+from ..core.batches import is_batched, loops_over_batches
 from ..core.rows import Logits, Saved, Upstream, classes_back, classes_last
 from .double_backward import differentiable_backward
 from .problem import LogitsProblem
@@ -52,11 +53,13 @@ class ReducedByKernel(torch.autograd.Function):
         return loss, num_tokens, lse, predicted, entropy
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, dtotal: Any, *_: Any) -> tuple[Tensor | None, ...]:
         if dtotal is None:
             return None, None, None
         need_dx, need_dprobs, *_ = ctx.needs_input_grad
         kernels, options, classes_dim, inplace = ctx.call
+        inplace = inplace and not is_batched(ctx)
         input, probs, target, weight, norm, factor, token_weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             dloss = dtotal * factor if token_weight is None else dtotal * factor * token_weight

@@ -161,9 +161,8 @@ def logits_problem(
     with_stats = bool(reduction.return_stats)
     request = Request(ids, options, with_stats, reduction.loss_dtype, backend, group, classes_dim)
     call, sizes, loss_dtype = (checked_before if is_plain(input) else check_call)(tensors, request)
-    # With a sharded vocabulary, the likeliest class of probability targets comes from all ranks.
     targets = prepare_targets(
-        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats and group is None
+        target, token_weight, ids, sizes, acc=acc_dtype(input.dtype), with_stats=with_stats, sharded=group is not None
     )
     problem = LogitsProblem(
         tensors, targets, call, reduction, loss_dtype, len(sizes.batch), inplace_backward, grad_in_forward

@@ -7,14 +7,14 @@ from typing import Any
 from ..core.reduction import reduce_rows, weight_of_target
 from ..core.rows import RowResults
 from .problem import LogitsProblem
-from .row_results import rows_function
+from .row_results import rows_call
 
 
 def loss(problem: LogitsProblem) -> Any:
     """The loss, or (loss, LossStats)."""
     _, targets, call, reduction, *_ = problem
-    logits = problem.logits
-    rows = RowResults(*rows_function(problem.tensors.input)(*logits, call, problem.inplace_backward))
-    target_weight = weight_of_target(targets, logits.weight, logits.probs)
+    compute, arguments = rows_call(problem)
+    rows = RowResults(*compute(*arguments))
+    target_weight = weight_of_target(targets, problem.weight, problem.probs)
     total = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
     return problem.result(total, rows.lse, rows.predicted, rows.entropy)

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
+from ..core.batches import is_batched, loops_over_batches
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
-from ..core.rows import RESULTS_SCHEMA, Logits, RowResults, Rows, Saved, Upstream, block_of, fake_results
+from ..core.rows import (
+    RESULTS_SCHEMA,
+    Logits,
+    RowResults,
+    Rows,
+    Saved,
+    Upstream,
+    block_of,
+    classes_back,
+    classes_last,
+    fake_results,
+)
 from ..distributed import ranks
 from .double_backward import differentiable_backward
-from .problem import RowCall
+from .problem import LogitsProblem, RowCall
 
 
 def _forward(logits: Logits, call: RowCall) -> RowResults:
@@ -41,7 +53,10 @@ def _backward(
     kernels.backward(upstream, logits, saved, call.options, dx=dx, dprobs=dprobs, block=block_of(place))
 
 
-_LOGITS_SCHEMA = "Tensor x, Tensor target, Tensor? weight, Tensor? probs"
+# The operators take logits and probabilities as the caller gave them, with the dimension of classes: Inductor does not
+# notice a write to a tensor of which a view is saved for backward.
+_LOGITS_SCHEMA = "Tensor input, Tensor target, Tensor? weight, Tensor? probs, int classes_dim"
+_OPERANDS = 5
 _CALL_SCHEMA = schema_of(RowCall)
 
 
@@ -50,15 +65,19 @@ _CALL_SCHEMA = schema_of(RowCall)
     mutates_args=(),
     schema=f"({_LOGITS_SCHEMA}, {_CALL_SCHEMA}) -> {RESULTS_SCHEMA}",
 )
-def _forward_operator(
-    x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *call: Any
-) -> tuple[Tensor, ...]:
-    return tuple(_forward(Logits(x, target, weight, probs), unflatten(RowCall, call)))
+def _forward_operator(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(_forward(_logits(*args[:_OPERANDS]), unflatten(RowCall, args[_OPERANDS:])))
 
 
 @_forward_operator.register_fake
-def _(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
-    return tuple(fake_results(x, x.shape[0] * x.shape[1], unflatten(RowCall, call), weight, probs))
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, _, weight, probs = _logits(*args[:_OPERANDS])
+    return tuple(fake_results(x, x.shape[0] * x.shape[1], unflatten(RowCall, args[_OPERANDS:]), weight, probs))
+
+
+def _logits(input: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, classes_dim: int) -> Logits:
+    q = None if probs is None else classes_last(probs, classes_dim)
+    return Logits(classes_last(input, classes_dim), target, weight, q)
 
 
 @torch.library.custom_op(
@@ -68,21 +87,25 @@ def _(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *c
     f"Tensor entropy, Tensor block, bool need_dx, bool need_dprobs, {_CALL_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _backward_operator(*args: Any) -> tuple[Tensor, Tensor]:
-    """(dx, dprobs); one that is not needed is empty."""
-    upstream, logits, saved, place = Upstream(*args[:3]), Logits(*args[3:7]), Saved(*args[7:9]), args[9]
-    need_dx, need_dprobs, *call = args[10:]
-    dx, dprobs = _gradients_like(logits, need_dx, need_dprobs)
-    _backward(upstream, logits, saved, place, unflatten(RowCall, tuple(call)), (dx, dprobs))
-    empty = logits.x.new_empty(0)
-    return empty if dx is None else dx, empty if dprobs is None else dprobs
+    """(d input, dprobs); one that is not needed is empty."""
+    upstream, given, saved, place = Upstream(*args[:3]), args[3:8], Saved(*args[8:10]), args[10]
+    need_dx, need_dprobs, *call = args[11:]
+    logits = _logits(*given)
+    gradients = _gradients_like(logits, need_dx, need_dprobs)
+    _backward(upstream, logits, saved, place, unflatten(RowCall, tuple(call)), gradients)
+    return _as_given(gradients, given)
 
 
 @_backward_operator.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    logits, (need_dx, need_dprobs, *_) = Logits(*args[3:7]), args[10:]
-    dx, dprobs = _gradients_like(logits, need_dx, need_dprobs)
-    empty = logits.x.new_empty(0)
-    return empty if dx is None else dx, empty if dprobs is None else dprobs
+    given, (need_dx, need_dprobs, *_) = args[3:8], args[11:]
+    return _as_given(_gradients_like(_logits(*given), need_dx, need_dprobs), given)
+
+
+def _as_given(gradients: tuple[Tensor | None, Tensor | None], given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    input, *_, classes_dim = given
+    found = [input.new_empty(0) if t is None else classes_back(t, input.shape, classes_dim) for t in gradients]
+    return found[0], found[1]
 
 
 def _gradients_like(logits: Logits, need_dx: bool, need_dprobs: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -90,24 +113,26 @@ def _gradients_like(logits: Logits, need_dx: bool, need_dprobs: bool) -> tuple[T
     return torch.empty_like(logits.x) if need_dx else None, dprobs
 
 
-def _save(ctx: Any, logits: Logits, results: RowResults, with_stats: bool) -> None:
+def _save(ctx: Any, logits: tuple[Any, ...], results: RowResults, with_stats: bool) -> None:
     ctx.save_for_backward(*logits, results.norm, results.entropy, results.block)
     ctx.mark_non_differentiable(*results.constants(with_stats))
     ctx.set_materialize_grads(False)
 
 
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.call = inputs[4:]
-    _save(ctx, Logits(*inputs[:4]), RowResults(*output), unflatten(RowCall, ctx.call).with_stats)
+    ctx.classes_dim, ctx.call = inputs[_OPERANDS - 1], inputs[_OPERANDS:]
+    _save(ctx, inputs[: _OPERANDS - 1], RowResults(*output), unflatten(RowCall, ctx.call).with_stats)
 
 
 def _operator_backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
     dx = dprobs = None
     if any(gradient is not None for gradient in (dloss, dlse, dentropy)):
         need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
-        gradients = _backward_operator(dloss, dlse, dentropy, *ctx.saved_tensors, need_dx, need_dprobs, *ctx.call)
+        tensors = ctx.saved_tensors
+        given = (*tensors[:4], ctx.classes_dim, *tensors[4:])
+        gradients = _backward_operator(dloss, dlse, dentropy, *given, need_dx, need_dprobs, *ctx.call)
         dx, dprobs = gradients[0] if need_dx else None, gradients[1] if need_dprobs else None
-    return dx, None, None, dprobs, *[None] * len(ctx.call)
+    return dx, None, None, dprobs, None, *[None] * len(ctx.call)
 
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_save_operator)
@@ -133,6 +158,7 @@ class CrossEntropyRows(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) -> tuple[Tensor | None, ...]:
         dx = dprobs = None
         if any(gradient is not None for gradient in (dloss, dlse, dentropy)):
@@ -145,7 +171,7 @@ class CrossEntropyRows(torch.autograd.Function):
                 _refuse_create_graph(place)
                 dx, dprobs = differentiable_backward(upstream, logits, ctx.call.options, need_dx, need_dprobs)
             else:
-                overwrites = need_dx and ctx.inplace_backward
+                overwrites = need_dx and ctx.inplace_backward and not is_batched(ctx)
                 dx, dprobs = _gradients_like(logits, need_dx and not overwrites, need_dprobs)
                 dx = logits.x.detach() if overwrites else dx
                 _backward(upstream, logits, saved, place, ctx.call, (dx, dprobs))
@@ -162,13 +188,13 @@ def _refuse_create_graph(place: Tensor) -> None:
         )
 
 
-def rows_function(x: Tensor) -> Callable[..., Any]:
-    """The function that gives the fields of `RowResults` for (x, target, weight, probs, call, inplace_backward).
+def rows_call(problem: LogitsProblem) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function that gives the fields of `RowResults`, and its arguments.
 
-    Loss, lse and entropy are differentiable in x, the loss also in probabilities.
+    Loss, lse and entropy are differentiable in logits, the loss also in probabilities.
     """
-    return CrossEntropyRows.apply if is_plain(x) else _traced
-
-
-def _traced(x: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, call: RowCall, _: bool) -> Any:
-    return _forward_operator(x, target, weight, probs, *flatten(call))
+    tensors, call = problem.tensors, problem.call
+    if is_plain(tensors.input):
+        return CrossEntropyRows.apply, (*problem.logits, call, problem.inplace_backward)
+    given = (tensors.input, problem.targets.target, problem.weight, problem.probs, problem.classes_dim)
+    return _forward_operator, (*given, *flatten(call))

@@ -276,7 +276,7 @@ def test_parts_of_the_vocabulary(together, probs, device):
             (x[..., block], target, weight[block], q[..., block] if probs else None), EVERYTHING, parts=parts,
             part=part, block=(block.start, V), with_stats=True,
         )  # fmt: skip
-    parts = cross_entropy.combine(parts) if together else parts
+    parts = cross_entropy.combine(parts, EVERYTHING) if together else parts
     rows = cross_entropy.merge(target, parts, EVERYTHING, with_stats=True)
     whole = cross_entropy.forward(tensors, EVERYTHING, with_stats=True)
     for ours, other in zip(rows, whole, strict=True):

@@ -21,7 +21,21 @@ def forward_args(device, backend, probs=False, weighted=False, with_stats=False,
     target = torch.tensor([1, 6, -100, 0, 2, 3], device=device)
     q = torch.rand(2, 3, 7, device=device, requires_grad=requires_grad) if probs else None
     weight = torch.rand(7, device=device) if weighted else None
-    return x, target.clamp(min=0) if probs else target, weight, q, -100, 0.1, 5.0, 1.0, 0.01, with_stats, backend, None
+    return (
+        x,
+        target.clamp(min=0) if probs else target,
+        weight,
+        q,
+        2,
+        -100,
+        0.1,
+        5.0,
+        1.0,
+        0.01,
+        with_stats,
+        backend,
+        None,
+    )
 
 
 @pytest.mark.parametrize("with_stats", [False, True], ids=["", "stats"])
@@ -36,12 +50,12 @@ def test_opcheck_forward(probs, weighted, with_stats, backend, device):
 def test_opcheck_backward(need_dx, need_dprobs, backend, device):
     torch.use_deterministic_algorithms(False)
     arguments = forward_args(device, backend, probs=True, with_stats=True, requires_grad=False)
-    logits = arguments[:4]
+    logits = arguments[:5]
     loss, lse, entropy, _, norm, _, _, block = OPS.cross_entropy_forward(*arguments)
     upstream = [torch.rand_like(t) for t in (loss, lse, entropy)]
     saved = (norm, entropy, block)
     torch.library.opcheck(
-        OPS.cross_entropy_backward, (*upstream, *logits, *saved, need_dx, need_dprobs, *arguments[4:])
+        OPS.cross_entropy_backward, (*upstream, *logits, *saved, need_dx, need_dprobs, *arguments[5:])
     )
 
 
