@@ -6,9 +6,11 @@ from .core.reduction import LossStats
 from .linear.plan import LinearPlan, plan_linear_loss
 from .losses.causal_lm import fused_causal_lm_loss, fused_linear_causal_lm_loss
 from .losses.cross_entropy import fused_cross_entropy
+from .losses.distillation import fused_distillation_loss, fused_linear_distillation_loss
 from .losses.linear_cross_entropy import fused_linear_cross_entropy
 from .losses.log_probs import fused_linear_log_probs
 from .losses.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
+from .losses.top_k_distillation import fused_top_k_distillation_loss
 
 if TYPE_CHECKING:
     from .deferred.heads import defer_logits, undefer_logits
@@ -21,9 +23,12 @@ __all__ = [
     "defer_logits",
     "fused_causal_lm_loss",
     "fused_cross_entropy",
+    "fused_distillation_loss",
     "fused_linear_causal_lm_loss",
     "fused_linear_cross_entropy",
+    "fused_linear_distillation_loss",
     "fused_linear_log_probs",
+    "fused_top_k_distillation_loss",
     "plan_linear_loss",
     "undefer_logits",
 ]

@@ -119,3 +119,59 @@ def cross_entropy(
     if weight is not None and probs is None:
         share = share * weight.to(loss.dtype)[torch.where(keep, index, 0)]
     return loss.sum() / share.sum() + z.sum() / z_share.sum()  # class weights do not scale the z-loss
+
+
+def divergence(log_p: Tensor, log_q: Tensor, name: str, beta: float = 0.5) -> Tensor:
+    """How far the distribution q is from p, with classes last: "forward_kl", "reverse_kl" or "jsd"."""
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+        return torch.where(a == 0, 0.0, a * (log_a - log_b)).sum(-1)
+
+    if name == "forward_kl":
+        return kl(p, log_p, log_q)
+    if name == "reverse_kl":
+        return kl(q, log_q, log_p)
+    log_m = (beta * p + (1.0 - beta) * q).log()
+    return beta * kl(p, log_p, log_m) + (1.0 - beta) * kl(q, log_q, log_m)
+
+
+def distillation_rows(
+    x: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    ids: Tensor | None = None,
+    tail: str = "",
+    divergence_name: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    scale_by_temperature: bool = False,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+) -> Tensor:
+    """The row losses of `fused_distillation_loss`, 0 where ignored; with `ids`, those of the top-k loss.
+
+    `teacher` are logits, or log-probabilities of the classes `ids`.
+    """
+    keep = target != ignore_index
+    x = used_logits(torch.where(keep.unsqueeze(-1), x, 0.0), softcap, logit_scale)
+    log_q = (x / temperature).log_softmax(-1)
+    if ids is None:
+        log_p = (used_logits(teacher, teacher_softcap, teacher_logit_scale) / temperature).log_softmax(-1)
+    elif tail == "renormalise":
+        log_p, log_q = teacher.log_softmax(-1), log_q.gather(-1, ids).log_softmax(-1)
+    else:
+        log_q = log_q.gather(-1, ids)
+        log_p, log_q = (
+            torch.cat([each, (1.0 - each.exp().sum(-1, keepdim=True)).log()], -1) for each in (teacher, log_q)
+        )
+    loss = alpha * divergence(log_p, log_q, divergence_name, beta)
+    loss = loss * temperature**2 if scale_by_temperature else loss
+    index = torch.where(keep, target, 0).unsqueeze(-1)
+    nll = -x.log_softmax(-1).gather(-1, index).squeeze(-1)
+    return torch.where(keep, loss + (1.0 - alpha) * nll if alpha < 1.0 else loss, 0.0)

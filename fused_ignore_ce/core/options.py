@@ -90,10 +90,10 @@ class LossOptions(NamedTuple):
     def checked(self) -> LossOptions:
         """The same options as plain numbers, or an error that names the one that is wrong."""
         _, label_smoothing, softcap, logit_scale, z_loss = self
-        _check_number("label_smoothing", label_smoothing)
-        _check_number("softcap", softcap)
-        _check_number("logit_scale", logit_scale)
-        _check_number("z_loss", z_loss)
+        check_number("label_smoothing", label_smoothing)
+        check_number("softcap", softcap)
+        check_number("logit_scale", logit_scale)
+        check_number("z_loss", z_loss)
         if not 0.0 <= label_smoothing <= 1.0:
             raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
         if softcap is not None and not softcap > 0.0:
@@ -107,7 +107,7 @@ class LossOptions(NamedTuple):
         )
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if torch.compiler.is_compiling():  # numbers may be symbols
         return
     if (type(value) is float and math.isfinite(value)) or (value is None and name == "softcap"):
@@ -173,7 +173,7 @@ def ignored_ids(ignore_index: int | Collection[int] | None) -> tuple[int, ...]:
 
 
 def check_temperature(temperature: float) -> None:
-    _check_number("temperature", temperature)
+    check_number("temperature", temperature)
     if not temperature > 0.0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
 

@@ -54,7 +54,7 @@ class GradientSums:
             dprobs=None if self.dprobs is None else self.dprobs[rows, block].unsqueeze(0),
             block=tiles.block_of(block),
         )
-        self._add_products(rows, block, x)
+        self.add_products(rows, block, x)
 
     def add_in_one_pass(self, rows: slice, dloss: Tensor, dz: Tensor | None) -> Rows:
         """The results of a chunk of rows; their gradient is computed along with them."""
@@ -70,10 +70,11 @@ class GradientSums:
             dz=dz,
             with_stats=tiles.with_stats,
         )
-        self._add_products(rows, block, x)
+        self.add_products(rows, block, x)
         return Rows(*found)
 
-    def _add_products(self, rows: slice, block: slice, dx: Tensor) -> None:
+    def add_products(self, rows: slice, block: slice, dx: Tensor) -> None:
+        """Adds the products of the gradient dx of a tile of logits to the operands' gradients."""
         if self.dh:
             self.dh.add(rows, dx, self.tiles.weight_of(block), first=block.start == 0)
         if self.dw:

@@ -1,0 +1,168 @@
+"""Divergences of two distributions and their gradients, in PyTorch, a cache-sized block of rows at a time.
+
+For a row with the teacher's distribution p and the student's q, where 0 * log(0) = 0:
+
+- forward_kl: sum(p * (log p - log q))
+- reverse_kl: sum(q * (log q - log p))
+- jsd: beta * KL(p | m) + (1 - beta) * KL(q | m), with m = beta * p + (1 - beta) * q (Agarwal et al., "On-policy
+  distillation of language models", arXiv:2306.13649)
+
+With g, the derivative with respect to log q, the gradient with respect to the student's logits is g - q * sum(g).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.distillation import DistillationOptions
+from ..core.rows import acc_dtype
+from .blocks import kept_blocks, read, rows_per_block, write, zero_ignored
+
+
+class DistilledRows(NamedTuple):
+    """The results of N rows; all are 0 at ignored rows. The last three are empty without statistics."""
+
+    loss: Tensor  # (N,)
+    lse: Tensor  # (N,) log(sum(exp(the student's used logits))) in nats
+    predicted: Tensor  # (N,) int64 class of the student's largest used logit
+    entropy: Tensor  # (N,) entropy of the student's softmax in nats
+
+    @staticmethod
+    def zeros(like: Tensor, N: int, with_stats: bool) -> DistilledRows:
+        n, dtype = N if with_stats else 0, acc_dtype(like.dtype)
+        loss, *stats = (like.new_zeros(size, dtype=dtype) for size in (N, n, n))
+        return DistilledRows(loss, stats[0], like.new_zeros(n, dtype=torch.int64), stats[1])
+
+
+def divergence(log_p: Tensor, log_q: Tensor, name: str, beta: float) -> tuple[Tensor, Tensor]:
+    """The divergence of each row (N,), and g (N, V). Classes are last; `log_p` and `log_q` are normalised."""
+    p, q = log_p.exp(), log_q.exp()
+    if name == "forward_kl":
+        loss = _where(p, p * (log_p - log_q)).sum(-1)
+        return loss, p.neg_()
+    if name == "reverse_kl":
+        ratio = log_q - log_p
+        loss = _where(q, q * ratio).sum(-1)
+        return loss, _where(q, q * (ratio + 1.0))
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    of_q = _where(q, q * (log_q - log_m)).mul_(1.0 - beta)
+    loss = beta * _where(p, p * (log_p - log_m)).sum(-1) + of_q.sum(-1)
+    return loss, of_q
+
+
+def _where(probability: Tensor, value: Tensor) -> Tensor:
+    """The value, and 0 where the probability is 0."""
+    return value.masked_fill_(probability == 0, 0.0)
+
+
+class Teacher(NamedTuple):
+    """What is known of the teacher for N rows."""
+
+    values: Tensor  # (N, V) logits, or (N, K) log-probabilities of its likeliest classes
+    ids: Tensor | None = None  # (N, K) int64, those classes
+
+    def at(self, rows: slice | Tensor) -> Teacher:
+        return Teacher(self.values[rows], None if self.ids is None else self.ids[rows])
+
+
+def rows(
+    x: Tensor,
+    teacher: Teacher,
+    target: Tensor,
+    options: DistillationOptions,
+    *,
+    with_stats: bool,
+    scale: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> DistilledRows:
+    """The results of rows x (N, V); writes the gradient of `sum(loss * scale)` to dx (N, V), which may be x."""
+    found = DistilledRows.zeros(x, len(target), with_stats)
+    dtype, ignored = acc_dtype(x.dtype), options.options.ignore_index
+    scratch = x.new_empty((min(rows_per_block(x.shape[-1]), max(len(x), 1)), x.shape[-1]), dtype=dtype)
+    for at in kept_blocks(x.unsqueeze(0), target, ignored):
+        z = used_(read(x.unsqueeze(0), at, scratch), options.options.softcap, options.options.logit_scale)
+        loss, gradient, *stats = _block(z, teacher.at(at.rows), target[at.out], options, with_stats, dx is not None)
+        for field, values in zip(found, (loss, *stats), strict=False):
+            field[at.out] = values
+        if dx is not None:
+            assert scale is not None
+            write(dx.unsqueeze(0), at, gradient.mul_(scale[at.out].to(dtype).unsqueeze(1)))
+    if dx is not None:
+        zero_ignored(dx.unsqueeze(0), target, ignored)
+    return found
+
+
+def _block(
+    z: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, with_stats: bool, with_gradient: bool
+) -> tuple[Any, ...]:
+    """Loss, gradient, lse, predicted class and entropy of rows of used logits z, which are overwritten."""
+    T, cap = options.temperature, options.options.softcap
+    lse = z.logsumexp(-1)
+    log_q = z.sub(lse.unsqueeze(1)) if T == 1.0 else (z / T).log_softmax(-1)
+    if teacher.ids is None:
+        t = teacher.values.to(z.dtype, copy=True)
+        log_p = used_(t, options.teacher_softcap, options.teacher_logit_scale).div_(T).log_softmax(-1)
+        del t
+        loss, g = divergence(log_p, log_q, options.divergence, options.beta)
+        gradient = g.sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True))) if with_gradient else None
+    else:
+        loss, gradient = _top_k(log_q, teacher.values.to(z.dtype), teacher.ids, options, with_gradient)
+    loss = loss * options.share
+    if gradient is not None:
+        gradient.mul_(options.share / T)
+    if options.alpha < 1.0:
+        index = target.unsqueeze(1)
+        loss = loss + (1.0 - options.alpha) * (lse - z.gather(1, index).squeeze(1))
+        if gradient is not None:
+            gradient.add_(z.sub(lse.unsqueeze(1)).exp_(), alpha=1.0 - options.alpha)
+            gradient.scatter_add_(1, index, gradient.new_full(index.shape, options.alpha - 1.0))
+    stats: tuple[Tensor, ...] = ()
+    if with_stats:
+        log_softmax = z.sub(lse.unsqueeze(1))
+        softmax = log_softmax.exp()
+        stats = lse, z.argmax(-1), _where(softmax, softmax * log_softmax).sum(-1).neg_()
+    if gradient is not None:
+        if cap is not None:  # the derivative of the cap is 1 - tanh**2
+            gradient.mul_(z.div_(cap).square_().neg_().add_(1.0))
+        if options.options.logit_scale != 1.0:
+            gradient.mul_(options.options.logit_scale)
+    return loss, gradient, *stats
+
+
+def _top_k(
+    log_q: Tensor, log_p: Tensor, ids: Tensor, options: DistillationOptions, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence on the teacher's likeliest classes, and its gradient with respect to the student's logits (N, V).
+
+    "bucket" takes all other classes for one more; "renormalise" leaves them out.
+    """
+    mine = log_q.gather(1, ids)
+    if options.tail == "renormalise":
+        mine, log_p = mine.log_softmax(-1), log_p.log_softmax(-1)
+    if options.tail == "renormalise" or ids.shape[1] == log_q.shape[1]:
+        loss, g = divergence(log_p, mine, options.divergence, options.beta)
+        if not with_gradient:
+            return loss, None
+        g = g.sub_(mine.exp_().mul_(g.sum(-1, keepdim=True)))
+        return loss, torch.zeros_like(log_q).scatter_add_(1, ids, g)
+    others = log_q.scatter(1, ids, -torch.inf)
+    rest = others.logsumexp(-1, keepdim=True)
+    p_rest = (1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min_(0.0)
+    both = torch.cat([log_p, p_rest.log()], -1), torch.cat([mine, rest], -1)
+    loss, g = divergence(*both, options.divergence, options.beta)
+    if not with_gradient:
+        return loss, None
+    share_of_rest = others.sub_(rest.masked_fill(rest == -torch.inf, 0.0)).exp_()
+    gradient = share_of_rest.mul_(g[:, -1:]).sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
+    return loss, gradient.scatter_add_(1, ids, g[:, :-1])
+
+
+def used_(x: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """Turns raw logits into the logits that are used, in place."""
+    if softcap is not None:
+        return x.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+    return x.mul_(logit_scale) if logit_scale != 1.0 else x
