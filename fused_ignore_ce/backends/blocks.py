@@ -61,7 +61,8 @@ def read(x: Tensor, block: RowBlock, scratch: Tensor) -> Tensor:
     out = scratch[: block.size]
     if isinstance(block.rows, Tensor) and x.dtype == scratch.dtype:
         return torch.index_select(x[block.b], 0, block.rows, out=out)
-    return out.copy_(x[block.b][block.rows])
+    # On a CPU, PyTorch's copy from float16 to float32 does not notice that a tensor is lazily negated.
+    return out.copy_(x[block.b][block.rows].resolve_neg())
 
 
 def write(x: Tensor, block: RowBlock, values: Tensor) -> None:
