@@ -26,6 +26,8 @@ class LossStats(NamedTuple):
         correct: whether the largest logit (the first of them on ties) is the target's; target-shaped bool.
         entropy: entropy of the softmax in nats; target-shaped, float32 (float64 for float64 input).
         predicted: the class of the largest logit (the first of them on ties); target-shaped int64.
+        token_loss: the loss in nats before reduction, without z-loss and token weights; target-shaped, float32 (float64
+            for float64 input). Always detached.
     """
 
     num_tokens: Tensor
@@ -33,6 +35,7 @@ class LossStats(NamedTuple):
     correct: Tensor
     entropy: Tensor
     predicted: Tensor
+    token_loss: Tensor
 
 
 class Targets(NamedTuple):
@@ -200,12 +203,16 @@ def finished(loss: Tensor, targets: Targets, reduction: ReductionOptions, dtype:
 def statistics(
     targets: Targets,
     reduction: ReductionOptions,
+    loss: Tensor,
     lse: Tensor,
     predicted: Tensor,
     entropy: Tensor,
     num_tokens: Tensor | None = None,
 ) -> LossStats:
-    """Statistics in the caller's shape. `num_tokens` is the number of kept rows, if it is known already."""
+    """Statistics in the caller's shape. `num_tokens` is the number of kept rows, if it is known already.
+
+    `loss` are the losses of rows, without z-loss and token weights.
+    """
     if reduction.return_stats != "differentiable":
         lse, entropy = lse.detach(), entropy.detach()
     kept = targets.kept
@@ -217,4 +224,5 @@ def statistics(
         correct.view(shape),
         entropy.view(shape),
         predicted.view(shape),
+        loss.detach().view(shape),
     )

@@ -177,12 +177,12 @@ class _Function(torch.autograd.Function):
         scale = tensors[7]
         wanted = [need and at_once for need in ctx.needs_input_grad[2:5]]
         loss, lse, predicted, entropy, *of_one = _run(*tensors, *wanted, *scalars)
-        value = (loss * scale).sum() if at_once else loss
+        value = (loss * scale).sum() if at_once else loss.clone()
         ctx.at_once, ctx.scalars = at_once, scalars
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, predicted, entropy)
+        ctx.mark_non_differentiable(loss, lse, predicted, entropy)
         ctx.save_for_backward(*((loss, *of_one) if at_once else tensors[:7]))
-        return value, lse, predicted, entropy
+        return value, loss, lse, predicted, entropy
 
     @staticmethod
     def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
@@ -214,10 +214,9 @@ def distilled(
     settings: Settings,
     options: DistillationOptions,
 ) -> tuple[Tensor, DistilledRows]:
-    """The sum of `loss * scale` (0-d) if `at_once`, else the losses (N,); and the rows, of which no field but that is
-    differentiable. Rows that are ignored have hidden states of 0, or are left out.
+    """The sum of `loss * scale` (0-d) if `at_once`, else the losses (N,), which is differentiable; and the rows.
+
+    Rows that are ignored have hidden states of 0, or are left out.
     """
-    value, lse, predicted, entropy = _Function.apply(
-        at_once, (*settings, *flatten(options)), *student, *teacher, target, scale
-    )
-    return value, DistilledRows(value, lse, predicted, entropy)
+    value, *rows = _Function.apply(at_once, (*settings, *flatten(options)), *student, *teacher, target, scale)
+    return value, DistilledRows(*rows)

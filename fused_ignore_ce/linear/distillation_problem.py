@@ -124,5 +124,4 @@ def result_of(
     loss = finished(loss, targets, reduction, loss_dtype_of(reduction.loss_dtype, input, targets.target, None))
     if not reduction.return_stats:
         return loss
-    lse, predicted, entropy = spread(rows.lse), spread(rows.predicted), spread(rows.entropy)
-    return loss, statistics(targets, reduction, lse, predicted, entropy)
+    return loss, statistics(targets, reduction, *map(spread, rows))

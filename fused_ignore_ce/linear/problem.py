@@ -73,8 +73,8 @@ class LinearProblem(NamedTuple):
             return loss
         if call.group is not None and self.positions[0].operands.probs is not None:
             targets = targets.with_classes(self._joined(found, "likeliest"))
-        lse, predicted, entropy = (self._joined(found, name) for name in ("lse", "predicted", "entropy"))
-        return loss, statistics(targets, reduction, lse, predicted, entropy)
+        of_rows = (self._joined(found, name) for name in ("loss", "lse", "predicted", "entropy"))
+        return loss, statistics(targets, reduction, *of_rows)
 
     def _total(self, totals: list[Tensor]) -> Tensor:
         loss = torch.stack(totals).sum()

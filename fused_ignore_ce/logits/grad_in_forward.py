@@ -24,6 +24,7 @@ class Computed(NamedTuple):
 
     total: Tensor  # the loss
     factor: Tensor | None  # by which backward has to multiply the gradient, beside the upstream gradient
+    of_rows: Tensor  # their losses, without z-loss and token weights
     lse: Tensor
     predicted: Tensor
     entropy: Tensor
@@ -84,11 +85,11 @@ def _reduced_by_kernel(problem: LogitsProblem, x: Tensor, dx: Tensor) -> Compute
         choice.check_targets(targets.target, call.options.ignore_index, x.shape[-1])
     # Divided in backward: gradients as small as 1 / N would be rounded to 0 before a loss scale enlarges them.
     divide = x.dtype != torch.float16
-    (_, lse, _, predicted, entropy), (total, factor, num_tokens) = kernels.forward_backward_reduce(
+    (of_rows, lse, _, predicted, entropy), (total, factor, num_tokens) = kernels.forward_backward_reduce(
         Logits(x, targets.target, problem.weight, probs), targets.token_weight, reduction.normalizer, call.options,
         dx=dx, mean=reduction.reduction == "mean", divide=divide, out_dtype=loss_dtype, with_stats=call.with_stats,
     )  # fmt: skip
-    return Computed(total, None if divide else factor, lse, predicted, entropy, num_tokens)
+    return Computed(total, None if divide else factor, of_rows, lse, predicted, entropy, num_tokens)
 
 
 def _reduced_by_pytorch(problem: LogitsProblem, x: Tensor, dx: Tensor) -> Computed:
@@ -113,4 +114,4 @@ def _reduced_by_pytorch(problem: LogitsProblem, x: Tensor, dx: Tensor) -> Comput
     )
     total = scaled_total(rows.loss, rows.lse, factors.loss, factors.z_loss, options.z_loss)
     total = total if factors.nothing is None else total + factors.nothing
-    return Computed(total, factor, rows.lse, rows.predicted, rows.entropy, None)
+    return Computed(total, factor, rows.loss, rows.lse, rows.predicted, rows.entropy, None)

@@ -28,7 +28,7 @@ def loss(problem: LogitsProblem) -> Any:
 
 
 class ReducedByKernel(torch.autograd.Function):
-    """Returns the loss, or with statistics (loss, number of kept rows, lse, predicted, entropy)."""
+    """Returns the loss, or with statistics (loss, number of kept rows, losses of rows, lse, predicted, entropy)."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, probs: Tensor | None, problem: LogitsProblem) -> Any:
@@ -43,14 +43,14 @@ class ReducedByKernel(torch.autograd.Function):
             reduction.normalizer, options, mean=reduction.reduction == "mean", out_dtype=loss_dtype,
             with_stats=with_stats,
         )  # fmt: skip
-        _, lse, norm, predicted, entropy = rows
+        of_rows, lse, norm, predicted, entropy = rows
         ctx.save_for_backward(input, probs, target, weight, norm, factor, targets.token_weight)
         ctx.call = kernels, options, classes_dim, inplace
         if not with_stats:
             return loss
-        ctx.mark_non_differentiable(num_tokens, lse, predicted, entropy)
+        ctx.mark_non_differentiable(num_tokens, of_rows, lse, predicted, entropy)
         ctx.set_materialize_grads(False)
-        return loss, num_tokens, lse, predicted, entropy
+        return loss, num_tokens, of_rows, lse, predicted, entropy
 
     @staticmethod
     @loops_over_batches

@@ -100,20 +100,25 @@ class LogitsProblem(NamedTuple):
     def result(
         self,
         loss: Tensor,
+        of_rows: Tensor | None = None,
         lse: Tensor | None = None,
         predicted: Tensor | None = None,
         entropy: Tensor | None = None,
         *,
         num_tokens: Tensor | None = None,
     ) -> Any:
-        """What the caller gets: the loss in its dtype; with statistics, which are then needed, (loss, LossStats)."""
+        """What the caller gets: the loss in its dtype; with statistics, which are then needed, (loss, LossStats).
+
+        `of_rows` are the losses of rows, without z-loss and token weights.
+        """
         loss = finished(loss, self.targets, self.reduction, self.loss_dtype)
         if not self.call.with_stats:
             return loss
+        assert of_rows is not None
         assert lse is not None
         assert predicted is not None
         assert entropy is not None
-        return loss, statistics(self.targets, self.reduction, lse, predicted, entropy, num_tokens)
+        return loss, statistics(self.targets, self.reduction, of_rows, lse, predicted, entropy, num_tokens)
 
 
 def _differentiable(factor: Any) -> bool:

@@ -17,4 +17,4 @@ def loss(problem: LogitsProblem) -> Any:
     rows = RowResults(*compute(*arguments))
     target_weight = weight_of_target(targets, problem.weight, problem.probs)
     total = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, target_weight)
-    return problem.result(total, rows.lse, rows.predicted, rows.entropy)
+    return problem.result(total, rows.loss, rows.lse, rows.predicted, rows.entropy)

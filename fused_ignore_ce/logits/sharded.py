@@ -18,4 +18,4 @@ def loss(problem: LogitsProblem) -> Any:
     total = reduce_rows(rows.loss, rows.lse, targets, reduction, call.options.z_loss, rows.target_weight)
     if call.with_stats and problem.probs is not None:
         problem = problem._replace(targets=targets.with_classes(rows.likeliest))
-    return problem.result(total, rows.lse, rows.predicted, rows.entropy)
+    return problem.result(total, rows.loss, rows.lse, rows.predicted, rows.entropy)

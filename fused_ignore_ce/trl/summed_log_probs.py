@@ -53,7 +53,7 @@ def summed_log_probs(
         return per_token
     found = _Summed.apply(position, *position.operands[:3])
     loss, lse, entropy, predicted = (problem.spread(values, position) for values in found)
-    return (0.0 - loss).view(target.shape), statistics(problem.targets, reduction, lse, predicted, entropy)
+    return (0.0 - loss).view(target.shape), statistics(problem.targets, reduction, loss, lse, predicted, entropy)
 
 
 class _Summed(torch.autograd.Function):
