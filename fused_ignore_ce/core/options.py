@@ -58,6 +58,7 @@ class CrossEntropyKeywords(RowKeywords, total=False):
 class LinearCausalLMKeywords(RowKeywords, total=False):
     """The options that `fused_linear_causal_lm_loss` hands on to `fused_linear_cross_entropy`."""
 
+    logits_dtype: torch.dtype | None
     linear_bias: Tensor | None
     weight: Tensor | None
     reduction: str
@@ -75,6 +76,7 @@ class LinearKeywords(RowKeywords, total=False):
     token_weight: Tensor | None
     normalizer: float | Tensor | None
     memory_budget: int | str | None
+    logits_dtype: torch.dtype | None
     process_group: Any
 
 
@@ -176,6 +178,14 @@ def check_temperature(temperature: float) -> None:
     check_number("temperature", temperature)
     if not temperature > 0.0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+
+
+def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype | None = None) -> None:
+    """Raises an error for a dtype that logits of these hidden states cannot have."""
+    if logits_dtype is not None and (logits_dtype != torch.float32 or dtype == torch.float64):
+        of = "" if dtype is None else f" for {dtype} hidden states"
+        expected = "None" if dtype == torch.float64 else "None or torch.float32"
+        raise ValueError(f"logits_dtype: expected {expected}{of}, got {logits_dtype!r}")
 
 
 def check_backend(backend: str) -> None:

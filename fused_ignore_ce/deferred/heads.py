@@ -69,8 +69,8 @@ def defer_logits(
         memory_budget: bytes of scratch, an int or a string such as "512MiB", as in `fused_linear_cross_entropy`.
         keep_logits: compute logits that somebody still holds when an optimizer steps. Without it, they cannot be read
             after the step, since the head has changed.
-        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
-            `fused_linear_cross_entropy`; they apply to every cross entropy that is taken of the logits.
+        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, logits_dtype, backend,
+            as in `fused_linear_cross_entropy`; they apply to every cross entropy that is taken of the logits.
 
     Returns:
         head.

@@ -49,7 +49,7 @@ def cross_entropy(
         loss = _linear(input, target, options, shared, "cross_entropy")
         if loss is not None:
             return loss
-    options.pop("memory_budget", None)
+    options = _of_logits(options)
     shared.took_of_logits("cross_entropy", target.numel(), _ignored(target, options))
     return shared.without_stats(_of_values(input, target, options | shared.asked_stats(), "cross_entropy"))
 
@@ -97,7 +97,7 @@ def own_cross_entropy(
         loss = _linear(input, target, linear, shared, kind)
         if loss is not None:
             return loss
-    options.pop("memory_budget", None)
+    options = _of_logits(options)
     shared.took_of_logits(kind, target.numel(), _ignored(target, options))
     loss = _of_values(input, target, shared.asked_stats() | options, kind)
     return loss if "return_stats" in options else shared.without_stats(loss)
@@ -159,14 +159,18 @@ def _linear(input: Any, target: Tensor, options: dict[str, Any], shared: SharedS
 
 
 def _on_logits(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
-    options = {name: value for name, value in options.items() if name != "memory_budget"}
-    return fused_cross_entropy(values, target, **options)
+    return fused_cross_entropy(values, target, **_of_logits(options))
+
+
+def _of_logits(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a loss of logits has, too."""
+    return {name: value for name, value in options.items() if name not in _OF_HIDDEN_STATES}
 
 
 def _nll(values: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
     """The loss of log-probabilities. Their normaliser is 0, so that a loss of logits with options is theirs, too."""
     ids = ignored_ids(options["ignore_index"])
-    if options.keys() <= {"weight", "ignore_index", "reduction", "memory_budget", "backend"} and len(ids) == 1:
+    if options.keys() <= {"weight", "ignore_index", "reduction", "backend", *_OF_HIDDEN_STATES} and len(ids) == 1:
         return torch.nn.functional.nll_loss(
             values, target, options.get("weight"), ignore_index=ids[0], reduction=options["reduction"]
         )
@@ -203,6 +207,8 @@ _DEFAULTS = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 _OF_LOGITS = ("inplace_backward", "grad_in_forward")
+#: Those that only a loss of hidden states has.
+_OF_HIDDEN_STATES = ("memory_budget", "logits_dtype")
 
 #: The losses that are computed here, by the function whose calls they replace.
 LOSSES: dict[Any, Callable[..., Any]] = {

@@ -114,5 +114,5 @@ def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
 
 
 def _log_probs(logits: Form, index: Tensor, shared: SharedState) -> Any:
-    given = {k: v for k, v in shared.settings.options.items() if k in ("memory_budget", "backend")}
+    given = {k: v for k, v in shared.settings.options.items() if k in ("memory_budget", "logits_dtype", "backend")}
     return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **given})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, check_logits_dtype, ignored_ids
 from ..core.unknown_keywords import unknown_keyword
 
 
@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     @property
     def changes(self) -> str:
         """Names of the options that change the loss's value."""
-        others = ("memory_budget", "backend", "zero_if_all_ignored")
+        others = ("memory_budget", "logits_dtype", "backend", "zero_if_all_ignored")
         names = [name for name in self.options if name not in others]
         return ", ".join(["ignore_index"] * bool(self.ignore_index) + names)
 
@@ -67,7 +67,16 @@ class Settings(NamedTuple):
             raise ValueError(message)
 
 
-_OPTIONS = ("weight", "label_smoothing", "softcap", "logit_scale", "z_loss", "zero_if_all_ignored", "backend")
+_OPTIONS = (
+    "weight",
+    "label_smoothing",
+    "softcap",
+    "logit_scale",
+    "z_loss",
+    "zero_if_all_ignored",
+    "logits_dtype",
+    "backend",
+)
 
 
 def settings_of(
@@ -90,6 +99,7 @@ def settings_of(
     LossOptions(**{name: given[name] for name in LossOptions._fields if name in given}).checked()
     ReductionOptions(zero_if_all_ignored=given.get("zero_if_all_ignored", False)).checked()
     check_backend(given.get("backend", "auto"))
+    check_logits_dtype(given.get("logits_dtype"))
     memory_budget = budget_bytes(memory_budget)
     if "weight" in given and not isinstance(given["weight"], Tensor):
         raise TypeError(f"weight: expected a Tensor of class weights, got {type(given['weight']).__name__}")

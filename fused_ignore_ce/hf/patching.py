@@ -47,9 +47,9 @@ def patch_model(
         return_stats: `outputs.loss_stats` is then the `LossStats` of the loss that the forward took.
         keep_logits: compute logits that somebody still holds when an optimizer steps. Without it, they cannot be read
             after the step, since the head has changed.
-        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, backend, as in
-            `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the forward
-            and after it.
+        loss_options: weight, label_smoothing, softcap, logit_scale, z_loss, zero_if_all_ignored, logits_dtype, backend,
+            as in `fused_linear_cross_entropy`; they apply to every cross entropy over the head's classes, in the
+            forward and after it.
 
     Returns:
         model. `outputs.logits` is a `DeferredLogits`: computed when it is read.

@@ -25,6 +25,7 @@ class LinearCall(NamedTuple):
     group: str | None  # the name of the process group that the vocabulary is sharded over
     dtype: torch.dtype  # of the matrix products
     memory_budget: int | None
+    logits_dtype: torch.dtype | None  # None: that of the matrix products
     gathered: bool  # whether some rows are ignored, so that the kept ones are a copy
 
 
@@ -50,6 +51,7 @@ def plan_of(operands: Operands, call: LinearCall, wanted: Wanted, *, recompute: 
         gathered=call.gathered,
         recompute=recompute,
         probs=probs is not None,
+        wide=call.logits_dtype not in (None, call.dtype),
         ranks=1 if call.group is None else ranks.group_named(call.group).size(),
     )
     return choose(sizes, call.memory_budget)
@@ -85,6 +87,7 @@ def _tiles(operands: Operands, call: LinearCall, shard: Shard | None, plan: Line
         call.options,
         plan,
         dtype=call.dtype,
+        logits_dtype=call.logits_dtype,
         backend=call.backend,
         with_stats=call.with_stats,
         shard=shard,

@@ -51,6 +51,7 @@ class Settings(NamedTuple):
     with_stats: bool
     dtype: torch.dtype  # of the student's matrix products
     teacher_dtype: torch.dtype
+    logits_dtype: torch.dtype | None  # of both sides; None: that of the matrix products
     memory_budget: int | None
 
 
@@ -70,7 +71,9 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
     """How many tokens have logits at a time. A budget that is too small is an error."""
     (N, D), V = student.h.shape, len(student.w)
     size, acc = settings.dtype.itemsize, acc_dtype(settings.dtype).itemsize
-    a_row = V * (size + (0 if tail else settings.teacher_dtype.itemsize))
+    wide = settings.logits_dtype or settings.dtype
+    a_row = V * (wide.itemsize + size * (wide != settings.dtype))  # the gradient is cast for the products
+    a_row += 0 if tail else V * (settings.logits_dtype or settings.teacher_dtype).itemsize
     whole = 8 * acc * min(N * V, max(BLOCK_ELEMENTS, V)) + product_elements(N * V, D) * (size + acc)
     whole += N * D * (student.h.dtype != settings.dtype) * size + V * D * (student.w.dtype != settings.dtype) * size
     if not tail and teacher.w.dtype != settings.teacher_dtype:
@@ -106,7 +109,10 @@ def _compute(
 
     def tiles(side: Side, dtype: torch.dtype) -> Tiles:
         operands = Operands(*side, target, None, None)
-        return Tiles(operands, options.options, chosen, dtype=dtype, backend="torch", with_stats=False, shard=None)
+        return Tiles(
+            operands, options.options, chosen, dtype=dtype, logits_dtype=settings.logits_dtype, backend="torch",
+            with_stats=False, shard=None,
+        )  # fmt: skip
 
     found = DistilledRows.zeros(student.h, len(target), settings.with_stats)
     with torch.autocast(student.h.device.type, enabled=False):
@@ -135,13 +141,13 @@ def _compute(
 
 
 _SIDES = "Tensor h, Tensor w, Tensor? b, Tensor teacher_h, Tensor teacher_w, Tensor? teacher_b"
-_SETTINGS = "bool with_stats, ScalarType dtype, ScalarType teacher_dtype, int? memory_budget"
+_SETTINGS = "bool with_stats, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? memory_budget"
 
 
 def _flat(*args: Any) -> tuple[Tensor, ...]:
     """`_compute` with the arguments of the operator."""
-    wanted, settings = Wanted(*args[8:11]), Settings(*args[11:15])
-    options = unflatten(DistillationOptions, args[15:])
+    wanted, settings = Wanted(*args[8:11]), Settings(*args[11:16])
+    options = unflatten(DistillationOptions, args[16:])
     target, scale = args[6:8]
     return tuple(_compute(Side(*args[:3]), Side(*args[3:6]), target, scale, wanted, settings, options))
 

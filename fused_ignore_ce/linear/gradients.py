@@ -75,12 +75,13 @@ class GradientSums:
 
     def add_products(self, rows: slice, block: slice, dx: Tensor) -> None:
         """Adds the products of the gradient dx of a tile of logits to the operands' gradients."""
+        if self.db is not None:
+            self.db[block] += dx.sum(0, dtype=self.db.dtype)
+        dx = dx.to(self.tiles.operands.h.dtype)
         if self.dh:
             self.dh.add(rows, dx, self.tiles.weight_of(block), first=block.start == 0)
         if self.dw:
             self.dw.add(block, dx.t(), self.tiles.operands.h[rows], first=rows.start == 0)
-        if self.db is not None:
-            self.db[block] += dx.sum(0, dtype=self.db.dtype)
 
     def gradients(self) -> Gradients:
         del self.tiles.buffer  # frees its memory before gradients are cast

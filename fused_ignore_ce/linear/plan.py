@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends.blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
-from ..core.options import ReductionOptions, budget_bytes, floating_dtype
+from ..core.options import ReductionOptions, budget_bytes, check_logits_dtype, floating_dtype
 from ..core.unknown_keywords import explains_keywords
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
@@ -112,6 +112,7 @@ class Sizes:
     gathered: bool  # whether some rows are ignored, so that the kept ones are a copy
     recompute: bool  # whether gradients wait for backward, which needs the logits once more
     probs: bool
+    wide: bool = False  # whether logits of 16-bit operands are float32
     ranks: int = 1  # that share the vocabulary; V is the size of this rank's shard
 
     @property
@@ -124,12 +125,14 @@ class Sizes:
         N, V, D = self.N, self.V, self.D
         size, acc = self.dtype.itemsize, self.sums.itemsize
         blocks = -(-V // classes)
-        tile = rows * classes * size
+        tile = rows * classes * (size + acc * self.wide)  # with float32 logits, their gradient is cast for the products
         workspace = 0
         if self.device != "cuda":
             temporaries = BLOCK_TEMPORARIES + 2 * self.probs
             workspace = temporaries * acc * min(rows * classes, max(BLOCK_ELEMENTS, classes))
             workspace += product_elements(rows * classes, D) * (size + acc) if size < acc else 0
+        if self.wide and self.device != "cuda":
+            workspace += rows * D * acc + (product_elements(rows * classes, D) + rows * classes) * acc
         weight = min(classes, V) * D * size if self.weight_dtype != self.dtype else 0
         gathered = self.input_dtype.itemsize * self.gathered * (1 + self.dinput)
         hidden = N * D * (gathered + size * (self.input_dtype != self.dtype))
@@ -217,6 +220,7 @@ def plan_linear_loss(
     input_grad: bool = True,
     weight_grad: bool = True,
     reduction: str = "mean",
+    logits_dtype: torch.dtype | None = None,
 ) -> LinearPlan:
     """What `fused_linear_cross_entropy` does for these sizes: (plan, chunk, bytes).
 
@@ -234,6 +238,7 @@ def plan_linear_loss(
         input_grad: whether input wants a gradient.
         weight_grad: whether linear_weight wants a gradient.
         reduction: "none" computes gradients in backward, from logits computed again.
+        logits_dtype: torch.float32 for logits that are not rounded to 16 bits, as in `fused_linear_cross_entropy`.
 
     Returns:
         plan: "one block" (the logits of all kept tokens at once), "token chunks" (of some tokens at a time, dW summed
@@ -258,6 +263,7 @@ def plan_linear_loss(
     if not 0 <= num_ignored <= num_tokens:
         raise ValueError(f"num_ignored: expected 0 to num_tokens={num_tokens}, got {num_ignored}")
     dtype = floating_dtype("dtype", dtype)
+    check_logits_dtype(logits_dtype, dtype)
     ReductionOptions(reduction).checked()
     device = torch.device(device)
     operand = operand_dtype(dtype, device)
@@ -276,6 +282,7 @@ def plan_linear_loss(
             gathered=num_ignored > 0,
             recompute=reduction == "none" or dtype == torch.float16,
             probs=False,
+            wide=logits_dtype not in (None, operand),
         ),
         budget_bytes(memory_budget),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import choice as backends
 from ..core.eager import autocasts, is_plain, refuse_transforms
-from ..core.options import LossOptions, ReductionOptions, budget_bytes
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype
 from ..core.reduction import (
     Scales,
     Targets,
@@ -105,6 +105,7 @@ def linear_problem(
     options: LossOptions,
     reduction: ReductionOptions,
     memory_budget: int | str | None,
+    logits_dtype: torch.dtype | None,
     backend: str,
     group: str | None,
 ) -> LinearProblem:
@@ -113,6 +114,7 @@ def linear_problem(
     sizes = check_linear(input, linear_weight, target, linear_bias, weight)
     check_ignored(ids, target)
     check_token_weight(token_weight, sizes.rows, target.device)
+    check_logits_dtype(logits_dtype, input.dtype)
     refuse_transforms(input, linear_weight, linear_bias, target if holds_probabilities(target) else None)
     with_stats = bool(reduction.return_stats)
     targets = prepare_targets(
@@ -135,6 +137,7 @@ def linear_problem(
         group,
         operand_dtype(dtype, input.device),
         budget_bytes(memory_budget),
+        logits_dtype,
         gathered=False,
     )
     positions = positions_of(tensors._replace(weight=weight), targets, row_scales, call)

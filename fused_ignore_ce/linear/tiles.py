@@ -13,7 +13,7 @@ from ..core.options import LossOptions
 from ..core.rows import Block, Logits, Rows
 from ..distributed import ranks
 from ..distributed.ranks import Merged, Shard
-from .plan import LinearPlan
+from .plan import LinearPlan, product_elements
 
 
 class Operands(NamedTuple):
@@ -37,11 +37,15 @@ class Tiles:
         plan: LinearPlan,
         *,
         dtype: torch.dtype,
+        logits_dtype: torch.dtype | None,
         backend: str,
         with_stats: bool,
         shard: Shard | None,
     ) -> None:
-        """Prepares the buffer. `dtype` is that of the matrix products; with a shard, the operands are this rank's."""
+        """Prepares the buffer. `dtype` is that of the products' operands, and of the logits if `logits_dtype` is None.
+
+        With a shard, the operands are this rank's.
+        """
         self.N, V = len(operands.h), len(operands.w)
         rows_a_chunk, classes_a_block = plan.tile(self.N, V)
         self.chunks, self.blocks = slices_of(self.N, rows_a_chunk), slices_of(V, classes_a_block)
@@ -49,7 +53,7 @@ class Tiles:
         if len(self.blocks) == 1:
             w = w.to(dtype)
         self.given, self.operands = operands, operands._replace(h=h, w=w)
-        self.buffer = h.new_empty(min(rows_a_chunk, self.N) * min(classes_a_block, V))
+        self.buffer = h.new_empty(min(rows_a_chunk, self.N) * min(classes_a_block, V), dtype=logits_dtype)
         self.kernels: Backend = implementation(backend, h.device)
         self.options, self.with_stats, self.shard = options, with_stats, shard
         self.of_rank = Block(0, V) if shard is None else shard.block
@@ -69,9 +73,13 @@ class Tiles:
 
     def logits(self, rows: slice, block: slice) -> Tensor:
         out, h, b = self.tile(rows, block), self.operands.h[rows], self.operands.b
+        w = self.weight_of(block)
+        if out.dtype != h.dtype:
+            _wide_product(out, h, w)
+            return out if b is None else out.add_(b[block])
         if b is None:
-            return torch.mm(h, self.weight_of(block).t(), out=out)
-        return torch.addmm(b[block].to(h.dtype), h, self.weight_of(block).t(), out=out)
+            return torch.mm(h, w.t(), out=out)
+        return torch.addmm(b[block].to(h.dtype), h, w.t(), out=out)
 
     def with_targets(self, x: Tensor, rows: slice, block: slice) -> Logits:
         """The logits of a tile and their targets, as a backend takes them."""
@@ -116,6 +124,16 @@ class Tiles:
                 if whole.shape[-1]:
                     whole[..., rows] = part
         return ranks.merge(self.kernels, shard, parts, self.operands[3:], self.options, self.with_stats)
+
+
+def _wide_product(out: Tensor, h: Tensor, w: Tensor) -> None:
+    """`out = h @ w.T` in out's dtype, which is wider than that of the operands. Nothing is rounded to the latter."""
+    if out.is_cuda:
+        torch.mm(h, w.t(), out_dtype=out.dtype, out=out)
+        return
+    h = h.to(out.dtype)
+    for classes in slices_of(len(w), max(1, product_elements(out.numel(), w.shape[1]) // w.shape[1])):
+        out[:, classes] = h @ w[classes].to(out.dtype).t()
 
 
 def slices_of(size: int, step: int) -> list[slice]:

@@ -61,6 +61,7 @@ def fused_linear_cross_entropy(
     token_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     memory_budget: int | str | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_stats: bool | Literal["differentiable"] = False,
     loss_dtype: torch.dtype | None = None,
     zero_if_all_ignored: bool = False,
@@ -93,6 +94,8 @@ def fused_linear_cross_entropy(
         normalizer: number or 0-d tensor that divides the sum in place of the count; with reduction="mean" only.
         memory_budget: bytes of scratch beside the gradients, an int or a string such as "512MiB"; None for the leanest
             plan whose predicted time is within 5% of the fastest's. `plan_linear_loss` tells what is chosen.
+        logits_dtype: torch.float32 for logits of 16-bit operands that are never rounded to 16 bits, so that
+            log-probabilities agree with an inference engine whose head is float32; None rounds them as `F.linear` does.
         return_stats: also return `LossStats`, without logits: detached if True; with gradients of `lse` and `entropy`
             if "differentiable", which computes all gradients in backward.
         loss_dtype: the dtype of the loss; None is PyTorch's rule, as in `fused_cross_entropy`.
@@ -142,6 +145,6 @@ def fused_linear_cross_entropy(
         ids = ignored_ids(ignore_index)
         options = LossOptions(ids[0], label_smoothing, softcap, logit_scale, z_loss).checked()
         reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype, zero_if_all_ignored).checked()
-        problem = linear_problem(tensors, ids, options, reducing, memory_budget, backend, group)
+        problem = linear_problem(tensors, ids, options, reducing, memory_budget, logits_dtype, backend, group)
     loss: Tensor | tuple[Tensor, LossStats] = problem.loss()
     return loss

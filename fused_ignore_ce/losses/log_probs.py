@@ -28,6 +28,7 @@ def fused_linear_log_probs(
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     memory_budget: int | str | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_entropy: bool = False,
     return_stats: bool = False,
     process_group: Any = None,
@@ -52,6 +53,8 @@ def fused_linear_log_probs(
         temperature: divides the logits after the cap, as samplers do; a number above 0.
         token_weight: (...), floating; multiplies each row's log-probability.
         memory_budget: bytes of scratch beside the gradients, as in `fused_linear_cross_entropy`.
+        logits_dtype: torch.float32 for logits of 16-bit operands that are never rounded to 16 bits, so that
+            log-probabilities agree with an inference engine whose head is float32; None rounds them as `F.linear` does.
         return_entropy: also return the entropy of the distribution of every row.
         return_stats: also return `LossStats`.
         process_group: the vocabulary is sharded over this group, as in `fused_linear_cross_entropy`.
@@ -81,7 +84,7 @@ def fused_linear_log_probs(
         with_stats: bool | Literal["differentiable"] = "differentiable" if return_entropy else return_stats
         acc = torch.float64 if input.dtype == torch.float64 else torch.float32
         reducing = ReductionOptions("none", None, with_stats, acc).checked()
-        problem = linear_problem(tensors, ids, options, reducing, memory_budget, backend, group)
+        problem = linear_problem(tensors, ids, options, reducing, memory_budget, logits_dtype, backend, group)
     found = problem.loss()
     if not with_stats:
         return 0.0 - found  # not -found: that is -0.0 at ignored rows

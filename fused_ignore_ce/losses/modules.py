@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, ignored_ids
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, check_logits_dtype, ignored_ids
 from ..core.tensors import check_process_group
 from ..core.unknown_keywords import explains_keywords
 from .cross_entropy import fused_cross_entropy
@@ -145,6 +145,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         logit_scale: float = 1.0,
         z_loss: float = 0.0,
         memory_budget: int | str | None = None,
+        logits_dtype: torch.dtype | None = None,
         return_stats: bool | Literal["differentiable"] = False,
         loss_dtype: torch.dtype | None = None,
         zero_if_all_ignored: bool = False,
@@ -168,6 +169,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.logit_scale = logit_scale
         self.z_loss = z_loss
         self.memory_budget = memory_budget
+        self.logits_dtype = logits_dtype
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
         self.zero_if_all_ignored = zero_if_all_ignored
@@ -175,6 +177,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.backend = backend
         _check(self)
         budget_bytes(memory_budget)
+        check_logits_dtype(logits_dtype)
         self.register_buffer("weight", weight)
         rows = math.prod(self.out_features, start=num_classes)
         self.linear = None if external_weight else nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
@@ -204,7 +207,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
             weight=self.weight,
             token_weight=token_weight,
             normalizer=normalizer,
-            **_options(self, "memory_budget"),
+            **_options(self, "memory_budget", "logits_dtype"),
         )
 
     def _head(self, linear_weight: Tensor | None, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from ..core.distillation import (
     refuse_process_group,
 )
 from ..core.eager import refuse_transforms
-from ..core.options import LossOptions, ReductionOptions, budget_bytes, ignored_ids
+from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype, ignored_ids
 from ..core.reduction import LossStats
 from ..core.unknown_keywords import explains_keywords
 from ..linear.distillation import Settings, Side
@@ -51,6 +51,7 @@ def fused_top_k_distillation_loss(
     token_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     memory_budget: int | str | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_stats: bool = False,
     loss_dtype: torch.dtype | None = None,
     process_group: Any = None,
@@ -86,6 +87,8 @@ def fused_top_k_distillation_loss(
         normalizer: number or 0-d tensor that divides the sum in place of the count; with reduction="mean" only.
         memory_budget: bytes of scratch beside the gradients, an int or a string such as "512MiB"; None for chunks of
             tokens whose logits take 512 MiB, and of 256 tokens at least.
+        logits_dtype: torch.float32 for logits of 16-bit operands that are never rounded to 16 bits; None rounds them as
+            `F.linear` does.
         return_stats: also return `LossStats` of the student, detached.
         loss_dtype: the dtype of the loss; None is input's, float32 under autocast.
         process_group: not supported yet.
@@ -115,10 +118,11 @@ def fused_top_k_distillation_loss(
         scale_by_temperature, tail=tail,
     ).checked()  # fmt: skip
     reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype).checked()
+    check_logits_dtype(logits_dtype, input.dtype)
     refuse_transforms(input, linear_weight, linear_bias)
     targets = targets_of(input, target, token_weight, ids, V, options)
     teacher = constant(rows_of(teacher_log_probs), rows_of(teacher_ids), None)
     student = Side(rows_of(input), linear_weight, linear_bias)
     dtype = product_dtype(input)
-    settings = Settings(bool(return_stats), dtype, dtype, budget_bytes(memory_budget))
+    settings = Settings(bool(return_stats), dtype, dtype, logits_dtype, budget_bytes(memory_budget))
     return loss_of_hidden_states(student, teacher, targets, settings, options, reducing, input)

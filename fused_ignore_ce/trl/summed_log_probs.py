@@ -43,7 +43,7 @@ def summed_log_probs(
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     reduction = ReductionOptions("sum", None, True, acc).checked()
     tensors = LinearTensors(input, linear_weight, target, linear_bias, None, None)
-    problem = linear_problem(tensors, (-100,), options, reduction, memory_budget, backend, None)
+    problem = linear_problem(tensors, (-100,), options, reduction, memory_budget, None, backend, None)
     (position,) = problem.positions
     if not (problem.at_once and any(position.wanted) and is_plain(input)):
         per_token: tuple[Tensor, LossStats] = fused_linear_log_probs(
