@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..core.eager import refuse_transforms
 from ..losses.causal_lm import fused_causal_lm_loss
 from .expression import log_softmax_of
 from .logits import defer
@@ -86,14 +87,18 @@ class LossMode(TorchFunctionMode):
 
 
 def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
+    """Whether the product of these can be deferred; an error where its derivatives would be another transform's."""
     plain = (Tensor, torch.nn.Parameter)
     tensors = [t for t in (hidden, weight, bias) if t is not None]
-    return (
+    can = (
         all(type(t) in plain and t.device == hidden.device and t.is_floating_point() for t in tensors)
         and hidden.dim() > 0
         and weight.dim() == 2
         and hidden.device.type != "meta"
     )
+    if can:
+        refuse_transforms(*tensors)
+    return can
 
 
 def _are_log_probs(input: Any) -> bool:

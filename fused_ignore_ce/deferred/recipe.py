@@ -111,7 +111,7 @@ class Recipe:
             self.autocast = autocast_state(self.inputs[0].device.type)
             enabled = torch.is_grad_enabled()
             self.needs = [enabled and t.requires_grad for t in self.inputs]
-        self.versions: list[int] = []
+        self.versions: list[Any] = []
         self.remake: Any = None  # makes the tensor anew, without a place in the graph
 
     @classmethod
@@ -231,12 +231,12 @@ def autocast(state: Any) -> Any:
     return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
 
-def check_unchanged(t: Tensor, version: int) -> None:
+def check_unchanged(t: Tensor, version: Any) -> None:
     """Raises an error if a tensor that logits depend on has changed."""
     if version_of(t) != version:
         raise RuntimeError(
-            "logits: the head's weights or the hidden states were changed in place since the forward, so its "
-            "logits cannot be computed any more; before optimizer.step(), read outputs.logits or keep "
+            "logits: the head's weights or the hidden states were changed in place or resized since the forward, so "
+            "its logits cannot be computed any more; before optimizer.step(), read outputs.logits or keep "
             "outputs.logits.detach().clone(), or patch with keep_logits=True, which computes logits that are still "
             "held when an optimizer steps"
         )
@@ -253,5 +253,6 @@ def _has_memory(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type != "meta"
 
 
-def version_of(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def version_of(t: Tensor) -> tuple[int, torch.Size]:
+    """What changes when a tensor does: it is written to, or gets another `data`, as resized embeddings do."""
+    return 0 if t.is_inference() else t._version, t.shape

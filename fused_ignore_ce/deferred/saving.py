@@ -21,7 +21,8 @@ class Saved:
 
     def copy(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._tensor, self._version = self._tensor.clone(), 0
+            self._tensor = self._tensor.clone()
+            self._version = version_of(self._tensor)
 
     def tensor(self) -> Tensor:
         _check_version(self._tensor, self._version)
@@ -43,7 +44,7 @@ class _InParameter:
         return t.as_strided(self._shape, self._stride, t.storage_offset() + self._offset)
 
 
-def _check_version(t: Tensor, version: int) -> None:
+def _check_version(t: Tensor, version: object) -> None:
     if version_of(t) != version:
         raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
                            "operation")  # fmt: skip

@@ -222,3 +222,40 @@ def test_what_is_no_model_is_told_what_to_pass():
         patch_model(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="PreTrainedModel.*str"):
         patch_model("meta-llama/Llama-3.1-8B")
+
+
+_TRANSFORMS = {
+    "grad": lambda loss, parameters: torch.func.grad(loss)(parameters),
+    "vjp": lambda loss, parameters: torch.func.vjp(loss, parameters),
+    "vmap": lambda loss, parameters: torch.func.vmap(loss)({n: p.expand(2, *p.shape) for n, p in parameters.items()}),
+}
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in the forward", "after it"])
+@pytest.mark.parametrize("transform", _TRANSFORMS.values(), ids=_TRANSFORMS)
+def test_transforms_of_torch_func(transform, outside):
+    model, batch = patch_model(llama()), batches(1)[0]
+    labels = batch.pop("labels")
+
+    def loss(parameters):
+        if not outside:
+            return torch.func.functional_call(model, parameters, kwargs=batch | {"labels": labels}).loss
+        logits = torch.func.functional_call(model, parameters, kwargs=batch).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    loss(parameters)  # is no transform
+    with pytest.raises(NotImplementedError, match=r"fused_ignore_ce.*unpatch_model\(model\)"):
+        transform(loss, parameters)
+    unpatch_model(model)
+    transform(loss, parameters)
+
+
+@pytest.mark.parametrize("use", [lambda logits: logits.sum(), lambda logits: logits.view(-1, V).logsumexp(-1)])
+def test_a_tied_head_that_is_resized_before_its_loss(use):
+    """It gives the parameter other data, which PyTorch does not count as a write."""
+    model = patch_model(llama(tie_word_embeddings=True))
+    logits = model(batches(1)[0]["input_ids"]).logits
+    model.resize_token_embeddings(V - 4)
+    with pytest.raises(RuntimeError, match="head's weights or the hidden states were changed in place or resized"):
+        use(logits)
