@@ -84,7 +84,7 @@ class GradientSums:
             self.dw.add(block, dx.t(), self.tiles.operands.h[rows], first=rows.start == 0)
 
     def gradients(self) -> Gradients:
-        del self.tiles.buffer  # frees its memory before gradients are cast
+        del self.tiles.buffer, self.tiles.kept  # frees their memory before gradients are cast
         b = self.tiles.given.b
         return Gradients(
             self.dh.gradient() if self.dh else None,

@@ -6,7 +6,9 @@ A tile of logits is `rows` tokens by `classes` of the vocabulary. Three kinds of
 - token chunks, rows x V: the same GEMMs in parts. dW is summed over the chunks, in float32: 4VD bytes, unless the
   gradient itself is float32, and 8VD bytes moved per chunk.
 - vocabulary blocks, N x classes: one sweep over the blocks for the softmax's normaliser, another for the gradients,
-  which computes the logits again: four GEMMs. Every block of dW is complete at once; dH is summed over the blocks.
+  which computes the logits again: four GEMMs. Every block of dW is complete at once; dH is summed over the blocks. If
+  memory allows, the logits of some blocks are kept from the first sweep to the second, and only the others are
+  computed again: between three and four GEMMs.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from ..core.unknown_keywords import explains_keywords
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
 
-#: A plan is as good as another if its predicted time is at most this much longer; the leaner of them is taken.
-NEAR_ENOUGH = 1.05
+#: A plan is as good as another if its predicted time is at most this much longer; the leaner of them is taken. A budget
+#: says what memory may be used, so that more of it is used for time.
+NEAR_ENOUGH, NEAR_ENOUGH_WITHIN_BUDGET = 1.05, 1.01
 
 #: Bytes per row of vectors of N elements: targets, losses, normalisers, scales, and their copies.
 ROW_BYTES = 128
@@ -72,11 +75,13 @@ class LinearPlan(NamedTuple):
         plan: "one block", "token chunks" or "vocabulary blocks".
         chunk: tokens of a chunk; classes of a block for "vocabulary blocks".
         bytes: scratch at its peak, beside the tensors of the caller and the gradients.
+        kept: blocks of the vocabulary whose logits are kept from the first sweep to the second, and not computed again.
     """
 
     plan: str
     chunk: int
     bytes: int
+    kept: int = 0
 
     def tile(self, N: int, V: int) -> tuple[int, int]:
         """(rows, classes) of the logits that exist at a time."""
@@ -120,12 +125,24 @@ class Sizes:
         """The dtype in which chunks or blocks are summed."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def bytes(self, rows: int, classes: int) -> int:
+    def tile(self, rows: int, classes: int) -> int:
+        """The bytes of a tile of logits."""
+        acc = self.sums.itemsize * self.wide  # with float32 logits, their gradient is cast for the products
+        return rows * classes * (self.dtype.itemsize + acc)
+
+    def most_kept(self, classes: int, memory_budget: int | None) -> int:
+        """How many blocks of the vocabulary can keep their logits within the budget, but for one."""
+        if memory_budget is None or self.recompute or self.ranks > 1 or not (self.dinput or self.dweight):
+            return 0
+        rest = (memory_budget - self.bytes(self.N, classes)) // max(self.tile(self.N, classes), 1)
+        return max(0, min(rest, -(-self.V // classes) - 1))
+
+    def bytes(self, rows: int, classes: int, kept: int = 0) -> int:
         """The scratch memory at its peak with tiles of this size, in bytes."""
         N, V, D = self.N, self.V, self.D
         size, acc = self.dtype.itemsize, self.sums.itemsize
         blocks = -(-V // classes)
-        tile = rows * classes * (size + acc * self.wide)  # with float32 logits, their gradient is cast for the products
+        tile = self.tile(rows, classes) * (1 + kept)
         workspace = 0
         if self.device != "cuda":
             temporaries = BLOCK_TEMPORARIES + 2 * self.probs
@@ -143,7 +160,7 @@ class Sizes:
             dinput += N * D * acc  # summed over the ranks in float32
         return tile + workspace + weight + hidden + dweight + dinput + parts + N * ROW_BYTES
 
-    def seconds(self, rows: int, classes: int) -> float:
+    def seconds(self, rows: int, classes: int, kept: int = 0) -> float:
         """The predicted time of forward and backward."""
         N, V, D = self.N, self.V, self.D
         size, acc = self.dtype.itemsize, self.sums.itemsize
@@ -151,14 +168,14 @@ class Sizes:
         chunks, blocks = -(-N // rows), -(-V // classes)
         gradients = self.dinput + self.dweight
         again = blocks > 1 or self.recompute or (self.ranks > 1 and chunks > 1)
-        gemms = 1 + gradients + bool(gradients and again)
+        gemms = 1 + gradients + bool(gradients and again) * (1 - kept / blocks)
         moved = chunks * (gemms - self.dweight) * V * D * size  # the weight, read by the other GEMMs
         moved += self.dweight * V * D * (2 * acc * chunks if chunks > 1 else size)
         moved += blocks * N * D * (gemms * size + (2 * acc if self.dinput and blocks > 1 else 0))
         return (
             2 * N * V * D * gemms / machine.flops
             + moved / machine.bandwidth
-            + self.bytes(rows, classes) / machine.touch
+            + self.bytes(rows, classes, kept) / machine.touch
             + N * V * (1 + bool(gradients)) / machine.elements
             + chunks * blocks * machine.tile
         )
@@ -187,23 +204,26 @@ def _part(size: int, count: int) -> int:
 
 @lru_cache(maxsize=64)  # called by the loss, and again by its operators
 def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
-    """Takes the leanest of all plans within the budget whose predicted time is within 5% of the fastest's."""
+    """Takes the leanest of all plans whose predicted time is near the fastest's, within the budget if there is one."""
     N, V = max(sizes.N, 1), max(sizes.V, 1)
-    tiles = [(ONE_BLOCK, N, V)]
-    tiles += [(TOKEN_CHUNKS, rows, V) for rows in sorted({_part(N, count) for count in _counts(N)}) if rows < N]
-    tiles += [(VOCABULARY_BLOCKS, N, width) for width in sorted({_part(V, c) for c in _counts(V)}) if width < V]
-    known = [(plan, rows, classes, sizes.bytes(rows, classes)) for plan, rows, classes in tiles]
-    fitting = [tile for tile in known if memory_budget is None or tile[3] <= memory_budget]
+    tiles = [(ONE_BLOCK, N, V, 0)]
+    tiles += [(TOKEN_CHUNKS, rows, V, 0) for rows in sorted({_part(N, count) for count in _counts(N)}) if rows < N]
+    for width in sorted({_part(V, c) for c in _counts(V)}):
+        if width < V:
+            tiles += [(VOCABULARY_BLOCKS, N, width, kept) for kept in {0, sizes.most_kept(width, memory_budget)}]
+    known = [(*tile, sizes.bytes(*tile[1:])) for tile in tiles]
+    fitting = [tile for tile in known if memory_budget is None or tile[-1] <= memory_budget]
     if not fitting:
         least = min(size for *_, size in known)
         raise ValueError(
             f"memory_budget: expected at least {least} bytes ({least / 2**20:.3g} MiB) for {sizes.N} kept tokens, "
             f"{sizes.V} classes and {sizes.D} features in {sizes.dtype}, got {memory_budget}"
         )
-    times = [sizes.seconds(rows, classes) for _, rows, classes, _ in fitting]
-    near = [tile for tile, time in zip(fitting, times, strict=True) if time <= NEAR_ENOUGH * min(times)]
-    plan, rows, classes, size = min(near, key=lambda tile: tile[3])
-    return LinearPlan(plan, classes if plan == VOCABULARY_BLOCKS else rows, size)
+    times = [sizes.seconds(*tile) for _, *tile, _ in fitting]
+    limit = min(times) * (NEAR_ENOUGH if memory_budget is None else NEAR_ENOUGH_WITHIN_BUDGET)
+    near = [tile for tile, time in zip(fitting, times, strict=True) if time <= limit]
+    plan, rows, classes, kept, size = min(near, key=lambda tile: tile[-1])
+    return LinearPlan(plan, classes if plan == VOCABULARY_BLOCKS else rows, size, kept)
 
 
 @explains_keywords
@@ -222,7 +242,7 @@ def plan_linear_loss(
     reduction: str = "mean",
     logits_dtype: torch.dtype | None = None,
 ) -> LinearPlan:
-    """What `fused_linear_cross_entropy` does for these sizes: (plan, chunk, bytes).
+    """What `fused_linear_cross_entropy` does for these sizes: (plan, chunk, bytes, kept).
 
     Args:
         num_tokens: N, rows of input.
@@ -243,8 +263,9 @@ def plan_linear_loss(
     Returns:
         plan: "one block" (the logits of all kept tokens at once), "token chunks" (of some tokens at a time, dW summed
         over the chunks in float32) or "vocabulary blocks" (of some classes at a time, twice). chunk: tokens, or
-        classes of a block. bytes: scratch at its peak. Of the plans that fit the budget, the leanest is taken whose
-        predicted time is within 5% of the fastest's.
+        classes of a block. bytes: scratch at its peak. kept: blocks of the vocabulary whose logits are not computed
+        again. Of all plans, the leanest is taken whose predicted time is within 5% of the fastest's; of those that fit
+        a budget, within 1%.
 
     Raises:
         ValueError: no plan fits the budget (the message names the smallest that works); a negative size, more ignored

@@ -177,5 +177,5 @@ def _in_forward(position: Position, early: bool) -> bool:
         return early
     if not is_plain(operands.h):  # sizes may be symbolic, and are not looked at
         return early and call.memory_budget is None
-    plan = plan_of(operands, call, wanted, recompute=not early).plan
-    return early and (plan == ONE_BLOCK or (plan == TOKEN_CHUNKS and call.group is None))
+    plan = plan_of(operands, call, wanted, recompute=not early)
+    return early and (plan.plan == ONE_BLOCK or (call.group is None and (plan.plan == TOKEN_CHUNKS or plan.kept > 0)))

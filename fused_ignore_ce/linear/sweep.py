@@ -76,7 +76,8 @@ def losses_and_gradients(tiles: Tiles, scale: Scale, wanted: Wanted) -> tuple[Ro
                 part = tiles.rows_of(rows)
                 upstream = _upstream(scale.part(rows), part, tiles.options)
                 for block in sums.blocks:
-                    sums.add(rows, block, tiles.logits(rows, block), upstream, part.saved)
+                    x = tiles.tile(rows, block) if block.start in tiles.kept else tiles.logits(rows, block)
+                    sums.add(rows, block, x, upstream, part.saved)
             found = _joined(found, part, rows, tiles.N)
         assert found is not None
         return RowResults.of(found), sums.gradients()

@@ -53,16 +53,22 @@ class Tiles:
         if len(self.blocks) == 1:
             w = w.to(dtype)
         self.given, self.operands = operands, operands._replace(h=h, w=w)
-        self.buffer = h.new_empty(min(rows_a_chunk, self.N) * min(classes_a_block, V), dtype=logits_dtype)
+        size = min(rows_a_chunk, self.N) * min(classes_a_block, V)
+        self.buffer = h.new_empty(size, dtype=logits_dtype)
+        #: The last blocks of the vocabulary whose logits are kept for the gradients, and their buffers.
+        self.kept = {block.start: h.new_empty(size, dtype=logits_dtype) for block in self._last(plan.kept)}
         self.kernels: Backend = implementation(backend, h.device)
         self.options, self.with_stats, self.shard = options, with_stats, shard
         self.of_rank = Block(0, V) if shard is None else shard.block
         self.cast: tuple[slice, Tensor] | None = None
 
+    def _last(self, count: int) -> list[slice]:
+        return self.blocks[len(self.blocks) - count :]
+
     def tile(self, rows: slice, block: slice) -> Tensor:
         """The part of the buffer that holds this tile, (rows, classes)."""
         n, v = rows.stop - rows.start, block.stop - block.start
-        return self.buffer[: n * v].view(n, v)
+        return self.kept.get(block.start, self.buffer)[: n * v].view(n, v)
 
     def weight_of(self, block: slice) -> Tensor:
         """The rows of the head for a block of the vocabulary, in the dtype of the matrix products."""

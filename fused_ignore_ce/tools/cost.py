@@ -75,12 +75,13 @@ def linear_cost(
         memory_budget=memory_budget,
     )  # fmt: skip
     kept = num_tokens - num_ignored
-    again = plan.plan == VOCABULARY_BLOCKS or dtype == torch.float16
+    again = 1.0 * (plan.plan == VOCABULARY_BLOCKS or dtype == torch.float16)
+    again *= 1.0 - plan.kept * plan.chunk / num_classes
     return Cost(
         plain_linear_bytes(num_tokens, num_classes, num_features, dtype),
         plan,
         6 * num_tokens * num_classes * num_features,
-        (8 if again else 6) * kept * num_classes * num_features,
+        round((6 + 2 * again) * kept * num_classes * num_features),
     )
 
 
@@ -111,8 +112,9 @@ def report(
         memory_budget=memory_budget,
     )  # fmt: skip
     rate = known_rate(dtype, device) if rate is None else rate
-    plan, chunk, _ = cost.plan
+    plan, chunk, _, kept_blocks = cost.plan
     unit = "classes" if plan == VOCABULARY_BLOCKS else "tokens"
+    unit += f", {kept_blocks} of them kept" * (kept_blocks > 0)
     name = str(dtype).removeprefix("torch.")
     rows = (
         ("plain", cost.plain_bytes, cost.plain_flops, "F.cross_entropy(F.linear(h, w).float(), y)"),
