@@ -22,8 +22,9 @@ from .faults import Failure, message
 from .tensors import Block, Memory
 from .translating import HERE, Translation, translate
 
-#: No option may let the compiler change a result: no fusing of a product and a sum, and no faster mathematics.
-OPTIONS = ["-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off"]
+#: Compiling takes longer than running, so there is little optimisation. No option may let the compiler change a result,
+#: as by fusing a product and a sum.
+OPTIONS = ["-Og", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off"]
 
 
 @functools.cache
@@ -49,7 +50,9 @@ class Compiled:
         for name in ("where", "threads_counted", "warps_counted"):
             getattr(self.library, name).restype = ctypes.c_void_p
 
-    def run(self, grid: tuple[int, int, int], arguments: list[bytes], memory: Memory, order: Order, errors: float) -> None:
+    def run(
+        self, grid: tuple[int, int, int], arguments: list[bytes], memory: Memory, order: Order, errors: float
+    ) -> None:
         """Runs all programs of a launch; raises what a check of the emulator found."""
         offsets = list(self.translation.offsets.values())
         if len(arguments) != len(offsets):

@@ -1,4 +1,4 @@
-"""What PTX's instructions compute, as expressions of C. Those that meet memory or other threads are in `translating.py`.
+"""What PTX's instructions compute, as expressions of C. Those that meet memory or other threads are elsewhere.
 
 Every instruction is known with the number of its operands. One that is not is an error, never a guess.
 """
@@ -136,8 +136,12 @@ RULES: list[tuple[str, tuple[int, ...], Callable[[re.Match[str], list[str]], str
     (rf"(?P<op>add|sub|mul)(?:\.rn)?\.{PAIR}", (2,), _pair),
     (rf"(?P<op>fma)\.rn\.{PAIR}", (3,), _pair),
     (rf"(?P<op>max|min)(?P<ftz>\.ftz)?(?P<nan>\.NaN)?\.{FLOAT}", (2, 3), _extreme),
-    (rf"setp\.(?P<test>\w+)(?P<ftz>\.ftz)?\.(?P<T>[sub](?:16|32|64)|f32|f64|f16|bf16)", (2,), _compare),
-    (r"cvt(?:\.(?P<round>r\w+))?(?P<ftz>\.ftz)?\.(?P<D>[sub]\d+|f32|f64|f16|bf16)\.(?P<S>[sub]\d+|f32|f64|f16|bf16)", (1,), _convert),  # noqa: E501
+    (r"setp\.(?P<test>\w+)(?P<ftz>\.ftz)?\.(?P<T>[sub](?:16|32|64)|f32|f64|f16|bf16)", (2,), _compare),
+    (
+        r"cvt(?:\.(?P<round>r\w+))?(?P<ftz>\.ftz)?\.(?P<D>[sub]\d+|f32|f64|f16|bf16)\.(?P<S>[sub]\d+|f32|f64|f16|bf16)",
+        (1,),
+        _convert,
+    ),
     (r"cvt\.rn\.(?P<D>f16|bf16)x2\.f32", (2,), _convert_pair),
     (r"(?P<op>ex2|lg2|rcp|sqrt|rsqrt|tanh)\.(?P<how>approx)(?P<ftz>\.ftz)?\.f32", (1,), _approximate),
     (r"(?P<op>div)\.(?P<how>full)(?P<ftz>\.ftz)?\.f32", (2,), _approximate),

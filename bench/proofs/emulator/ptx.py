@@ -72,13 +72,16 @@ def read(text: str) -> Function:
         while match := re.match(r"([$\w]+):\s*", statement):
             if not match[1].startswith(("$L__tmp", "$L__func")):
                 found.blocks.append((match[1], []))
-            statement = statement[match.end() :]
+            statement = statement[match.end() :].lstrip("{} ")
         if match := re.match(r"\.loc\s+(\d+) (\d+)", statement):
             source = f"{files.get(match[1], '?')}:{match[2]}"
         elif statement.startswith("."):
             _declare(statement, found)
         elif statement:
-            guard, name, operands = _GUARDED.fullmatch(statement).groups()
+            match = _GUARDED.fullmatch(statement)
+            if match is None:
+                raise NotUnderstood(f"an unknown statement in {found.name}: {statement}")
+            guard, name, operands = match.groups()
             found.blocks[-1][1].append(Instruction(name, _operands(operands), guard or "", source))
     return found
 

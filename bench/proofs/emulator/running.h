@@ -1,20 +1,24 @@
 // Runs the threads of programs. Included after the segments of a kernel, which are its straight pieces of code.
 //
 // A segment runs all threads of a group that are at it. Among threads that are at different segments, those at the
-// lowest one go first, as compilers lay out code so that threads meet again further down.
+// lowest one go first. Where the threads of a warp meet, the first wait for the others, which go on meanwhile.
 
 static void run_group(int from, int to) {
+  int stuck = -1;  // up to this segment, all threads wait for others of their warps
   for (;;) {
-    int lowest = EXITED, highest = 0;
+    int lowest = EXITED, highest = 0, left = EXITED;
     for (int t = from; t < to; t++) {
-      if (at[t] < lowest) lowest = at[t];
+      if (at[t] > stuck && at[t] < lowest) lowest = at[t];
+      if (at[t] < left) left = at[t];
       if (at[t] > highest) highest = at[t];
     }
+    if (lowest >= WAITING && left < WAITING) fail(WARP_DIVERGED, first_instruction[left], from, 0, 0, 0);
     if (lowest >= WAITING) return;
-    diverged = lowest != highest;
+    diverged = left != highest;
     int next = lowest;
-    do next = segments[next](from, to);
+    do progress = 1, next = segments[next](from, to);
     while (next >= 0);
+    stuck = progress ? -1 : lowest;
   }
 }
 

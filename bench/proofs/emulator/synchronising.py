@@ -27,11 +27,13 @@ def synchronised(translator: Translator, segment: int, at: int, instruction: Ins
         raise NotUnderstood(f"threads that meet under a condition: {instruction}")
     named, body = _body(translator, at, instruction)
     return [
-        f"for (int warp = from; warp < to; warp += 32) {{ u32 there = present({segment}, warp); if (!there) continue;",
-        f"{{ int t = warp + __builtin_ctz(there); (void)t; meet({named}, there, {at}, warp); }}",
+        f"int progressed = 0; for (int warp = from; warp < to; warp += 32) {{ u32 there = present({segment}, warp);",
+        "if (!there) continue;",
+        f"{{ int t = warp + __builtin_ctz(there); (void)t; if (~there & {named}) continue; }}",
         *body,
-        f"threads_run[{segment}] += __builtin_popcount(there); warps_run[{segment}]++;",
+        f"threads_run[{segment}] += __builtin_popcount(there); warps_run[{segment}]++; progressed = 1;",
         f"if (diverged) for (int t = warp; t < warp + 32; t++) if (there >> t % 32 & 1) at[t] = {segment + 1}; }}",
+        f"progress = progressed; return diverged || !progressed ? -1 : {segment + 1}; }}",
     ]
 
 

@@ -80,4 +80,6 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 
 def hull(tensor: torch.Tensor) -> int:
     """The bytes from a tensor's first element to the end of its last one."""
-    return (sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
+    return (
+        sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    ) * tensor.itemsize

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .accesses import access, copy
 from .instructions import expression, width
 from .ptx import Function, Instruction, NotUnderstood
 from .synchronising import is_synchronising, synchronised
@@ -23,9 +24,6 @@ SPECIAL = {f"%{name}.{axis}": value.format(i) for i, axis in enumerate("xyz") fo
     ("ctaid", "program[{}]"), ("nctaid", "programs[{}]"), ("tid", "t" if i == 0 else "0"),
     ("ntid", "THREADS" if i == 0 else "1"),
 )} | {"%laneid": "(t & 31)", "%warpid": "(t >> 5)"}  # fmt: skip
-
-#: Words in the name of a load or store that change nothing in what it does.
-HINTS = re.compile(r"L1::evict_\w+|L1::no_allocate|L2::\w+|nc|ca|cg|cs|wb|weak")
 
 #: Ends of a segment.
 BRANCHES, ENDS = {"bra", "bra.uni"}, {"ret", "exit"}
@@ -78,13 +76,15 @@ class Translator:
         self.kept = set().union(*reads) if reads else set()
         bodies = [self._segment(segment) for segment in self.segments]
         f = self.function
+        copies = COPIES if any("cp.async" in i.name for i in self.instructions) else 0
         lines = [
             f"enum {{ THREADS = {f.threads}, WARPS = {-(-f.threads // 32)}, SHARED_BYTES = {self.shared}, "
-            f"COPIES = {COPIES if any('cp.async' in i.name for i in self.instructions) else 0} }};",
+            f"COPIES = {copies} }};",
             '#include "numbers.h"',
             '#include "memory.h"',
             f"static u8 parameters[{max(self.end, 1)}];",
-            f"static int at[THREADS], diverged; static u64 threads_run[{len(bodies)}], warps_run[{len(bodies)}];",
+            "static int at[THREADS], diverged, progress;",
+            f"static u64 threads_run[{len(bodies)}], warps_run[{len(bodies)}];",
             *(f"static const u8 constant_{c_name(name)}[] = {{{','.join(map(str, value))}}};"
               for name, value in f.constants.items()),
             "static struct { int unused;",
@@ -93,6 +93,7 @@ class Translator:
             '#include "warps.h"',
             *bodies,
             f"static int (*segments[])(int, int) = {{{', '.join(f'segment_{s.number}' for s in self.segments)}}};",
+            f"static const int first_instruction[] = {{{', '.join(str(s.code[0][0]) for s in self.segments)}}};",
             '#include "running.h"',
         ]  # fmt: skip
         numbers = [[number for number, _ in segment.code] for segment in self.segments]
@@ -134,7 +135,9 @@ class Translator:
 
     def results_and_operands(self, instruction: Instruction) -> tuple[list[str], list[str]]:
         name = instruction.name
-        no_result = name.startswith(("st.", "bra", "bar", "stmatrix", "cp.async", "call", "ret", "exit", "trap", "fence"))
+        no_result = name.startswith(
+            ("st.", "bra", "bar", "stmatrix", "cp.async", "call", "ret", "exit", "trap", "fence")
+        )
         results = [] if no_result else self.registers_in(instruction.operands[0])
         if name.startswith("st.param"):  # writes the argument of a call
             results = self.registers_in(instruction.operands[0])
@@ -157,10 +160,14 @@ class Translator:
         number, code = segment.number, segment.code
         head = f"static int segment_{number}(int from, int to) {{"
         if is_synchronising(code[0][1]):
-            return "\n".join([head, *synchronised(self, number, *code[0]), f"return diverged ? -1 : {number + 1}; }}"])
+            return "\n".join([head, *synchronised(self, number, *code[0])])
         incoming = dict.fromkeys(self._first_read(segment))
         outgoing = dict.fromkeys(r for _, i in code for r in self.results_and_operands(i)[0])
-        lines = [head, "int warp = -1;", f"for (int t = from; t < to; t++) {{ if (diverged && at[t] != {number}) continue;"]
+        lines = [
+            head,
+            "int warp = -1;",
+            f"for (int t = from; t < to; t++) {{ if (diverged && at[t] != {number}) continue;",
+        ]
         lines.append(f"threads_run[{number}]++; if (warp != t >> 5) warp = t >> 5, warps_run[{number}]++;")
         lines += [
             f"{self.type_of(r)} {c_name(r)}{f' = registers.{c_name(r)}[t]' if r in incoming else ''};"
@@ -215,32 +222,32 @@ class Translator:
             raise NotUnderstood(f"an unknown address: {text}")
         return f"({self.value(match[1])} + {match[2] or 0}ll)"
 
-    def _assign(self, result: str, value: str) -> str:
+    def assign(self, result: str, value: str) -> str:
         return f"{c_name(result)} = {f'({value}) != 0' if self.type_of(result) == 'pred' else value};"
 
     def _statement(self, at: int, instruction: Instruction) -> str:
         name, operands = instruction.name, instruction.operands
         if name.startswith(("ld.", "st.")):
-            return self._access(at, instruction)
+            return access(self, at, instruction)
         if name.startswith("cp.async"):
-            return self._copy(at, instruction)
+            return copy(self, at, instruction)
         if name == "trap":
             return f"fail(TRAPPED, {at}, t, 0, 0, 0);"
         if name == "call.uni" and operands[0] == "__assertfail":
             message = self.registers_in(operands[1])[0]
             return f"failure.message = {c_name(message)}; fail(ASSERTED, {at}, t, 0, 0, 0);"
         if re.fullmatch(r"createpolicy\.fractional\.L2::evict_\w+\.b64", name) and operands[1:] == ("1.0",):
-            return self._assign(operands[0], "0")  # a hint for the cache
+            return self.assign(operands[0], "0")  # a hint for the cache
         if name.startswith("mov.") and len(operands) == 2 and "{" in operands[0] + operands[1]:
             return self._repack(instruction)
         if match := re.fullmatch(r"(setp\.\w+)\.(f16|bf16)x2", name):
             parts = [f"(u16)({self.value(x)} >> {{0}})" for x in operands[1:]]
             one = Instruction(f"{match[1]}.{match[2]}", operands)
             both = [expression(one, [part.format(shift) for part in parts]) for shift in (0, 16)]
-            return " ".join(self._assign(r, v) for r, v in zip(operands[0].split("|"), both, strict=True))
+            return " ".join(self.assign(r, v) for r, v in zip(operands[0].split("|"), both, strict=True))
         if not operands or not self.is_register(operands[0]):
             raise NotUnderstood(f"unknown instruction: {instruction}")
-        return self._assign(operands[0], expression(instruction, [self.value(text) for text in operands[1:]]))
+        return self.assign(operands[0], expression(instruction, [self.value(text) for text in operands[1:]]))
 
     def _repack(self, instruction: Instruction) -> str:
         """mov of a register into several, or of several into one; the first is the lowest part."""
@@ -249,57 +256,11 @@ class Translator:
             parts = to.strip("{}").split(",")
             step = width(instruction.name.split(".")[1]) // len(parts)
             moved = f"u64 moved = {self.value(source)};"
-            taken = [self._assign(r, f"moved >> {i * step}") for i, r in enumerate(parts) if r != "_"]
+            taken = [self.assign(r, f"moved >> {i * step}") for i, r in enumerate(parts) if r != "_"]
             return f"{{ {moved} {' '.join(taken)} }}"
         parts = source.strip("{}").split(",")
         step = width(instruction.name.split(".")[1]) // len(parts)
-        return self._assign(to, " | ".join(f"(u64)(u{step}){self.value(x)} << {i * step}" for i, x in enumerate(parts)))
-
-    def _access(self, at: int, instruction: Instruction) -> str:
-        """A load or store of one or several registers."""
-        what, space, *words = instruction.name.split(".")
-        kind = words.pop()
-        number = int(words.pop()[1:]) if words and re.fullmatch(r"v[248]", words[-1]) else 1
-        hinted = "L2::cache_hint" in words
-        place, values = instruction.operands[::-1][hinted:] if what == "ld" else instruction.operands[: 2 + 0]
-        registers = values.strip("{}").split(",")
-        if (
-            not all(HINTS.fullmatch(word) for word in words) or len(registers) != number
-            or len(instruction.operands) != 2 + hinted or space not in ("global", "shared", "param")
-        ):  # fmt: skip
-            raise NotUnderstood(f"unknown access to memory: {instruction}")
-        size = width(kind) // 8
-        item = f"{'s' if kind[0] == 's' else 'u'}{8 * size}"
-        if space == "param":
-            return self._parameter(what, item, place, registers, instruction)
-        where = f"{self.address(place)}, {{}}{number * size}, {at}, t"
-        if what == "ld":
-            loaded = [self._assign(r, f"(({item} *)loaded)[{i}]") for i, r in enumerate(registers)]
-            return f"{{ const u8 *loaded = load_{space}({where.format('')}); {' '.join(loaded)} }}"
-        stored = ", ".join(f"({item})({self.value(r)})" for r in registers)
-        return f"{{ {item} stored[] = {{{stored}}}; store_{space}({where.format('stored, ')}); }}"
-
-    def _parameter(self, what: str, item: str, place: str, registers: list[str], instruction: Instruction) -> str:
-        match = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", place)
-        if match is None or len(registers) != 1:
-            raise NotUnderstood(f"unknown access to a parameter: {instruction}")
-        if what == "st":
-            return self._assign(match[1], self.value(registers[0]))
-        return self._assign(registers[0], f"*({item} *)(parameters + {self.offsets[match[1]] + int(match[2] or 0)})")
-
-    def _copy(self, at: int, instruction: Instruction) -> str:
-        name, operands = instruction.name, instruction.operands
-        if name == "cp.async.commit_group" and not operands:
-            return "group[t]++;"
-        if name == "cp.async.wait_group" and len(operands) == 1:
-            return f"wait_copies({self.value(operands[0])}, t);"
-        if name == "cp.async.wait_all" and not operands:
-            return "group[t]++; wait_copies(0, t);"
-        if re.fullmatch(r"cp\.async\.c[ag]\.shared\.global(\.L2::\w+)?", name) and len(operands) in (3, 4):
-            to, source, size = self.address(operands[0]), self.address(operands[1]), self.value(operands[2])
-            taken = self.value(operands[3]) if len(operands) == 4 else size
-            return f"copy_async({to}, {source}, {size}, {taken}, {at}, t);"
-        raise NotUnderstood(f"unknown copy: {instruction}")
+        return self.assign(to, " | ".join(f"(u64)(u{step}){self.value(x)} << {i * step}" for i, x in enumerate(parts)))
 
 
 def c_name(register: str) -> str:

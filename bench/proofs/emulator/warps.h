@@ -9,10 +9,6 @@ static u32 present(int segment, int from) {
   return mask;
 }
 
-static void meet(u32 named, u32 there, int id, int from) {
-  if ((named & there) != named) fail(WARP_DIVERGED, id, from, there, 0, 0);
-}
-
 enum Shuffle { bfly, up, down, idx };
 
 // Which lane a lane reads, and in `valid` whether that is inside its part of the warp.
