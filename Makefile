@@ -1,5 +1,6 @@
 # Every target first makes the environment that it needs: .venv, with the versions of constraints.txt, for most.
 PYTHON ?= python3
+ARCH   ?= 90
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # One process per core. A process that has nothing left to do takes tests from another one.
@@ -9,7 +10,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-quick test-transformers-4 test-oldest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
+.PHONY: demo test test-compiled test-quick test-transformers-4 test-oldest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -20,6 +21,10 @@ test: $(VENV)/.ready
 # One case of every test on every backend, without slow tests; see tests/helpers/quick.py.
 test-quick: $(VENV)/.ready
 	$(BIN)/pytest $(PARALLEL) --quick
+
+# The tests of kernels, on what Triton compiles for sm_$(ARCH), executed on the CPU; see bench/proofs/emulator.
+test-compiled: $(VENV)/.ready
+	TEST_COMPILED=$(ARCH) $(BIN)/pytest $(PARALLEL) -k triton tests/kernels tests/core tests/logits tests/losses tests/linear
 
 # The tests that need transformers, on its last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready

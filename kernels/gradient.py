@@ -71,16 +71,19 @@ def gradient_tile(
     z = exponent(u, terms.height, terms.c)
     if outputs.dx is not None:
         e = tl.exp2(z)
-        grad = e * terms.multiplier
-        if OPTIONS.HAS_SOFT:
-            q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
-            grad -= q * terms.g
-        if TARGET:
-            target = terms.target
-            grad = tl.where(
-                offs == target.local - v, (e * target.mass - target.q_s) * target.g_s + e * target.of_lse, grad
-            )
-        if HAS_ENTROPY:
+        if OPTIONS.ONE_CLASS:  # the loss does not depend on its logit; an upstream gradient of NaN is not hidden
+            grad = e * terms.target.of_lse + terms.g * 0.0
+        else:
+            grad = e * terms.multiplier
+            if OPTIONS.HAS_SOFT:
+                q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
+                grad -= q * terms.g
+            if TARGET:
+                target = terms.target
+                grad = tl.where(
+                    offs == target.local - v, (e * target.mass - target.q_s) * target.g_s + e * target.of_lse, grad
+                )
+        if HAS_ENTROPY and not OPTIONS.ONE_CLASS:
             grad -= e * terms.entropy.multiplier * (tl.maximum(z, -200.0) + terms.entropy.offset)
         if OPTIONS.HAS_SOFTCAP:
             grad *= slope
@@ -92,8 +95,10 @@ def gradient_tile(
             grad = tl.where(inputs.keep, grad, 0.0)
         store_tile(outputs.dx, v, offs, outputs.stride_dxv, outputs.inside, inputs.v_end, grad, TILE, WHOLE, OUT)
     if outputs.dprobs is not None:
-        # A quarter of the exponent does not overflow.
-        grad = terms.probs.offset - terms.probs.multiplier * exponent(u, terms.height * 0.25, terms.c * 0.25)
+        if OPTIONS.ONE_CLASS:  # 0, but NaN for a logit of NaN
+            grad = terms.probs.multiplier * (z - z)
+        else:  # a quarter of the exponent does not overflow
+            grad = terms.probs.offset - terms.probs.multiplier * exponent(u, terms.height * 0.25, terms.c * 0.25)
         if inputs.weight is not None:
             grad *= load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
         if TILE.BLOCK_N > 1:

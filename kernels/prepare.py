@@ -191,7 +191,8 @@ def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
     launch = launch or backward_launch(
         B, T, V, x.itemsize, x.contiguous, aligned(weight, x, probs, dx, dprobs), chip
     )  # fmt: skip
-    flags = flags_of(options, probs)
+    classes = block[1] if block else V
+    flags = flags_of(options, probs)._replace(ONE_CLASS=classes == 1)
     simple = is_simple(launch, weight, probs, flags) and not has_dentropy and not flags.HAS_SOFTCAP
     strides = BackwardStrides(
         x.strides, strides_of(probs), strides_of(dx), strides_of(dprobs), Upstream(*row_strides)
@@ -211,6 +212,7 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     B, T, V = x.shape
     flags = flags_of(options, None, with_stats)
     variant = one_pass_variant(V, weight, x.dtype == torch.float64, flags)
+    flags = flags._replace(ONE_CLASS=V == 1)
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
     registers = one_pass_registers(variant, launch.CHUNKS * launch.WIDTH)
     return Prepared(

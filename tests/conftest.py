@@ -17,7 +17,10 @@ from .helpers.paths import ROOT
 from .helpers.quick import select
 from .helpers.versions import release
 
-if DEVICE == "cpu":
+COMPILED = os.environ.get("TEST_COMPILED")  # an architecture, such as 90: see bench/proofs/emulator
+if COMPILED:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 else:  # cuBLAS refuses matrix products in deterministic mode without it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -30,7 +33,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
-if DEVICE == "cpu" and release("triton") >= (3, 7):
+if DEVICE == "cpu" and not COMPILED and release("triton") >= (3, 7):
     from .helpers.interpreter import make_it_fast
 
     make_it_fast()
@@ -45,6 +48,17 @@ def _import_from_root(name):
 
 _import_from_root("bench")
 _import_from_root("scripts")
+
+if COMPILED:
+    from bench.proofs.emulator.launching import emulated
+
+    emulator = emulated(int(COMPILED), all_orders=True)
+    emulator.__enter__()
+
+
+def pytest_unconfigure():
+    if COMPILED:
+        emulator.__exit__(None, None, None)
 
 
 def pytest_addoption(parser):

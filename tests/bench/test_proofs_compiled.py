@@ -29,8 +29,8 @@ def python(*arguments, **environment):
     )  # fmt: skip
 
 
-def worker(name, tmp_path):
-    run = python(ROOT / "tests" / "helpers" / "proofs_worker.py", name, TRITON_CACHE_DIR=str(tmp_path))
+def worker(name, tmp_path, file="proofs_worker.py"):
+    run = python(ROOT / "tests" / "helpers" / file, name, TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -1,0 +1,103 @@
+"""Compiles a translated kernel with the C compiler, which Triton needs anyway, and calls it.
+
+The library lies beside what Triton has cached of the kernel, so that it is built once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import ptx
+from .faults import Failure, message
+from .tensors import Block, Memory
+from .translating import HERE, Translation, translate
+
+#: Compiling takes longer than running, so there is little optimisation. No option may let the compiler change a result,
+#: as by fusing a product and a sum.
+OPTIONS = ["-Og", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off"]
+
+
+@functools.cache
+def options() -> list[str]:
+    """The compiler's options on this machine: its fused multiply-add, where it has one, is a single instruction."""
+    cpu = Path("/proc/cpuinfo")
+    fma = platform.machine() in ("x86_64", "AMD64") and cpu.exists() and " fma " in cpu.read_text()
+    return [*OPTIONS, *(["-mfma"] if fma else [])]
+
+
+@functools.cache
+def _headers() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(HERE.glob("*.h")))
+
+
+class Compiled:
+    """A kernel that runs on the CPU."""
+
+    def __init__(self, text: str, shared: int, folder: Path) -> None:
+        self.translation: Translation = translate(ptx.read(text), shared)
+        self.library: Any = ctypes.CDLL(str(_built(self.translation, folder)))
+        self.library.launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_double]
+        for name in ("where", "threads_counted", "warps_counted"):
+            getattr(self.library, name).restype = ctypes.c_void_p
+
+    def run(
+        self, grid: tuple[int, int, int], arguments: list[bytes], memory: Memory, order: Order, errors: float
+    ) -> None:
+        """Runs all programs of a launch; raises what a check of the emulator found."""
+        offsets = list(self.translation.offsets.values())
+        if len(arguments) != len(offsets):
+            raise AssertionError(f"{self.name}: expected {len(offsets)} parameters, the launcher has {len(arguments)}")
+        packed = bytearray(max(offsets, default=0) + 8)
+        for offset, value in zip(offsets, arguments, strict=True):
+            packed[offset : offset + len(value)] = value
+        buffer = (ctypes.c_char * len(packed)).from_buffer(packed)
+        blocks = (Block * max(len(memory.blocks), 1))(*memory.blocks)
+        failed = self.library.launch(
+            (ctypes.c_uint32 * 3)(*grid), buffer, blocks, len(memory.blocks), *order, errors
+        )  # fmt: skip
+        if failed:
+            failure = Failure.from_address(self.library.where())
+            raise message(self.name, failure, self.translation, memory)
+
+    @property
+    def name(self) -> str:
+        return self.translation.function.name
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many threads, and how many warps, have run each segment in all launches so far."""
+        number = len(self.translation.segments)
+        return tuple(  # type: ignore[return-value]
+            np.ctypeslib.as_array((ctypes.c_uint64 * number).from_address(address())).copy()
+            for address in (self.library.threads_counted, self.library.warps_counted)
+        )
+
+
+#: (whether each warp runs alone up to a barrier, whether warps and programs run from the last to the first).
+Order = tuple[bool, bool]
+LOCKSTEP, FORWARDS, BACKWARDS = (False, False), (True, False), (True, True)
+ORDERS: tuple[Order, ...] = (LOCKSTEP, FORWARDS, BACKWARDS)
+
+
+def _built(translation: Translation, folder: Path) -> Path:
+    command = [os.environ.get("CC", "cc"), *options(), f"-I{HERE}"]
+    key = hashlib.sha256(translation.source.encode() + _headers() + " ".join(command).encode()).hexdigest()[:16]
+    library = folder / f"{translation.function.name}.{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            source, built = Path(scratch, "kernel.c"), Path(scratch, "kernel.so")
+            source.write_text(translation.source)
+            run = subprocess.run([*command, "-o", str(built), str(source), "-lm"], capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"{command[0]} does not compile {translation.function.name}: {run.stderr[:2000]}")
+            os.replace(built, library)  # another process may build the same one
+    return library

@@ -1,0 +1,109 @@
+"""A Triton driver that runs compiled kernels on CPU tensors.
+
+    with Emulator(90) as emulator:
+        kernel[grid](x, out, ...)
+
+Triton compiles the kernel for the architecture, as it would for a GPU, and the emulator runs what comes out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ..launcher import SCRATCH, flat
+from ..null_driver import Loaded, NullDriver
+from .building import LOCKSTEP, ORDERS, Compiled
+from .faults import KernelFault
+from .tensors import Memory
+
+#: Bytes of a launch's tensors above which it runs once, as every order takes a copy.
+LARGE = 1 << 26
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class EmulatingLauncher:
+    """Takes the place of the object by which Triton launches a kernel on a GPU."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        from triton.runtime.driver import driver
+
+        self.driver: Any = driver.active
+        self.name, self.signature, self.metadata = source.fn.__name__, tuple(source.signature.values()), metadata
+        self.compiled: Compiled | None = None
+
+    def __call__(self, x: int, y: int, z: int, stream: int, loaded: Loaded, *arguments: Any) -> None:
+        passed = arguments[-len(self.signature) :]
+        with _ONE_AT_A_TIME:
+            if self.compiled is None:
+                path = next(path for name, path in loaded.files.items() if name.endswith(".ptx"))
+                self.compiled = Compiled(path.read_text(), self.metadata.shared, Path(path).parent)
+            packed = [*flat(self.signature, passed), *[b"\0" * 8] * SCRATCH]
+            self.driver.launched(self.compiled, (x, y, z), packed, Memory(passed))
+
+
+class Emulator(NullDriver):
+    """A context in which Triton's kernels run on the CPU, compiled for an architecture.
+
+    Args:
+        arch: 90 for sm_90.
+        all_orders: whether to run every launch in each of three orders of warps and programs, and to compare the
+            results, unless the tensors are larger than LARGE. Otherwise, all threads of a program run in lockstep.
+        errors: how far approximate instructions are off, as a share of what the PTX manual allows.
+    """
+
+    launcher_cls = EmulatingLauncher
+
+    def __init__(self, arch: int, *, all_orders: bool = False, errors: float = 1.0) -> None:
+        super().__init__("cuda", arch)
+        self.all_orders, self.errors = all_orders, errors
+        self.kernels: dict[str, list[Compiled]] = {}
+
+    def __enter__(self) -> Emulator:
+        """Leaves out the assembler, which takes a fifth of the time. So what is compiled has a folder of its own."""
+        from triton import knobs
+        from triton.backends.nvidia.compiler import CUDABackend
+
+        super().__enter__()
+        self._stack = ExitStack()
+        self._stack.enter_context(knobs.cache.scope())
+        knobs.cache.dir = str(Path(knobs.cache.dir, "emulated"))
+        no_assembler = mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode())
+        self._stack.enter_context(no_assembler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        super().__exit__(*exception)
+
+    def launched(self, compiled: Compiled, grid: tuple[int, int, int], packed: list[bytes], memory: Memory) -> None:
+        known = self.kernels.setdefault(compiled.name, [])
+        if compiled not in known:
+            known.append(compiled)
+        if not self.all_orders or sum(block.end - block.start for block in memory.blocks) > LARGE:
+            compiled.run(grid, packed, memory, LOCKSTEP, self.errors)
+            return
+        before, results = memory.contents(), []
+        for order in ORDERS:
+            memory.restore(before)
+            memory.forget()
+            compiled.run(grid, packed, memory, order, self.errors)
+            results.append(memory.contents())
+        if any(result != results[0] for result in results):
+            raise KernelFault(f"{compiled.name}: the results depend on the order in which warps and programs run")
+
+
+@contextlib.contextmanager
+def emulated(arch: int, **options: Any) -> Iterator[Emulator]:
+    """The emulator, with `backend="triton"` of this package on CPU tensors."""
+    from fused_ignore_ce.backends import choice
+    from fused_ignore_ce.kernels import cross_entropy
+
+    with Emulator(arch, **options) as emulator, mock.patch.object(choice, "_triton", return_value=cross_entropy):
+        yield emulator

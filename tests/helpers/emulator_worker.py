@@ -1,0 +1,163 @@
+"""Runs compiled kernels on the CPU, right ones and broken ones, and prints JSON. A process of its own, because Triton
+must not interpret."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+import types
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from bench.proofs.emulator import building, ptx
+from bench.proofs.emulator.faults import KernelFault
+from bench.proofs.emulator.launching import Emulator
+from fused_ignore_ce.core.options import LossOptions
+
+ROOT = Path(__file__).parents[2]
+
+#: Faults that are put into a copy of the kernels: (file, what is there, what takes its place).
+FAULTS = {
+    "none": ("tiles.py", "import triton\n", "import triton\n"),
+    "mask": ("tiles.py", "tl.load(ptrs, mask=keep & (offs < v_end", "tl.load(ptrs, mask=keep & (offs <= v_end"),
+    "stride": ("tiles.py", "t.to(tl.int64) * strides.t", "t.to(tl.int64) * strides.t * 2"),
+    "cast": ("device_math.py", "u = x.to(ACC)", "u = x.to(tl.float16).to(ACC)"),
+    "sign of a shift": ("device_math.py", "fused_multiply_add(u, height, -c)", "fused_multiply_add(u, height, c)"),
+}
+
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+def copy_of_kernels(name, file, before, after):
+    """The launchers of a copy of the kernels in which one piece of code is another."""
+    folder = Path(tempfile.mkdtemp()) / "kernels"
+    shutil.copytree(ROOT / "kernels", folder)
+    text = (folder / file).read_text()
+    assert text.count(before) == 1, f"{file} has {text.count(before)} times {before!r}"
+    (folder / file).write_text(text.replace(before, after))
+    package = "kernels_with_fault_" + name.replace(" ", "_")
+    sys.modules[package] = module = types.ModuleType(package)
+    module.__path__ = [str(folder)]
+    return importlib.import_module(f"{package}.cross_entropy")
+
+
+def loss_and_gradient(kernels, target=None):
+    """How far the loss and the gradient of a copy of the kernels are from the truth, relative to their size."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 1000) * 4
+    target = torch.tensor([0, 999, -100, 5, 500, 1]) if target is None else target
+    options, dx = LossOptions(), torch.empty_like(x)
+    rows, totals = kernels.forward_reduce((x, target, None, None), None, None, options, mean=True)
+    upstream = types.SimpleNamespace(
+        dloss=torch.tensor(1.0), factor=totals.factor, token_weight=None, dlse=None, dentropy=None
+    )
+    kernels.backward(upstream, (x, target, None, None), rows_saved(rows), options, dx=dx, dprobs=None)
+    truth = x.double().requires_grad_()
+    loss = F.cross_entropy(truth, target)
+    (gradient,) = torch.autograd.grad(loss, truth)
+    return float(max((totals.total - loss).abs() / loss, (dx - gradient).abs().max() / gradient.abs().max()))
+
+
+def rows_saved(rows):
+    return types.SimpleNamespace(norm=rows.norm, entropy=None)
+
+
+def outcome(function, *arguments):
+    """A function's result, or its error in words."""
+    try:
+        return function(*arguments)
+    except (KernelFault, ptx.NotUnderstood) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def faults():
+    found = {}
+    for name, change in FAULTS.items():
+        with Emulator(90, all_orders=name == "none"):
+            found[name] = outcome(loss_and_gradient, copy_of_kernels(name, *change))
+    read = ptx.read
+
+    def without_barriers(text):
+        return read(re.sub(r"^\s*bar\.sync\s+0;", "", text, flags=re.MULTILINE))
+
+    kernels = copy_of_kernels("barrier", *FAULTS["none"])
+    with Emulator(90), mock.patch.object(building.ptx, "read", without_barriers):
+        found["barrier"] = outcome(loss_and_gradient, kernels)
+    kernels = copy_of_kernels("target", *FAULTS["none"])
+    with Emulator(90):
+        found["target"] = outcome(loss_and_gradient, kernels, torch.tensor([0, 999, -100, 5, 1000, 1]))
+    return found
+
+
+@gluon.jit
+def copied(x_ptr, out_ptr, SIZE: gl.constexpr, WAIT: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    shared: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    at = gl.arange(0, SIZE, layout=layout)
+    held = gl.allocate_shared_memory(gl.float32, [SIZE], shared)
+    async_load(held, x_ptr + at)
+    async_copy.commit_group()
+    if WAIT:
+        async_copy.wait_group(0)
+    gl.store(out_ptr + at, held.load(layout))
+
+
+@triton.jit
+def added(x_ptr, out_ptr, SIZE: tl.constexpr):
+    """Every program adds to the same memory, without an atomic operation."""
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, tl.load(out_ptr + at) + tl.load(x_ptr + at))
+
+
+@triton.jit
+def promised(x_ptr, out_ptr, SIZE: tl.constexpr):
+    """Promises an alignment that is not there."""
+    at = tl.max_contiguous(tl.multiple_of(tl.arange(0, SIZE) + 1, 16), 16)
+    tl.store(out_ptr + tl.arange(0, SIZE), tl.load(x_ptr + at))
+
+
+@triton.jit
+def converted(x_ptr, half_ptr, brain_ptr, whole_ptr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at)
+    tl.store(half_ptr + at, x.to(tl.float16))
+    tl.store(brain_ptr + at, x.to(tl.bfloat16))
+    tl.store(whole_ptr + at, tl.where(tl.abs(x) < 1e9, tl.floor(x), 0.0).to(tl.int32))
+
+
+def small():
+    """Kernels of this file."""
+    found = {}
+    x = torch.randn(512)
+    for wait in (True, False):
+        out = torch.zeros(512)
+        with Emulator(90):
+            copied[(1,)](x, out, 512, wait)
+        found["waited" if wait else "not waited"] = [bool((out == x).all()), bool(out.isnan().all())]
+    with Emulator(90):
+        found["misaligned"] = outcome(promised[(1,)], torch.randn(516), torch.zeros(512), 512)
+        found["programs"] = outcome(added[(2,)], x, torch.zeros(512), 512)
+        bits = torch.randint(-(2**31), 2**31 - 1, (2**16,), dtype=torch.int32)
+        values = torch.cat([bits.view(torch.float32), torch.randn(2**16), torch.randn(2**16) * 2.0**-20])
+        values[values.abs() < torch.finfo(torch.float32).tiny] = 0.0  # floor flushes subnormal numbers to zero
+        results = [torch.empty_like(values, dtype=d) for d in (torch.float16, torch.bfloat16, torch.int32)]
+        converted[(values.numel() // 1024,)](values, *results, 1024)
+    whole = torch.where(values.abs() < 1e9, values.floor(), 0.0).int()
+    expected = [values.half(), values.bfloat16(), whole]
+    found["conversions"] = [torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
+                            for a, b in zip(results, expected, strict=True)]  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]]()))
