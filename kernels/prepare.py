@@ -191,7 +191,7 @@ def backward(forms, row_strides, has_dentropy, options, block, launch, chip):
     launch = launch or backward_launch(
         B, T, V, x.itemsize, x.contiguous, aligned(weight, x, probs, dx, dprobs), chip
     )  # fmt: skip
-    classes = block[1] if block else V
+    _, classes = block or (0, V)
     flags = flags_of(options, probs)._replace(ONE_CLASS=classes == 1)
     simple = is_simple(launch, weight, probs, flags) and not has_dentropy and not flags.HAS_SOFTCAP
     strides = BackwardStrides(

@@ -78,8 +78,9 @@ def test_logits(dtype, V, filler, options, backend, device):
     judge((loss.detach(), dx), truth(x, target, upstream, **options), dtype, bool(options.get("softcap")))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(
+    ("strided", "dtype"), [(False, torch.float32), (False, torch.float64), (True, torch.bfloat16)], ids=str
+)
 def test_gradient_in_forward(strided, dtype, backend, device):
     """One walk or two, of rows that are or are not contiguous; with a z-loss that would overflow but for its weight."""
     x, target = example(dtype, 4600, None, device)

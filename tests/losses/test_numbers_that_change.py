@@ -41,10 +41,10 @@ def check(function, values, dynamic):
         torch.testing.assert_close(compiled(value), function(value))
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["default", "dynamic"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_numbers(case, dynamic):
+def test_numbers(case):
     loss, name = LOSSES[case[0]], case[1]
+    dynamic = True if name in ("z_loss", "temperature") else None  # Dynamo takes 5 s a case
     check(lambda number: loss(**{name: number}), NUMBERS[2:] if name == "label_smoothing" else NUMBERS, dynamic)
 
 
