@@ -24,8 +24,7 @@ class Tile(NamedTuple):
     WIDTH: int
 
     @property
-    def BLOCK_V(self) -> int:
-        """Classes."""
+    def BLOCK_V(self) -> int:  # classes
         return self.CHUNKS * self.LANES * self.WIDTH
 
     @property

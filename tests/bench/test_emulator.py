@@ -10,6 +10,8 @@ from bench.proofs.emulator.translating import translate
 
 from .test_proofs_compiled import worker
 
+KERNELS = {f"{name}_kernel" for name in ["forward", "merge", "backward", "one_pass", "reduce", "total", "scale"]}
+
 HEAD = ".visible .entry kernel(\n.param .u64 kernel_param_0\n)\n.reqntid 32\n{\n.reg .b32 %r<9>;\n.reg .pred %p<9>;\n"
 
 
@@ -48,6 +50,16 @@ def test_a_fault_of_numbers_is_found(fault, faults):
 def test_an_assertion_has_its_message(faults):
     assert "fused_ignore_ce: target out of range [0, number of classes)" in faults["target"]
     assert "forward.py:" in faults["target"]
+
+
+def test_every_kernel_option_and_dtype_is_as_right_as_pytorch(tmp_path):
+    """A selection for every run. `make test-compiled` runs the tests of the kernels on compiled code."""
+    found = worker("selection", tmp_path, "emulator_worker.py")
+    assert set(found["kernels"]) == KERNELS
+    for name, (ours, pytorch) in found["errors"].items():
+        assert len(ours) >= 2
+        for error, allowed in zip(ours, pytorch, strict=True):
+            assert error <= 4 * allowed + 8, f"{name}: off by {ours} units in the last place, PyTorch by {pytorch}"
 
 
 def test_a_copy_arrives_when_it_is_waited_for_and_not_before(small):

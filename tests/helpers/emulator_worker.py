@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from bench.proofs.emulator import building, ptx
 from bench.proofs.emulator.faults import KernelFault
-from bench.proofs.emulator.launching import Emulator
+from bench.proofs.emulator.launching import Emulator, emulated
+from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
 from fused_ignore_ce.core.options import LossOptions
 
 ROOT = Path(__file__).parents[2]
@@ -159,5 +160,79 @@ def small():
     return found
 
 
+def cases():
+    """(name, function of a backend that returns the loss or losses, its inputs): every kernel, option and dtype."""
+
+    def tensor(*shape, dtype=torch.float32):
+        return (torch.randn(shape, dtype=torch.float64) * 3).to(dtype).requires_grad_()
+
+    def logits(name, x, target, **options):
+        def loss(backend, x):
+            more = {"weight": weight.to(x.dtype)} if "weight" in name else {}
+            return fused_cross_entropy(x, target, backend=backend, **options, **more)
+
+        return name, loss, (x,)
+
+    def targets(N, V):
+        target = torch.randint(V, (N,))
+        target[::5] = -100
+        return target
+
+    some = torch.bfloat16
+    weight, tokens = torch.rand(1000) + 0.5, torch.rand(20)
+    yield logits("plain", tensor(20, 5000), targets(20, 5000))
+    yield logits("float16", tensor(20, 5003, dtype=torch.float16), targets(20, 5003), logit_scale=0.5, reduction="sum")
+    yield logits("smoothing and weight", tensor(20, 1000), targets(20, 1000), label_smoothing=0.1)
+    yield logits("softcap", tensor(20, 1000), targets(20, 1000), softcap=5.0, z_loss=1e-2, token_weight=tokens)
+    yield logits("split", tensor(3, 70000, dtype=some), targets(3, 70000))
+    yield logits("many", tensor(70000, 8, dtype=some), targets(70000, 8))
+    yield logits("one pass", tensor(20, 5000, dtype=some), targets(20, 5000), grad_in_forward=True, z_loss=1e-2)
+    yield logits("float64", tensor(20, 300, dtype=torch.float64), targets(20, 300), softcap=5.0, reduction="none")
+    yield logits("strided classes", tensor(2, 50, 6, 7), targets(84, 50).view(2, 6, 7))
+    probs = torch.softmax(tensor(20, 300), 1).detach().requires_grad_()
+    yield "probabilities", lambda backend, x, q: fused_cross_entropy(x, q, backend=backend), (tensor(20, 300), probs)
+
+    def linear(backend, h, w):
+        target = torch.arange(40)
+        return fused_linear_cross_entropy(h, w, target, backend=backend, label_smoothing=0.1, memory_budget=3 * 10**5)
+
+    def log_probs(backend, h, w):
+        log_probs, entropy = fused_linear_log_probs(h, w, torch.arange(40), return_entropy=True, backend=backend)
+        return log_probs * 0.3 + entropy
+
+    yield "linear", linear, (tensor(40, 16), tensor(5003, 16))
+    yield "log-probabilities", log_probs, (tensor(40, 16), tensor(5003, 16))
+
+
+def selection(arch="90"):
+    """How far losses and gradients are from the truth: of compiled kernels and of PyTorch, in units of the dtype."""
+    torch.manual_seed(0)
+    found, kernels = {}, set()
+    for name, loss, inputs in cases():
+        truth = tuple(x.detach().double().requires_grad_() for x in inputs)
+        expected = loss("torch", *truth)
+        upstream = torch.rand_like(expected) + 0.5
+
+        def results(backend, inputs, loss=loss, upstream=upstream):
+            value = loss(backend, *inputs)
+            return [value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))]
+
+        expected, pytorch = results("torch", truth), results("torch", inputs)
+        with emulated(int(arch), all_orders=True) as emulator:
+            ours = results("triton", inputs)
+        kernels |= emulator.kernels.keys()
+        units = [
+            wanted.abs().max() * torch.finfo(value.dtype).eps for value, wanted in zip(ours, expected, strict=True)
+        ]
+        found[name] = [
+            [
+                float((value - wanted).abs().max() / unit)
+                for value, wanted, unit in zip(each, expected, units, strict=True)
+            ]
+            for each in (ours, pytorch)
+        ]
+    return {"errors": found, "kernels": sorted(kernels)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()))
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
