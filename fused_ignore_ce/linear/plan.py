@@ -168,7 +168,7 @@ class Sizes:
         chunks, blocks = -(-N // rows), -(-V // classes)
         gradients = self.dinput + self.dweight
         again = blocks > 1 or self.recompute or (self.ranks > 1 and chunks > 1)
-        gemms = 1 + gradients + bool(gradients and again) * (1 - kept / blocks)
+        gemms = 1 + gradients + bool(gradients and again) * (1 - kept / max(blocks, 1))
         moved = chunks * (gemms - self.dweight) * V * D * size  # the weight, read by the other GEMMs
         moved += self.dweight * V * D * (2 * acc * chunks if chunks > 1 else size)
         moved += blocks * N * D * (gemms * size + (2 * acc if self.dinput and blocks > 1 else 0))

@@ -12,7 +12,7 @@ OPTIONS = (-100, 0.1, 5.0, 1.0, 0.01)
 
 
 def scalars(with_stats, backend):
-    return (*OPTIONS, with_stats, backend, None, torch.float32, None, True)
+    return (*OPTIONS, with_stats, backend, None, torch.float32, None, None, True)
 
 
 @pytest.fixture(autouse=True)
