@@ -32,6 +32,9 @@ arrives when it is waited for, and its place is NaN until then. Approximate inst
 manual allows, up or down by their operands: the same operands always have the same error. Only powers of two with a
 whole exponent are exact, as they are on every GPU.
 
+**What is counted.** `Compiled.counts` has the instructions that were executed, by name, and the bytes that threads read
+and wrote.
+
 **What it is not.** It does not take the time of anything, and does not run the assembler's machine code. A GPU may
 reorder memory accesses more than any order of warps here.
 """
