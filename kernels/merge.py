@@ -47,7 +47,13 @@ def merge_rows(rows_out, parts, row, N, inside, keep, cap, BLOCK_N: tl.constexpr
 def rebase(c, far, c_new, far_new, curve):
     """What makes sums relative to `c` relative to `c_new`: (a quarter of c - c_new, its power of two, units of c)."""
     same = far == far_new
-    unit = tl.where(same, 1.0, tl.where(far, curve.nats / LN2, LN2 / curve.nats))
+    # Rounded correctly: a loss of the largest finite number would overflow.
+    ln2 = tl.full((), LN2, curve.nats.dtype)
+    if curve.nats.dtype == tl.float32:
+        ratio = tl.where(far, tl.div_rn(curve.nats, ln2), tl.div_rn(ln2, curve.nats))
+    else:
+        ratio = tl.where(far, curve.nats / ln2, ln2 / curve.nats)
+    unit = tl.where(same, 1.0, ratio)
     down = 0.25 * c * unit - 0.25 * c_new
     return down, tl.where(same, tl.exp2(4.0 * down), 0.0), unit
 

@@ -67,6 +67,13 @@ def test_a_copy_arrives_when_it_is_waited_for_and_not_before(small):
     assert small["not waited"] == [False, True]  # all NaN
 
 
+def test_what_is_executed_is_counted(small):
+    forward = small["forward"]
+    assert 1 < forward["logits read"] < 1.1  # each logit once, and by every thread the target and its logit
+    assert 1 < forward["powers"] < 2  # one for a logit, and those of shifts
+    assert forward["written"] == 600 * 4 * 4  # a row's loss, c, s and mass
+
+
 def test_a_promise_of_alignment_that_does_not_hold_is_found(small):
     assert "an access of 16 bytes whose address is no multiple of that (4 bytes after" in small["misaligned"]
 

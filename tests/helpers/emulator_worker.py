@@ -145,6 +145,16 @@ def small():
         with Emulator(90):
             copied[(1,)](x, out, 512, wait)
         found["waited" if wait else "not waited"] = [bool((out == x).all()), bool(out.isnan().all())]
+    x_loss = torch.randn(600, 16384).bfloat16()  # so many rows are not split
+    with emulated(90) as emulator:
+        fused_cross_entropy(x_loss, torch.arange(600), backend="triton", reduction="sum")
+        [forward] = emulator.kernels["forward_kernel"]
+        counts = forward.counts()
+        found["forward"] = {
+            "logits read": counts.read / 2 / x_loss.numel(),
+            "powers": counts.threads["ex2.approx.ftz.f32"] / x_loss.numel(),
+            "written": counts.written,
+        }
     with Emulator(90):
         found["misaligned"] = outcome(promised[(1,)], torch.randn(516), torch.zeros(512), 512)
         found["programs"] = outcome(added[(2,)], x, torch.zeros(512), 512)

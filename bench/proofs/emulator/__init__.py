@@ -29,8 +29,11 @@ on the device is an error with its message.
 
 **What is as bad as it may be.** Registers and shared memory that nobody wrote are NaN. A copy that nobody waits for
 arrives when it is waited for, and its place is NaN until then. Approximate instructions are off by as much as the PTX
-manual allows, up or down by their operands: the same operands always have the same error. Only powers of two with a
-whole exponent are exact, as they are on every GPU.
+manual allows, up or down by their operands: the same operands always have the same error. Two to a whole exponent, and
+division by such a number, are taken to be exact; the manual does not promise it.
+
+**What is counted.** `Compiled.counts` has the instructions that were executed, by name, and the bytes that threads read
+and wrote.
 
 **What it is not.** It does not take the time of anything, and does not run the assembler's machine code. A GPU may
 reorder memory accesses more than any order of warps here.

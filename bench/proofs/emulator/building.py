@@ -12,10 +12,10 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from . import ptx
 from .faults import Failure, message
@@ -47,7 +47,7 @@ class Compiled:
         self.translation: Translation = translate(ptx.read(text), shared)
         self.library: Any = ctypes.CDLL(str(_built(self.translation, folder)))
         self.library.launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_double]
-        for name in ("where", "threads_counted", "warps_counted"):
+        for name in ("where", "threads_counted", "warps_counted", "bytes_counted"):
             getattr(self.library, name).restype = ctypes.c_void_p
 
     def run(
@@ -73,13 +73,34 @@ class Compiled:
     def name(self) -> str:
         return self.translation.function.name
 
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many threads, and how many warps, have run each segment in all launches so far."""
-        number = len(self.translation.segments)
-        return tuple(  # type: ignore[return-value]
-            np.ctypeslib.as_array((ctypes.c_uint64 * number).from_address(address())).copy()
-            for address in (self.library.threads_counted, self.library.warps_counted)
-        )
+    def counts(self) -> Counts:
+        """What all launches so far have executed."""
+        segments = self.translation.segments
+
+        def counted(function: str, number: int) -> list[int]:
+            return list((ctypes.c_uint64 * number).from_address(getattr(self.library, function)()))
+
+        by_name: list[Counter[str]] = []
+        for function in ("threads_counted", "warps_counted"):
+            total: Counter[str] = Counter()
+            for times, instructions in zip(counted(function, len(segments)), segments, strict=True):
+                for number in instructions:
+                    total[self.translation.instructions[number].name] += times
+            by_name.append(total)
+        read, written = counted("bytes_counted", 2)
+        threads, warps = by_name
+        return Counts(threads, warps, read, written)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Instructions by name, for every thread and for every warp, whether or not their guards held; and the bytes that
+    threads read and wrote in device memory; those that several threads read count for each."""
+
+    threads: Counter[str]
+    warps: Counter[str]
+    read: int
+    written: int
 
 
 #: (whether each warp runs alone up to a barrier, whether warps and programs run from the last to the first).

@@ -176,7 +176,7 @@ RULES: list[tuple[str, tuple[int, ...], Callable[[re.Match[str], list[str]], str
     (r"shr\.[ub](16|32|64)", (2,), lambda m, a: f"shr_u{m[1]}({a[0]}, {a[1]})"),
     (r"shr\.s(16|32|64)", (2,), lambda m, a: f"shr_s{m[1]}({a[0]}, {a[1]})"),
     (r"selp\.(?P<T>[subf](?:16|32|64))", (3,), _c("{2} ? {0} : {1}")),
-    (r"(bfe\.u32)", (3,), lambda m, a: f"bfe_u32({', '.join(a)})"),
+    (r"bfe\.([us]32)", (3,), lambda m, a: f"bfe_{m[1]}({', '.join(a)})"),
     (r"(bfi\.b32)", (4,), lambda m, a: f"bfi_b32({', '.join(a)})"),
     (r"(prmt\.b32)", (3,), lambda m, a: f"prmt_b32({', '.join(a)})"),
     (r"(lop3\.b32)", (4,), lambda m, a: f"lop3_b32({', '.join(a)})"),

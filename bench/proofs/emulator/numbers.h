@@ -64,6 +64,8 @@ static inline float min_nan_f32(float x, float y) { return x != x || y != y ? NA
 static inline double side(u64 x) { return (x * 0x9e3779b97f4a7c15ull ^ x >> 7) >> 63 ? off : -off; }
 
 // Largest errors of approximate instructions, from the PTX manual; less half a unit for the rounding of their results.
+// Powers of two are taken to be exact, as exponents of ex2 are: units for special functions have tables of fractions.
+static inline int is_power(float x) { return !(to_f32(x) << 9); }
 #define RELATIVE(x, bits, bound) ((x) * (1 + side(bits) * ((bound) - 0x1p-24)))
 static inline float ex2_approx(float x) {
   return x == floorf(x) ? exp2(x) : RELATIVE(exp2(x), to_f32(x), 0x1p-22);  // exact for whole numbers
@@ -72,14 +74,14 @@ static inline float lg2_approx(float x) {
   double y = log2(x);
   return x > 0.5f && x < 2 ? (x == 1 ? 0 : y + side(to_f32(x)) * 0x1p-22) : RELATIVE(y, to_f32(x), 0x1p-22);
 }
-static inline float rcp_approx(float x) { return RELATIVE(1.0 / x, to_f32(x), 0x1p-23); }
+static inline float rcp_approx(float x) { return is_power(x) ? 1 / x : RELATIVE(1.0 / x, to_f32(x), 0x1p-23); }
 static inline float sqrt_approx(float x) { return RELATIVE(sqrt(x), to_f32(x), 0x1p-23); }
 static inline float rsqrt_approx(float x) { return RELATIVE(1 / sqrt(x), to_f32(x), 0x1p-22); }
 static inline float tanh_approx(float x) { return RELATIVE(tanh(x), to_f32(x), 0x1p-11); }
 // Two units of the last place.
 static inline float div_full(float x, float y) {
   float z = x / y;
-  if (!isfinite(z) || z == 0 || off == 0) return z;
+  if (!isfinite(z) || z == 0 || off == 0 || is_power(y)) return z;
   double side_of = side((u64)to_f32(x) << 32 | to_f32(y));
   return nextafterf(nextafterf(z, side_of * INFINITY), side_of * INFINITY);
 }
@@ -128,6 +130,17 @@ SHIFTS(64)
 static inline u32 bfe_u32(u32 x, u32 from, u32 length) {
   from &= 255, length &= 255;
   return length >= 32 ? shr_u32(x, from) : shr_u32(x, from) & ((1u << length) - 1);
+}
+
+// With the sign of its highest bit, which is that of the word where the field reaches beyond it.
+static inline u32 bfe_s32(u32 x, u32 from, u32 length) {
+  from &= 255, length &= 255;
+  if (length == 0) return 0;
+  u32 last = from + length - 1 < 31 ? from + length - 1 : 31;
+  u32 sign = x >> last & 1 ? ~0u : 0;
+  u32 field = from < 32 ? x >> from : sign;
+  u32 kept = from <= last ? last - from + 1 : 0;
+  return kept >= 32 ? field : (field & ((1u << kept) - 1)) | (sign << kept);
 }
 
 static inline u32 bfi_b32(u32 x, u32 into, u32 from, u32 length) {
