@@ -253,6 +253,18 @@ class Read(torch.autograd.Function):
         return gradient, None
 
 
+class Nowhere(torch.autograd.Function):
+    """A view that was written to after its base was detached in place: PyTorch drops its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, None
+
+
 class Adopt(torch.autograd.Function):
     """Gives a deferred tensor the place in the graph of the computed tensor that stands for it."""
 

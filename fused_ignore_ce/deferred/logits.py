@@ -53,6 +53,7 @@ class DeferredLogits(Lazy):
             for t in (self._meta, self._value):
                 if t is not None:
                     t.detach_()  # raises PyTorch's error for views
+            self._is_detached = True
             with _plainly():
                 return func(self)
         if self is not None and _asks_for_leaf(name, args, kwargs) and not self._requires_grad():

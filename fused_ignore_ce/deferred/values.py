@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import forms, tiles
 from .expression import is_chain
-from .graph import Adopt, Read, are_saved_tensors_packed, connected
+from .graph import Adopt, Nowhere, Read, are_saved_tensors_packed, connected
 from .head_call import with_weights
 from .recipe import Recipe, is_deferred
 from .saving import Saved, shares_memory
@@ -39,6 +39,7 @@ class Lazy(Tensor):
     _is_written = False  # the value stands for this tensor from now on
     _is_lent = False  # somebody was given the value's memory, and may write there without anybody's noticing
     _is_moved = False  # and has its place in the graph
+    _is_detached = False  # in place
     _view: View | None = None
     _views: list[weakref.ref[Lazy]]
     _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
@@ -188,7 +189,8 @@ class Lazy(Tensor):
             else:
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view.with_gradients):
                     value = member._view.part_of(found[id(member._view.base)])
-                if member._requires_grad() and not value.requires_grad:  # an autograd.Function handed it on, detached
+                if member._requires_grad() and not value.requires_grad and not member._is_of_detached():
+                    # an autograd.Function handed it on, detached
                     member._keep(functools.partial(no_view, value))
                     assert member._value is not None
                     value = member._connected(member._value)
@@ -211,6 +213,11 @@ class Lazy(Tensor):
     def _move(self, value: Tensor) -> None:
         """Gives this tensor the place in the graph of a computed one that stands for it from now on."""
         unchanged = self._value is not None and self._value._version == self._version_of_value
+        if self._is_of_detached():
+            with torch.enable_grad(), _plainly():
+                if self.requires_grad and not value.requires_grad:
+                    value = connected(Nowhere, torch.zeros((), requires_grad=True), no_view(value))
+                self.detach_()
         self._value, self._is_written, self._is_moved = value, True, True
         if value.requires_grad:
             with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
@@ -221,6 +228,11 @@ class Lazy(Tensor):
                 if self.retains_grad and not value.retains_grad:
                     value.retain_grad()
                     value.grad = grad
+
+    def _is_of_detached(self) -> bool:
+        """Whether this is a view of logits that have been detached in place since."""
+        base = None if self._view is None else self._view.base
+        return base is not None and (base._is_detached or base._is_of_detached())
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which what is saved for backward survives that somebody writes to these logits."""
