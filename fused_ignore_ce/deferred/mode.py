@@ -17,6 +17,7 @@ from .product import product_of
 from .sharded import defer_sharded, is_sharded
 from .shared_state import SharedState
 from .traced import TracedLogits
+from .values import Lazy
 
 _MATMULS = ("matmul", "__matmul__")
 
@@ -80,10 +81,18 @@ class LossMode(TorchFunctionMode):
         return defer(hidden, weight, bias, self.shared, self.head)
 
     def _loss(self, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, Lazy):
+            return _loss_of_deferred(func, input, *args, shared=self.shared, **kwargs)
         classes = input.shape[-1 if func is fused_causal_lm_loss else input.dim() > 1]
         if not hasattr(input, "take_loss") and self.classes is not None and classes != self.classes:
             return func(input, *args, **kwargs)
         return LOSSES[func](input, *args, shared=self.shared, **kwargs)
+
+
+@torch.compiler.disable
+def _loss_of_deferred(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A loss of deferred logits, which Dynamo would trace where a graph broke in a compiled model's forward."""
+    return LOSSES[func](*args, **kwargs)
 
 
 def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:

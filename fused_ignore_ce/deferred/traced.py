@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -10,27 +11,72 @@ from torch import Tensor
 from .expression import Form
 from .forms import applied
 from .loss import LOSSES
-from .operations import RECORDED
+from .operations import ELEMENTWISE, MEMORY, NORMALIZING, RECORDED, writes
 from .recipe import autocast_state
+from .views import View
+
+#: Methods that ask for the tensor's own place in autograd's graph, which only computed logits have.
+_OF_GRAPH = frozenset({"register_hook", "retain_grad", "requires_grad_", "register_post_accumulate_grad_hook"})
 
 
 class TracedLogits:
-    """The counterpart of `DeferredLogits` while tracing: an ordinary object that has the methods that are recorded."""
+    """The counterpart of `DeferredLogits` while tracing: an ordinary object that has the methods of a tensor.
 
-    def __init__(self, form: Form) -> None:
-        self._form = form
+    Operations that are recorded give traced logits again; all others are done on the computed logits. Those that share
+    memory are views of computed ones that share memory, too. Once one of them has been written to, the computed values
+    stand for all of them.
+    """
+
+    def __init__(self, form: Form, view: View | None = None, is_constant: bool = False) -> None:
+        self._form, self._view = form, view
+        self._is_constant = is_constant or not torch.is_grad_enabled()
+        self._values: Tensor | None = None  # once somebody has written to them
+        self._views: list[TracedLogits] = []
+        if view is not None:
+            view.base._views.append(self)
 
     def take_loss(self, lean: Any, dense: Any, operands: list[Tensor]) -> Any:
         """The loss of these logits; the graph that is traced has its gradients."""
-        return lean(self._form, *operands)
+        return dense(self.materialize(), *operands) if self._stands_alone() else lean(self._form, *operands)
 
     @property
     def classes(self) -> int:
         return self._form.product.weight.shape[0]
 
     def materialize(self, reader: str = "materialize") -> Tensor:
-        values = self._form.logits()
-        return values.movedim(-1, 1) if self._form.classes_second else values
+        if self._values is not None:
+            return self._values
+        # The mode in which a model's forward runs would defer the product again.
+        with torch.set_grad_enabled(not self._is_constant), torch._C.DisableTorchFunction():
+            if self._view is not None:
+                return self._view.part_of(self._view.base.materialize())
+            values = self._form.logits()
+            return values.movedim(-1, 1) if self._form.classes_second else values
+
+    def saving(self) -> contextlib.AbstractContextManager[Any]:
+        """As of deferred logits; what a compiled graph saves, the compiler knows."""
+        return contextlib.nullcontext()
+
+    def _stands_alone(self) -> bool:
+        """Whether the computed values stand for these logits, since the form says something else."""
+        return self._values is not None or (self._is_constant and torch.is_grad_enabled())
+
+    def _written(self) -> Tensor:
+        """The values, for an operation that may write to them or change their place in the graph."""
+        root = self
+        while root._view is not None:
+            root = root._view.base
+        family = [root]
+        for member in family:
+            family += member._views
+        for member in family:
+            member._values = member.materialize()
+        return self.materialize()
+
+    def alone(self) -> TracedLogits:
+        """These logits, without what is needed of them only while tracing."""
+        self._view, self._views = None, []
+        return self
 
     @property
     def shape(self) -> torch.Size:
@@ -59,32 +105,73 @@ class TracedLogits:
 
     def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation on tensors and these logits, one of its arguments."""
-        forms = [a._form if isinstance(a, TracedLogits) else a for a in args]
-        form = applied(func, name, forms, kwargs, autocast_state(self.device.type))
+        target = kwargs.get("out", args[0])
+        if writes(name, kwargs) and isinstance(target, TracedLogits):
+            target._written()
+            func(*_values_of(args), **_values_of(kwargs))
+            return target
+        form = None
+        if name in RECORDED and not any(isinstance(a, TracedLogits) and a._stands_alone() for a in args):
+            # A tensor among the operands is copied, so that writing to it later does not change these logits.
+            forms = [a._form if isinstance(a, TracedLogits) else _copied(a) for a in args]
+            form = applied(func, name, forms, kwargs, autocast_state(self.device.type))
         if form is None:
-            values = [a.materialize() if isinstance(a, TracedLogits) else a for a in args]
-            kwargs = {k: a.materialize() if isinstance(a, TracedLogits) else a for k, a in kwargs.items()}
-            return func(*values, **kwargs)
+            return func(*_values_of(args), **_values_of(kwargs))
+        if name in ELEMENTWISE or name in NORMALIZING or name == "clone":
+            return TracedLogits(form)
+        constant = name == "detach" or self._is_constant
         if isinstance(form, list):
-            return tuple([TracedLogits(part) for part in form])
-        return TracedLogits(form)
+            views = [View(self, func, args[1:], kwargs, i) for i in range(len(form))]
+            return tuple([TracedLogits(part, view, constant) for part, view in zip(form, views, strict=True)])
+        return TracedLogits(form, View(self, func, args[1:], kwargs), constant)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in LOSSES and args and isinstance(args[0], TracedLogits):
+        first = args[0] if args else None
+        if func is Tensor.matmul:
+            return torch.matmul(*_in_order(*_values_of(args)))
+        if func in LOSSES and isinstance(first, TracedLogits):
             return LOSSES[func](*args, **kwargs)
-        logits = next((a for a in args if isinstance(a, TracedLogits)), None)
-        if logits is not None and func.__name__ in RECORDED:
-            return logits._call(func, func.__name__, args, kwargs)
-        args = tuple(a.materialize() if isinstance(a, TracedLogits) else a for a in args)
-        kwargs = {k: a.materialize() if isinstance(a, TracedLogits) else a for k, a in kwargs.items()}
-        return func(*args, **kwargs)
+        logits = next((a for a in (*args, kwargs.get("out")) if isinstance(a, TracedLogits)), None)
+        name = _NAMES.get(func, "")
+        if logits is not None and (name or writes(name, kwargs)):
+            return logits._call(func, name, args, kwargs)
+        return func(*_values_of(args), **_values_of(kwargs))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.materialize(), name)
+        stands_alone = writes(name, {}) or name in MEMORY or name in _OF_GRAPH
+        return getattr(self._written() if stands_alone else self.materialize(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Any:
+        return iter(self.unbind(0))
+
+
+def _in_order(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The operands of `@` in the order that their shapes fit in; Dynamo swaps them where the first is no tensor.
+
+    It swaps those of other operators, too, but names the reverse operator.
+    """
+    return (x, y) if x.shape[-1] == y.shape[max(-2, -y.dim())] else (y, x)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _values_of(value: Any) -> Any:
+    if isinstance(value, TracedLogits):
+        return value.materialize()
+    if type(value) in (tuple, list):
+        return type(value)([_values_of(v) for v in value])
+    if type(value) is dict:
+        return {k: _values_of(v) for k, v in value.items()}
+    return value
 
 
 def _method(name: str) -> Any:
@@ -96,6 +183,20 @@ def _method(name: str) -> Any:
     return method
 
 
-for _name in RECORDED:
+#: Operators of tensors, which Python looks for in the class, whether they are recorded or not.
+_OPERATORS = [
+    *("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__matmul__", "__rmatmul__", "__mod__", "__rmod__"),
+    *("__floordiv__", "__rfloordiv__", "__rpow__", "__abs__", "__invert__", "__and__", "__or__", "__xor__"),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__setitem__"),
+    *("__bool__", "__int__", "__float__", "__contains__"),
+]
+#: The names of the functions that are recorded and of those that write, as Dynamo knows not each one's `__name__`.
+_NAMES = {
+    getattr(where, name): name
+    for where in (Tensor, torch, torch.nn.functional)
+    for name in dir(where)
+    if (name in RECORDED or writes(name, {})) and callable(getattr(where, name))
+}
+for _name in (*RECORDED, *_OPERATORS):
     if hasattr(Tensor, _name):
         setattr(TracedLogits, _name, _method(_name))

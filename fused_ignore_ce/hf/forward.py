@@ -249,6 +249,9 @@ def _as_tensors(outputs: Any, model: nn.Module, shared: SharedState) -> Any:
     traced = not isinstance(values, Tensor) and any(isinstance(v, TracedLogits) for v in values)
     if not traced and shared.stats is None:
         return outputs
+    for value in values:
+        if isinstance(value, TracedLogits):
+            value.alone()
     return _outside(outputs, model, shared.settings, shared.used, shared.stats)
 
 
@@ -263,6 +266,8 @@ def _outside(outputs: Any, model: nn.Module, settings: Settings, used: bool, sta
     def as_deferred(value: Any) -> Any:
         if not isinstance(value, TracedLogits):
             return value
+        if value._stands_alone():
+            return value.materialize()
         made = as_tensor(value, SharedState(settings, recorder_of(model)))
         if used:
             made._shared.took(f"cross_entropy {COMPILED}", value._form.product.rows)
