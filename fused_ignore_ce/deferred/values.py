@@ -40,6 +40,7 @@ class Lazy(Tensor):
     _is_lent = False  # somebody was given the value's memory, and may write there without anybody's noticing
     _is_moved = False  # and has its place in the graph
     _is_detached = False  # in place
+    _is_leaf = False  # because somebody told detached logits to require a gradient
     _view: View | None = None
     _views: list[weakref.ref[Lazy]]
     _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
@@ -184,7 +185,7 @@ class Lazy(Tensor):
             moved = member._value if member._is_moved else None
             if member._view is None:
                 value = root = member.materialize("view")
-            elif moved is not None and (not moved._is_view() or moved._base is root):
+            elif moved is not None and (not moved._is_view() or moved._base is root or member._is_leaf):
                 value = member._connected(moved)
             else:
                 with torch.inference_mode(False), torch.set_grad_enabled(member._view.with_gradients):
@@ -213,15 +214,16 @@ class Lazy(Tensor):
     def _move(self, value: Tensor) -> None:
         """Gives this tensor the place in the graph of a computed one that stands for it from now on."""
         unchanged = self._value is not None and self._value._version == self._version_of_value
-        if self._is_of_detached():
-            with torch.enable_grad(), _plainly():
-                if self.requires_grad and not value.requires_grad:
-                    value = connected(Nowhere, torch.zeros((), requires_grad=True), no_view(value))
-                self.detach_()
-        self._value, self._is_written, self._is_moved = value, True, True
-        if value.requires_grad:
-            with _plainly(), torch.enable_grad(), contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
+        with torch.inference_mode(False), torch.enable_grad(), _plainly():
+            if self.requires_grad and not value.requires_grad and self._is_of_detached():
+                value = connected(Nowhere, torch.zeros((), requires_grad=True), no_view(value))
+            self._value, self._is_written, self._is_moved = value, True, True
+            with contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
                 grad = self.grad if self.retains_grad else None
+                if self._view is not None and not self.retains_grad:
+                    self.detach_()  # the node of a view, and the hooks on it, lead nowhere from now on
+                if not value.requires_grad:
+                    return
                 same = torch.autograd.grad_mode._unsafe_preserve_version_counter(self)
                 with same if unchanged else contextlib.nullcontext():
                     connected(Adopt, self, value)
@@ -280,7 +282,7 @@ class Lazy(Tensor):
         """Detached logits that are told to require a gradient: the computed tensor is the leaf."""
         value = self._aliased("requires_grad_")
         value.requires_grad_()
-        self._is_written = self._is_moved = True
+        self._is_written = self._is_moved = self._is_leaf = True
         with torch.enable_grad():
             connected(Adopt, self, value)
 

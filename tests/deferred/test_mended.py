@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fused_ignore_ce import defer_logits
+from fused_ignore_ce.deferred.logits import defer
 
 from .fuzz.names import HandedOn, ce, entropy, like, picked, z_loss
 
@@ -211,6 +212,25 @@ def _view_of_logits_detached_in_place(x, b):
     return y
 
 
+def _hook_on_a_view_between_two_writes(x, b):
+    z, seen = x * b.detach(), []
+    y = z.view_as(z)
+    y.zero_()
+    y.grad_fn, y.register_hook(lambda g: seen.append(g.clone()))
+    y += b
+    ce(HandedOn.apply(y)).backward()
+    return torch.tensor(len(seen))
+
+
+def _written_in_inference_mode_after_detaching(x, b):
+    z = x * b.detach()
+    y = z.view_as(z)
+    z.detach_()
+    with torch.inference_mode():
+        z.add_(1)
+    return y * b
+
+
 PROGRAMS = [
     value
     for name, value in list(globals().items())
@@ -266,6 +286,15 @@ def test_views_are_not_detached_in_place():
     for view in (x, x[0], x.transpose(1, 2)):
         with pytest.raises(RuntimeError, match="Can't detach views in-place"):
             view.detach_()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_leaves_made_without_gradients_are_not_written_to(bias):
+    with torch.no_grad():
+        x = defer(torch.randn(B, T, D), torch.randn(V, D), torch.randn(V) if bias else None)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="view of a leaf" if not bias else "view of a view"):
+        x.view(-1, V)[0] = 1.0
 
 
 def test_a_leaf_is_let_go():
