@@ -126,6 +126,7 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     deferred = deferred_in((args, kwargs))
     target = kwargs.get("out") if isinstance(kwargs.get("out"), Lazy) else args[0]
     values = {id(t): t._aliased(name) for t in deferred}
+    sources = dict(values)  # with their own places in the graph, also where they share memory with the target
     family = target._family() if isinstance(target, Lazy) else []
     if family:
         values |= family[0]._views_of_each_other()
@@ -134,6 +135,8 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> Any:
                 saved.copy()
         first = values[id(family[0])]
         place = first.grad_fn
+    if target is args[0]:
+        args = (values.get(id(target), target), *replaced(args[1:], sources))
     out = func(*replaced(args, values), **replaced(kwargs, values))
     is_recorded = bool(family) and first.grad_fn is not place
     for member in family:
