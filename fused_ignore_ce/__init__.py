@@ -7,6 +7,11 @@ from .linear.plan import LinearPlan, plan_linear_loss
 from .losses.causal_lm import fused_causal_lm_loss, fused_linear_causal_lm_loss
 from .losses.cross_entropy import fused_cross_entropy
 from .losses.distillation import fused_distillation_loss, fused_linear_distillation_loss
+from .losses.distillation_modules import (
+    FusedDistillationLoss,
+    FusedLinearDistillationLoss,
+    FusedTopKDistillationLoss,
+)
 from .losses.linear_cross_entropy import fused_linear_cross_entropy
 from .losses.log_probs import fused_linear_log_probs
 from .losses.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
@@ -17,7 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FusedCrossEntropyLoss",
+    "FusedDistillationLoss",
     "FusedLinearCrossEntropyLoss",
+    "FusedLinearDistillationLoss",
+    "FusedTopKDistillationLoss",
     "LinearPlan",
     "LossStats",
     "defer_logits",

@@ -1,10 +1,22 @@
 """The losses as modules: the same results as the functions, PyTorch's names and state, a head's weight from outside."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ignore_ce import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
+from fused_ignore_ce import (
+    FusedCrossEntropyLoss,
+    FusedDistillationLoss,
+    FusedLinearCrossEntropyLoss,
+    FusedLinearDistillationLoss,
+    FusedTopKDistillationLoss,
+    fused_distillation_loss,
+    fused_linear_cross_entropy,
+    fused_linear_distillation_loss,
+    fused_top_k_distillation_loss,
+)
 
 
 def test_the_module_of_logits(backend, device):
@@ -86,3 +98,35 @@ def test_a_head_s_weight_is_either_the_module_s_or_from_outside(device):
         FusedLinearCrossEntropyLoss(8, 20)(h, y, linear_weight=torch.randn(20, 8))
     with pytest.raises(ValueError, match="bias: expected False with external_weight=True; pass linear_bias"):
         FusedLinearCrossEntropyLoss(8, 20, bias=True, external_weight=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "teacher"),
+    [
+        (FusedDistillationLoss, fused_distillation_loss, lambda: [torch.randn(3, 5)]),
+        (FusedLinearDistillationLoss, fused_linear_distillation_loss, lambda: [torch.randn(3, 7), torch.randn(5, 7)]),
+        (
+            FusedTopKDistillationLoss,
+            fused_top_k_distillation_loss,
+            lambda: [torch.arange(6).view(3, 2) % 5, torch.full((3, 2), 0.3).log()],
+        ),
+    ],
+    ids=["logits", "linear", "top k"],
+)
+def test_modules_of_distillation(module, function, teacher):
+    options = {"divergence": "jsd", "beta": 0.3, "temperature": 2.0, "alpha": 0.6, "ignore_index": [4, 3]}
+    criterion = module(reduction="sum", **options)
+    of_student = [torch.randn(3, 5)] if module is FusedDistillationLoss else [torch.randn(3, 4), torch.randn(5, 4)]
+    tensors, target = [*of_student, *teacher()], torch.tensor([1, 4, 0])
+    weights = {"token_weight": torch.rand(3)}
+    expected = function(*tensors, target, reduction="sum", **options, **weights)
+    torch.testing.assert_close(criterion(*tensors, target, **weights), expected)
+    assert "beta=0.3" in repr(criterion)
+    assert "softcap" not in repr(criterion)
+    assert [*criterion.state_dict()] == []
+    assert "temperature" in inspect.signature(module).parameters
+    with pytest.raises(TypeError, match="did you mean 'temperature'"):
+        module(temperatur=2.0)
+    for wrong in ({"temperature": 0.0}, {"divergence": "kl"}, {"reduction": "max"}, {"backend": "cuda"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            module(**wrong)

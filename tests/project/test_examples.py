@@ -16,6 +16,7 @@ EXAMPLES = ROOT / "examples"
 NEEDS = {
     "bare_loop": ["tokenizers"],
     "trainer": ["tokenizers", "accelerate"],
+    "domains": ["tokenizers", "accelerate"],
     "lora": ["tokenizers", "accelerate", "peft"],
     "sft": ["tokenizers", "trl"],
     "dpo": ["tokenizers", "trl"],
@@ -28,6 +29,7 @@ SHARED = ["data", "models"]
 #: How the examples that need several processes are started.
 TORCHRUN = {name: ["--standalone", "--nproc-per-node", "2"] for name in ("tensor_parallel", "fsdp2")}
 LOSS = r"(?<!train_)(?<!eval_)loss\W+(-?\d+\.\d+)"
+DOMAIN = r"'loss of ([a-z ]+)': '(\d+\.\d+)'"
 REWARD = r"rewards/lower_case/mean\W+(\d+\.\d+)"
 
 
@@ -79,6 +81,9 @@ def test_example(name, tmp_path):
     if name == "trainer":
         assert 0 < float(re.search(r"eval_accuracy\W+(\d\.\d+)", printed)[1]) < 1
         assert re.search(r"^fused: argmax\(logits\): [1-9]", printed, re.M)
+    if name == "domains":
+        assert {domain for domain, _ in re.findall(DOMAIN, printed)} == {"functions", "methods", "private methods"}
+        assert all(4 < float(loss) < 10 for _, loss in re.findall(DOMAIN, printed))
     assert re.search(r"^fused: [^:]+: [1-9]\d* calls, [1-9]\d* tokens, [1-9]\d* of them ignored$", printed, re.M)
     assert "\nlogits read: never\nlogits not allocated: " in printed, printed
 
