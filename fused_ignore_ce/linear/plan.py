@@ -13,7 +13,6 @@ A tile of logits is `rows` tokens by `classes` of the vocabulary. Three kinds of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ import torch
 from ..backends.blocks import BLOCK_ELEMENTS, BLOCK_TEMPORARIES
 from ..core.options import ReductionOptions, budget_bytes, check_logits_dtype, floating_dtype
 from ..core.unknown_keywords import explains_keywords
+from .machines import MACHINES
 
 ONE_BLOCK, TOKEN_CHUNKS, VOCABULARY_BLOCKS = "one block", "token chunks", "vocabulary blocks"
 
@@ -39,33 +39,6 @@ PART_BYTES = 48
 
 #: Elements of a product that is summed into another dtype at a time, at most; see `product_elements`.
 PRODUCT_ELEMENTS = 1 << 19
-
-
-class Machine(NamedTuple):
-    """The rates of a machine that predictions assume."""
-
-    flops: float  #: of a large GEMM, per second
-    bandwidth: float  #: bytes per second, of the passes over the weight and its gradient that every chunk makes
-    touch: float  #: bytes per second, of memory used for the first time
-    elements: float  #: logits per second that the loss's kernels get through, in one direction
-    tile: float  #: seconds per tile, for everything that does not depend on its size
-
-
-#: The rates, by device type and bytes of an operand's element.
-#: CPU: fitted to measurements on a 2-core EPYC with AVX-512 and bfloat16 instructions, of all three plans with tiles
-#: of 16 to 2048 rows and 128 to 8192 classes at V=32768, D=64 to 1024. Relative to "one block", what was predicted
-#: for chunks of 128 rows and more was within 0.2 of what was measured, for blocks of 512 classes and more within 0.35;
-#: smaller tiles were up to 3.6 times slower than large ones, as is predicted. CUDA: not measured, but from data
-#: sheets (H100 SXM: 989 TFLOP/s dense in half precision, of which GEMMs reach about 70%, 67 in float32; 3.35 TB/s);
-#: it is mostly the ratio of flops to bandwidth that matters, and that is similar from A100 to B200.
-MACHINES = {
-    ("cpu", 2): Machine(390e9, 12e9, 2.5e9, 1.2e9, 5e-4),
-    ("cpu", 4): Machine(175e9, 12e9, 2.5e9, 1.2e9, 5e-4),
-    ("cpu", 8): Machine(80e9, 12e9, 2.5e9, 0.6e9, 5e-4),
-    ("cuda", 2): Machine(700e12, 2.8e12, math.inf, 900e9, 5e-5),
-    ("cuda", 4): Machine(50e12, 2.8e12, math.inf, 450e9, 5e-5),
-    ("cuda", 8): Machine(50e12, 2.8e12, math.inf, 225e9, 5e-5),
-}
 
 
 class LinearPlan(NamedTuple):
@@ -159,6 +132,12 @@ class Sizes:
         if self.ranks > 1 and self.dinput and self.input_dtype.itemsize < 4:
             dinput += N * D * acc  # summed over the ranks in float32
         return tile + workspace + weight + hidden + dweight + dinput + parts + N * ROW_BYTES
+
+    def seconds_of(self, plan: LinearPlan) -> float:
+        """The predicted time of forward and backward by this plan."""
+        if plan.plan == VOCABULARY_BLOCKS:
+            return self.seconds(self.N, plan.chunk, plan.kept)
+        return self.seconds(plan.chunk, self.V)
 
     def seconds(self, rows: int, classes: int, kept: int = 0) -> float:
         """The predicted time of forward and backward."""
@@ -289,21 +268,10 @@ def plan_linear_loss(
     device = torch.device(device)
     operand = operand_dtype(dtype, device)
     weight_dtype = dtype if weight_dtype is None else floating_dtype("weight_dtype", weight_dtype)
-    return choose(
-        Sizes(
-            N=num_tokens - num_ignored,
-            V=num_classes,
-            D=num_features,
-            dtype=operand,
-            input_dtype=dtype,
-            weight_dtype=weight_dtype,
-            device=device.type,
-            dinput=input_grad,
-            dweight=weight_grad,
-            gathered=num_ignored > 0,
-            recompute=reduction == "none" or dtype == torch.float16,
-            probs=False,
-            wide=logits_dtype not in (None, operand),
-        ),
-        budget_bytes(memory_budget),
-    )
+    sizes = Sizes(
+        N=num_tokens - num_ignored, V=num_classes, D=num_features, dtype=operand, input_dtype=dtype,
+        weight_dtype=weight_dtype, device=device.type, dinput=input_grad, dweight=weight_grad,
+        gathered=num_ignored > 0, recompute=reduction == "none" or dtype == torch.float16, probs=False,
+        wide=logits_dtype not in (None, operand),
+    )  # fmt: skip
+    return choose(sizes, budget_bytes(memory_budget))

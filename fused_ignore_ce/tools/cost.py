@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..linear.plan import MACHINES, VOCABULARY_BLOCKS, LinearPlan, operand_dtype, plan_linear_loss
+from ..linear.machines import MACHINES
+from ..linear.plan import VOCABULARY_BLOCKS, LinearPlan, Sizes, operand_dtype, plan_linear_loss
 
 #: Where the rates of `MACHINES` come from.
 RATES = {
@@ -29,6 +30,7 @@ class Cost(NamedTuple):
     plan: LinearPlan
     plain_flops: int
     flops: int
+    seconds: float  # of forward and backward, by the model that plans are chosen by
 
 
 def plain_linear_bytes(N: int, V: int, D: int, dtype: torch.dtype, *, upcast: bool = True) -> int:
@@ -74,7 +76,11 @@ def linear_cost(
         num_tokens, num_classes, num_features, num_ignored=num_ignored, dtype=dtype, device=device,
         memory_budget=memory_budget,
     )  # fmt: skip
-    kept = num_tokens - num_ignored
+    kept, device = num_tokens - num_ignored, torch.device(device)
+    sizes = Sizes(
+        kept, num_classes, num_features, operand_dtype(dtype, device), dtype, dtype, device.type, dinput=True,
+        dweight=True, gathered=num_ignored > 0, recompute=dtype == torch.float16, probs=False,
+    )  # fmt: skip
     again = 1.0 * (plan.plan == VOCABULARY_BLOCKS or dtype == torch.float16)
     again *= 1.0 - plan.kept * plan.chunk / num_classes
     return Cost(
@@ -82,7 +88,31 @@ def linear_cost(
         plan,
         6 * num_tokens * num_classes * num_features,
         round((6 + 2 * again) * kept * num_classes * num_features),
+        sizes.seconds_of(plan),
     )
+
+
+def curve(num_tokens: int, num_classes: int, num_features: int, **options: Any) -> list[Cost]:
+    """The costs of the loss with less and less memory: without a budget, with two thirds of it, and so on.
+
+    It ends where no plan fits, or takes twice the time. The options are those of `linear_cost` but for `memory_budget`.
+
+    >>> [round(cost.flops / (2 * 8192 * 128256 * 4096), 2) for cost in curve(8192, 128256, 4096)]
+    [3.0, 3.55, 3.73, 4.0, 4.0, 4.0]
+    """
+    found = [linear_cost(num_tokens, num_classes, num_features, **options)]
+    budget = found[0].plan.bytes
+    while budget:
+        budget = budget * 2 // 3
+        try:
+            cost = linear_cost(num_tokens, num_classes, num_features, memory_budget=budget, **options)
+        except ValueError:  # no plan is that lean
+            break
+        if cost.seconds > 2 * found[0].seconds:
+            break
+        if cost.plan.bytes < found[-1].plan.bytes:
+            found.append(cost)
+    return found
 
 
 def known_rate(dtype: torch.dtype, device: torch.device) -> Rate:
@@ -112,13 +142,10 @@ def report(
         memory_budget=memory_budget,
     )  # fmt: skip
     rate = known_rate(dtype, device) if rate is None else rate
-    plan, chunk, _, kept_blocks = cost.plan
-    unit = "classes" if plan == VOCABULARY_BLOCKS else "tokens"
-    unit += f", {kept_blocks} of them kept" * (kept_blocks > 0)
     name = str(dtype).removeprefix("torch.")
     rows = (
         ("plain", cost.plain_bytes, cost.plain_flops, "F.cross_entropy(F.linear(h, w).float(), y)"),
-        ("fused", cost.plan.bytes, cost.flops, f"fused_linear_cross_entropy(h, w, y): {plan} of {chunk} {unit}"),
+        ("fused", cost.plan.bytes, cost.flops, f"fused_linear_cross_entropy(h, w, y): {_tiles(cost.plan)}"),
     )
     sizes = f"{num_tokens} tokens, {kept} of them kept; {num_classes} classes, {num_features} features"
     lines = [
@@ -129,6 +156,14 @@ def report(
     for title, size, flops, text in rows:
         work = f"{flops / 1e12:.4g} TFLOP"
         lines.append(f"{title:5}  {_size(size):>10}  {work:>13}  {_time(flops / rate.flops):>10}  {text}")
+    shape = (num_tokens, num_classes, num_features)
+    costs = curve(*shape, num_ignored=num_ignored, dtype=dtype, device=device)
+    if memory_budget is None and len(costs) > 1:
+        one = max(2 * kept * num_classes * num_features, 1)
+        lines += ["", f"{'with less memory':>17}  {'products':>13}  {'time':>10}"]
+        for c in costs:
+            time = c.seconds / costs[0].seconds
+            lines.append(f"{_size(c.plan.bytes):>17}  {c.flops / one:>13.2f}  {time:>10.2f}  {_tiles(c.plan)}")
     return "\n".join(
         [
             *lines,
@@ -136,8 +171,15 @@ def report(
             "scratch: memory at the peak, beside hidden states, head and their gradients, by formula",
             "at least: the matrix products alone, forward and backward, at "
             f"{rate.flops / 1e12:.4g} TFLOP/s ({rate.source})",
+            "with less memory: by memory_budget; matrix products, of which three are the fewest, and predicted time "
+            "over that of the first line",
         ]
     )
+
+
+def _tiles(plan: LinearPlan) -> str:
+    unit = "classes" if plan.plan == VOCABULARY_BLOCKS else "tokens"
+    return f"{plan.plan} of {plan.chunk} {unit}" + f", {plan.kept} of them kept" * (plan.kept > 0)
 
 
 def _size(count: int) -> str:

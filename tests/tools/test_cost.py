@@ -1,5 +1,6 @@
 """`python -m fused_ignore_ce plan`: its arithmetic agrees with that by hand, and with peaks in fresh processes."""
 
+import itertools
 import sys
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from fused_ignore_ce.__main__ import main
 from fused_ignore_ce.tools import cost
+
+from ..helpers.paths import ROOT
 
 MIB, GIB = 2**20, 2**30
 N, V, D = 16384, 128256, 4096
@@ -46,6 +49,21 @@ def test_a_budget_is_kept_and_costs_a_product(capsys):
     assert chosen.plan.bytes <= 512 * MIB
     assert chosen.flops == 8 * N * V * D
     assert chosen.plain_flops == 6 * N * V * D
+
+
+def test_less_memory_takes_longer(capsys):
+    """The table that is printed, and is on the page about memory."""
+    costs = cost.curve(8192, V, D)
+    for more, less in itertools.pairwise(costs):
+        assert less.plan.bytes < more.plan.bytes
+        assert more.flops <= less.flops
+        assert more.seconds < less.seconds
+    assert costs[0] == cost.linear_cost(8192, V, D)
+    assert any(0 < c.plan.kept for c in costs)
+    assert main(["plan", "--model-shape", f"{V}x{D}", "--tokens", "8192"]) == 0
+    table = capsys.readouterr().out.partition(" with less memory")[2].partition("\n\n")[0]
+    assert len(table.splitlines()) == len(costs) + 1
+    assert table in (ROOT / "docs" / "concepts" / "memory.md").read_text()
 
 
 @pytest.mark.parametrize(
