@@ -6,25 +6,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """While this is on, `now()` is the size of what was allocated since, and `peak` its largest once that is set.
-
-    The package looks whether a dispatch mode is on, and calls operators then, which take more memory. It is told that
-    none is, so that what is measured is what users have.
-    """
+    """While this is on, `now()` is the size of what was allocated since, and `peak` its largest once that is set."""
 
     def __init__(self):
         super().__init__()
         self._storages = set()  # addresses of storages, with a weak reference to each
         self.peak = None
-
-    def __enter__(self):
-        self._modes = torch._C._len_torch_dispatch_stack
-        torch._C._len_torch_dispatch_stack = lambda: 0
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch._C._len_torch_dispatch_stack = self._modes
-        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
