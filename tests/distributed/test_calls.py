@@ -98,6 +98,19 @@ def test_half_precision(ranks, loss, dtype):
     assert found[0]["input"].dtype == dtype
 
 
+@pytest.mark.parametrize("plan", [None, "vocabulary blocks"])
+def test_logits_that_are_not_rounded(ranks, plan):
+    """Of 16-bit operands: the losses of tokens are those of float64, to float32's precision, on every rank."""
+    tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors_of(KINDS[1]).items()}
+    logits = tensors["input"].double() @ tensors["linear_weight"].double().t()
+    expected = F.cross_entropy(logits, tensors["target"], reduction="none")
+    options = {"logits_dtype": torch.float32, "loss_dtype": torch.float32, "return_stats": True}
+    for found in run(ranks, KINDS[1], tensors, UNEVEN, plan=plan, **options):
+        torch.testing.assert_close(found["stats"].token_loss.double(), expected, rtol=3e-6, atol=3e-6)
+        mean = F.cross_entropy(logits, tensors["target"])
+        torch.testing.assert_close(found["loss"].double(), mean, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("normalizer", [7, torch.tensor(7.0)], ids=["number", "tensor"])
 @pytest.mark.parametrize("loss", KINDS)
 def test_normalizer(ranks, loss, normalizer):
