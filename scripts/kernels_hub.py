@@ -53,8 +53,6 @@ import importlib
 hf = importlib.import_module(losses.__name__ + ".hf")
 hf.patch_model(model)
 ```
-
-The source, its documentation and its tests: {url}
 """
 
 COMPATIBLE = '''\
@@ -85,13 +83,11 @@ def write(out: Path) -> Path:
     files = dict(sources())
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in files.items())).hexdigest()
     project = metadata()
-    url = project["urls"]["Repository"]
     entry = {
         "name": "fused-ignore-ce",
         "id": f"_fused_ignore_ce_universal_{digest[:7]}",
         "version": INTERFACE,
         "license": project["license"],
-        "upstream": url,
         "python-depends": [],
         "backend": {"type": "cuda"},  # the field is required and knows no "universal"; the folder's name decides
     }
@@ -106,7 +102,7 @@ def write(out: Path) -> Path:
         path = variant / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    card = README.format(description=project["description"], interface=INTERFACE, url=url)
+    card = README.format(description=project["description"], interface=INTERFACE)
     (out / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(ROOT / "LICENSE", out)
     return variant
