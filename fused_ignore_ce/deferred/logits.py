@@ -56,8 +56,9 @@ class DeferredLogits(Lazy):
             self._is_detached = True
             with _plainly():
                 return func(self)
-        if self is not None and _asks_for_leaf(name, args, kwargs) and not self._requires_grad():
-            self._become_leaf()
+        if self is not None and _asks_for_leaf(name, args, kwargs):
+            if not self._requires_grad():
+                self._become_leaf()
             return self if name == "requires_grad_" else None  # PyTorch leaks what a setter returns
         is_native = name in NATIVE or name in ("__set__ requires_grad", "__set__ grad", "__set__ _backward_hooks")
         if is_native and self is not None and not self._has_moved():

@@ -217,9 +217,11 @@ class Lazy(Tensor):
         with torch.inference_mode(False), torch.enable_grad(), _plainly():
             if self.requires_grad and not value.requires_grad and self._is_of_detached():
                 value = connected(Nowhere, torch.zeros((), requires_grad=True), no_view(value))
+            holder = self if self._value is None or self.retains_grad else self._value
             self._value, self._is_written, self._is_moved = value, True, True
-            with contextlib.suppress(RuntimeError):  # PyTorch invalidates some views
-                grad = self.grad if self.retains_grad else None
+            with contextlib.suppress(RuntimeError):  # PyTorch invalidates some views, whose `grad_fn` is an error then
+                _ = value.grad_fn
+                retains, grad = holder.retains_grad, holder.grad if holder.retains_grad else None
                 if self._view is not None and not self.retains_grad:
                     self.detach_()  # the node of a view, and the hooks on it, lead nowhere from now on
                 if not value.requires_grad:
@@ -227,7 +229,7 @@ class Lazy(Tensor):
                 same = torch.autograd.grad_mode._unsafe_preserve_version_counter(self)
                 with same if unchanged else contextlib.nullcontext():
                     connected(Adopt, self, value)
-                if self.retains_grad and not value.retains_grad:
+                if retains and not value.retains_grad:
                     value.retain_grad()
                     value.grad = grad
 

@@ -236,6 +236,21 @@ def _expanded_and_written_to_by_itself(x, b):
     return y * b
 
 
+def _retained_by_a_computed_view(x, b):
+    y = x.narrow(1, 0, 2)
+    z = y.expand(2, *y.shape)
+    z.retain_grad()
+    y[:, 1:].mul_(b)
+    checkpoint(ce, z, use_reentrant=True).backward()
+    return z.grad
+
+
+def _told_to_require_a_gradient_again(x, b):
+    y = x.unbind(0)[1]
+    x[:, 0] = 0.5
+    return (x * b)[1] if y.requires_grad_() is y else None
+
+
 def _written_in_inference_mode_after_detaching(x, b):
     z = x * b.detach()
     y = z.view_as(z)
