@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..core.eager import refuse_transforms
+from ..core.eager import is_tracing, refuse_transforms
 from ..losses.causal_lm import fused_causal_lm_loss
 from .expression import log_softmax_of
 from .logits import defer
@@ -73,7 +73,7 @@ class LossMode(TorchFunctionMode):
         return self._deferred(input, other.t(), None)
 
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             self.shared.deferred = True
             return TracedLogits(product_of(hidden, weight, bias))
         self.shared.head_deferred = self.shared.head_deferred or self.head is not None
