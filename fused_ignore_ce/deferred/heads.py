@@ -93,7 +93,7 @@ def defer_logits(
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected a module, got {type(head).__name__}")
     weight = weight_of(head)
-    is_linear = isinstance(head, nn.Linear)  # its weight may be computed whenever it is read
+    is_linear = isinstance(_wrapped(head) or head, nn.Linear)  # its weight may be computed whenever it is read
     if not is_linear and (not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2):
         got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
         raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
@@ -153,7 +153,7 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) > 1 and isinstance(args[-1], InHead):
-            return args[-1]()
+            return args[-1]() if _wrapped(self) is None else original(self, *args)
         if is_tracing():
             return (original if tracing.models else eager)(self, *args, **kwargs)
         shared = None if running.is_in_head else state_of(self)
@@ -244,6 +244,11 @@ class _OfHead(SetForward):
         )
 
 
+def _wrapped(head: nn.Module) -> nn.Module | None:
+    """The head that FSDP1 has wrapped by itself; it passes on what it is called with."""
+    return head._modules.get("_fsdp_wrapped_module")
+
+
 def _of_head(cls: Any) -> dict[str, Any]:
     return with_forward(_deferring(cls.forward), _OfHead)
 
@@ -251,6 +256,9 @@ def _of_head(cls: Any) -> dict[str, Any]:
 def make_head(head: nn.Module, patch: Patch | None) -> None:
     """Lets a module defer: with a patch whenever gradients are enabled, else while its model's patched forward runs."""
     replace_class(head, _of_head)
+    inner = _wrapped(head)
+    if inner is not None:
+        make_head(inner, None)
     if patch is not None:
         head.__dict__[PATCH] = patch
 

@@ -1,4 +1,4 @@
-"""Patched models that FSDP2 shards, the head in groups of every kind: losses and parameters are the plain model's."""
+"""Patched models that FSDP shards, the head in groups of every kind: losses and parameters are the plain model's."""
 
 import pytest
 import torch
@@ -14,13 +14,15 @@ WRAPPED = {
     "float32": [
         "head alone", "head with the embedding", "head with the norm", "head alone, resharded over two",
         "head alone, not resharded", "head with the norm, resharded over two", "offloaded",
+        "FSDP1, head alone", "FSDP1, head alone, flat", "FSDP1, head alone, kept", "FSDP1, defer_logits",
     ],
     "bf16, reduced in float32": ["bf16, reduced in float32"],
     "float32, reduced in bf16": ["float32, reduced in bf16"],
+    "FSDP1, bf16, reduced in float32": ["FSDP1, bf16, reduced in float32"],
     "tied": ["tied"],
 }  # fmt: skip
 CASES = [(numbers, name) for numbers, names in WRAPPED.items() for name in names]
-TOLERANCE = {"bf16, reduced in float32": 1e-3, "float32, reduced in bf16": 1e-3}
+TOLERANCE = {numbers: 1e-3 for numbers in WRAPPED if "bf16" in numbers}
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +62,25 @@ def test_training(run, plain, numbers, name, outside):
     assert sum(last) < sum(first)
 
 
-def test_logits_that_are_read_after_the_forward(run, plain):
-    """They are computed in a call of the head, for which FSDP2 gathers it again."""
-    for mine, theirs in zip(run("head alone", patched=True, outside="read"), plain("float32"), strict=True):
+@pytest.mark.parametrize("name", ["head alone", "FSDP1, head alone"])
+def test_logits_that_are_read_after_the_forward(run, plain, name):
+    """They are computed in a call of the head, for which FSDP gathers it again."""
+    for mine, theirs in zip(run(name, patched=True, outside="read"), plain("float32"), strict=True):
         torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-5)
         assert mine["reads"]
 
 
-def test_a_head_that_fsdp1_wraps_by_itself_is_an_error(run):
-    with pytest.raises(AssertionError, match="FSDP1: do not wrap the head by itself"):
-        run("FSDP1, head by itself", patched=True)
+def test_a_head_that_fsdp1_wraps_after_defer_logits_is_an_error(run):
+    with pytest.raises(AssertionError, match="FSDP1: wrap the head by itself and call defer_logits on the wrapper"):
+        run("FSDP1, defer_logits too soon", patched=True, outside=True)
 
 
+@pytest.mark.parametrize("name", ["head alone", "FSDP1, head alone"])
 @pytest.mark.parametrize(("loss", "frozen", "gradients"), LOSSES)
-def test_memory(ranks, loss, frozen, gradients):
+def test_memory(ranks, name, loss, frozen, gradients):
     """FSDP2 keeps what it has gathered last until it gathers again, so two calls of the head in a row take more."""
-    case = {"name": "head alone", "loss": loss, "frozen": frozen}
+    case = {"name": name, "loss": loss, "frozen": frozen}
     plain, ours = (
         ranks.run("fsdp_worker.memory", [{"rank": rank, "patched": patched, **case} for rank in range(4)])
         for patched in (False, True)

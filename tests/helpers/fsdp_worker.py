@@ -10,12 +10,15 @@ from live_memory import measured
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
+    ShardingStrategy,
     fully_shard,
 )
 from tp_worker import mesh_of, whole
 
-from fused_ignore_ce.hf import fusion_report, patch_model
+from fused_ignore_ce import defer_logits
+from fused_ignore_ce.hf import fusion_report, patch_model, unpatch_model
 
 STEPS = 3
 
@@ -30,11 +33,25 @@ def in_groups(model, head=None, **options):
     return fully_shard(model, **options)
 
 
-def first_version(model):
+def first_version(model, use_orig_params=True, **options):
     """FSDP1, with the head wrapped by itself."""
-    wrap = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
-    model.lm_head = wrap(model.lm_head)
-    return wrap(model)
+    options.update(device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
+    return FullyShardedDataParallel(model, **options)
+
+
+def patched_by_itself(model):
+    """A head to which `defer_logits` was applied once it was wrapped."""
+    unpatch_model(model)
+    wrapped = first_version(model)
+    defer_logits(model.lm_head)
+    return wrapped
+
+
+def patched_too_soon(model):
+    unpatch_model(model)
+    defer_logits(model.lm_head)
+    return first_version(model)
 
 
 HEAD = {
@@ -55,7 +72,14 @@ WRAPPED = {
         in_groups, head=HEAD["alone"], mp_policy=MixedPrecisionPolicy(torch.float32, torch.bfloat16)
     ),
     "tied": partial(in_groups, head=HEAD["with the embedding"]),
-    "FSDP1, head by itself": first_version,
+    "FSDP1, head alone": first_version,
+    "FSDP1, head alone, flat": partial(first_version, use_orig_params=False),
+    "FSDP1, head alone, kept": partial(first_version, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP),
+    "FSDP1, bf16, reduced in float32": partial(
+        first_version, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ),
+    "FSDP1, defer_logits": patched_by_itself,
+    "FSDP1, defer_logits too soon": patched_too_soon,
 }
 
 
@@ -95,7 +119,7 @@ def parameters_of(model):
 
 
 def memory(rank, name, patched, loss, frozen=False):
-    """The memory of a step under FSDP2."""
+    """The memory of a step under FSDP."""
     model = memory_of_heads.model_of(frozen)
     if patched:
         patch_model(model)
