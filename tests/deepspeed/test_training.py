@@ -15,7 +15,7 @@ from ..helpers.live_memory import assert_gathered_no_longer
 from ..helpers.ranks import Ranks
 
 #: What changes the losses. All other options are compared with the unpatched model of ZeRO-3 without them.
-NUMBERS = {"tied", "frozen", "bf16", "accumulate", "between"}
+NUMBERS = {"tied", "frozen", "bf16", "accumulate", "between", "lora"}
 
 CASES = {
     "untied": {},
@@ -32,6 +32,9 @@ CASES = {
     "checkpointed": {"checkpointed": True},
     "checkpointed, after the forward": {"checkpointed": True, "outside": True},
     "evaluation and generation between steps": {"between": True},
+    "LoRA on the head": {"lora": True},
+    "LoRA on the head, after the forward": {"lora": True, "outside": True},
+    "LoRA on the head, accumulated, bfloat16": {"lora": True, "accumulate": 2, "bf16": True},
     "ZeRO-1": {"stage": 1},
     "ZeRO-2": {"stage": 2},
     "ZeRO-2, tied, accumulated": {"stage": 2, "tied": True, "accumulate": 2},
@@ -116,4 +119,5 @@ def test_trainer(run, tmp_path):
 @pytest.mark.parametrize(("loss", "frozen", "gradients"), LOSSES)
 def test_memory(run, loss, frozen, gradients):
     plain, ours = (run("memory", patched, loss=loss, frozen=frozen) for patched in (False, True))
-    assert_gathered_no_longer(ours, plain, gradients)
+    # DeepSpeed gathers into twice the memory, at a time when plain PyTorch has no gradient yet
+    assert_gathered_no_longer(ours, plain, gradients, in_backward=gradients)

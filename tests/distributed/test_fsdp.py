@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 
 from ..helpers.live_memory import CASES as LOSSES
 from ..helpers.live_memory import assert_gathered_no_longer
+from ..helpers.ranks import Ranks
 from ..helpers.versions import release
 
 #: How `fsdp_worker.py` wraps models, by what changes the numbers.
@@ -23,6 +24,14 @@ WRAPPED = {
 }  # fmt: skip
 CASES = [(numbers, name) for numbers, names in WRAPPED.items() for name in names]
 TOLERANCE = {numbers: 1e-3 for numbers in WRAPPED if "bf16" in numbers}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Accelerate shards over all processes that there are, and the environment says how many."""
+    group = Ranks(2, tmp_path_factory)
+    yield group
+    group.stop()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +78,21 @@ def test_logits_that_are_read_after_the_forward(run, plain, name):
         torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-5)
         assert mine["reads"]
+
+
+@pytest.mark.parametrize(("by", "options"), [
+    ("accelerate", {}), ("accelerate", {"outside": True}), ("trainer", {}),
+], ids=["accelerate", "accelerate, after the forward", "Trainer"])  # fmt: skip
+def test_by_accelerate(two_ranks, tmp_path, by, options):
+    def trained(patched):
+        given = {**options, "patched": patched} | ({"folder": str(tmp_path)} if by == "trainer" else {})
+        return two_ranks.run(f"fsdp_worker.train_by_{by}", [{"rank": rank, **given} for rank in range(2)])
+
+    for theirs, mine in zip(trained(False), trained(True), strict=True):
+        torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-5)
+        assert mine["fused"] == len(mine["losses"])
+        assert not mine["reads"]
 
 
 def test_a_head_that_fsdp1_wraps_after_defer_logits_is_an_error(run):
