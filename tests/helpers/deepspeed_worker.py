@@ -65,7 +65,10 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
 
 
-def train(rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, between=False, folder=None, **of_model):
+def train(
+    rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, between=False, folder=None, plain_linear=False,
+    **of_model,
+):  # fmt: skip
     """Losses of every step, what was computed between steps, parameters at the end, and the report.
 
     `outside` takes the loss after the forward, if it is "read" of logits that were read; `between` evaluates and
@@ -73,6 +76,9 @@ def train(rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, be
     """
     environment_of(rank)
     config = config_of(stage, bf16=bf16, accumulate=accumulate)
+    if plain_linear:  # in place of the one that DeepSpeed sets, for the whole process
+        torch.nn.functional.linear = torch._C._nn.linear
+        config["zero_optimization"]["memory_efficient_linear"] = False
     model = model_of(config, patched=patched, **of_model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(trained)

@@ -53,6 +53,10 @@ def patched_by_itself(model):
     return wrapped
 
 
+def patched_afterwards(model):
+    return patch_model(first_version(unpatch_model(model)))
+
+
 def patched_too_soon(model):
     unpatch_model(model)
     defer_logits(model.lm_head)
@@ -83,6 +87,7 @@ WRAPPED = {
     "FSDP1, bf16, reduced in float32": partial(
         first_version, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ),
+    "FSDP1, patched afterwards": patched_afterwards,
     "FSDP1, defer_logits": patched_by_itself,
     "FSDP1, defer_logits too soon": patched_too_soon,
 }
