@@ -15,7 +15,8 @@ WRAPPED = {
     "float32": [
         "head alone", "head with the embedding", "head with the norm", "head alone, resharded over two",
         "head alone, not resharded", "head with the norm, resharded over two", "offloaded",
-        "FSDP1, head alone", "FSDP1, head alone, flat", "FSDP1, head alone, kept", "FSDP1, defer_logits", "FSDP1, patched afterwards",
+        "FSDP1, head alone", "FSDP1, head alone, flat", "FSDP1, head alone, kept", "FSDP1, defer_logits",
+        "FSDP1, patched afterwards",
     ],
     "bf16, reduced in float32": ["bf16, reduced in float32"],
     "float32, reduced in bf16": ["float32, reduced in bf16"],
