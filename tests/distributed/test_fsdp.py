@@ -103,11 +103,11 @@ def test_a_head_that_fsdp1_wraps_after_defer_logits_is_an_error(run):
 
 @pytest.mark.parametrize("name", ["head alone", "FSDP1, head alone"])
 @pytest.mark.parametrize(("loss", "frozen", "gradients"), LOSSES)
-def test_memory(ranks, name, loss, frozen, gradients):
+def test_memory(two_ranks, name, loss, frozen, gradients):
     """FSDP2 keeps what it has gathered last until it gathers again, so two calls of the head in a row take more."""
     case = {"name": name, "loss": loss, "frozen": frozen}
     plain, ours = (
-        ranks.run("fsdp_worker.memory", [{"rank": rank, "patched": patched, **case} for rank in range(4)])
+        two_ranks.run("fsdp_worker.memory", [{"rank": rank, "patched": patched, **case} for rank in range(2)])
         for patched in (False, True)
     )
     assert_gathered_no_longer(ours, plain, gradients, gathers=loss == "cross_entropy")
