@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .eager import autocasts, is_plain
+from .eager import autocasts, is_plain, is_tracing
 from .options import LossOptions, check_backend, check_number, check_temperature
 from .tensors import FLOATS
 
@@ -180,7 +180,7 @@ def refuse_process_group(process_group: Any) -> None:
 
 
 def refuse_create_graph() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_tracing():
         raise RuntimeError(
             "create_graph=True is not supported by the distillation losses of this package: write the divergence with "
             "torch.nn.functional.kl_div where a second derivative is needed"

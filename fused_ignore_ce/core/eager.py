@@ -17,10 +17,20 @@ from torch.overrides import has_torch_function_unary
 PACKAGE = __name__.partition(".")[0]
 
 
+def is_tracing() -> bool:
+    """Whether this code is traced, by torch.compile or torch.export.
+
+    While one thread compiles, `torch.compiler.is_compiling` is true in all threads (PyTorch 2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    return torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether x is eager data: not traced, not on the meta device, no tensor subclass, under no dispatch mode."""
     return (
-        not torch.compiler.is_compiling()
+        not is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
@@ -37,7 +47,7 @@ def overridden(x: Tensor) -> bool:
 
     Losses of other subclasses of Tensor are computed here: PyTorch would convert every result to their class.
     """
-    if not has_torch_function_unary(x) or torch.compiler.is_compiling():
+    if not has_torch_function_unary(x) or is_tracing():
         return False
     return type(x) is Tensor or bool(getattr(type(x), "takes_losses", False))
 
@@ -53,7 +63,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """Refuses forward mode and `torch.func` transforms, whose derivatives a kernel would lose silently."""
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(

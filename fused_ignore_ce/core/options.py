@@ -1,4 +1,4 @@
-"""The options of a loss, as objects passed from caller to kernel. A leaf: it imports nothing of this package."""
+"""The options of a loss, as objects passed from caller to kernel. Of this package, it imports `eager.py` only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
+
+from .eager import is_tracing
 
 Reduction = Literal["none", "mean", "sum"]
 Backend = Literal["auto", "triton", "torch"]
@@ -110,7 +112,7 @@ class LossOptions(NamedTuple):
 
 
 def check_number(name: str, value: Any) -> None:
-    if torch.compiler.is_compiling():  # numbers may be symbols
+    if is_tracing():  # numbers may be symbols
         return
     if (type(value) is float and math.isfinite(value)) or (value is None and name == "softcap"):
         return
@@ -151,7 +153,7 @@ def _check_normalizer(reduction: str, normalizer: Any) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-    elif not torch.compiler.is_compiling() and (not hasattr(normalizer, "__float__") or isinstance(normalizer, bool)):
+    elif not is_tracing() and (not hasattr(normalizer, "__float__") or isinstance(normalizer, bool)):
         raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
 
 

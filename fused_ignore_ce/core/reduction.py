@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import autocasts
+from .eager import autocasts, is_tracing
 from .options import ReductionOptions
 from .tensors import Sizes, holds_probabilities
 
@@ -101,7 +101,7 @@ def prepare_targets(
 
 def _unshared(target: Tensor, ignored: int) -> Tensor:
     """While tracing, a copy of the target: Inductor does not notice a write to a tensor whose view backward needs."""
-    return torch.where(target == ignored, ignored, target) if torch.compiler.is_compiling() else target
+    return torch.where(target == ignored, ignored, target) if is_tracing() else target
 
 
 def weight_of_target(targets: Targets, weight: Tensor | None, probs: Tensor | None) -> Tensor | None:

@@ -180,7 +180,8 @@ class Work(NamedTuple):
             return [None] * len(self.needs)
         wanted = [*self.leaves.values(), *(t for t in self.operands if t.requires_grad)]
         results, given = zip(*pairs, strict=True)
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # if not, gradients are scaled in place
+        # Where the graph is not kept, gradients that a loss has computed in its forward are scaled in place.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
         found = _apart(torch.autograd.grad(results, wanted, given, retain_graph=keep, allow_unused=True))
         parts: dict[tuple[int, int], Tensor | None] = dict(zip(self.leaves, found, strict=False))
         of_operands = iter(found[len(self.leaves) :])

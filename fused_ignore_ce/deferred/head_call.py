@@ -74,7 +74,12 @@ def _is_same(found: Any, computed: Any) -> bool:
 
 
 def _is_there(t: Tensor) -> bool:
-    """Whether a tensor has its memory: DeepSpeed replaces a parameter's by none, FSDP frees it."""
-    if type(t) is not torch.nn.Parameter or t.device.type == "meta":
+    """Whether a tensor has its memory: DeepSpeed replaces a parameter's by none, FSDP frees it.
+
+    FSDP1 multiplies with a part of its flat parameter.
+    """
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.device.type == "meta":
         return True
-    return t.numel() > 0 and t.untyped_storage().size() > 0
+    if t.numel() == 0:
+        return type(t) is Tensor
+    return t.untyped_storage().size() > 0

@@ -1,7 +1,6 @@
 """Heads of models whose product is deferred: modules of which the class is replaced by one with another forward.
 
-The forward belongs to the class, so that it gets the module from the call: copies, replicas and unpickled modules defer
-their own product. Wrappers that replace `forward` on the instance call it like any other.
+A call of a head changes nothing that another thread can see.
 """
 
 from __future__ import annotations
@@ -15,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.eager import is_tracing
 from .head_call import InHead
 from .logits import defer
 from .mode import LossMode, can_defer
+from .replaced import SetForward, replace_class, restore_class, with_forward
 from .report import Recorder
 from .settings import Settings, settings_of
 from .sharded import defer_sharded, is_sharded
 from .shared_state import SharedState
 
-#: Where a module keeps its patch, and where a replaced class keeps the one that it stands for.
-PATCH, REPLACED = "_fused_ignore_ce", "_fused_ignore_ce_of"
+#: Where a module keeps its patch.
+PATCH = "_fused_ignore_ce"
 
 
 class Patch:
@@ -92,7 +93,7 @@ def defer_logits(
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected a module, got {type(head).__name__}")
     weight = weight_of(head)
-    is_linear = isinstance(head, nn.Linear)  # its weight may be computed whenever it is read
+    is_linear = isinstance(_wrapped(head) or head, nn.Linear)  # its weight may be computed whenever it is read
     if not is_linear and (not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2):
         got = type(weight).__name__ if not isinstance(weight, Tensor) else f"one of shape {tuple(weight.shape)}"
         raise ValueError(f"head: expected a module with a weight (V, D), such as an nn.Linear, got {got}")
@@ -152,8 +153,8 @@ def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) > 1 and isinstance(args[-1], InHead):
-            return args[-1]()
-        if torch.compiler.is_compiling():
+            return args[-1]() if _wrapped(self) is None else original(self, *args)
+        if is_tracing():
             return (original if tracing.models else eager)(self, *args, **kwargs)
         shared = None if running.is_in_head else state_of(self)
         if shared is None:
@@ -230,60 +231,34 @@ def _whole_shape(weight: Tensor) -> Any:
     return getattr(weight, "ds_shape", weight.shape)
 
 
-@functools.cache
-def replaced_class(cls: Any, of: Callable[[Any], dict[str, Any]]) -> Any:
-    """A subclass of the same name with the attributes that `of(cls)` gives; instances pickle and copy as such."""
-    body = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": functools.partialmethod(_reduce, of),
-        REPLACED: cls,
-        **of(cls),
-    }
-    return type(cls)(cls.__name__, (cls,), body)
+class _OfHead(SetForward):
+    """That of a head. It need not call the forward of the head's class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        theirs = self.__wrapped__
+        if len(args) > 1 and isinstance(args[-1], InHead):
+            return args[-1]()
+        shared = None if running.is_in_head or is_tracing() else state_of(self.module)
+        return (
+            theirs(*args, **kwargs) if shared is None else _deferred_inside(self.module, theirs, shared, args, kwargs)
+        )
 
 
-def own_class(module: Any) -> Any:
-    """The replaced class: the module's own, or the base that a sharding wrapper (FSDP2) derived the module's from."""
-    return next((cls for cls in type(module).__mro__ if REPLACED in cls.__dict__), None)
-
-
-def _reduce(self: Any, of: Any, protocol: Any) -> Any:
-    cls = own_class(self)
-    _, args, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
-    return _rebuild, (of, cls.__dict__[REPLACED], *args[1:]), *rest
-
-
-def _rebuild(of: Any, cls: type, *args: Any) -> Any:
-    replaced = replaced_class(cls, of)
-    return replaced.__new__(replaced, *args)
+def _wrapped(head: nn.Module) -> nn.Module | None:
+    """The head that FSDP1 has wrapped by itself; it passes on what it is called with."""
+    return head._modules.get("_fsdp_wrapped_module")
 
 
 def _of_head(cls: Any) -> dict[str, Any]:
-    return {"forward": _deferring(cls.forward), "__call__": _called}
-
-
-def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call of a head. If other code (accelerate, TRL) has set its `forward`, that need not call the class's own."""
-    call = super(own_class(self), self).__call__
-    if "forward" not in self.__dict__ or torch.compiler.is_compiling():
-        return call(*args, **kwargs)
-    if len(args) > 1 and isinstance(args[-1], InHead):
-        theirs = self.__dict__.pop("forward")
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self.__dict__["forward"] = theirs
-    shared = None if running.is_in_head else state_of(self)
-    return call(*args, **kwargs) if shared is None else _deferred_inside(self, call, shared, args, kwargs)
+    return with_forward(_deferring(cls.forward), _OfHead)
 
 
 def make_head(head: nn.Module, patch: Patch | None) -> None:
     """Lets a module defer: with a patch whenever gradients are enabled, else while its model's patched forward runs."""
-    if own_class(head) is None:
-        cls: Any = type(head)
-        head.__class__ = replaced_class(cls, _of_head)
+    replace_class(head, _of_head)
+    inner = _wrapped(head)
+    if inner is not None:
+        make_head(inner, None)
     if patch is not None:
         head.__dict__[PATCH] = patch
 
@@ -291,6 +266,4 @@ def make_head(head: nn.Module, patch: Patch | None) -> None:
 def unmake(module: nn.Module) -> None:
     """Gives a module its own class again."""
     module.__dict__.pop(PATCH, None)
-    cls: Any = type(module)
-    if REPLACED in cls.__dict__:
-        module.__class__ = cls.__dict__[REPLACED]
+    restore_class(module)

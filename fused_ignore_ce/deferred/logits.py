@@ -196,8 +196,9 @@ def _watch_optimizers() -> None:
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     def compute(*_: Any) -> None:
-        for logits in list(_kept.values()):
-            logits.materialize("optimizer.step")
-        _kept.clear()
+        for ref in _kept.valuerefs():  # a list, as other threads may add to the dictionary
+            logits = _kept.pop(ref.key, None)
+            if logits is not None:
+                logits.materialize("optimizer.step")
 
     register_optimizer_step_pre_hook(compute)

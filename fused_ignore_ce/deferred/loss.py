@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.eager import is_tracing
 from ..core.options import ignored_ids
 from ..core.reduction import LossStats
 from ..core.tensors import LogitsTensors
@@ -188,7 +189,7 @@ def _of_values(input: Any, target: Tensor, options: dict[str, Any], kind: str) -
 
 def _ignored(target: Tensor, options: dict[str, Any]) -> Tensor | None:
     """How many targets are ignored, on their device; None where they are not counted."""
-    counted = not target.is_floating_point() and not torch.compiler.is_compiling()
+    counted = not target.is_floating_point() and not is_tracing()
     return _are_ignored(target, options).sum() if counted else None
 
 

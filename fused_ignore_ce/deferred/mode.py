@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..core.eager import refuse_transforms
+from ..core.eager import is_tracing, refuse_transforms
 from ..losses.causal_lm import fused_causal_lm_loss
 from .expression import log_softmax_of
 from .logits import defer
@@ -59,13 +59,18 @@ class LossMode(TorchFunctionMode):
     def _linear(self, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
         others = self.weights is not None and all(weight is not known for known in self.weights)
         others = others or self.ndim not in (None, input.dim())
-        if self.classes is None or weight.shape[0] != self.classes or others:
+        if self.classes is None or weight.shape[0] != self.classes or others or self._is_for_one_layer(weight):
             return func(input, weight, bias)
         if is_sharded(input, weight, bias):
             return defer_sharded(input, weight, bias, self.shared)
         if not can_defer(input, weight, bias):
             return func(input, weight, bias)
         return self._deferred(input, weight, bias)
+
+    def _is_for_one_layer(self, weight: Any) -> bool:
+        """Whether DeepSpeed gathers a weight for the call of a layer inside the head only, not for one of the head."""
+        own = getattr(self.head, "_parameters", {}).values()
+        return hasattr(weight, "ds_id") and all(weight is not each for each in own)
 
     def _matmul(self, func: Any, input: Any, other: Any) -> Any:
         """Recognises an embedding that is used as a projection: h @ embedding.weight.T."""
@@ -74,7 +79,7 @@ class LossMode(TorchFunctionMode):
         return self._deferred(input, other.t(), None)
 
     def _deferred(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             self.shared.deferred = True
             return TracedLogits(product_of(hidden, weight, bias))
         self.shared.head_deferred = self.shared.head_deferred or self.head is not None

@@ -245,7 +245,8 @@ def check_unchanged(t: Tensor, version: Any) -> None:
             "logits: the head's weights were freed before the loss was taken or the logits were read, as a sharding "
             "wrapper does after a forward, and a call of the head does not bring them back. FSDP2: after the forward, "
             "it needs fully_shard(model, reshard_after_forward=False) for the head's group, or a group of its own for "
-            "the head. FSDP1: do not wrap the head by itself. Or call unpatch_model(model)"
+            "the head. FSDP1: wrap the head by itself and call defer_logits on the wrapper, or leave the head to the "
+            "wrapper around the model. Or call unpatch_model(model)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class FusionReport:
         return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])
 
 
+#: Held while a recorder counts, or is read. A reentrant one, as adding tensors may run code of a user's modes.
+_counting = threading.RLock()
+
+
 class Recorder:
     """Counts while a model runs; counts of ignored tokens stay on their device until the report is asked for."""
 
@@ -91,21 +96,28 @@ class Recorder:
 
     def add(self, kind: str, tokens: int, ignored: Tensor | None, fused: bool = True) -> None:
         """Counts one call. `ignored` is a 0-d tensor; on the meta device, or if it is None, none are counted."""
-        counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
-        counts[0] += 1
-        counts[1] += tokens
-        if ignored is not None and not ignored.is_meta:
-            before = counts[2].get(ignored.device)
-            counts[2][ignored.device] = ignored if before is None else before + ignored
+        with _counting:
+            counts = (self._fused if fused else self._on_logits).setdefault(kind, [0, 0, {}])
+            counts[0] += 1
+            counts[1] += tokens
+            if ignored is not None and not ignored.is_meta:
+                before = counts[2].get(ignored.device)
+                counts[2][ignored.device] = ignored if before is None else before + ignored
 
     def add_read(self, operation: str) -> str:
         """Counts a reader, and returns its name."""
         reader = f"{operation} ({caller()})"
-        self._reads[reader] = self._reads.get(reader, 0) + 1
+        with _counting:
+            self._reads[reader] = self._reads.get(reader, 0) + 1
         return reader
 
     def add_not_fused(self, reason: str) -> None:
-        self._not_fused[reason] = self._not_fused.get(reason, 0) + 1
+        with _counting:
+            self._not_fused[reason] = self._not_fused.get(reason, 0) + 1
+
+    def add_bytes(self, size: int) -> None:
+        with _counting:
+            self.bytes += size
 
     def report(self) -> FusionReport:
         def counted(kinds: dict[str, list[Any]]) -> dict[str, FusedCalls]:
@@ -114,9 +126,10 @@ class Recorder:
                 for kind, (calls, tokens, ignored) in kinds.items()
             }
 
-        return FusionReport(
-            counted(self._fused), counted(self._on_logits), dict(self._reads), dict(self._not_fused), self.bytes
-        )
+        with _counting:
+            return FusionReport(
+                counted(self._fused), counted(self._on_logits), dict(self._reads), dict(self._not_fused), self.bytes
+            )
 
 
 def caller() -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.eager import is_tracing
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, check_logits_dtype, ignored_ids
 from ..core.unknown_keywords import unknown_keyword
 
@@ -61,7 +62,7 @@ class Settings(NamedTuple):
             "wrap the data collator as fused_ignore_ce.hf.IgnoreTokens(collator, ids)"
         )
         captured = target.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or captured:
+        if is_tracing() or captured:
             torch._assert_async(~more, message)
         elif more:
             raise ValueError(message)

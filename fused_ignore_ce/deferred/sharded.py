@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.eager import is_tracing
 from .forms import LAYOUT
 from .logits import DeferredLogits, deferred_product
 from .making import made
@@ -24,7 +25,7 @@ from .shared_state import SharedState
 def is_sharded(hidden: Any, weight: Any, bias: Any) -> bool:
     """Whether these are a head sharded on its vocabulary over one dimension of a mesh, and hidden states for it."""
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None or torch.compiler.is_compiling():
+    if module is None or is_tracing():
         return False
     tensors = [t for t in (hidden, weight, bias) if t is not None]
     if not all(type(t) in (module.DTensor, torch.nn.Parameter) and isinstance(t, module.DTensor) for t in tensors):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.eager import is_tracing
 from .report import Recorder
 from .settings import Settings
 
@@ -57,7 +58,7 @@ class SharedState:
 
     def took(self, kind: str, tokens: int, ignored: Tensor | None = None) -> None:
         """Notes that a loss was computed without logits."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return
         self.fused = True
         self._count(0 if self.read else self.size)
@@ -65,7 +66,7 @@ class SharedState:
 
     def took_of_logits(self, kind: str, tokens: int, ignored: Tensor | None) -> None:
         """Notes that a loss of this package was computed from logits that exist."""
-        if not torch.compiler.is_compiling():
+        if not is_tracing():
             self.recorder.add(kind, tokens, ignored, fused=False)
 
     def was_read(self, operation: str) -> None:
@@ -80,8 +81,8 @@ class SharedState:
         self.recorder.add_not_fused(reason)
 
     def _count(self, size: int) -> None:
-        self.recorder.bytes += size - self.counted
-        self.counted = size
+        counted, self.counted = self.counted, size
+        self.recorder.add_bytes(size - counted)
 
     @property
     def changes(self) -> str:

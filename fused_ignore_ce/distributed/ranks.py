@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ..backends.protocol import Backend, Parts
-from ..core.eager import PACKAGE
+from ..core.eager import PACKAGE, is_tracing
 from ..core.options import LossOptions, ignored_ids, out_of_bounds
 from ..core.rows import Block, Logits, Rows
 
@@ -99,7 +99,7 @@ class FailingTogether:
     """
 
     def __init__(self, group: str | None) -> None:
-        self.group = None if group is None or torch.compiler.is_compiling() else group_named(group)
+        self.group = None if group is None or is_tracing() else group_named(group)
 
     def __enter__(self) -> None:
         pass

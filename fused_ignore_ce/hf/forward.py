@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,10 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.eager import PACKAGE
-from ..deferred.heads import PATCH, Patch, classes_of, make_head, running, tracing, unmake, weight_of, while_running
+from ..core.eager import PACKAGE, is_tracing
+from ..deferred.heads import (
+    PATCH,
+    Patch,
+    classes_of,
+    make_head,
+    running,
+    tracing,
+    unmake,
+    weight_of,
+    while_running,
+)
 from ..deferred.logits import as_tensor
 from ..deferred.mode import LossMode
+from ..deferred.replaced import SetForward
 from ..deferred.report import COMPILED, Recorder
 from ..deferred.settings import Settings
 from ..deferred.shared_state import SharedState
@@ -30,21 +42,27 @@ class _ProcessWide:
         #: The patches of those models, and the heads that were made to defer for them.
         self.patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
         self.heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._lock = threading.RLock()
 
     def set(self, settings: Settings | None) -> None:
-        self.settings = settings
-        self.patches = weakref.WeakKeyDictionary((m, Patch(p.settings, p.recorder)) for m, p in self.patches.items())
-        for head in list(self.heads) if settings is None else []:
-            if PATCH not in head.__dict__:
-                unmake(head)
+        with self._lock:
+            self.settings = settings
+            patches = ((m, Patch(p.settings, p.recorder)) for m, p in self.patches.items())
+            self.patches = weakref.WeakKeyDictionary(patches)
+            for head in list(self.heads) if settings is None else []:
+                if PATCH not in head.__dict__:
+                    unmake(head)
 
-    def patch_of(self, model: nn.Module) -> Patch | None:
-        if self.settings is None:
-            return None
-        patch = self.patches.get(model)
-        if patch is None or patch.settings is not self.settings:
-            patch = self.patches[model] = Patch(self.settings, None if patch is None else patch.recorder)
-        return patch
+    def patch_of(self, model: nn.Module, settings: Settings) -> Patch:
+        with self._lock:
+            patch = self.patches.get(model)
+            if patch is None or patch.settings is not settings:
+                patch = self.patches[model] = Patch(settings, None if patch is None else patch.recorder)
+            return patch
+
+    def add_head(self, head: nn.Module) -> None:
+        with self._lock:
+            self.heads.add(head)
 
 
 process_wide = _ProcessWide()
@@ -53,61 +71,79 @@ process_wide = _ProcessWide()
 def recorder_of(model: nn.Module, fresh: bool = False) -> Recorder:
     """The recorder of a model; a new one on the first call, or if it is to be `fresh`."""
     patch = model.__dict__.get(PATCH) or process_wide.patches.get(model)
-    if patch is None:
-        patch = process_wide.patches[model] = Patch(process_wide.settings or Settings())
+    patch = patch or process_wide.patch_of(model, process_wide.settings or Settings())
     if fresh:
         patch.recorder = Recorder()
     return patch.recorder
 
 
 def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    names = tuple(inspect.signature(original).parameters)
-    names = names[1:] if names[:1] == ("self",) else names
+    names = _names_of(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch = self.__dict__.get(PATCH)
-        if patch is None and process_wide.settings is not None:
-            patch = process_wide.patch_of(self)
-        if patch is None:
-            return original(self, *args, **kwargs)
-        labels = _has_labels((*zip(names, args, strict=False), *kwargs.items()))
-        if not labels and not (torch.is_grad_enabled() and _is_outermost()):
-            return original(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            shared = SharedState(patch.settings)
-            shared.in_forward = True
-            _spare(kwargs, shared)
-            tracing.models += 1
-            with LossMode(classes_of(output_embeddings(self)), shared):
-                outputs = original(self, *args, **kwargs)
-            tracing.models -= 1
-            if labels and not shared.used and _is_outermost():
-                _check_traced(self, original, outputs)
-            return _as_tensors(outputs, self, shared)
-        if any(
-            self is model for model, _, _ in running.forwards
-        ):  # a subclass's forward, or the instance's, calls this
-            return original(self, *args, **kwargs)
-        shared = SharedState(patch.settings, patch.recorder)
-        _spare(kwargs, shared)
-        head = output_embeddings(self)
-        if head is not None:
-            make_head(head, None)
-            if PATCH not in self.__dict__:
-                process_wide.heads.add(head)
-        watched = None
-        if head is None or not patch.head_defers.get(labels):
-            watched = LossMode(classes_of(head), shared, weights=_weights(self, head))
-        with while_running(self, patch, shared), watched or contextlib.nullcontext():
-            outputs = original(self, *args, **kwargs)
-        patch.head_defers[labels] = shared.head_deferred and (shared.fused or not labels)
-        _check_taken(self, patch, shared, labels, original, outputs)
-        for _, _, outer in running.forwards:
-            outer.used = outer.used or shared.used
-        return _with_stats(outputs, shared.stats)
+        return _run(self, functools.partial(original, self), names, args, kwargs)
 
     return forward
+
+
+class OfModel(SetForward):
+    """That of a model."""
+
+    def __init__(self, module: nn.Module, theirs: Any) -> None:
+        super().__init__(module, theirs)
+        self.names = _names_of(theirs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _run(self.module, self.__wrapped__, self.names, args, kwargs)
+
+
+def _names_of(forward: Any) -> tuple[str, ...]:
+    names = tuple(inspect.signature(forward).parameters)
+    return names[1:] if names[:1] == ("self",) else names
+
+
+def _run(model: Any, original: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs `original`, the forward of a model whose arguments have these names."""
+    patch = model.__dict__.get(PATCH)
+    settings = process_wide.settings
+    if patch is None and settings is not None:
+        patch = process_wide.patch_of(model, settings)
+    if patch is None:
+        return original(*args, **kwargs)
+    labels = _has_labels((*zip(names, args, strict=False), *kwargs.items()))
+    if not labels and not (torch.is_grad_enabled() and _is_outermost()):
+        return original(*args, **kwargs)
+    if is_tracing():
+        shared = SharedState(patch.settings)
+        shared.in_forward = True
+        _spare(kwargs, shared)
+        tracing.models += 1
+        with LossMode(classes_of(output_embeddings(model)), shared):
+            outputs = original(*args, **kwargs)
+        tracing.models -= 1
+        if labels and not shared.used and _is_outermost():
+            _check_traced(model, original, outputs)
+        return _as_tensors(outputs, model, shared)
+    if any(model is each for each, _, _ in running.forwards):  # a subclass's forward, or the instance's, calls this
+        return original(*args, **kwargs)
+    shared = SharedState(patch.settings, patch.recorder)
+    _spare(kwargs, shared)
+    head = output_embeddings(model)
+    if head is not None:
+        make_head(head, None)
+        if PATCH not in model.__dict__:
+            process_wide.add_head(head)
+    watched = None
+    if head is None or not patch.head_defers.get(labels):
+        watched = LossMode(classes_of(head), shared, weights=_weights(model, head))
+    with while_running(model, patch, shared), watched or contextlib.nullcontext():
+        outputs = original(*args, **kwargs)
+    patch.head_defers[labels] = shared.head_deferred and (shared.fused or not labels)
+    _check_taken(model, patch, shared, labels, original, outputs)
+    for _, _, outer in running.forwards:
+        outer.used = outer.used or shared.used
+    return _with_stats(outputs, shared.stats)
 
 
 def _spare(kwargs: dict[str, Any], shared: SharedState) -> None:
@@ -119,7 +155,7 @@ def _spare(kwargs: dict[str, Any], shared: SharedState) -> None:
 
 
 def _is_outermost() -> bool:
-    return not (tracing.models if torch.compiler.is_compiling() else running.forwards)
+    return not (tracing.models if is_tracing() else running.forwards)
 
 
 def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, original: Any, outputs: Any) -> None:
@@ -149,7 +185,7 @@ def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, or
         warnings.warn(
             f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but nothing was fused: "
             f"{shared.why_not}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -175,7 +211,7 @@ def _loss_in(outputs: Any) -> Any:
 
 def _name_of(forward: Any) -> str:
     """Module and name of the code that runs as a model's forward, without transformers' own decorators."""
-    forward = getattr(forward, "_fused_ignore_ce_set", forward)  # a forward that was set on the instance
+    forward = getattr(forward, "func", forward)  # of a partial
     while getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers.utils"):
         forward = forward.__wrapped__
     forward = getattr(forward, "__func__", forward)
@@ -257,7 +293,7 @@ def _as_tensors(outputs: Any, model: nn.Module, shared: SharedState) -> Any:
 
 @torch.compiler.disable
 def _check_traced(model: nn.Module, original: Any, outputs: Any) -> None:
-    patch: Any = model.__dict__.get(PATCH) or process_wide.patch_of(model)
+    patch = model.__dict__.get(PATCH) or process_wide.patch_of(model, process_wide.settings or Settings())
     _check_taken(model, patch, SharedState(patch.settings, patch.recorder), True, original, outputs)
 
 

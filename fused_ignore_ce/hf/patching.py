@@ -6,7 +6,6 @@ entropy of these logits is computed by this package, in the forward or later. No
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Collection
@@ -16,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from ..core.optional_packages import needed
-from ..deferred.heads import PATCH, REPLACED, Patch, make_head, own_class, replaced_class, unmake
+from ..deferred.heads import PATCH, Patch, make_head, unmake
+from ..deferred.replaced import REPLACED, replace_class, with_forward
 from ..deferred.report import FusionReport
 from ..deferred.settings import settings_of
-from .forward import is_label, output_embeddings, patched_forward, process_wide, recorder_of
+from .forward import OfModel, is_label, output_embeddings, patched_forward, process_wide, recorder_of
 
 
 def patch_model(
@@ -77,11 +77,7 @@ def patch_model(
             "no output embeddings and whose forward takes no labels; patch the model around it (...ForCausalLM, say)"
         )
     for inner, head in zip(models, heads, strict=True):
-        if own_class(inner) is None:
-            cls: Any = type(inner)
-            inner.__class__ = replaced_class(cls, _of_model)
-            if "forward" in inner.__dict__:
-                inner.forward = inner.__dict__["forward"]
+        replace_class(inner, _of_model)
         inner.__dict__[PATCH] = patch = Patch(settings)
         if head is not None:
             make_head(head, patch)
@@ -92,9 +88,6 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
     patches = {inner.__dict__.get(PATCH) for inner in _transformers_models(model)} - {None}
     for module in model.modules():
-        own = module.__dict__.get("forward")
-        if own is not None and hasattr(own, "__func__") and hasattr(own.__func__, REPLACED):
-            module.__dict__["forward"] = own.__func__.__dict__[REPLACED]
         if module.__dict__.get(PATCH) in patches or PATCH not in module.__dict__:
             unmake(module)
     return model
@@ -205,24 +198,17 @@ def _takes_labels(model: nn.Module) -> bool:
 
 def _of_model(cls: Any) -> dict[str, Any]:
     """What the class of a patched model has instead of its own."""
-    return {"forward": patched_forward(cls.forward), "__setattr__": _set_attribute}
+    return with_forward(patched_forward(cls.forward), _kept_forward)
 
 
-def _set_attribute(self: Any, name: str, value: Any) -> None:
-    """Patches a forward that other code (accelerate, TRL) sets on the instance; what is compiled calls the patched."""
-    if name == "forward" and not hasattr(value, "_torchdynamo_orig_callable"):
-        value = _patched_method(self, value)
-    super(own_class(self), self).__setattr__(name, value)
-
-
-def _patched_method(model: Any, forward: Any) -> Any:
-    if getattr(forward, "__self__", None) is model:
-        patched: Any = patched_forward(forward.__func__)
-    else:
-        called: Any = functools.wraps(forward)(lambda _, *args, **kwargs: forward(*args, **kwargs))
-        called._fused_ignore_ce_set = forward
-        patched = patched_forward(called)
-    setattr(patched, REPLACED, forward)
+def _kept_forward(model: Any, forward: Any) -> Any:
+    """What is set on a model for a forward of other code (accelerate, TRL). What is compiled calls the patched."""
+    if hasattr(forward, "_torchdynamo_orig_callable"):
+        return forward
+    if getattr(forward, "__self__", None) is not model:
+        return OfModel(model, forward)
+    patched = patched_forward(forward.__func__)
+    setattr(patched, REPLACED, forward.__func__)
     return MethodType(patched, model)
 
 

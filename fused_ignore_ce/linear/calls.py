@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import choice
+from ..core.eager import is_tracing
 from ..core.options import LossOptions, schema_of
 from ..core.rows import Block
 from ..distributed import ranks
@@ -95,7 +96,7 @@ def _tiles(operands: Operands, call: LinearCall, shard: Shard | None, plan: Line
 
 
 def refuse_create_graph() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_tracing():
         raise RuntimeError(
             "create_graph=True is not supported by fused_linear_cross_entropy; it is by "
             "fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target)"

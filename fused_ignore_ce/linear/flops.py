@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.eager import PACKAGE
+from ..core.eager import PACKAGE, is_tracing
 
 
 def _products(h: Tensor, w: Tensor, count: int) -> int:
@@ -43,7 +43,7 @@ _FORMULAS = {
 def tell_counters() -> None:
     """Adds the formulas to PyTorch's table, and to those of the counters that are active."""
     counting = sys.modules.get("torch.utils.flop_counter")
-    if counting is None or torch.compiler.is_compiling():
+    if counting is None or is_tracing():
         return
     modes: list[Any] = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     tables = [mode.counter.flop_registry for mode in modes if hasattr(getattr(mode, "counter", None), "flop_registry")]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..core.eager import autocasts
 from ..core.optional_packages import needed
 from ..core.options import budget_bytes, check_backend
-from ..deferred.heads import PATCH, REPLACED
+from ..deferred.heads import PATCH
 from ..deferred.product import product_of
+from ..deferred.replaced import forward_of
 from ..hf.forward import recorder_of, state_in
 from ..hf.patching import patch_model, unpatch_model
 from .per_token import Head, PerToken, per_token
@@ -71,7 +72,7 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
         _patches[model] = _Patch(options, summed=model is trained and _sums(trainer))
         recorder_of(model, fresh=True)
         if not any(_is(function, __name__, "forward_with_head") for function in _functions(model.forward)):
-            model.forward = _with_head(model, _own_forward(model))
+            model.forward = _with_head(model, forward_of(model))
     if _takes_logits(trainer) and (trained in _patched_here or PATCH not in trained.__dict__):
         patch_model(trained, **options)
         _patched_here.add(trained)
@@ -89,7 +90,7 @@ def unpatch_trainer(trainer: Any) -> Any:
         if model in _patched_here:
             _patched_here.remove(model)
             unpatch_model(model)
-        own = _own_forward(model)
+        own = forward_of(model)
         if _is(own, __name__, "forward_with_head"):  # inside other wrappers (accelerate's) it stays, and does nothing
             model.forward = MethodType(own.__wrapped__, model) if hasattr(own, "__self__") else own.__wrapped__
     if not _patches and isinstance(utils._ChunkedLogProbFunction, _LogProbs):
@@ -242,11 +243,6 @@ def _is(function: Any, module: str, name: str) -> bool:
     """Whether a function's code is that of a certain module; decorators copy a function's name, not its code."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_name == name and function.__globals__["__name__"] == module
-
-
-def _own_forward(model: Any) -> Any:
-    """A model's forward, without what `patch_model` has put around it."""
-    return getattr(model.forward, REPLACED) if hasattr(type(model), REPLACED) else model.forward
 
 
 def _sums(trainer: Any) -> bool:

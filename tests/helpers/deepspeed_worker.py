@@ -8,10 +8,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import memory_of_heads
+import peft
 import torch
 from hf_worker import V, batches, examples, llama
 from live_memory import measured
-from rank_environment import environment_of
+from rank_environment import environment_of, states_of_accelerate
 
 from fused_ignore_ce.hf import fusion_report, patch_model
 
@@ -32,7 +33,9 @@ def config_of(stage, *, bf16=False, accumulate=1, rows=2):
     }  # fmt: skip
 
 
-def model_of(config, *, tied=False, frozen=False, made_partitioned=False, checkpointed=False, patched=False):
+def model_of(
+    config, *, tied=False, frozen=False, made_partitioned=False, checkpointed=False, lora=False, patched=False
+):
     sizes = {"tie_word_embeddings": tied, "pad_token_id": None, "use_cache": False}
     weights = llama(**sizes).state_dict()
     with deepspeed.zero.Init(config_dict_or_path=config) if made_partitioned else contextlib.nullcontext():
@@ -45,7 +48,16 @@ def model_of(config, *, tied=False, frozen=False, made_partitioned=False, checkp
     model.lm_head.weight.requires_grad_(not frozen)
     if checkpointed:
         model.gradient_checkpointing_enable()
-    return patch_model(model) if patched else model
+    if patched:
+        patch_model(model)
+    return with_adapters(model) if lora else model
+
+
+def with_adapters(model):
+    """LoRA on the head and in the body, whose second matrices are not zero."""
+    torch.manual_seed(3)
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    return peft.get_peft_model(model, adapters)
 
 
 def adamw(parameters):
@@ -53,7 +65,10 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
 
 
-def train(rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, between=False, folder=None, **of_model):
+def train(
+    rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, between=False, folder=None, plain_linear=False,
+    **of_model,
+):  # fmt: skip
     """Losses of every step, what was computed between steps, parameters at the end, and the report.
 
     `outside` takes the loss after the forward, if it is "read" of logits that were read; `between` evaluates and
@@ -61,6 +76,9 @@ def train(rank, patched, *, stage=3, accumulate=1, bf16=False, outside=False, be
     """
     environment_of(rank)
     config = config_of(stage, bf16=bf16, accumulate=accumulate)
+    if plain_linear:  # in place of the one that DeepSpeed sets, for the whole process
+        torch.nn.functional.linear = torch._C._nn.linear
+        config["zero_optimization"]["memory_efficient_linear"] = False
     model = model_of(config, patched=patched, **of_model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(trained)
@@ -153,22 +171,6 @@ def train_by_trainer(rank, patched, folder):
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.save_model(f"{folder}/saved")
         return with_report({"losses": losses, "parameters": parameters_of(model)}, model, patched)
-
-
-@contextlib.contextmanager
-def states_of_accelerate(rank):
-    """What accelerate keeps for the whole process, for one run only."""
-    from accelerate.state import AcceleratorState
-
-    environment_of(rank)
-    before = dict(os.environ)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def memory(rank, patched, loss, frozen=False):

@@ -3,7 +3,7 @@
 import torch
 from hf_worker import V, batches, llama
 
-CLASSES, HIDDEN = 2000, 512
+CLASSES, HIDDEN = 8000, 512
 #: The bytes of the head's whole weight.
 HEAD = 4 * CLASSES * HIDDEN
 

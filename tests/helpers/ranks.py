@@ -25,7 +25,8 @@ class Ranks:
         folder = self.folders.mktemp("ranks")
         # PyTorch 2.13's caches take a graph of an uneven DTensor from a rank whose shard has another size.
         caches = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **caches}
+        # The C library gives blocks of a MiB back to the system when they are freed, for measurements.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), **caches}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, str(rank), str(self.world), str(folder)],
