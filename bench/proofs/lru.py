@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from functools import lru_cache
+from functools import cache
 
 
 class Cache:
@@ -42,7 +42,7 @@ def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator
         yield ((row, block) if in_place else (row, block, "gradient")), False
 
 
-@lru_cache
+@cache
 def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards: bool, blocks: int = 32) -> float:
     """Reads of every logit from device memory, between 1 and 2, with `rows` rows in flight.
 
