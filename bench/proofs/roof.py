@@ -227,8 +227,13 @@ def hbm_reads(needed: Demand, work: Work, chip: Chip, cache: float) -> float:
 
 def seconds(needed: Demand, work: Work, chip: Chip, constants: Constants) -> float:
     """The time per logit."""
-    moved = work.itemsize * (hbm_reads(needed, work, chip, constants.cache) + work.writes)
-    return hypot(needed.multiprocessor(constants.wait), moved / (constants.stream * chip.bandwidth))
+    reads = hbm_reads(needed, work, chip, constants.cache)
+    return hypot(needed.multiprocessor(constants.wait), moving(reads, work, chip, constants))
+
+
+def moving(reads: float, work: Work, chip: Chip, constants: Constants) -> float:
+    """Seconds in which memory moves what is read and written per logit."""
+    return work.itemsize * (reads + work.writes) / (constants.stream * chip.bandwidth)
 
 
 def predict(code: Code, work: Work, chip: Chip, constants: Constants = FITTED) -> Prediction:
@@ -236,11 +241,11 @@ def predict(code: Code, work: Work, chip: Chip, constants: Constants = FITTED) -
     reads = hbm_reads(needed, work, chip, constants.cache)
     roof = work.bytes_a_logit / chip.bandwidth  # seconds a logit
     alone = {
-        "bytes": roof / constants.stream,
+        "bytes": moving(1.0, work, chip, constants),
         "issue slots": needed.issue / chip.multiprocessors,
         "special functions": needed.special / chip.multiprocessors,
         "waiting": needed.rounds * constants.wait / needed.programs / chip.multiprocessors,
-        "L2 misses": work.itemsize * (reads + work.writes) / (constants.stream * chip.bandwidth),
+        "L2 misses": moving(reads, work, chip, constants),
     }
     time = seconds(needed, work, chip, constants)
     bounds = {name: min(1.0, roof / took) if took else 1.0 for name, took in alone.items()}
