@@ -9,7 +9,7 @@ kernel on its chip that were published together.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import log
@@ -113,6 +113,14 @@ def left_out() -> dict[Series, Model]:
     return {name: fit([s for s in every if s.row.series != name]) for name in {s.row.series: None for s in every}}
 
 
+def other_chips() -> Iterator[tuple[str, list[float]]]:
+    """For each chip, the errors for its times of a model that knows the other's alone, and its host's time."""
+    for name in dict.fromkeys(each.row.chip.name for each in samples()):
+        known = fit([each for each in samples() if each.row.chip.name != name])
+        model = replace(FITTED, constants=known.constants)
+        yield name, [model.error(each) for each in samples() if each.row.chip.name == name]
+
+
 def summary(errors: Iterable[float]) -> str:
     sizes = [abs(error) for error in errors]
     return f"{statistics.median(sizes):.1%} at the median, {max(sizes):.1%} at most"
@@ -150,6 +158,8 @@ def main() -> None:
     print("fitted:", fitted, summary(fitted.error(each) for each in every))
     print("in use:", FITTED, summary(FITTED.error(each) for each in every))
     print("left out:", summary(without[each.row.series].error(each) for each in every))
+    for name, errors in other_chips():
+        print(f"all times of the {name} left out:", summary(errors))
 
 
 if __name__ == "__main__":
