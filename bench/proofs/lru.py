@@ -6,7 +6,8 @@ walk that starts there hits more often than one that starts at the first class. 
 the middle of a long launch. All rows take turns, and move one block each.
 
 The model is pessimistic in that it ignores hints (`evict_first`, `evict_last`). It is optimistic in that a real cache
-is not fully associative and, on an A100 and later, consists of two halves.
+is not fully associative and, on an A100 and later, consists of two halves. So predictions count only a share of the
+cache, which is fitted to published times (`roof.py`).
 """
 
 from __future__ import annotations
