@@ -109,9 +109,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a launch asks of a chip, in seconds and bytes per logit of one program."""
+    """What a program asks of a multiprocessor per logit, and how many programs ask."""
 
-    issue: float  # seconds of a multiprocessor's issue slots
+    issue: float  # seconds of its issue slots
     special: float  # seconds of its special-function units
     rounds: float  # how often the program waits for memory
     programs: int  # that a multiprocessor holds
