@@ -198,15 +198,33 @@ def compiled(results: Results) -> str:
     )
 
 
-def proofs(results: Results) -> str:
-    _, found = results.newest_proofs()
+def predictions(results: Results) -> str:
+    """Shares of the memory roof, and how far the model is off for published times of other kernels."""
+    name, found = results.newest("predictions", picture.PREDICTIONS)
     rows = DataFrame(found[picture.PREDICTIONS]).query("V == @PREDICTED_V")
     rows["cell"] = rows[picture.SHARE].map("{:.2f}, ".format) + rows["bound"]
     cells = rows.pivot_table("cell", "chip", "kernel", aggfunc="first", sort=False).fillna("-")
     head = [kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in cells.columns]
-    text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them:"
+    text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them most ({link(name)}):"
     drawn = embedded(PREDICTED, "A prediction, not a measurement: shares of the memory roof")
-    return "\n\n".join([compiled(results), text, table(cells, head), drawn])
+    return "\n\n".join([text, table(cells, head), drawn, _published(DataFrame(found["published"]))])
+
+
+def _published(every: DataFrame) -> str:
+    """The table of published times, and a sentence about those that it leaves out."""
+    rows = every[every["shown"]].set_index("chip")
+    cells = rows[["N x V", "kernel", "published by"]].copy()
+    for column in ("published ms", "predicted ms"):
+        cells[column] = rows[column].map("{:.3f}".format)
+    for column in ("error", "error if left out"):
+        cells[column] = rows[column].map("{:+.1%}".format)
+    sizes = every[["error", "error if left out"]].abs()
+    (half, half_left), (most, most_left) = sizes.median(), sizes.max()
+    return (
+        f"The same model, for times that others measured and published:\n\n{table(cells, list(cells.columns))}\n\n"
+        f"Of all {len(every)} published times that it was fitted to, the model is off by {half:.1%} at the median and "
+        f"{most:.1%} at most; by {half_left:.1%} and {most_left:.1%} where each series was left out of the fit in turn."
+    )
 
 
 def distributed(results: Results) -> str:
@@ -264,7 +282,7 @@ def memory(results: Results) -> str:
 
 FUNCTIONS = (
     machine, headline, coverage, ignored, logits, linear, models, scaling, growth, training_step, traffic, compiled,
-    proofs, memory, distributed, compared, comparisons,
+    predictions, memory, distributed, compared, comparisons,
 )  # fmt: skip
 BLOCKS: dict[str, Callable[[Results], str]] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 
@@ -286,8 +304,8 @@ def shown(results: Results) -> dict[str, tuple[DataFrame, str]]:
     found: dict[str, tuple[DataFrame, str]] = {}
     for result in results.files["run"].values():
         found = {name: (data, heading(result["header"])) for name, data in plots.pictures(result).items()} | found
-    _, proved = results.newest_proofs()
-    return found | {PREDICTED: (picture.rows(proved), f"commit {proved['header']['commit'][:7]}")}
+    _, predicted = results.newest("predictions", picture.PREDICTIONS)
+    return found | {PREDICTED: (picture.rows(predicted), f"commit {predicted['header']['commit'][:7]}")}
 
 
 if __name__ == "__main__":

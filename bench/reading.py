@@ -14,8 +14,10 @@ from .machine import RESULTS
 
 Row = dict[str, Any]
 
-#: Commands whose result files begin with the command's name. All other result files are those of `bench.run`.
-COMMANDS = ("distributed", "proofs", "comparison", "tune", "gpu")
+#: What result files of other commands than `bench.run` begin with, and the commands.
+COMMANDS = {name: f"bench.{name}" for name in ("distributed", "proofs", "comparison", "tune", "gpu")} | {
+    "predictions": "bench.proofs.predicting"
+}
 
 
 class Results:
@@ -34,7 +36,7 @@ class Results:
         for name, result in self.files[command].items():
             if result[section]:
                 return name, result
-        raise SystemExit(f"no result in bench/results has {section}: python -m bench.{command}")
+        raise SystemExit(f"no result in bench/results has {section}: python -m {COMMANDS.get(command, 'bench.run')}")
 
     def newest_proofs(self) -> tuple[str, Row]:
         """The newest result of `bench.proofs` that compiled all kernels, or else the newest that compiled some.

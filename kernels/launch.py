@@ -52,11 +52,11 @@ class Launch:
 
     @property
     def TILE(self) -> Tile:
-        return Tile(self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH)
+        return Tile(self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH, self.BLOCK_V)
 
     @property
     def BLOCK_V(self) -> int:
-        return self.TILE.BLOCK_V
+        return self.CHUNKS * self.LANES * self.WIDTH
 
 
 def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, program: Program, chip: Chip) -> Launch:

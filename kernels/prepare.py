@@ -47,6 +47,9 @@ from .variant import FEW_REGISTERS, MAX_REGISTERS, PART_REGISTERS, is_simple, on
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
 
+# Kernels count on products and sums being fused. Triton 3.9 announces that 3.10 will fuse only when told to.
+FUSE = {"enable_fp_fusion": True}
+
 remembered = lru_cache(maxsize=4096)
 
 
@@ -58,7 +61,7 @@ class Prepared:
     """
 
     def __init__(self, kernel, programs, *fixed, splits=1, **options):
-        self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options
+        self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options | FUSE
         self.splits = splits  # parts that each row is split into
         self.interpreted = not isinstance(kernel, triton.JITFunction)
         self.compiled = {}

@@ -34,7 +34,7 @@ from .device_math import (
     used_logits,
     weighted,
 )
-from .structs import LaneSums, RowSums
+from .structs import LaneSums, RowSums, Tile
 from .tiles import load_tile, load_weights, tile_offsets
 
 
@@ -161,9 +161,9 @@ def row_sums(
         sound &= tl.abs(r) < float("inf")
     strange = inputs.keep & (sound == 0)
     if row_any(strange, TILE):
-        c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(
-            inputs, v_start, options, ACC, TILE.ONE_CHUNK, OPTIONS
-        )
+        # One chunk takes the fewest registers.
+        ONE_CHUNK: tl.constexpr = Tile(TILE.BLOCK_N, 1, TILE.LANES, TILE.WIDTH, TILE.LANES * TILE.WIDTH)
+        c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(inputs, v_start, options, ACC, ONE_CHUNK, OPTIONS)
         c, s, far = tl.where(strange, c_new, c), tl.where(strange, s_new, s), strange & far_new
         if OPTIONS.HAS_SOFT:
             r, mass = tl.where(strange, r_new, r), tl.where(strange, mass_new, mass)

@@ -17,7 +17,7 @@ WIDE = 16
 
 #: The most instructions per logit in a kernel's loops, by operation, features and dtype; for one pass, in both of its
 #: loops together. At 92% of the memory roof, an H200 has 13.4 issue slots per logit in a bfloat16 forward pass, a B200
-#: has 9.5. In a backward pass, both have twice as many. A kernel keeps about three quarters of the slots busy.
+#: has 9.5. In a backward pass, both have twice as many. Budgets leave about a quarter of the slots free.
 BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("forward", (), "bfloat16"): 8.0,
     ("forward", ("stats",), "bfloat16"): 14.0,

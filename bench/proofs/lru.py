@@ -6,14 +6,15 @@ walk that starts there hits more often than one that starts at the first class. 
 the middle of a long launch. All rows take turns, and move one block each.
 
 The model is pessimistic in that it ignores hints (`evict_first`, `evict_last`). It is optimistic in that a real cache
-is not fully associative and, on an A100 and later, consists of two halves.
+is not fully associative and, on an A100 and later, consists of two halves. So predictions count only a share of the
+cache, which is fitted to published times (`roof.py`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from functools import lru_cache
+from functools import cache
 
 
 class Cache:
@@ -42,7 +43,7 @@ def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator
         yield ((row, block) if in_place else (row, block, "gradient")), False
 
 
-@lru_cache
+@cache
 def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards: bool, blocks: int = 32) -> float:
     """Reads of every logit from device memory, between 1 and 2, with `rows` rows in flight.
 

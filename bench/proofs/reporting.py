@@ -7,9 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from . import cases, chips, judging, roof
+from . import cases, chips, judging, predicting, roof
 from .compiling import Proof
-from .predicting import NOTE, Row
+from .predicting import Row
 
 #: What the table of kernels shows. A file has all figures of all kernels.
 SHOWN = (
@@ -61,21 +61,6 @@ def counted(proof: Proof) -> dict[str, Any]:
     return found
 
 
-def predicted(row: Row) -> dict[str, Any]:
-    prediction = row.prediction
-    return {
-        "chip": prediction.chip,
-        "V": row.V,
-        "kernel": f"{row.library} {row.kernel}",
-        "share of the memory roof": round(prediction.share, 3),
-        "bound": prediction.limit,
-        "bounds": {name: round(share, 3) for name, share in prediction.bounds.items()},
-        "HBM reads of a logit": round(prediction.hbm_reads, 3),
-        "resident threads": prediction.resident_threads,
-        "milliseconds": round(row.milliseconds, 4),
-    }
-
-
 def tables(proofs: list[Proof], rows: list[Row]) -> str:
     """The kernels at models' shapes, the number of all kernels by target and operation, and the predictions."""
     models = [kernel(proof) for proof in proofs if (proof.job.case.T, proof.job.case.V) in cases.MODEL_ROWS]
@@ -84,12 +69,10 @@ def tables(proofs: list[Proof], rows: list[Row]) -> str:
     for proof in proofs:
         groups[str(proof.job.target), proof.job.case.operation].append(bool(judging.faults(proof)))
     counts = [(*of, len(faulty), sum(faulty)) for of, faulty in sorted(groups.items())]
-    predictions = [{name: value for name, value in predicted(row).items() if name != "bounds"} for row in rows]
     return "\n\n".join([
         tabulate(shown, "keys", maxheadercolwidths=12),
         tabulate(counts, ("target", "operation", "kernels", "with faults")),
-        NOTE,
-        tabulate(predictions, "keys", maxheadercolwidths=12),
+        predicting.tables(rows),
     ])  # fmt: skip
 
 
@@ -103,5 +86,5 @@ def totals(proofs: list[Proof], rows: list[Row], failed: list[str], about: dict[
         "spilling": sum(any("spill" in fault for fault in faults) for faults in found),
         "narrow": sum(any("wide" in fault for fault in faults) for faults in found),
         "faults": failed,
-        "predictions, not measurements": [predicted(row) for row in rows],
+        "predictions, not measurements": [row.figures() for row in rows],
     }

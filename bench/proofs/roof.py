@@ -1,26 +1,74 @@
-"""Predicts the share of the memory roof that a kernel can reach, from its machine code and the data of a chip.
+"""Predicts a kernel's time, and its share of the memory roof, from its machine code and the data of a chip.
 
-The prediction is the least of five bounds: the bytes that have to be moved, issue slots, special-function units, bytes
-in flight (Little's law), and the reads that miss the L2 cache. It is no measurement.
+A multiprocessor's programs take turns at its issue slots, and each waits for what it loads. How often one of them is
+done follows from mean value analysis, which has no constant of its own. Memory moves the bytes of all multiprocessors
+at a share of the vendor's figure. Neither hides the other completely: the time is the root of the sum of their squares.
+
+The constants come from published times of other kernels; see `bench.proofs.calibrating`, which tells how far
+predictions are off. A prediction is no measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, hypot
+from typing import Protocol, TypeVar
 
 import numpy
 
 from . import lru
 from .chips import Chip, resident_programs
-from .machine_code import Block, MachineCode
 
-#: The share of issue slots that real kernels use.
-ISSUE_SHARE = 0.75
 
-#: Seconds from a load to its data, when memory is busy.
-LATENCY = 800e-9
+@dataclass(frozen=True)
+class Constants:
+    """What data sheets do not say of a chip."""
+
+    stream: float  # the share of its bandwidth that a stream reaches
+    cache: float  # the share of its L2 cache that keeps what is read again
+    wait: float  # seconds from a load to its data
+
+
+#: The constants that fit published times best: `python -m bench.proofs.calibrating`.
+FITTED = Constants(stream=0.904, cache=0.7, wait=0.464e-6)
+
+
+class Stretch(Protocol):
+    """What is read of a stretch of machine code: `machine_code.Block`, or published counts of one."""
+
+    @property
+    def instructions(self) -> int: ...
+    @property
+    def special(self) -> int: ...
+    @property
+    def loaded(self) -> int: ...
+    @property
+    def stored(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def masked(self) -> bool: ...
+
+
+class Resources(Protocol):
+    @property
+    def registers(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
+
+
+class Code(Protocol):
+    """What is read of a kernel: `machine_code.MachineCode`, or published counts of one."""
+
+    @property
+    def usage(self) -> Resources: ...
+    @property
+    def outside(self) -> Stretch: ...
+    @property
+    def loops(self) -> Sequence[Stretch]: ...
+    @property
+    def rounds(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +106,28 @@ class Cost:
     loaded: float  # bytes
     rounds: float  # how often a thread waits for memory, per logit
 
-    @property
-    def in_flight(self) -> float:
-        """Bytes that a thread has asked for when it waits, on average."""
-        return self.loaded / self.rounds if self.rounds else 0.0
+
+@dataclass(frozen=True)
+class Demand:
+    """What a program asks of a multiprocessor per logit, and how many programs ask."""
+
+    issue: float  # seconds of its issue slots
+    special: float  # seconds of its special-function units
+    rounds: float  # how often the program waits for memory
+    programs: int  # that a multiprocessor holds
+    multiprocessors: int
+    rows: int  # in flight on the chip
+    reads: int  # how often a row is read, wherever from
+
+    def multiprocessor(self, wait: float) -> float:
+        """Seconds per logit of all programs, if memory had no limit but the time to wait for it."""
+        busy, away = max(self.issue, self.special), self.rounds * wait
+        queue = seconds = 0.0
+        for programs in range(1, self.programs + 1):
+            here = busy * (1 + queue)  # a program finds those in front of it that are there with one program less
+            seconds = (away + here) / programs
+            queue = here / seconds
+        return seconds / self.multiprocessors
 
 
 @dataclass(frozen=True)
@@ -70,19 +136,19 @@ class Prediction:
     resident_threads: int
     resident_rows: int
     hbm_reads: float  # how often each logit is read from device memory
-    bounds: dict[str, float]  # shares of the roof
+    bounds: dict[str, float]  # the share of the roof that each limit alone would leave
     seconds_a_logit: float
+    share: float  # of the memory roof; below each of the bounds
 
     @property
     def limit(self) -> str:
         return min(self.bounds, key=self.bounds.__getitem__)
 
-    @property
-    def share(self) -> float:
-        return self.bounds[self.limit]
+
+Loop = TypeVar("Loop", bound=Stretch)
 
 
-def trips(loops: Iterable[Block], logits: float, loaded_a_logit: float) -> list[tuple[Block, int]]:
+def trips(loops: Iterable[Loop], logits: float, loaded_a_logit: float) -> list[tuple[Loop, int]]:
     """How many iterations each loop over the same logits takes: an unrolled loop first, then the loops for the rest.
 
     A loop whose loads have no mask handles whole tiles only; the rest is handled under a mask, in a loop or outside.
@@ -98,7 +164,7 @@ def trips(loops: Iterable[Block], logits: float, loaded_a_logit: float) -> list[
     return runs
 
 
-def cost(code: MachineCode, work: Work) -> Cost:
+def cost(code: Code, work: Work) -> Cost:
     """The cost per logit, from the loops and from the code that is executed once."""
     logits = work.logits_a_program / work.threads
     loaded_a_logit = work.loaded_a_logit or work.itemsize
@@ -112,48 +178,76 @@ def cost(code: MachineCode, work: Work) -> Cost:
         if walk and has_idle_tail(code, walk, logits * loaded_a_logit):
             # The tail is a copy of the loop's body, under a mask. It is skipped.
             total -= executed(walk[-1][0])
+    # No load of the second walk is asked for before the sums of the first are there.
+    rounds += is_one_pass(code)
     instructions, special, loaded = (total / logits).tolist()
     return Cost(instructions, special, loaded, rounds / logits)
 
 
-def executed(block: Block) -> numpy.ndarray:
+def executed(block: Stretch) -> numpy.ndarray:
     """What a thread executes in a block, as the first three fields of `Cost`."""
     return numpy.array([block.instructions, block.special, block.loaded], float)
 
 
-def has_idle_tail(code: MachineCode, walk: list[tuple[Block, int]], bytes_: float) -> bool:
+def has_idle_tail(code: Code, walk: Sequence[tuple[Stretch, int]], bytes_: float) -> bool:
     """Whether the code after the loops, for what whole tiles leave, has nothing to do."""
     last = walk[-1][0]
     whole = sum(n * loop.loaded for loop, n in walk) == bytes_
     return whole and not last.masked and code.outside.loaded >= last.loaded
 
 
-def is_one_pass(code: MachineCode) -> bool:
+def is_one_pass(code: Code) -> bool:
     """Whether rows are walked twice, once for their sums and once for their gradient."""
     return {bool(loop.stored) for loop in code.loops} == {False, True}
 
 
-def predict(code: MachineCode, work: Work, chip: Chip) -> Prediction:
+def demand(code: Code, work: Work, chip: Chip) -> Demand:
     a_logit = cost(code, work)
     programs = resident_programs(chip, code.usage.registers, work.threads, code.usage.shared)
     programs = min(programs, ceil(work.programs / chip.multiprocessors))
     if not programs:
         raise ValueError(f"A program of {work.threads} threads does not fit a multiprocessor of the {chip.name}.")
-    resident_rows = min(work.rows, programs * chip.multiprocessors * work.rows_a_program)
-    reads = 1.0
-    if is_one_pass(code):
-        reads = lru.reads(resident_rows, work.classes * work.itemsize, chip.l2, work.in_place, work.backwards)
+    return Demand(
+        issue=a_logit.instructions / (chip.warp_size * chip.issue_slots * chip.clock),
+        special=a_logit.special / (chip.special_units * chip.clock),
+        rounds=a_logit.rounds / work.threads,
+        programs=programs,
+        multiprocessors=chip.multiprocessors,
+        rows=min(work.rows, programs * chip.multiprocessors * work.rows_a_program),
+        reads=2 if is_one_pass(code) else 1,
+    )
 
-    roof = chip.bandwidth / work.bytes_a_logit  # logits a second
-    cycles = chip.multiprocessors * chip.clock
-    threads = programs * work.threads
-    moved = work.itemsize * (reads + work.writes)
-    rates = {
-        "bytes": roof,
-        "issue slots": cycles * chip.issue_slots * chip.warp_size * ISSUE_SHARE / a_logit.instructions,
-        "special functions": cycles * chip.special_units / a_logit.special if a_logit.special else float("inf"),
-        "bytes in flight": chip.multiprocessors * threads * a_logit.in_flight / LATENCY / a_logit.loaded,
-        "L2 misses": chip.bandwidth / moved,
+
+def hbm_reads(needed: Demand, work: Work, chip: Chip, cache: float) -> float:
+    """How often a logit is read from device memory, the first time and where the L2 cache has lost it."""
+    if needed.reads == 1:
+        return 1.0
+    return lru.reads(needed.rows, work.classes * work.itemsize, int(cache * chip.l2), work.in_place, work.backwards)
+
+
+def seconds(needed: Demand, work: Work, chip: Chip, constants: Constants) -> float:
+    """The time per logit."""
+    reads = hbm_reads(needed, work, chip, constants.cache)
+    return hypot(needed.multiprocessor(constants.wait), moving(reads, work, chip, constants))
+
+
+def moving(reads: float, work: Work, chip: Chip, constants: Constants) -> float:
+    """Seconds in which memory moves what is read and written per logit."""
+    return work.itemsize * (reads + work.writes) / (constants.stream * chip.bandwidth)
+
+
+def predict(code: Code, work: Work, chip: Chip, constants: Constants = FITTED) -> Prediction:
+    needed = demand(code, work, chip)
+    reads = hbm_reads(needed, work, chip, constants.cache)
+    roof = work.bytes_a_logit / chip.bandwidth  # seconds a logit
+    alone = {
+        "bytes": moving(1.0, work, chip, constants),
+        "issue slots": needed.issue / chip.multiprocessors,
+        "special functions": needed.special / chip.multiprocessors,
+        "waiting": needed.rounds * constants.wait / needed.programs / chip.multiprocessors,
+        "L2 misses": moving(reads, work, chip, constants),
     }
-    bounds = {name: min(1.0, rate / roof) for name, rate in rates.items()}
-    return Prediction(chip.name, threads, resident_rows, reads, bounds, 1 / (roof * min(bounds.values())))
+    time = seconds(needed, work, chip, constants)
+    bounds = {name: min(1.0, roof / took) if took else 1.0 for name, took in alone.items()}
+    threads = needed.programs * work.threads
+    return Prediction(chip.name, threads, needed.rows, reads, bounds, time, roof / time)

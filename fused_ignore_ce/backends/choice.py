@@ -66,7 +66,7 @@ def scaled(
     """
     if not is_plain(gradient):
         # A gradient of 0, as that of an ignored row, stays 0 even where the product is inf or NaN.
-        return torch.where(gradient == 0, 0.0, gradient * dloss.reshape(1)).to(gradient.dtype)
+        return (gradient * dloss.reshape(1)).masked_fill_(gradient == 0, 0.0).to(gradient.dtype)
     kernels = implementation(backend, gradient.device)
     if not keep and not torch._C._autograd._get_current_graph_task_keep_graph():
         kernels.scale(gradient, factor, dloss)

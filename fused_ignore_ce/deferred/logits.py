@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .computed import differentiated, of_values, replaced, written
@@ -162,8 +163,17 @@ def deferred_product(form: Form, shared: SharedState | None = None, head: Any = 
     if shared.settings.keep_logits:
         _keep_until_step(logits)
     if isinstance(form, Product) and form.bias is not None and form.hidden.dim() > 2 and form.layout == "plain":
-        return recorded(Tensor.view, "view", (logits, form.shape), {}, [logits])  # PyTorch returns a view
+        return recorded(Tensor.view, "view", (logits, form.shape), {}, [logits]) if _bias_makes_view() else logits
     return logits
+
+
+@functools.cache
+def _bias_makes_view() -> bool:
+    """Whether `F.linear` with a bias returns a view of a matrix. Since PyTorch 2.15, it does not."""
+    with without_modes():
+        one = torch.empty(1, 1, 1, device="meta")
+        result = F.linear(one, one[0], one[0, 0])
+    return bool(result._is_view())
 
 
 def _shape_of(t: Tensor) -> Tensor:

@@ -94,10 +94,9 @@ def row(chip="H200", V=128256, kernel="fused_ignore_ce forward", share=0.876, bo
     return {"chip": chip, "V": V, "kernel": kernel, "share of the memory roof": share, "bound": bound}
 
 
-def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp_path):
+def test_proofs_prefer_a_full_run(tmp_path):
     found = {"kernels": 49, "targets": ["sm_90"], "dtypes": ["bfloat16"], "spilling": 0, "narrow": 2}
-    found |= {"faults": ["one"], "note": "Predictions, not measurements.", "quick": True}
-    found |= {picture.PREDICTIONS: [row(bound="issue slots"), row(V=32000)]}
+    found |= {"faults": ["one"], "quick": True}
     for name, date, proofs in (
         ("old", "2026-01-01", found | {"quick": False, "kernels": 4000}),
         ("new", "2026-02-01", found),
@@ -105,15 +104,12 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
     ):
         header = HEADER | {"date": date}
         (tmp_path / f"{name}.json").write_text(json.dumps({"header": header, "proofs": proofs}))
-    text = figures.proofs(reading.Results(tmp_path))
+    text = figures.compiled(reading.Results(tmp_path))
     assert text.startswith(
         "4000 kernels (every tile size that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. "
         "None of them spill registers, 2 use narrower loads than possible"
     )
     assert "lists all 1 that cost speed. (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
-    assert "Predictions, not measurements." in text
-    assert "0.88, issue slots" in text
-    assert "bytes" not in text
     newer = found | {"header": HEADER | {"date": "2026-04-01"}, "quick": False, "faults": []}
     (tmp_path / "proofs-2026-04-01.json").write_text(json.dumps(newer))
     text = figures.compiled(reading.Results(tmp_path))
@@ -121,10 +117,33 @@ def test_proofs_prefer_a_full_run_and_say_that_predictions_are_none_of_a_gpu(tmp
     assert "No kernel spills registers to memory." in text
     (tmp_path / "proofs-2026-04-01.json").unlink()
     (tmp_path / "old.json").unlink()
-    assert figures.proofs(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
+    assert figures.compiled(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
     (tmp_path / "new.json").unlink()
     with pytest.raises(SystemExit, match="no result in bench/results has proofs: python -m bench.proofs"):
-        figures.proofs(reading.Results(tmp_path))
+        figures.compiled(reading.Results(tmp_path))
+
+
+def published(error, without, shown=True):
+    row = {"chip": "H100", "N x V": "8192 x 128256", "kernel": "Other", "published by": "Other#1", "shown": shown}
+    return row | {"published ms": 2.0, "predicted ms": 2 + 2 * error, "error": error, "error if left out": without}
+
+
+def test_predictions_say_that_they_are_none_of_a_gpu_and_how_far_they_are_off(tmp_path):
+    found = {"header": HEADER, "note": "Predictions, not measurements."}
+    found |= {picture.PREDICTIONS: [row(bound="issue slots"), row(V=32000)]}
+    found |= {"published": [published(0.1, -0.2), published(0.01, 0.02, shown=False), published(-0.03, 0.3)]}
+    (tmp_path / "predictions-2026-01-01.json").write_text(json.dumps(found))
+    text = figures.predictions(reading.Results(tmp_path))
+    assert text.startswith("Predictions, not measurements.")
+    assert "0.88, issue slots" in text
+    assert "bytes" not in text
+    assert text.count("Other#1") == 2
+    assert all(figure in text for figure in ("2.200", "+10.0%", "-20.0%"))
+    assert "all 3 published times" in text
+    assert "off by 3.0% at the median and 10.0% at most; by 20.0% and 30.0%" in text
+    (tmp_path / "predictions-2026-01-01.json").unlink()
+    with pytest.raises(SystemExit, match=re.escape("python -m bench.proofs.predicting")):
+        figures.predictions(reading.Results(tmp_path))
 
 
 def run(**tables):

@@ -89,6 +89,14 @@ def test_a_peer_is_launched_by_its_own_launcher(tmp_path):
     assert found["tile"] == [1, 2048]
 
 
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="Liger is not installed")
+def test_published_counts_are_those_of_the_library(tmp_path):
+    """The installed release may be a later one, and another release of Triton may have compiled it."""
+    installed, kept = worker("counted", tmp_path)
+    for now, then in zip(installed, kept, strict=True):
+        assert now == pytest.approx(then, rel=0.25)
+
+
 def test_every_kernel_that_a_launcher_asks_for_is_compiled(tmp_path):
     found = worker("tiles", tmp_path)
     assert found["drawn"] == 200

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.proofs import cases, compiling, launcher, machine_code, peers
+from bench.proofs import cases, compiling, launcher, machine_code, peers, published
 from bench.proofs.null_driver import NullDriver
 
 
@@ -80,6 +80,15 @@ def liger():
     [job] = compiling.jobs(peers.every(2048)[:1], compiling.Target("cuda", 90))
     proof = compiling.compiled(job)
     return {"error": proof.error, "tile": proof.tile, "loops": len(proof.code.loops), "grid": proof.grid}
+
+
+def counted():
+    """Instructions and bytes in the loops of Liger's kernel: of the installed release, and of the published source."""
+    [job] = [
+        job for job in compiling.jobs(peers.every(32000), compiling.Target("cuda", 90)) if "liger" in str(job.case)
+    ]
+    codes = compiling.compiled(job).code, published.AFTER.counts[90, 2]
+    return [[(loop.instructions, loop.special, loop.loaded, loop.stored) for loop in code.loops] for code in codes]
 
 
 def launched():
