@@ -66,13 +66,13 @@ def head_of(x):
     return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
 
 
-def judge(found, true, rows, upstream, at_zero, *, capped=False, size=1.0):
+def judge(found, true, rows, upstream, ignored, *, capped=False, size=1.0):
     """Compares (loss, gradient) with those of float64, unless sums of the rows' losses overflow in the dtype of sums.
 
-    Gradients are exactly 0 where `at_zero` is. `size` (N, 1) is the size of what is added up to the loss of a row.
+    Gradients are exactly 0 where `ignored` (N, V). `size` (N, 1) is the size of what is added up to the loss of a row.
     """
     (loss, dx), (true_loss, true_dx) = found, true
-    assert (dx[at_zero] == 0).all()
+    assert (dx[ignored] == 0).all()
     wide = dx.dtype == torch.float64
     if rows.isnan().any() or rows.abs().sum() >= torch.finfo(dx.dtype if wide else torch.float32).max / 2:
         return
@@ -87,7 +87,7 @@ def judge(found, true, rows, upstream, at_zero, *, capped=False, size=1.0):
     of_rows = torch.as_tensor(size, dtype=torch.float64, device=dx.device)
     of_loss = of_rows.sum() if loss.dim() == 0 else of_rows.reshape(-1)
     close(loss, true_loss.to(loss.dtype), rtol, atol * of_loss)
-    true_dx = true_dx.masked_fill(at_zero, 0.0)
+    true_dx = true_dx.masked_fill(ignored, 0.0)
     if abs(upstream) < torch.inf:
         close(dx, true_dx.to(dx.dtype), 5 * rtol, max(atol, 2 * eps) * max(abs(upstream), 1.0) * of_rows)
     else:

@@ -123,15 +123,16 @@ def test_it_is_pytorch_in_float64(name, backend, device):
         x, y = x.to(device), y.to(device)
         if name not in LOGITS:
             x = finite(x)
-        true = truth(x, y, finite_or_1(upstream), **options)
+        true_loss, true_dx = truth(x, y, finite_or_1(upstream), **options)
         rows, _ = truth(x, y, 0.0, **{**options, "reduction": "none"})
         leaf = x.detach().requires_grad_()
         loss = call(CALLS, name, leaf, y, backend=backend, **options)
         dx = gradient(loss, leaf, upstream, lazy_upstream)
-        at_zero = x.resolve_neg() == -torch.inf
+        ignored = torch.zeros_like(x, dtype=torch.bool)
         if not y.is_floating_point():
-            at_zero |= (y == -100).unsqueeze(1)
-        judge((loss, dx), true, rows, upstream, at_zero, capped=options["softcap"] is not None)
+            ignored |= (y == -100).unsqueeze(1)
+        true_dx.masked_fill_(x.resolve_neg() == -torch.inf, 0.0)  # PyTorch's is NaN
+        judge((loss, dx), (true_loss, true_dx), rows, upstream, ignored, capped=options["softcap"] is not None)
 
     check()
 
