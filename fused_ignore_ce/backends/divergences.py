@@ -13,7 +13,7 @@ With g, the derivative with respect to log q, the gradient with respect to the s
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,16 +81,29 @@ def rows(
 ) -> DistilledRows:
     """The results of rows x (N, V); writes the gradient of `sum(loss * scale)` to dx (N, V), which may be x."""
     found = DistilledRows.zeros(x, len(target), with_stats)
-    dtype, ignored = acc_dtype(x.dtype), options.options.ignore_index
-    scratch = x.new_empty((min(rows_per_block(x.shape[-1]), max(len(x), 1)), x.shape[-1]), dtype=dtype)
+    (N, V), dtype, ignored = x.shape, acc_dtype(x.dtype), options.options.ignore_index
+    if V == 0:
+        return found
+    scratch = x.new_empty((min(rows_per_block(V), max(N, 1)), V), dtype=dtype)
+
+    def compute(values: Tensor, teacher: Teacher, labels: Tensor) -> list[Tensor]:
+        z = used_(values, options.options.softcap, options.options.logit_scale)
+        return _block(z, teacher, labels, options, with_stats, dx is not None)
+
     for at in kept_blocks(x.unsqueeze(0), target, ignored):
-        z = used_(read(x.unsqueeze(0), at, scratch), options.options.softcap, options.options.logit_scale)
-        loss, gradient, *stats = _block(z, teacher.at(at.rows), target[at.out], options, with_stats, dx is not None)
-        for field, values in zip(found, (loss, *stats), strict=False):
-            field[at.out] = values
+        theirs, labels = teacher.at(at.rows), target[at.out]
+        results = compute(read(x.unsqueeze(0), at, scratch), theirs, labels)
+        # Differences of the largest finite logits overflow, and so do large logits at a low temperature.
+        overflown = (~results[0].isfinite()).nonzero().squeeze(1)
+        for some in overflown.split(max(1, rows_per_block(V) // 4)):  # fewer rows: their elements take twice the memory
+            exact = compute(x[at.rows][some].to(torch.float64, copy=True), theirs.at(some), labels[some])
+            for values, wide in zip(results, exact, strict=True):
+                values[some] = wide.to(values.dtype)
         if dx is not None:
             assert scale is not None
-            write(dx.unsqueeze(0), at, gradient.mul_(scale[at.out].to(dtype).unsqueeze(1)))
+            write(dx.unsqueeze(0), at, results.pop(1).mul_(scale[at.out].to(dtype).unsqueeze(1)))
+        for field, values in zip(found, results, strict=False):
+            field[at.out] = values
     if dx is not None:
         zero_ignored(dx.unsqueeze(0), target, ignored)
     return found
@@ -98,66 +111,62 @@ def rows(
 
 def _block(
     z: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, with_stats: bool, with_gradient: bool
-) -> tuple[Any, ...]:
-    """Loss, gradient, lse, predicted class and entropy of rows of used logits z, which are overwritten."""
-    T, cap = options.temperature, options.options.softcap
-    lse = z.logsumexp(-1)
-    log_q = z.sub(lse.unsqueeze(1)) if T == 1.0 else (z / T).log_softmax(-1)
-    if teacher.ids is None:
-        t = teacher.values.to(z.dtype, copy=True)
-        log_p = used_(t, options.teacher_softcap, options.teacher_logit_scale).div_(T).log_softmax(-1)
-        del t
-        loss, g = divergence(log_p, log_q, options.divergence, options.beta)
-        gradient = g.sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True))) if with_gradient else None
-    else:
-        loss, gradient = _top_k(log_q, teacher.values.to(z.dtype), teacher.ids, options, with_gradient)
-    loss = loss * options.share
-    if gradient is not None:
-        gradient.mul_(options.share / T)
-    if options.alpha < 1.0:
-        index = target.unsqueeze(1)
-        loss = loss + (1.0 - options.alpha) * (lse - z.gather(1, index).squeeze(1))
+) -> list[Tensor]:
+    """Loss, gradient, lse, predicted class and entropy, if wanted, of rows of used logits z, which are overwritten."""
+    T, cap, alpha = options.temperature, options.options.softcap, options.alpha
+    loss, gradient = z.new_zeros(len(z)), torch.zeros_like(z) if with_gradient and not alpha else None
+    if alpha:
+        loss, gradient = _divergence(z if T == 1.0 else z / T, teacher, options, with_gradient)
+        loss = loss * options.share
         if gradient is not None:
-            gradient.add_(z.sub(lse.unsqueeze(1)).exp_(), alpha=1.0 - options.alpha)
-            gradient.scatter_add_(1, index, gradient.new_full(index.shape, options.alpha - 1.0))
-    stats: tuple[Tensor, ...] = ()
+            gradient.mul_(options.share / T)
+    log_softmax = z.log_softmax(-1) if alpha < 1.0 or with_stats else z
+    if alpha < 1.0:
+        index = target.unsqueeze(1)
+        loss = loss - (1.0 - alpha) * log_softmax.gather(1, index).squeeze(1)
+        if gradient is not None:
+            gradient.add_(log_softmax.exp(), alpha=1.0 - alpha)
+            gradient.scatter_add_(1, index, gradient.new_full(index.shape, alpha - 1.0))
+    results = [loss]
     if with_stats:
-        log_softmax = z.sub(lse.unsqueeze(1))
         softmax = log_softmax.exp()
-        stats = lse, z.argmax(-1), _where(softmax, softmax * log_softmax).sum(-1).neg_()
+        results += z.logsumexp(-1), z.argmax(-1), _where(softmax, softmax * log_softmax).sum(-1).neg_()
     if gradient is not None:
         if cap is not None:  # the derivative of the cap is 1 - tanh**2
             gradient.mul_(z.div_(cap).square_().neg_().add_(1.0))
         if options.options.logit_scale != 1.0:
             gradient.mul_(options.options.logit_scale)
-    return loss, gradient, *stats
+        results.insert(1, gradient)
+    return results
 
 
-def _top_k(
-    log_q: Tensor, log_p: Tensor, ids: Tensor, options: DistillationOptions, with_gradient: bool
+def _divergence(
+    z: Tensor, teacher: Teacher, options: DistillationOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The divergence on the teacher's likeliest classes, and its gradient with respect to the student's logits (N, V).
-
-    "bucket" takes all other classes for one more; "renormalise" leaves them out.
-    """
-    mine = log_q.gather(1, ids)
-    if options.tail == "renormalise":
-        mine, log_p = mine.log_softmax(-1), log_p.log_softmax(-1)
-    if options.tail == "renormalise" or ids.shape[1] == log_q.shape[1]:
-        loss, g = divergence(log_p, mine, options.divergence, options.beta)
+    """The divergence for logits z (N, V) that the temperature has divided, and its gradient with respect to them."""
+    values, ids = teacher.values.to(z.dtype, copy=True), teacher.ids
+    if ids is None:
+        used_(values, options.teacher_softcap, options.teacher_logit_scale).div_(options.temperature)
+    if ids is None or options.tail == "renormalise" or ids.shape[1] == z.shape[1]:
+        log_q = (z if ids is None else z.gather(1, ids)).log_softmax(-1)
+        log_p = values if options.tail == "bucket" else values.log_softmax(-1)
+        del values
+        loss, g = divergence(log_p, log_q, options.divergence, options.beta)
         if not with_gradient:
             return loss, None
-        g = g.sub_(mine.exp_().mul_(g.sum(-1, keepdim=True)))
-        return loss, torch.zeros_like(log_q).scatter_add_(1, ids, g)
-    others = log_q.scatter(1, ids, -torch.inf)
-    rest = others.logsumexp(-1, keepdim=True)
-    p_rest = (1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min_(0.0)
-    both = torch.cat([log_p, p_rest.log()], -1), torch.cat([mine, rest], -1)
+        g = g.sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
+        return loss, g if ids is None else torch.zeros_like(z).scatter_add_(1, ids, g)
+    # All other classes are one more.
+    log_q = z.log_softmax(-1)
+    rest = log_q.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    p_rest = (1.0 - values.exp().sum(-1, keepdim=True)).clamp_min_(0.0)
+    both = torch.cat([values, p_rest.log()], -1), torch.cat([log_q.gather(1, ids), rest], -1)
     loss, g = divergence(*both, options.divergence, options.beta)
     if not with_gradient:
         return loss, None
-    share_of_rest = others.sub_(rest.masked_fill(rest == -torch.inf, 0.0)).exp_()
-    gradient = share_of_rest.mul_(g[:, -1:]).sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
+    # From logits: far below the largest, log-probabilities of all classes no longer tell the others apart.
+    of_rest = z.scatter(1, ids, -torch.inf).softmax(-1).masked_fill_(rest == -torch.inf, 0.0)
+    gradient = of_rest.mul_(g[:, -1:]).sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
     return loss, gradient.scatter_add_(1, ids, g[:, :-1])
 
 

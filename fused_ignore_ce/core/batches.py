@@ -19,7 +19,7 @@ def loops_over_batches(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def looping(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled() or not any(map(_is_batch, gradients)):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not any(map(_is_batch, gradients)):
             return backward(ctx, *gradients)
         add, remove, level = _current_batch()
         batches = [remove(g, level, 0, 0) if _is_batch(g) else None for g in gradients]

@@ -60,6 +60,11 @@ def holds_probabilities(target: Tensor) -> bool:
     return target.is_floating_point()
 
 
+def rows_of(t: Tensor) -> Tensor:
+    """The rows (N, C) of a tensor (..., C)."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
 def class_dimension(input: Tensor, classes_dim: int) -> int:
     """The dimension of logits that is the vocabulary: `classes_dim`, or the only one there is."""
     return min(classes_dim, input.dim() - 1) % max(input.dim(), 1)

@@ -17,6 +17,7 @@ from ..backends import divergences
 from ..backends.blocks import BLOCK_ELEMENTS
 from ..backends.choice import scaled
 from ..backends.divergences import DistilledRows, Teacher
+from ..core.batches import is_batched, loops_over_batches
 from ..core.distillation import DistillationOptions, refuse_create_graph
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
@@ -191,6 +192,7 @@ class _Function(torch.autograd.Function):
         return value, loss, lse, predicted, entropy
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
         needs = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * len(needs)
@@ -200,7 +202,7 @@ class _Function(torch.autograd.Function):
         if ctx.at_once:
             loss, *of_one = ctx.saved_tensors
             for i, gradient in enumerate(of_one, 2):
-                found[i] = scaled(gradient, upstream, "torch") if needs[i] else None
+                found[i] = scaled(gradient, upstream, "torch", keep=is_batched(ctx)) if needs[i] else None
             if needs[9]:
                 found[9] = loss * upstream
         else:

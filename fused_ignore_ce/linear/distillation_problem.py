@@ -29,10 +29,6 @@ from .distillation import Settings, Side
 from .plan import operand_dtype
 
 
-def rows_of(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
 def check_student(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> int:
     """The number of classes, if the student's hidden states and head fit."""
     rows = torch.empty(input.shape[:-1], dtype=torch.int64, device=input.device) if isinstance(input, Tensor) else input
@@ -79,6 +75,10 @@ def targets_of(
     return targets
 
 
+def _zero_ignored(side: Side, kept: Tensor) -> Side:
+    return side._replace(h=torch.where(kept.unsqueeze(1), side.h, 0.0))
+
+
 def loss_of_hidden_states(
     student: Side,
     teacher: Side,
@@ -95,8 +95,9 @@ def loss_of_hidden_states(
         kept = targets.kept.nonzero().squeeze(1)
         if len(kept) == len(target):
             kept = None
-    else:
-        student = student._replace(h=torch.where(targets.kept.unsqueeze(1), student.h, 0.0))
+    else:  # Inductor would not notice a write to a tensor of whom backward needs a view, which these copies are not
+        student, teacher = (_zero_ignored(side, targets.kept) for side in (student, teacher))
+        teacher = teacher._replace(w=torch.where(targets.kept.unsqueeze(1), teacher.w, 0)) if options.tail else teacher
     if kept is not None:
         student, teacher, target = student.of(kept), teacher.of(kept, bool(options.tail)), target.index_select(0, kept)
         factor = None if factor is None else factor.index_select(0, kept)
@@ -104,7 +105,7 @@ def loss_of_hidden_states(
     value, rows = distillation.distilled(at_once, student, teacher, target, factor, settings, options)
 
     def spread(values: Tensor) -> Tensor:
-        if kept is None or not len(values):
+        if kept is None:
             return values
         return values.new_zeros(len(targets.target)).index_copy(0, kept, values)
 

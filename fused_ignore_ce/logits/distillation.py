@@ -9,23 +9,26 @@ from torch import Tensor
 
 from ..backends import divergences
 from ..backends.divergences import DistilledRows, Teacher
+from ..core.batches import loops_over_batches
 from ..core.distillation import DistillationOptions, refuse_create_graph
 from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
+from ..core.tensors import rows_of
 
 _TENSORS = "Tensor x, Tensor teacher, Tensor target"
 
 
 def _forward(x: Tensor, teacher: Tensor, target: Tensor, with_stats: bool, *scalars: Any) -> tuple[Tensor, ...]:
     options = unflatten(DistillationOptions, scalars)
-    return tuple(divergences.rows(x, Teacher(teacher), target, options, with_stats=with_stats))
+    return tuple(divergences.rows(rows_of(x), Teacher(rows_of(teacher)), target, options, with_stats=with_stats))
 
 
 def _backward(dloss: Tensor, x: Tensor, teacher: Tensor, target: Tensor, *scalars: Any) -> Tensor:
+    x, teacher, shape = rows_of(x), rows_of(teacher), x.shape
     dx = torch.empty_like(x)
     options = unflatten(DistillationOptions, scalars)
     divergences.rows(x, Teacher(teacher), target, options, with_stats=False, scale=dloss, dx=dx)
-    return dx
+    return dx.view(shape)
 
 
 _forward_operator = torch.library.custom_op(
@@ -49,7 +52,7 @@ def _(x: Tensor, teacher: Tensor, target: Tensor, with_stats: bool, *scalars: An
 
 @_backward_operator.register_fake
 def _(dloss: Tensor, x: Tensor, teacher: Tensor, target: Tensor, *scalars: Any) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(rows_of(x)).view(x.shape)
 
 
 class _Function(torch.autograd.Function):
@@ -63,6 +66,7 @@ class _Function(torch.autograd.Function):
         return rows
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, dloss: Any, *_: Any) -> Any:
         if dloss is None:
             return None, None, None, None
@@ -75,5 +79,8 @@ class _Function(torch.autograd.Function):
 def distilled(
     x: Tensor, teacher: Tensor, target: Tensor, with_stats: bool, options: DistillationOptions
 ) -> DistilledRows:
-    """The results of rows x (N, V); their loss is differentiable with respect to x."""
+    """The results of the N rows of x (..., V); their loss is differentiable with respect to x.
+
+    Logits come as the caller gave them: Inductor does not notice a write to a tensor of which a view is saved.
+    """
     return DistilledRows(*_Function.apply((with_stats, *flatten(options)), x, teacher, target))

@@ -20,6 +20,7 @@ from ..core.distillation import (
 from ..core.eager import refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype, ignored_ids
 from ..core.reduction import LossStats, row_losses, scales
+from ..core.tensors import rows_of
 from ..core.unknown_keywords import explains_keywords
 from ..linear.distillation import Settings, Side
 from ..linear.distillation_problem import (
@@ -28,7 +29,6 @@ from ..linear.distillation_problem import (
     loss_of_hidden_states,
     product_dtype,
     result_of,
-    rows_of,
     targets_of,
 )
 from ..logits import distillation as of_logits
@@ -124,9 +124,7 @@ def fused_distillation_loss(
     reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype).checked()
     refuse_transforms(input)
     targets = targets_of(input, target, token_weight, ids, V, options)
-    rows = of_logits.distilled(
-        input.reshape(-1, V), teacher_input.detach().reshape(-1, V), targets.target, bool(return_stats), options
-    )
+    rows = of_logits.distilled(input, teacher_input.detach(), targets.target, bool(return_stats), options)
     if reduction == "none":
         loss = row_losses(rows.loss, rows.loss, targets, 0.0)
     else:
@@ -215,8 +213,8 @@ def fused_linear_distillation_loss(
     Note:
         Ignored tokens take part in no matrix product of either side. A scalar loss computes its gradients in forward
         (three products for the student, one for the teacher) and scales them in backward; reduction="none" and float16
-        compute them in backward, from logits computed again. On CUDA, the number of kept rows is waited for: one host
-        sync. Under torch.compile there is none; ignored rows then remain in the products as zeros.
+        compute them in backward, from logits computed again. On CUDA, the host waits for every block of tokens. Under
+        torch.compile, ignored rows then remain in the products as zeros.
 
     Examples:
         >>> h, w = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)

@@ -17,6 +17,7 @@ from ..core.distillation import (
 from ..core.eager import refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype, ignored_ids
 from ..core.reduction import LossStats
+from ..core.tensors import rows_of
 from ..core.unknown_keywords import explains_keywords
 from ..linear.distillation import Settings, Side
 from ..linear.distillation_problem import (
@@ -24,7 +25,6 @@ from ..linear.distillation_problem import (
     constant,
     loss_of_hidden_states,
     product_dtype,
-    rows_of,
     targets_of,
 )
 

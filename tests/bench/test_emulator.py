@@ -4,8 +4,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
+
 from bench.proofs.emulator import ptx
+from bench.proofs.emulator.building import LOCKSTEP, Compiled
 from bench.proofs.emulator.instructions import expression
+from bench.proofs.emulator.tensors import Memory
 from bench.proofs.emulator.translating import translate
 
 from .test_proofs_compiled import worker
@@ -70,6 +74,10 @@ def test_a_copy_arrives_when_it_is_waited_for_and_not_before(small):
 def test_what_is_executed_is_counted(small):
     forward = small["forward"]
     assert 1 < forward["logits read"] < 1.1  # each logit once, and by every thread the target and its logit
+    assert 1 < forward["sectors"] < 1.1  # each logit once, in whole sectors of 16, and the target and its logit
+    assert forward["bank conflicts"] == small["backward"]["bank conflicts"] == 0
+    assert small["backward"]["sectors"] < 1.1
+    assert small["backward"]["sectors written"] * 32 == small["backward"]["written"] == 600 * 16384 * 2
     assert 1 < forward["powers"] < 2  # one for a logit, and those of shifts
     assert forward["written"] == 600 * 4 * 4  # a row's loss, c, s and mass
 
@@ -105,3 +113,40 @@ def test_approximate_instructions_are_off_and_exact_ones_are_not():
     assert expression(add, ["a", "b"]) == "to_f32((float)from_f32(a) + (float)from_f32(b))"
     power = ptx.Instruction("ex2.approx.ftz.f32", ("%r1", "%r2"))
     assert expression(power, ["a"]) == "to_f32(ftz(ex2_approx(ftz(from_f32(a)))))"
+
+
+@pytest.mark.parametrize(
+    ("code", "device", "shared"),
+    [  # (requests, sectors) of device memory, (parts, wavefronts) of shared memory, by 32 threads
+        ("shl.b32 %r2, %r1, 2; {global}", (1, 4), (0, 0)),
+        ("shl.b32 %r2, %r1, 4; {global}", (1, 16), (0, 0)),
+        ("shl.b32 %r2, %r1, 5; {global}", (1, 32), (0, 0)),
+        ("shl.b32 %r2, %r1, 4; {wide}", (1, 16), (0, 0)),
+        ("mov.b32 %r2, 0; {global} {global}", (2, 2), (0, 0)),
+        ("shl.b32 %r2, %r1, 2; {shared}", (0, 0), (1, 1)),
+        ("shl.b32 %r2, %r1, 3; {shared}", (0, 0), (1, 2)),
+        ("shl.b32 %r2, %r1, 7; {shared}", (0, 0), (1, 32)),
+        ("shl.b32 %r2, %r1, 1; {narrow}", (0, 0), (1, 1)),
+        ("shl.b32 %r2, %r1, 4; {pairs}", (0, 0), (2, 4)),
+        ("mov.b32 %r2, 0; {read}", (0, 0), (1, 1)),
+    ],
+)
+def test_sectors_and_bank_conflicts_are_counted(code, device, shared, tmp_path):
+    accesses = {
+        "global": "cvt.u64.u32 %rd2, %r2; add.s64 %rd3, %rd1, %rd2; ld.global.b32 %r3, [%rd3];",
+        "wide": "cvt.u64.u32 %rd2, %r2; add.s64 %rd3, %rd1, %rd2; ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd3];",
+        "shared": "st.shared.b32 [%r2+1024], %r1;",
+        "narrow": "cvt.u16.u32 %rs1, %r1; st.shared.b16 [%r2+1024], %rs1;",
+        "pairs": "st.shared.v2.b32 [%r2+1024], {%r1, %r1};",
+        "read": "ld.shared.b32 %r3, [%r2+1024];",
+    }
+    head = HEAD.replace(".reg .b32", ".reg .b16 %rs<9>;\n.reg .b64 %rd<9>;\n.reg .b32")
+    start = "mov.u32 %r1, %tid.x;\nld.param.b64 %rd1, [kernel_param_0];\n"
+    statements = (start + code.format(**accesses)).replace("; ", ";\n")
+    kernel = Compiled(f"{head}{statements}\nret;\n}}", 8192, tmp_path)
+    x = torch.zeros(1024)
+    kernel.run((1, 1, 1), [x.data_ptr().to_bytes(8, "little")], Memory([x]), LOCKSTEP, 0.0)
+    counts = kernel.counts()
+    assert (counts.read.requests, counts.read.sectors) == device
+    assert (counts.shared_parts, counts.shared_wavefronts) == shared
+    assert counts.bank_conflicts == shared[1] - shared[0]

@@ -145,16 +145,20 @@ def small():
         with Emulator(90):
             copied[(1,)](x, out, 512, wait)
         found["waited" if wait else "not waited"] = [bool((out == x).all()), bool(out.isnan().all())]
-    x_loss = torch.randn(600, 16384).bfloat16()  # so many rows are not split
+    x_loss = torch.randn(600, 16384).bfloat16().requires_grad_()  # so many rows are not split
     with emulated(90) as emulator:
-        fused_cross_entropy(x_loss, torch.arange(600), backend="triton", reduction="sum")
-        [forward] = emulator.kernels["forward_kernel"]
-        counts = forward.counts()
-        found["forward"] = {
-            "logits read": counts.read / 2 / x_loss.numel(),
-            "powers": counts.threads["ex2.approx.ftz.f32"] / x_loss.numel(),
-            "written": counts.written,
-        }
+        fused_cross_entropy(x_loss, torch.arange(600), backend="triton", reduction="sum").backward()
+        for name in ("forward", "backward"):
+            [kernel] = emulator.kernels[f"{name}_kernel"]
+            counts = kernel.counts()
+            found[name] = {
+                "logits read": counts.read.bytes / 2 / x_loss.numel(),
+                "sectors": counts.read.sectors * 16 / x_loss.numel(),
+                "bank conflicts": counts.bank_conflicts,
+                "powers": counts.threads["ex2.approx.ftz.f32"] / x_loss.numel(),
+                "written": counts.written.bytes,
+                "sectors written": counts.written.sectors,
+            }
     with Emulator(90):
         found["misaligned"] = outcome(promised[(1,)], torch.randn(516), torch.zeros(512), 512)
         found["programs"] = outcome(added[(2,)], x, torch.zeros(512), 512)

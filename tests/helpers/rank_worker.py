@@ -8,6 +8,7 @@ import sys
 import traceback
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -106,6 +107,12 @@ def counting(counted, phase):
 
 
 def main(rank, world, folder):
+    if architecture := os.environ.get("TEST_COMPILED"):  # as in conftest.py
+        sys.path.append(str(Path(__file__).parents[2]))
+        from bench.proofs.emulator.launching import emulated
+
+        emulator = emulated(int(architecture), all_orders=True)
+        emulator.__enter__()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that what is printed is not taken for an answer
     torch.set_num_threads(1)

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
+from fused_ignore_ce import (
+    fused_cross_entropy,
+    fused_distillation_loss,
+    fused_linear_cross_entropy,
+    fused_linear_distillation_loss,
+    fused_linear_log_probs,
+)
 
 X, W = torch.randn(3, 4), torch.randn(5, 4)
 Y = torch.tensor([1, 2, -100])
@@ -22,6 +28,19 @@ LOSSES = {
     "linear rows": lambda x, **k: fused_linear_cross_entropy(x, W, Y, reduction="none", **k),
     "log-probabilities": lambda x, **k: fused_linear_log_probs(x, W, Y, **k),
 }
+DISTILLATIONS = {
+    "distillation": lambda x, **k: fused_distillation_loss(x, X + 1, Y, **k),
+    "rows of distillation": lambda x, **k: fused_distillation_loss(x, X + 1, Y, reduction="none", **k),
+    "linear distillation": lambda x, **k: fused_linear_distillation_loss(x, W, X, W + 1, Y, **k),
+    "rows of linear distillation": lambda x, **k: fused_linear_distillation_loss(
+        x, W, X, W + 1, Y, reduction="none", **k
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", DISTILLATIONS.values(), ids=DISTILLATIONS)
+def test_distillation(loss):
+    test_batches(loss, "auto")
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

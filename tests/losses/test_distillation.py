@@ -346,3 +346,48 @@ def test_tensors_that_are_refused():
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()
+
+
+EDGES = {
+    "large and close": ([1e10, 1e10, 1e10 - 4096], [0.0, 1.0, 2.0], {}),
+    "the largest": ([3e38, -3e38, 0.0], [3e38, 3e38 - 1e33, 0.0], {"temperature": 0.5}),
+    "both ends": ([3e38, -3e38, 0.0], [3.0, 0.0, 0.0], {"alpha": 0.9}),
+    "of a wider teacher": ([0.0, 1.0, 2.0], [1e300, 1e300, 0.0], {}),
+    "a cross entropy alone": ([0.0, 0.0, -torch.inf], [0.0, 1.0, 2.0], {"alpha": 0.0}),
+}
+
+
+@pytest.mark.parametrize(("mine", "theirs", "options"), EDGES.values(), ids=EDGES)
+def test_logits_at_the_edges(mine, theirs, options):
+    x, t = torch.tensor([mine], requires_grad=True), torch.tensor([theirs], dtype=torch.float64)
+    wide, y = x.detach().double().requires_grad_(), torch.tensor([0])
+    rows = reference.distillation_rows(wide, t, y, **options) if options.get("alpha") != 0 else F.cross_entropy(wide, y)
+    loss = fused_distillation_loss(x, t, y, **options)
+    torch.testing.assert_close(loss, rows.sum().float())
+    true = torch.autograd.grad(rows.sum(), wide)[0].nan_to_num()
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], true.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_other_classes_that_are_far_below_the_one_of_the_teacher():
+    """Their shares of the rest come from their logits; log-probabilities are too far from 0 to tell them apart."""
+    h, ids, log_p = torch.tensor([[5e9, 1.0, 0.0]], requires_grad=True), torch.tensor([[0]]), torch.tensor([[-0.5]])
+    (dh,) = torch.autograd.grad(fused_top_k_distillation_loss(h, torch.eye(3), ids, log_p), h)
+    rest = 1 - math.exp(-0.5)
+    expected = torch.tensor([[rest, *(-rest * torch.tensor([1.0, 0.0]).softmax(0))]])
+    torch.testing.assert_close(dh, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_classes_and_no_kept_rows(reduction):
+    x, ignored = torch.zeros(3, 0, requires_grad=True), torch.full((3,), -100)
+    for loss in (
+        fused_distillation_loss(x, torch.zeros(3, 0), reduction=reduction),
+        fused_linear_distillation_loss(x, torch.zeros(0, 0), torch.zeros(3, 2), torch.zeros(0, 2), reduction=reduction),
+    ):
+        assert torch.equal(loss, torch.zeros(3 if reduction == "none" else ()))
+        assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape
+    h, w = torch.zeros(3, 2), torch.zeros(4, 2)
+    loss, stats = fused_linear_distillation_loss(h, w, h, w, ignored, reduction=reduction, return_stats=True)
+    assert torch.equal(loss.isnan(), torch.tensor(reduction == "mean").expand_as(loss))
+    assert loss.shape == (ignored.shape if reduction == "none" else ())
+    assert stats.entropy.shape == ignored.shape

@@ -1,165 +1,233 @@
 """Every public function, on tensors of any layout, dtype and magnitude, is PyTorch in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_ignore_ce import (
-    FusedCrossEntropyLoss,
-    FusedLinearCrossEntropyLoss,
-    fused_causal_lm_loss,
-    fused_cross_entropy,
-    fused_linear_causal_lm_loss,
-    fused_linear_cross_entropy,
-    fused_linear_log_probs,
-)
+import fused_ignore_ce
 
-SETTINGS = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+from ..helpers.drawing import DTYPES, SETTINGS, UPSTREAM, finite, head_of, index_targets, judge, negated, rows_of_logits
 
 
-def negated(values):
-    return torch._neg_view(-values)
+def of_causal(function, x, y, **options):
+    return function(x, None, shift_labels=y, **options)
 
 
-def conjugated(values):
-    """The imaginary part of a lazy conjugate, whose elements are two apart and lazily negated."""
-    wide = values if values.dtype in (torch.float32, torch.float64) else None
-    return negated(values) if wide is None else torch.complex(torch.zeros_like(wide), -wide).conj().imag
+def of_module(module, x, y, **options):
+    return module(**options)(x, y)
 
 
-def expanded(values):
-    """All rows are the first one."""
-    return values[:1].expand_as(values) if len(values) else values
+def of_linear(function, x, y, **options):
+    return function(x, head_of(x), y, **options)
 
 
-def cropped(values):
-    """Between other elements, with rows and classes apart from each other."""
-    outer = values.new_full((len(values) + 3, 2 * values.shape[1] + 4), torch.nan)
-    view = outer[1:-2, 1:-3:2]
-    return view.copy_(values)
+def of_linear_module(module, x, y, **options):
+    V = x.shape[1]
+    return module(V, V, external_weight=True, **options)(x, y, linear_weight=head_of(x))
 
 
-LAYOUTS = [torch.clone, negated, conjugated, expanded, cropped, lambda t: t.t().contiguous().t()]
+def of_linear_causal(function, x, y, **options):
+    return function(x, head_of(x), None, shift_labels=y, **options)
 
 
-def head_of(x):
-    """A head with which hidden states are their logits, exactly."""
-    return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+def of_log_probs(function, x, y, softcap, backend, **_):
+    return -function(x, head_of(x), y, softcap=softcap, backend=backend)
 
 
-def module(x, y, **options):
-    backend, reduction = options.pop("backend"), options.pop("reduction")
-    return FusedCrossEntropyLoss(backend=backend, reduction=reduction, **options)(x, y)
+def of_deferred(function, x, y, softcap, backend, **options):
+    head = torch.nn.Linear(x.shape[1], x.shape[1], bias=False, dtype=x.dtype, device=x.device).requires_grad_(False)
+    head.weight.copy_(head_of(x))
+    return F.cross_entropy(function(head, backend=backend)(x), y, **options)
 
 
-def linear_module(x, y, **options):
-    criterion = FusedLinearCrossEntropyLoss(x.shape[1], x.shape[1], external_weight=True, **options)
-    return criterion(x, y, linear_weight=head_of(x))
-
-
-FUNCTIONS = {
-    "logits": fused_cross_entropy,
-    "gradient in forward": lambda x, y, **k: fused_cross_entropy(x, y, grad_in_forward=True, **k),
-    "module": module,
-    "causal": lambda x, y, **k: fused_causal_lm_loss(x, None, shift_labels=y, **k),
-    "linear": lambda x, y, **k: fused_linear_cross_entropy(x, head_of(x), y, **k),
-    "linear module": linear_module,
-    "linear causal": lambda x, y, **k: fused_linear_causal_lm_loss(x, head_of(x), None, shift_labels=y, **k),
-    "log-probabilities": lambda x, y, **k: (
-        -fused_linear_log_probs(x, head_of(x), y, **{name: k[name] for name in ("softcap", "backend")})
-    ),
+#: How a public function is called with logits, or with hidden states that are its logits.
+CALLS = {
+    "fused_cross_entropy": lambda function, x, y, **k: function(x, y, **k),
+    "fused_cross_entropy, gradient in forward": lambda function, x, y, **k: function(x, y, grad_in_forward=True, **k),
+    "FusedCrossEntropyLoss": of_module,
+    "fused_causal_lm_loss": of_causal,
+    "fused_linear_cross_entropy": of_linear,
+    "FusedLinearCrossEntropyLoss": of_linear_module,
+    "fused_linear_causal_lm_loss": of_linear_causal,
+    "fused_linear_log_probs": of_log_probs,
+    "defer_logits": of_deferred,
 }
-UPSTREAM = [1.0, -2.5, 0.0, torch.inf, -torch.inf, torch.nan]
+LOGITS = [
+    "fused_cross_entropy",
+    "fused_cross_entropy, gradient in forward",
+    "FusedCrossEntropyLoss",
+    "fused_causal_lm_loss",
+]
+NO_PROBABILITIES = ["fused_causal_lm_loss", "fused_linear_causal_lm_loss", "fused_linear_log_probs"]
+#: The same of a student and a teacher.
+DISTILLATIONS = {
+    "fused_distillation_loss": lambda function, x, t, y, **k: function(x, t, y, **k),
+    "fused_linear_distillation_loss": lambda function, x, t, y, **k: function(x, head_of(x), t, head_of(t), y, **k),
+    "fused_top_k_distillation_loss": lambda function, x, t, y, **k: function(x, head_of(x), *t, y, **k),
+}
+ROWS, CLASSES = [0, 1, 3, 5], [0, 1, 2, 7, 40, 300]
+NO_LOSSES = ["LinearPlan", "LossStats", "plan_linear_loss", "undefer_logits"]
+
+
+def test_every_public_loss_is_drawn():
+    drawn = {name.split(",")[0] for name in (*CALLS, *DISTILLATIONS)}
+    assert drawn == set(fused_ignore_ce.__all__) - set(NO_LOSSES)
+
+
+def call(functions, name, *args, **options):
+    return functions[name](getattr(fused_ignore_ce, name.split(",")[0]), *args, **options)
 
 
 @st.composite
-def calls(draw, function):
-    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
-    N, V = draw(st.sampled_from([0, 1, 3, 5])), draw(st.sampled_from([1, 2, 7, 40, 300]))
+def problems(draw, name):
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    finite = torch.finfo(dtype)
-    magnitude = min(10.0 ** draw(st.sampled_from([-3, 0, 1, 2, 4, 6, 8, 9, 10, 12, 20, 38, 300])), finite.max)
-    x = (torch.randn(N, V, generator=rng, dtype=torch.float64) * magnitude).clamp(finite.min, finite.max)
-    if draw(st.booleans()):
-        x = x * 10.0 ** -torch.randint(0, 9, (N, 1), generator=rng)  # rows of several magnitudes
-    if draw(st.booleans()):
-        x[:, :: draw(st.sampled_from([1, 2, 3]))] += magnitude  # large, and close to each other
-    masks = draw(st.sampled_from([[], [finite.min], [-torch.inf], [finite.min, finite.max]]))
-    for value in masks:
-        x[torch.rand(N, V, generator=rng) < 0.3] = value
-    x = draw(st.sampled_from(LAYOUTS))(x.to(dtype).nan_to_num(nan=0.0, posinf=finite.max, neginf=-torch.inf))
-    y = torch.randint(0, V, (N,), generator=rng).masked_fill(torch.rand(N, generator=rng) < 0.3, -100)
-    reduction = "none" if function == "log-probabilities" else draw(st.sampled_from(["mean", "sum", "none"]))
-    smoothing = 0.0 if function == "log-probabilities" else draw(st.sampled_from([0.0, 0.1]))
-    softcap = draw(st.sampled_from([None, None, 30.0]))
-    options = {"reduction": reduction, "label_smoothing": smoothing, "softcap": softcap}
+    takes_probabilities = name not in NO_PROBABILITIES
+    N, V = draw(st.sampled_from(ROWS)), draw(st.sampled_from(CLASSES if takes_probabilities else CLASSES[1:]))
+    x, y = rows_of_logits(draw, rng, N, V), index_targets(rng, N, V)
+    if takes_probabilities and (draw(st.sampled_from([True, False, False])) or V == 0):
+        y = negated(torch.rand(x.shape, generator=rng).softmax(1).to(x.dtype))
+    softcap = None if name == "defer_logits" else draw(st.sampled_from([None, None, 30.0]))
+    options = {"reduction": "none", "label_smoothing": 0.0, "softcap": softcap}
+    if name != "fused_linear_log_probs":
+        options["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
+        options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1]))
     return x, y, options, draw(st.sampled_from(UPSTREAM)), draw(st.booleans())
 
 
 def truth(x, y, upstream, softcap, **options):
     wide = x.resolve_neg().double().requires_grad_()
-    loss = F.cross_entropy(wide if softcap is None else softcap * torch.tanh(wide / softcap), y, **options)
-    finite_upstream = upstream if abs(upstream) < torch.inf else 1.0
-    (dx,) = torch.autograd.grad(loss, wide, torch.full_like(loss, finite_upstream))
-    return loss.detach(), dx
+    used = wide if softcap is None else softcap * torch.tanh(wide / softcap)
+    loss = F.cross_entropy(used, y.double() if y.is_floating_point() else y, **options)
+    return loss.detach(), gradient(loss, wide, upstream)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_it_is_pytorch_in_float64(function, backend, device):
+def gradient(loss, x, upstream, lazy=False):
+    above = torch.full_like(loss, upstream)
+    return torch.autograd.grad(loss, x, negated(above) if lazy else above)[0]
+
+
+def finite_or_1(upstream):
+    return upstream if abs(upstream) < math.inf else 1.0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_is_pytorch_in_float64(name, backend, device):
     @SETTINGS
-    @given(calls(function))
-    def check(call):
-        x, y, options, upstream, lazy_upstream = call
-        if function.startswith("linear") or function == "log-probabilities":  # 0 * inf is NaN in a matrix product
-            x = x.resolve_neg().clamp(min=torch.finfo(x.dtype).min)
+    @given(problems(name))
+    def check(problem):
+        x, y, options, upstream, lazy_upstream = problem
         x, y = x.to(device), y.to(device)
-        true, true_dx = truth(x, y, upstream, **options)
-        leaf = x.detach().requires_grad_()
-        loss = FUNCTIONS[function](leaf, y, backend=backend, **options)
-        above = torch.full_like(loss, upstream)
-        (dx,) = torch.autograd.grad(loss, leaf, negated(above) if lazy_upstream else above)
-
-        ignored = y == -100
-        assert (dx[ignored] == 0).all()
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if name not in LOGITS:
+            x = finite(x)
+        true_loss, true_dx = truth(x, y, finite_or_1(upstream), **options)
         rows, _ = truth(x, y, 0.0, **{**options, "reduction": "none"})
-        if rows.abs().sum() >= torch.finfo(acc).max / 2 or rows.isnan().any():
-            return  # PyTorch's sums overflow in this dtype, or in float64
-        eps, capped = torch.finfo(x.dtype).eps, options["softcap"] is not None
-        rtol, atol = 2 * max(eps, 1e-6 if acc == torch.float32 else 1e-12), 1e-4 if capped else 1e-5
-        torch.testing.assert_close(loss.double(), true.to(loss.dtype).double(), rtol=rtol, atol=atol, equal_nan=True)
-        forbidden = x.resolve_neg() == -torch.inf
-        true_dx = true_dx.masked_fill(ignored.unsqueeze(1) | forbidden, 0.0)
-        if abs(upstream) < torch.inf:
-            atol = max(atol, 2 * eps) * max(abs(upstream), 1.0)
-            torch.testing.assert_close(dx.double(), true_dx, rtol=rtol + 1e-5, atol=atol)
-        else:
-            assert not dx[true_dx.abs() > 1e-3].isfinite().any()
+        leaf = x.detach().requires_grad_()
+        loss = call(CALLS, name, leaf, y, backend=backend, **options)
+        dx = gradient(loss, leaf, upstream, lazy_upstream)
+        ignored = torch.zeros_like(x, dtype=torch.bool)
+        if not y.is_floating_point():
+            ignored |= (y == -100).unsqueeze(1)
+        true_dx.masked_fill_(x.resolve_neg() == -torch.inf, 0.0)  # PyTorch's is NaN
+        judge((loss, dx), (true_loss, true_dx), rows, upstream, ignored, capped=options["softcap"] is not None)
 
     check()
 
 
-@SETTINGS
-@given(call=calls("logits"), seed=st.integers(0, 2**20))
-def check_probabilities(call, seed, backend, device):
-    x, _, options, upstream, _ = call
-    q = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).softmax(1).to(x.dtype).to(device)
-    x = x.to(device)
-    true, true_dx = truth(x, q.double(), upstream, **options)
-    leaf = x.detach().requires_grad_()
-    loss = fused_cross_entropy(leaf, negated(q), backend=backend, **options)
-    (dx,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
-    rows, _ = truth(x, q.double(), 0.0, **{**options, "reduction": "none"})
-    if rows.isfinite().all() and rows.abs().sum() < torch.finfo(torch.float32).max / 2 and abs(upstream) < torch.inf:
-        eps = torch.finfo(x.dtype).eps
-        rtol, atol = 2 * eps + 1e-5, 1e-4
-        torch.testing.assert_close(loss.double(), true.to(loss.dtype).double(), rtol=rtol, atol=atol, equal_nan=True)
-        torch.testing.assert_close(dx.double(), true_dx, rtol=rtol, atol=max(atol, 2 * eps) * max(abs(upstream), 1.0))
+@st.composite
+def distillations(draw, name):
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    of_some = name == "fused_top_k_distillation_loss"
+    N, V = draw(st.sampled_from(ROWS)), draw(st.sampled_from(CLASSES[1:] if of_some else CLASSES))
+    x, y = rows_of_logits(draw, rng, N, V), index_targets(rng, N, V)
+    temperature = draw(st.sampled_from([1.0, 1.0, 0.5, 3.0]))
+    options = {
+        "divergence": draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd"])),
+        "temperature": temperature,
+        "alpha": draw(st.sampled_from([1.0, 1.0, 0.3, 0.0])) if V else 1.0,
+        "softcap": draw(st.sampled_from([None, None, 30.0])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+    }
+    teacher = rows_of_logits(draw, rng, N, V)
+    if of_some:
+        options["tail"] = draw(st.sampled_from(["bucket", "renormalise"]))
+        K = draw(st.integers(1, min(V, 9)))
+        values, ids = finite(teacher).double().log_softmax(1)[:, torch.randperm(V, generator=rng)].topk(K)
+        if K < V:
+            values = values - draw(st.sampled_from([0.1, 3.0]))  # 1 - sum(p) is not rounded away
+        dtype = draw(st.sampled_from(DTYPES))
+        teacher = ids, negated(values.to(dtype).clamp(min=torch.finfo(dtype).min))
+    return x, teacher, y, options, draw(st.sampled_from(UPSTREAM)), draw(st.booleans())
 
 
-def test_probabilities(backend, device):
-    check_probabilities(backend=backend, device=device)
+def distilled(x, teacher, y, upstream, divergence, temperature, alpha, softcap, reduction, tail=None):
+    """Loss, gradient, losses of rows and the size of their terms, in float64."""
+    wide = x.resolve_neg().double().requires_grad_()
+    z = wide if softcap is None else softcap * torch.tanh(wide / softcap)
+    log_q = (z / temperature).log_softmax(1)
+    if tail is None:
+        log_p = (teacher.resolve_neg().double() / temperature).log_softmax(1)
+    else:
+        ids, log_p = teacher[0], teacher[1].resolve_neg().double()
+        q = log_q.gather(1, ids)
+        if tail == "renormalise":
+            log_p, log_q = log_p.log_softmax(1), (z / temperature).gather(1, ids).log_softmax(1)
+        elif ids.shape[1] < x.shape[1]:
+            others = torch.ones_like(z).scatter(1, ids, 0.0).bool()
+            rest = log_q.masked_fill(~others, -math.inf).logsumexp(1, keepdim=True)
+            log_p = torch.cat([log_p, (1 - log_p.exp().sum(1, keepdim=True)).log()], 1)
+            log_q = torch.cat([q, rest], 1)
+        else:
+            log_q = q
+
+    def kl(log_a, log_b):
+        a = log_a.exp()
+        return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(1)
+
+    def size(log_a):
+        a = log_a.exp()
+        return (a * torch.where(a > 0, log_q.abs() + log_p.abs(), 0.0)).sum(1)
+
+    if divergence == "jsd":
+        m = 0.5 * log_p.exp() + 0.5 * log_q.exp()
+        log_m = torch.where(m > 0, m, 1.0).log()
+        rows = 0.5 * kl(log_p, log_m) + 0.5 * kl(log_q, log_m)
+    else:
+        rows = kl(log_p, log_q) if divergence == "forward_kl" else kl(log_q, log_p)
+    sizes = 1 + (size(log_p) if divergence != "reverse_kl" else 0) + (size(log_q) if divergence != "forward_kl" else 0)
+    if alpha < 1:
+        nll = F.cross_entropy(z, y, reduction="none")
+        rows = alpha * rows + (1 - alpha) * nll if alpha else nll
+        sizes = alpha * sizes + 1 + nll if alpha else 1 + nll
+    kept = y != -100
+    rows = torch.where(kept, rows, 0.0)
+    loss = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[reduction]
+    return loss.detach(), gradient(loss, wide, upstream), rows.detach(), sizes.detach().unsqueeze(1)
+
+
+@pytest.mark.parametrize("name", DISTILLATIONS)
+def test_distillation_is_its_formula_in_float64(name, device):
+    @SETTINGS
+    @given(distillations(name))
+    def check(problem):
+        x, teacher, y, options, upstream, lazy_upstream = problem
+        x, y = x.to(device), y.to(device)
+        if name != "fused_distillation_loss":
+            x = finite(x)
+        if name == "fused_top_k_distillation_loss":
+            teacher = tuple(t.to(device) for t in teacher)
+        else:
+            teacher = (teacher if name == "fused_distillation_loss" else finite(teacher)).to(device)
+        *true, rows, size = distilled(x, teacher, y, finite_or_1(upstream), **options)
+        leaf = x.detach().requires_grad_()
+        loss = call(DISTILLATIONS, name, leaf, teacher, y, **options)
+        dx = gradient(loss, leaf, upstream, lazy_upstream)
+        if (true[1].abs() > torch.finfo(x.dtype).max / 2).any():
+            return
+        ignored = (y == -100).unsqueeze(1).expand_as(x)
+        judge((loss, dx), true, rows, upstream, ignored, capped=options["softcap"] is not None, size=size)
+
+    check()

@@ -6,8 +6,11 @@ import torch
 from fused_ignore_ce import (
     fused_causal_lm_loss,
     fused_cross_entropy,
+    fused_distillation_loss,
     fused_linear_cross_entropy,
+    fused_linear_distillation_loss,
     fused_linear_log_probs,
+    fused_top_k_distillation_loss,
 )
 
 LOSSES = {
@@ -18,6 +21,17 @@ LOSSES = {
     "causal": lambda t, **k: fused_causal_lm_loss(t["sequences"], None, shift_labels=t["labels"], **k),
     "linear": lambda t, **k: fused_linear_cross_entropy(t["h"], t["w"], t["labels"], linear_bias=t["b"], **k),
     "log-probabilities": lambda t, **k: fused_linear_log_probs(t["h"], t["w"], t["labels"], **k).sum(),
+}
+#: Distillation, which has no kernels.
+DISTILLATIONS = {
+    "distillation": lambda t: fused_distillation_loss(t["sequences"], t["teacher"], t["labels"], alpha=0.5),
+    "linear distillation": lambda t: fused_linear_distillation_loss(t["h"], t["w"], t["h"] + 1, t["w"], t["labels"]),
+    "rows of linear distillation": lambda t: fused_linear_distillation_loss(
+        t["h"], t["w"], t["teacher"], t["v"], t["labels"], reduction="none"
+    ),
+    "top-k distillation": lambda t: fused_top_k_distillation_loss(
+        t["h"], t["w"], t["ids"], t["log_p"], t["labels"], reduction="none"
+    ),
 }
 
 
@@ -34,8 +48,17 @@ def tensors(device):
         "h": torch.randn(2, 3, 4),
         "w": torch.randn(5, 4),
         "b": torch.randn(5),
+        "teacher": torch.randn(2, 3, 5),
+        "v": torch.randn(5, 5),
+        "ids": torch.tensor([0, 3]).expand(2, 3, 2).clone(),
+        "log_p": torch.full((2, 3, 2), -1.5),
     }
     return {name: t.to(device) for name, t in found.items()}
+
+
+@pytest.mark.parametrize("loss", DISTILLATIONS.values(), ids=DISTILLATIONS)
+def test_distillation(loss, device):
+    test_never_in_silence(lambda t, backend: loss(t).sum(), "auto", device)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -13,9 +13,8 @@ import platform
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import ptx
 from .faults import Failure, message
@@ -47,7 +46,7 @@ class Compiled:
         self.translation: Translation = translate(ptx.read(text), shared)
         self.library: Any = ctypes.CDLL(str(_built(self.translation, folder)))
         self.library.launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_double]
-        for name in ("where", "threads_counted", "warps_counted", "bytes_counted"):
+        for name in ("where", "threads_counted", "warps_counted", "memory_counted"):
             getattr(self.library, name).restype = ctypes.c_void_p
 
     def run(
@@ -87,20 +86,33 @@ class Compiled:
                 for number in instructions:
                     total[self.translation.instructions[number].name] += times
             by_name.append(total)
-        read, written = counted("bytes_counted", 2)
         threads, warps = by_name
-        return Counts(threads, warps, read, written)
+        *device, parts, wavefronts = counted("memory_counted", 8)
+        return Counts(threads, warps, Moved(*device[::2]), Moved(*device[1::2]), parts, wavefronts)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Instructions by name, for every thread and for every warp, whether or not their guards held; and the bytes that
-    threads read and wrote in device memory; those that several threads read count for each."""
+class Moved(NamedTuple):
+    """What threads read, or wrote, in device memory."""
+
+    bytes: int  # those that several threads read count for each
+    requests: int  # instructions of warps of which some thread accesses memory
+    sectors: int  # of 32 bytes, for each request those that it touches
+
+
+class Counts(NamedTuple):
+    """What launches have executed. Instructions are counted by name, whether or not their guards held."""
 
     threads: Counter[str]
     warps: Counter[str]
-    read: int
-    written: int
+    read: Moved
+    written: Moved
+    shared_parts: int  # of the requests of shared memory, each of up to 128 bytes
+    shared_wavefronts: int  # which these take
+
+    @property
+    def bank_conflicts(self) -> int:
+        """Wavefronts that would not be if all words of a part lay in different banks."""
+        return self.shared_wavefronts - self.shared_parts
 
 
 #: (whether each warp runs alone up to a barrier, whether warps and programs run from the last to the first).

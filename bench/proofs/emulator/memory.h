@@ -19,14 +19,49 @@ static void fail(enum Fault fault, int instruction, int thread, int other, u64 a
   longjmp(give_up, 1);
 }
 
+// ---- What is counted. An instruction is a request of the threads of a warp. One of device memory takes a sector of 32
+// bytes at a time. One of shared memory takes a wavefront for every 128 bytes: of each of 32 banks, one word of 4 bytes.
+
+enum { READ, WRITTEN };
+enum { BYTES = 0, REQUESTS = 2, SECTORS = 4, PARTS = 6, WAVEFRONTS, COUNTS };
+static u64 counted[COUNTS], calls;  // calls: of segments
+typedef struct { u64 call, seen[32]; int warp, part, count; u8 of_bank[32], most; } Request;
+static Request latest[INSTRUCTIONS];
+
+static inline int begins(Request *r, int warp, int part) {
+  if (r->call == calls && r->warp == warp && r->part == part) return 0;
+  r->call = calls, r->warp = warp, r->part = part, r->count = r->most = 0;
+  memset(r->of_bank, 0, sizeof r->of_bank);
+  return 1;
+}
+
+static inline int is_new(Request *r, u64 what) {
+  for (int i = r->count - 1; i >= 0; i--)
+    if (r->seen[i] == what) return 0;
+  r->seen[r->count++] = what;
+  return 1;
+}
+
+static inline void ask_global(u64 address, int bytes, int kind, int id, int t) {
+  Request *r = latest + id;
+  counted[BYTES + kind] += bytes;
+  counted[REQUESTS + kind] += begins(r, t / 32, 0);
+  counted[SECTORS + kind] += is_new(r, address / 32);  // an access is aligned, and 32 bytes wide at most
+}
+
+static inline void ask_shared(u32 address, int bytes, int id, int t) {
+  Request *r = latest + id;
+  counted[PARTS] += begins(r, t / 32, bytes > 4 ? t % 32 * bytes / 128 : 0);
+  for (u32 word = address / 4; word <= (address + bytes - 1) / 4; word++)
+    if (is_new(r, word) && ++r->of_bank[word % 32] > r->most) r->most++, counted[WAVEFRONTS]++;
+}
+
 // ---- Device memory. A block is memory of tensors that were passed; `allowed` marks its bytes that belong to elements.
 
 typedef struct { u32 writer, reader; } Touched;  // programs, counted from 1; SEVERAL for more than one
 enum { SEVERAL = 0xffffffff };
 typedef struct { u64 start, end; const u8 *allowed; u64 grain; Touched *touched; } Block;
 static Block *blocks, *recent;
-static u64 moved[2];  // bytes
-enum { READ, WRITTEN };
 static int block_count;
 
 static inline Block *block_of(u64 address, int bytes, int id, int t) {
@@ -45,9 +80,8 @@ static inline Block *block_of(u64 address, int bytes, int id, int t) {
 }
 
 // Programs run in any order. So none may read or write what another one writes, unless it writes the same value.
-static const u8 *load_global(u64 address, int bytes, int id, int t) {
+static const u8 *read_global(u64 address, int bytes, int id, int t) {
   Block *block = block_of(address, bytes, id, t);
-  moved[READ] += bytes;
   u64 last = (address - block->start + bytes - 1) / block->grain;
   for (u64 i = (address - block->start) / block->grain; i <= last; i++) {
     Touched *touched = block->touched + i;
@@ -58,9 +92,15 @@ static const u8 *load_global(u64 address, int bytes, int id, int t) {
   return (const u8 *)address;
 }
 
+static inline const u8 *load_global(u64 address, int bytes, int id, int t) {
+  const u8 *value = read_global(address, bytes, id, t);
+  ask_global(address, bytes, READ, id, t);
+  return value;
+}
+
 static void store_global(u64 address, const void *value, int bytes, int id, int t) {
   Block *block = block_of(address, bytes, id, t);
-  moved[WRITTEN] += bytes;
+  ask_global(address, bytes, WRITTEN, id, t);
   u64 last = (address - block->start + bytes - 1) / block->grain;
   for (u64 i = (address - block->start) / block->grain; i <= last; i++) {
     Touched *touched = block->touched + i;
@@ -95,6 +135,7 @@ static inline u8 *shared_at(u32 address, int bytes, int id, int t) {
 
 static const u8 *load_shared(u32 address, int bytes, int id, int t) {
   u8 *at = shared_at(address, bytes, id, t);
+  ask_shared(address, bytes, id, t);
   Access now = {epoch, warp_epoch[t / 32], t};
   for (Shadow *s = shadow + (at - shared), *end = s + bytes; s < end; s++) {
     if (unordered(&s->write, t)) fail(RACE, id, t, s->write.thread, address, bytes);
@@ -107,7 +148,7 @@ static const u8 *load_shared(u32 address, int bytes, int id, int t) {
   return at;
 }
 
-static void store_shared(u32 address, const void *value, int bytes, int id, int t) {
+static void write_shared(u32 address, const void *value, int bytes, int id, int t) {
   u8 *at = shared_at(address, bytes, id, t);
   Access now = {epoch, warp_epoch[t / 32], t};
   for (int i = 0; i < bytes; i++) {
@@ -123,6 +164,11 @@ static void store_shared(u32 address, const void *value, int bytes, int id, int 
   memcpy(at, value, bytes);
 }
 
+static inline void store_shared(u32 address, const void *value, int bytes, int id, int t) {
+  write_shared(address, value, bytes, id, t);
+  ask_shared(address, bytes, id, t);
+}
+
 // ---- Copies from device to shared memory that nobody waits for arrive when their group is waited for, not before.
 
 enum { MOST_COPIES = COPIES };
@@ -133,8 +179,8 @@ static int copy_count[THREADS], group[THREADS];
 static void copy_async(u32 to, u64 from, int size, int bytes, int id, int t) {
   u8 poison[16];
   memset(poison, 255, sizeof poison);
-  store_shared(to, poison, size, id, t);
-  if (bytes) block_of(from, bytes, id, t);
+  write_shared(to, poison, size, id, t);
+  if (bytes) block_of(from, bytes, id, t), ask_global(from, bytes, READ, id, t);
   if (copy_count[t] == MOST_COPIES) fail(UNKNOWN, id, t, 0, from, bytes);
   copies[t][copy_count[t]++] = (Copy){from, to, bytes, size, group[t], id};
 }
@@ -149,8 +195,8 @@ static void wait_copies(int pending, int t) {
       continue;
     }
     u8 value[16] = {0};
-    if (copy.bytes) memcpy(value, load_global(copy.from, copy.bytes, copy.id, t), copy.bytes);
-    store_shared(copy.to, value, copy.size, copy.id, t);
+    if (copy.bytes) memcpy(value, read_global(copy.from, copy.bytes, copy.id, t), copy.bytes);
+    write_shared(copy.to, value, copy.size, copy.id, t);
   }
   copy_count[t] = kept;
 }

@@ -16,7 +16,7 @@ static void run_group(int from, int to) {
     if (lowest >= WAITING) return;
     diverged = left != highest;
     int next = lowest;
-    do progress = 1, next = segments[next](from, to);
+    do progress = 1, calls++, next = segments[next](from, to);
     while (next >= 0);
     stuck = progress ? -1 : lowest;
   }
@@ -69,4 +69,4 @@ int launch(const u32 *grid, const void *arguments, Block *passed, int passed_cou
 void *where(void) { return &failure; }
 void *threads_counted(void) { return threads_run; }
 void *warps_counted(void) { return warps_run; }
-void *bytes_counted(void) { return moved; }
+void *memory_counted(void) { return counted; }

@@ -88,6 +88,7 @@ def _body(tr: Translator, at: int, instruction: Instruction) -> tuple[str, list[
         base, _, offset = place.strip("[]").partition("+")
         lines = ["u32 addresses[32];", f"{LANES} addresses[lane] = {read(base)} + {offset or 0};"]
         for matrix, register in enumerate(registers):
+            lines.append("calls++;")  # a matrix is a request by itself
             where = f"matrix_address(addresses, {matrix}, lane, half, {int(bool(match[3]))})"
             if store:
                 move = f"u16 value = {read(register)} >> 16 * half; store_shared({where}, &value, 2, {at}, t);"

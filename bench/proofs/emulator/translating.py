@@ -79,7 +79,7 @@ class Translator:
         copies = COPIES if any("cp.async" in i.name for i in self.instructions) else 0
         lines = [
             f"enum {{ THREADS = {f.threads}, WARPS = {-(-f.threads // 32)}, SHARED_BYTES = {self.shared}, "
-            f"COPIES = {copies} }};",
+            f"COPIES = {copies}, INSTRUCTIONS = {len(self.instructions)} }};",
             '#include "numbers.h"',
             '#include "memory.h"',
             f"static u8 parameters[{max(self.end, 1)}];",
