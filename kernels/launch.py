@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import triton
 
 from .chip import Chip
-from .structs import Tile
+from .structs import Held, Tile
 from .tables import Program, fitting
-from .variant import ONE_PASS_PLAIN, OnePass
+from .variant import ONE_PASS_PLAIN, OnChip, OnePass
 
 #: Bytes of one memory access of a thread.
 ACCESS = 16
@@ -23,6 +23,9 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: The one-pass kernel's second read of a row hits the cache if all that is read and written since the first read fits
 #: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
+
+#: Shared memory that the system takes of every program, and that a program needs to merge the sums of its warps.
+RESERVED, SCRATCH = 1024, 512
 
 #: Rows per program of the kernel that merges splits, and the most rows whose splits the reduction merges itself.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
@@ -49,6 +52,7 @@ class Launch:
     splits: int = 1
     split_tiles: int = 0
     programs: int = 0  # of the one-pass and scale kernels, whose programs loop over rows
+    held: Held | None = None  # of a row that stays on the chip
 
     @property
     def TILE(self) -> Tile:
@@ -125,6 +129,24 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
     program = one_pass_program(V, itemsize, variant, chip)
     launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
+
+
+def on_chip_launch(N: int, V: int, itemsize: int, variant: OnChip, chip: Chip) -> Launch:
+    """The launch of the one pass that keeps its row on the chip, with the most programs that can keep theirs."""
+    for programs in (16, 8, 4, 2, 1):
+        num_warps = variant.warps // programs
+        if num_warps == 0:
+            continue
+        chunk = num_warps * chip.warp_size * ACCESS
+        room = chip.shared_bytes // programs - RESERVED - SCRATCH
+        pieces = room // (variant.chunks * chunk)
+        if V * itemsize <= (pieces * variant.chunks + variant.kept) * chunk:
+            break
+    WIDTH, LANES = ACCESS // itemsize, num_warps * chip.warp_size
+    missing = ceil_div(max(0, V * itemsize - variant.kept * chunk), variant.chunks * chunk)
+    held = Held(max(1, min(pieces, missing)), Tile(1, variant.kept, LANES, WIDTH))
+    resident = max(1, min(N, chip.multiprocessors * programs))
+    return Launch(1, variant.chunks, LANES, WIDTH, num_warps, programs=resident, held=held)
 
 
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:

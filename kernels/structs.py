@@ -32,6 +32,13 @@ class Tile(NamedTuple):
         return self._replace(CHUNKS=1)
 
 
+class Held(NamedTuple):
+    """What of a row stays on the chip."""
+
+    PIECES: int  # tiles in shared memory
+    KEPT: Tile  # in registers: the end of the row
+
+
 class Options(NamedTuple):
     """Which options of the loss a kernel is compiled for."""
 

@@ -63,8 +63,17 @@ def add_tile(
     WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums (`LaneSums`) with the tile that starts at class `v` added."""
-    height = options.curve.height
     x = load_tile(inputs.x, v, offs, inputs.stride_xv, inputs.keep, inputs.v_end, float("-inf"), TILE, WHOLE, EVICT)
+    return add_logits(lanes, x, inputs, v, offs, options, ACC, TILE, OPTIONS, WHOLE, HAS_BEST)
+
+
+@triton.jit
+def add_logits(
+    lanes, x, inputs, v, offs, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BEST: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums (`LaneSums`) with a tile of logits added, which is -inf beyond the classes."""
+    height = options.curve.height
     u, _ = used_logits(x, options.curve, ACC, OPTIONS)
     if (OPTIONS.HAS_SCALE or OPTIONS.HAS_SOFTCAP) and not WHOLE:
         u = tl.where(offs < inputs.v_end - v, u, float("-inf"))
@@ -105,8 +114,9 @@ def first_of_largest(
     lanes, inputs, v_start, offs, curve, largest, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """The first class with the row's largest logit, found by reading again the tiles where lanes met that logit."""
-    place = over_tile(lanes.at, TILE) + offs
-    met = inputs.keep & (over_tile(lanes.best, TILE) == largest) & (place < inputs.v_end)
+    ON_CHIP: tl.constexpr = len(offs.shape) == 4
+    place = over_tile(lanes.at, TILE, ON_CHIP) + offs
+    met = inputs.keep & (over_tile(lanes.best, TILE, ON_CHIP) == largest) & (place < inputs.v_end)
     x = tl.load(inputs.x + place.to(tl.int64) * inputs.stride_xv, mask=met, other=float("nan"))
     u, _ = used_logits(x, curve, ACC, OPTIONS)
     first = row_min_of_tile(tl.where(u == largest, place, NO_CLASS), TILE)
@@ -135,7 +145,17 @@ def row_sums(
     else:
         for v in range(v_start, inputs.v_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
+    return merged_lanes(
+        lanes, inputs, v_start, offs, tile_offsets(TILE.ONE_CHUNK), zero, options, ACC, TILE, OPTIONS, HAS_BEST
+    )
 
+
+@triton.jit
+def merged_lanes(
+    lanes, inputs, v_start, offs, offs_one_chunk, zero, options, ACC: tl.constexpr, TILE: tl.constexpr,
+    OPTIONS: tl.constexpr, HAS_BEST: tl.constexpr,
+):  # fmt: skip
+    """The sums (`RowSums`) of each row's classes from `v_start` on, from those of its lanes (`LaneSums`)."""
     c = row_max(lanes.c, TILE)
     down = lanes.c - over_lanes(c, TILE)
     power = tl.exp2(down)
@@ -162,7 +182,7 @@ def row_sums(
     strange = inputs.keep & (sound == 0)
     if row_any(strange, TILE):
         c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(
-            inputs, v_start, options, ACC, TILE.ONE_CHUNK, OPTIONS
+            inputs, v_start, offs_one_chunk, zero, options, ACC, TILE.ONE_CHUNK, OPTIONS
         )
         c, s, far = tl.where(strange, c_new, c), tl.where(strange, s_new, s), strange & far_new
         if OPTIONS.HAS_SOFT:
@@ -175,17 +195,15 @@ def row_sums(
 
 
 @triton.jit
-def careful_sums(inputs, v_start, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def careful_sums(
+    inputs, v_start, offs, zero, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
+):
     """The sums of each row, whatever its logits are, in two walks: one finds the largest logit, one adds.
 
     A quarter of an exponent does not overflow, though the exponent may.
     """
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    LANES: tl.constexpr = TILE.LANES
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    offs = tile_offsets(TILE)
     curve = options.curve
-    zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
     tiles = tl.cdiv(inputs.v_end - v_start, BLOCK_V)
     # The sign of `v_end` is 0, which the compiler does not know. With a known step, it would unroll these loops, and
     # take more registers for them than for the loop that nearly all rows need alone.

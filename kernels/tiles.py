@@ -74,7 +74,9 @@ def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr):
     0, hides it, since the compiler does not know that sign.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    place = v + offs + tl.zeros((BLOCK_N, 1, 1), tl.int32)
+    place = v + offs
+    if BLOCK_N > 1:
+        place += tl.zeros((BLOCK_N, 1, 1), tl.int32)
     if TILE.WIDTH == 1:
         place += v_end >> 31
     return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)

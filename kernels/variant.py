@@ -40,3 +40,23 @@ def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OneP
 def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
     """Registers per thread for this many logits: the plain variant needs half as many with half of its logits."""
     return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
+
+
+class OnChip(NamedTuple):
+    """A variant of the one pass that keeps its row on the chip.
+
+    A multiprocessor has `warps` of it, whose threads have `registers` each. A thread has `chunks` accesses of a tile at
+    a time, and keeps `kept` accesses of a row in registers. Shared memory keeps as many tiles as it has room for.
+    """
+
+    warps: int
+    registers: int
+    chunks: int
+    kept: int
+
+
+ON_CHIP_PLAIN = OnChip(16, 128, 4, 4)
+
+
+def on_chip_variant(weight, options: Options) -> OnChip:
+    return ON_CHIP_PLAIN
