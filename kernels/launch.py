@@ -24,6 +24,9 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
 
+#: Accesses of a thread that are copied to shared memory at a time.
+PIECE_CHUNKS = 4
+
 #: Shared memory that the system takes of every program, and that a program needs to merge the sums of its warps.
 RESERVED, SCRATCH = 1024, 512
 
@@ -139,12 +142,13 @@ def on_chip_launch(N: int, V: int, itemsize: int, variant: OnChip, chip: Chip) -
             continue
         chunk = num_warps * chip.warp_size * ACCESS
         room = chip.shared_bytes // programs - RESERVED - SCRATCH
-        pieces = room // (variant.chunks * chunk)
-        if V * itemsize <= (pieces * variant.chunks + variant.kept) * chunk:
+        pieces = room // (PIECE_CHUNKS * chunk)
+        if V * itemsize <= (pieces * PIECE_CHUNKS + variant.kept) * chunk:
             break
     WIDTH, LANES = ACCESS // itemsize, num_warps * chip.warp_size
-    missing = ceil_div(max(0, V * itemsize - variant.kept * chunk), variant.chunks * chunk)
-    held = Held(max(1, min(pieces, missing)), Tile(1, variant.kept, LANES, WIDTH))
+    missing = ceil_div(max(0, V * itemsize - variant.kept * chunk), PIECE_CHUNKS * chunk)
+    piece, kept = Tile(1, PIECE_CHUNKS, LANES, WIDTH), Tile(1, variant.kept, LANES, WIDTH)
+    held = Held(min(pieces, missing), piece, kept, missing > pieces)
     resident = max(1, min(N, chip.multiprocessors * programs))
     return Launch(1, variant.chunks, LANES, WIDTH, num_warps, programs=resident, held=held)
 

@@ -46,12 +46,25 @@ def next_kept(
 
 
 @gluon.jit
+def tile_of(held, x_row, i, offs, L: gl.constexpr, TILE: gl.constexpr, HELD: gl.constexpr, EVICT: gl.constexpr):
+    """Tile `i` of a row, from shared memory or, if that does not hold it, from device memory."""
+    if HELD.HAS_REST:
+        if i < HELD.PIECES * (HELD.PIECE.CHUNKS // TILE.CHUNKS):
+            x = held.index(i).load(L)
+        else:
+            x = gl.load(x_row + i * TILE.BLOCK_V + offs, eviction_policy=EVICT)
+    else:
+        x = held.index(i).load(L)
+    return x
+
+
+@gluon.jit
 def write_tile(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr, WHOLE: gl.constexpr):
     """Writes the gradients of a tile of logits that starts at class `v`."""
     ACC: gl.constexpr = gl.float32
     u, slope = used_logits(x, rows.options.curve, ACC, OPTIONS)
     z = exponent(u, rows.terms.height, rows.terms.c)
-    grad = logit_gradient(rows, u, slope, z, v, offs, ACC, TILE, OPTIONS, False, WHOLE, False)
+    grad = logit_gradient(rows, u, slope, z, v, offs, ACC, TILE, OPTIONS, False, True, False)
     grad = grad.to(rows.outputs.dx.dtype.element_ty)
     if WHOLE:
         gl.store(rows.outputs.dx + v + offs, grad, eviction_policy="evict_first")
@@ -81,20 +94,29 @@ def on_chip_kernel(
 ):
     ACC: gl.constexpr = gl.float32
     WARPS: gl.constexpr = gl.num_warps()
-    PIECE: gl.constexpr = TILE.BLOCK_V
     KEPT_TILE: gl.constexpr = HELD.KEPT
+    TILES: gl.constexpr = HELD.PIECE.CHUNKS // TILE.CHUNKS  # of a piece
     L: gl.constexpr = gl.BlockedLayout([1, TILE.CHUNKS, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
     K: gl.constexpr = gl.BlockedLayout([1, HELD.KEPT.CHUNKS, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
+    P: gl.constexpr = gl.BlockedLayout([1, HELD.PIECE.CHUNKS, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1, 1, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[3, 2, 1, 0])
     options = loss_options(V, smoothing, scale, cap, ACC, OPTIONS)
     offs = tile_offsets(TILE, L)
     offs_kept = tile_offsets(KEPT_TILE, K)
-    held = gl.allocate_shared_memory(
-        logits.x.dtype.element_ty, [HELD.PIECES, 1, TILE.CHUNKS, TILE.LANES, TILE.WIDTH], LINEAR
+    offs_piece = tile_offsets(HELD.PIECE, P)
+    # Shared memory by tiles, as they are read, and by what is copied at a time.
+    memory = gl.allocate_shared_memory(
+        logits.x.dtype.element_ty, [max(HELD.PIECES, 1), 1, HELD.PIECE.CHUNKS, TILE.LANES, TILE.WIDTH], LINEAR
     )
-    rest = HELD.PIECES * PIECE
-    kept = gl.maximum(rest, rest + (V - rest - KEPT_TILE.BLOCK_V + PIECE - 1) // PIECE * PIECE)
+    held = memory._reinterpret(
+        memory.dtype, [max(HELD.PIECES, 1) * TILES, 1, TILE.CHUNKS, TILE.LANES, TILE.WIDTH], LINEAR
+    )
+    HELD_TILES: gl.constexpr = HELD.PIECES * TILES
+    tiles = HELD_TILES
+    if HELD.HAS_REST:
+        tiles += (V - HELD.KEPT.BLOCK_V + TILE.BLOCK_V - 1) // TILE.BLOCK_V - HELD_TILES
+    kept = tiles * TILE.BLOCK_V
     step = gl.num_programs(0)
 
     first = gl.program_id(0)
@@ -103,7 +125,7 @@ def on_chip_kernel(
     x_row = row_start(logits.x, row // T, row % T, strides.x, TILE.WIDTH)
     if row < N:
         for i in range(HELD.PIECES):
-            async_load(held.index(i), x_row + i * PIECE + offs)
+            async_load(memory.index(i), x_row + i * HELD.PIECE.BLOCK_V + offs_piece)
             commit_group()
     inside_kept = offs_kept < V - kept
     x_kept = gl.load(x_row + kept + offs_kept, mask=inside_kept & (row < N), other=float("-inf"))
@@ -122,15 +144,15 @@ def on_chip_kernel(
         zero = gl.full([1, 1, TILE.LANES, 1], 0.0, ACC, L)
         at = gl.full([1, 1, TILE.LANES, 1], 0, gl.int32, L)
         lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
-        for i in range(HELD.PIECES):
-            commit_group()  # empty, so that in every iteration the same number of groups may be on their way
-            wait_group(HELD.PIECES)
+        barrier()
+        for i in range(tiles):
+            if i % TILES == 0:
+                commit_group()  # empty, so that of every piece the same number of groups is younger
+                wait_group(HELD.PIECES)
+            x = tile_of(held, x_row, i, offs, L, TILE, HELD, "evict_last")
             lanes = add_logits(
-                lanes, held.index(i).load(L), inputs, i * PIECE, offs, options, ACC, TILE, OPTIONS, True, OPTIONS.HAS_STATS
+                lanes, x, inputs, i * TILE.BLOCK_V, offs, options, ACC, TILE, OPTIONS, True, OPTIONS.HAS_STATS
             )
-        for v in range(rest, kept, PIECE):
-            x = gl.load(x_row + v + offs, eviction_policy="evict_last")
-            lanes = add_logits(lanes, x, inputs, v, offs, options, ACC, TILE, OPTIONS, True, OPTIONS.HAS_STATS)
         in_kept = LaneSums(
             c=gl.convert_layout(lanes.c, K), s=gl.convert_layout(lanes.s, K), r=gl.convert_layout(lanes.r, K),
             mass=gl.convert_layout(lanes.mass, K), d=gl.convert_layout(lanes.d, K),
@@ -154,16 +176,19 @@ def on_chip_kernel(
             row + step, upcoming, rows_out, gradients, targets, N, T, V, strides, ignore_index, offs, TILE
         )
         x_next = row_start(logits.x, next_row // T, next_row % T, strides.x, TILE.WIDTH)
-        for up in range(rest, kept, PIECE):
-            v = gl.multiple_of(rest + kept - PIECE - up, PIECE)
-            write_tile(rows, gl.load(x_row + v + offs, eviction_policy="evict_first"), v, offs, TILE, OPTIONS, True)
         write_tile(rows, x_kept, kept, offs_kept, KEPT_TILE, OPTIONS, False)
         x_kept = gl.load(x_next + kept + offs_kept, mask=inside_kept & (next_row < N), other=float("-inf"))
-        for i in range(HELD.PIECES):
-            write_tile(rows, held.index(i).load(L), i * PIECE, offs, TILE, OPTIONS, True)
-            if next_row < N:
-                async_load(held.index(i), x_next + i * PIECE + offs)
-            commit_group()
+        for j in range(tiles):
+            i = j
+            if HELD.HAS_REST:  # from its end, which the cache may still have
+                i = tl.where(j < tiles - HELD_TILES, tiles - 1 - j, j - (tiles - HELD_TILES))
+            x = tile_of(held, x_row, i, offs, L, TILE, HELD, "evict_first")
+            write_tile(rows, x, i * TILE.BLOCK_V, offs, TILE, OPTIONS, True)
+            if i % TILES == TILES - 1:
+                if (next_row < N) & (i < HELD_TILES):
+                    async_load(memory.index(i // TILES), x_next + i // TILES * HELD.PIECE.BLOCK_V + offs_piece)
+                if i < HELD_TILES:
+                    commit_group()
         # The target's gradient takes the place of what was just written there.
         u, slope = used_logits(x_target, options.curve, ACC, OPTIONS)
         z = exponent(u, terms.height, terms.c)

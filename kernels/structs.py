@@ -35,8 +35,10 @@ class Tile(NamedTuple):
 class Held(NamedTuple):
     """What of a row stays on the chip."""
 
-    PIECES: int  # tiles in shared memory
+    PIECES: int  # in shared memory
+    PIECE: Tile  # what is copied to it at a time: several tiles
     KEPT: Tile  # in registers: the end of the row
+    HAS_REST: bool  # what neither holds, between the two
 
 
 class Options(NamedTuple):

@@ -77,12 +77,12 @@ def add_logits(
     u, _ = used_logits(x, options.curve, ACC, OPTIONS)
     if (OPTIONS.HAS_SCALE or OPTIONS.HAS_SOFTCAP) and not WHOLE:
         u = tl.where(offs < inputs.v_end - v, u, float("-inf"))
-    ONE_NUMBER: tl.constexpr = WHOLE and inputs.probs is None and inputs.weight is None
-    if OPTIONS.HAS_SOFT:
-        q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
-        if not ONE_NUMBER:
-            # `u == u` is for the compiler: it would give a sum of q alone other threads than the tile's, and a barrier.
-            q = by_lane(tl.where(u == u, q, 0.0), TILE)
+    ONE_NUMBER: tl.constexpr = inputs.probs is None and inputs.weight is None
+    # `u == u` is for the compiler: it would give a sum of q alone other threads than the tile's, and a barrier.
+    if OPTIONS.HAS_SOFT and not ONE_NUMBER:
+        q = by_lane(tl.where(u == u, soft_target(inputs, v, offs, options, ACC, TILE, WHOLE), 0.0), TILE)
+    elif OPTIONS.HAS_SOFT and not WHOLE:
+        inside = by_lane(tl.where((u == u) & (offs < inputs.v_end - v), 1.0, 0.0), TILE)
     u = by_lane(u, TILE)
     largest = lane_max(u)
     best, at = lanes.best, lanes.at
@@ -96,9 +96,12 @@ def add_logits(
     r, mass, d = lanes.r, lanes.mass, lanes.d
     if OPTIONS.HAS_SOFT:
         r += mass * (lanes.c - c)
-        if ONE_NUMBER:
-            r += q * lane_sum(z)
-            mass += q * (TILE.CHUNKS * TILE.WIDTH)
+        if ONE_NUMBER and WHOLE:
+            r += options.smoothing.share * lane_sum(z)
+            mass += options.smoothing.share * (TILE.CHUNKS * TILE.WIDTH)
+        elif ONE_NUMBER:
+            r += options.smoothing.share * lane_sum(tl.where(inside == 0.0, 0.0, z))
+            mass += options.smoothing.share * lane_sum(inside)
         else:
             r += lane_sum(weighted(q, z))
             mass += lane_sum(q)
