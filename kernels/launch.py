@@ -24,9 +24,6 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
 
-#: Accesses of a thread that are copied to shared memory at a time.
-PIECE_CHUNKS = 4
-
 #: Shared memory that the system takes of every program, and that a program needs to merge the sums of its warps.
 RESERVED, SCRATCH = 1024, 512
 
@@ -134,23 +131,20 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 
 
-def on_chip_launch(N: int, V: int, itemsize: int, variant: OnChip, chip: Chip) -> Launch:
-    """The launch of the one pass that keeps its row on the chip, with the most programs that can keep theirs."""
+def on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChip, chip: Chip) -> Launch:
+    """The launch of the one pass that keeps its row on the chip: as many programs as can keep theirs."""
+    WIDTH = ACCESS // itemsize
     for programs in (16, 8, 4, 2, 1):
-        num_warps = variant.warps // programs
-        if num_warps == 0:
-            continue
-        chunk = num_warps * chip.warp_size * ACCESS
-        room = chip.shared_bytes // programs - RESERVED - SCRATCH
-        pieces = room // (PIECE_CHUNKS * chunk)
-        if V * itemsize <= (pieces * PIECE_CHUNKS + variant.kept) * chunk:
+        LANES = variant.warps // programs * chip.warp_size
+        kept = Tile(1, variant.kept, LANES, WIDTH)
+        pieces = (chip.shared_bytes // programs - RESERVED - SCRATCH) // max(kept.BLOCK_V * itemsize, 1)
+        missing = ceil_div(max(0, V // WIDTH * WIDTH - kept.BLOCK_V), max(kept.BLOCK_V, 1))
+        if LANES and missing <= pieces:
             break
-    WIDTH, LANES = ACCESS // itemsize, num_warps * chip.warp_size
-    missing = ceil_div(max(0, V * itemsize - variant.kept * chunk), PIECE_CHUNKS * chunk)
-    piece, kept = Tile(1, PIECE_CHUNKS, LANES, WIDTH), Tile(1, variant.kept, LANES, WIDTH)
-    held = Held(min(pieces, missing), piece, kept, missing > pieces)
+    # A piece has as many accesses as registers keep, so that whatever whole pieces leave of a row fits into these.
+    held = Held(min(pieces, missing), kept, kept, missing > pieces, not aligned or V % WIDTH != 0)
     resident = max(1, min(N, chip.multiprocessors * programs))
-    return Launch(1, variant.chunks, LANES, WIDTH, num_warps, programs=resident, held=held)
+    return Launch(1, variant.chunks, LANES, WIDTH, LANES // chip.warp_size, programs=resident, held=held)
 
 
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:

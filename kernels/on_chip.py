@@ -1,4 +1,15 @@
-"""Loss and gradient in one launch, each logit read from device memory once: a row stays on the chip in between."""
+"""Loss and gradient in one launch that reads each logit from device memory once: rows stay on the chip in between.
+
+A program takes one row after the other. Shared memory holds as many pieces of a row as there is room for, registers
+hold the row's end, and only what is left in between is read a second time. Pieces are copied to shared memory without
+registers, and nobody waits for them: while the gradient of a row is written piece by piece, the pieces of the next kept
+row arrive in their places. A thread reads what it has copied itself, and sums stay in the thread until a row's end.
+
+The body of a row consists of whole accesses of 16 bytes. Where rows are not aligned, or end in between, the few logits
+before and after the body are its edges, of which a lane has at most one.
+
+This kernel is written in Gluon, in which tensors have explicit layouts. It shares its arithmetic with the others.
+"""
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -8,81 +19,188 @@ from .device_math import exponent, loss_options, lowest, used_logits
 from .gluon_versions import async_load, barrier, commit_group, wait_group
 from .gradient import logit_gradient, loss_gradient
 from .one_pass import finish_row
-from .structs import GradientRows, LaneSums, RowInputs, RowOutputs, Tile
+from .structs import (
+    GradientRows,
+    Gradients,
+    LaneSums,
+    Logits,
+    OnePassStrides,
+    OnePassUpstream,
+    RowInputs,
+    RowOutputs,
+    Rows,
+    Targets,
+)
 from .sums import add_logits, merged_lanes, store_ignored, target_weight
 from .tiles import row_start
 
+#: Bytes of an access.
+ACCESS = gl.constexpr(16)
+
+
+@gluon.constexpr_function
+def layout_of(tile):
+    """A thread has one lane of every chunk of a tile."""
+    return gl.BlockedLayout(
+        [1, tile.CHUNKS, 1, tile.WIDTH], [1, 1, 32, 1], [1, 1, tile.LANES // 32, 1], [3, 2, 1, 0]
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def linear():
+    return gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def tiles_held(tile, held):
+    """How many tiles shared memory holds."""
+    return held.PIECES * (held.PIECE.CHUNKS // tile.CHUNKS)
+
 
 @gluon.jit
-def tile_offsets(TILE: gl.constexpr, LAYOUT: gl.constexpr):
+def lanes_of(TILE: gl.constexpr):
+    """The lanes of a tile: (1, 1, LANES, 1)."""
+    lane = gl.arange(0, TILE.LANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout_of(TILE)))))
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
+
+
+@gluon.jit
+def tile_offsets(TILE: gl.constexpr):
     """The classes of a tile, counted from its first: (1, CHUNKS, LANES, WIDTH)."""
-    OF_CHUNK: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT)))
-    OF_LANE: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT)))
-    OF_WORD: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-    chunk = gl.arange(0, TILE.CHUNKS, layout=OF_CHUNK)
-    lane = gl.arange(0, TILE.LANES, layout=OF_LANE)
-    logit = gl.arange(0, TILE.WIDTH, layout=OF_WORD)
+    L: gl.constexpr = layout_of(TILE)
+    chunk = gl.arange(0, TILE.CHUNKS, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
     chunk = gl.expand_dims(gl.expand_dims(gl.expand_dims(chunk, 0), 2), 3)
-    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
+    logit = gl.arange(0, TILE.WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
     logit = gl.expand_dims(gl.expand_dims(gl.expand_dims(logit, 0), 1), 2)
-    return (chunk * TILE.LANES + lane) * TILE.WIDTH + logit
+    return (chunk * TILE.LANES + lanes_of(TILE)) * TILE.WIDTH + logit
+
+
+@gluon.jit
+def begin_of(x, row, T, strides, TILE: gl.constexpr, HELD: gl.constexpr):
+    """A pointer to the first logit of a row."""
+    if HELD.HAS_EDGES:
+        return row_start(x, row // T, row % T, strides, 1)
+    else:
+        return row_start(x, row // T, row % T, strides, TILE.WIDTH)
+
+
+@gluon.jit
+def body_of(begin, V, TILE: gl.constexpr, HELD: gl.constexpr):
+    """(its first class, its classes, its whole tiles before the part that registers keep, the place of that part)."""
+    head = 0
+    if HELD.HAS_EDGES:
+        SIZE: gl.constexpr = ACCESS // TILE.WIDTH
+        head = gl.minimum((-begin.to(gl.int64) & (ACCESS - 1)).to(gl.int32) // SIZE, V)
+    size = (V - head) // TILE.WIDTH * TILE.WIDTH
+    if HELD.HAS_REST:
+        kept = size - HELD.KEPT.BLOCK_V
+        tiles = kept // TILE.BLOCK_V
+    else:
+        tiles = tiles_held(TILE, HELD)
+        kept = tiles * TILE.BLOCK_V
+    return head, size, tiles, kept
+
+
+@gluon.jit
+def edge_classes(head, size, TILE: gl.constexpr):
+    """The class before or after the body that each lane has, at most one; for most lanes, one that does not exist."""
+    lane = lanes_of(TILE.ONE_LOGIT)
+    return gl.where(lane < head, lane, lane + size)
+
+
+@gluon.jit
+def load_end(begin, row, N, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
+    """The logits of a row that registers keep, -inf beyond its body; and those of its edges."""
+    head, size, _, kept = body_of(begin, V, TILE, HELD)
+    start = gl.multiple_of(begin + head, ACCESS)
+    x_kept = gl.load(start + kept + offs, mask=(offs < size - kept) & (row < N), other=float("-inf"))
+    if HELD.HAS_EDGES:
+        at = edge_classes(head, size, TILE)
+        x_edge = gl.load(begin + at, mask=(at < V) & (row < N), other=float("-inf"))
+    else:
+        x_edge = x_kept
+    return x_kept, x_edge
+
+
+@gluon.jit
+def load_tile(held, start, i, offs, TILE: gl.constexpr, HELD: gl.constexpr, EVICT: gl.constexpr):
+    """Tile `i` of a row, from shared memory or, if that does not hold it, from device memory."""
+    if HELD.HAS_REST:
+        if i < tiles_held(TILE, HELD):
+            x = held.index(i).load(layout_of(TILE))
+        else:
+            x = gl.load(start + i * TILE.BLOCK_V + offs, eviction_policy=EVICT)
+    else:
+        x = held.index(i).load(layout_of(TILE))
+    return x
+
+
+@gluon.jit
+def ends_piece(i, TILE: gl.constexpr, HELD: gl.constexpr):
+    """Whether tile `i` is the last one of a piece."""
+    TILES: gl.constexpr = HELD.PIECE.CHUNKS // TILE.CHUNKS
+    if HELD.HAS_REST:
+        return (i % TILES == TILES - 1) & (i < tiles_held(TILE, HELD))
+    else:
+        return i % TILES == TILES - 1
+
+
+@gluon.jit
+def gradients_of(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr):
+    """The gradients of the logits of a tile that starts at class `v`."""
+    u, slope = used_logits(x, rows.options.curve, gl.float32, OPTIONS)
+    z = exponent(u, rows.terms.height, rows.terms.c)
+    grad = logit_gradient(rows, u, slope, z, v, offs, gl.float32, TILE, OPTIONS, False, True, False)
+    return grad.to(rows.outputs.dx.dtype.element_ty)
+
+
+@gluon.jit
+def write_zeros(begin, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
+    head, size, _, _ = body_of(begin, V, TILE, HELD)
+    start = gl.multiple_of(begin + head, ACCESS)
+    for v in range(0, size, TILE.BLOCK_V):
+        gl.store(start + v + offs, (offs * 0).to(begin.dtype.element_ty), mask=offs < size - v)
+    if HELD.HAS_EDGES:
+        at = edge_classes(head, size, TILE)
+        gl.store(begin + at, (at * 0).to(begin.dtype.element_ty), mask=at < V)
 
 
 @gluon.jit
 def next_kept(
-    row, target, rows_out, gradients, targets, N, T, V, strides, ignore_index, offs, TILE: gl.constexpr
+    row, target, rows_out, dx, targets, N, T, V, strides, ignore_index, offs, TILE: gl.constexpr, HELD: gl.constexpr
 ):
-    """The first kept row of a program from `row` on, whose target is `target`; ignored rows before it are written."""
+    """(row, target): a program's first kept row from `row` on. Of ignored ones before it, the results are written."""
     step = gl.num_programs(0)
     while (row < N) & (target == ignore_index):
         store_ignored(rows_out, row, N, row >= 0)
-        dx = row_start(gradients.dx, row // T, row % T, strides.dx, TILE.WIDTH)
-        zeros = (offs * 0).to(gradients.dx.dtype.element_ty)
-        for v in range(0, V, TILE.BLOCK_V):
-            gl.store(dx + v + offs, zeros, mask=offs < V - v)
+        write_zeros(begin_of(dx, row, T, strides, TILE, HELD), V, offs, TILE, HELD)
         row += step
         target = gl.load(targets.target + row, mask=row < N, other=0)
     return row, target
 
 
 @gluon.jit
-def tile_of(held, x_row, i, offs, L: gl.constexpr, TILE: gl.constexpr, HELD: gl.constexpr, EVICT: gl.constexpr):
-    """Tile `i` of a row, from shared memory or, if that does not hold it, from device memory."""
-    if HELD.HAS_REST:
-        if i < HELD.PIECES * (HELD.PIECE.CHUNKS // TILE.CHUNKS):
-            x = held.index(i).load(L)
-        else:
-            x = gl.load(x_row + i * TILE.BLOCK_V + offs, eviction_policy=EVICT)
-    else:
-        x = held.index(i).load(L)
-    return x
-
-
-@gluon.jit
-def write_tile(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr, WHOLE: gl.constexpr):
-    """Writes the gradients of a tile of logits that starts at class `v`."""
-    ACC: gl.constexpr = gl.float32
-    u, slope = used_logits(x, rows.options.curve, ACC, OPTIONS)
-    z = exponent(u, rows.terms.height, rows.terms.c)
-    grad = logit_gradient(rows, u, slope, z, v, offs, ACC, TILE, OPTIONS, False, True, False)
-    grad = grad.to(rows.outputs.dx.dtype.element_ty)
-    if WHOLE:
-        gl.store(rows.outputs.dx + v + offs, grad, eviction_policy="evict_first")
-    else:
-        gl.store(rows.outputs.dx + v + offs, grad, mask=offs < rows.inputs.v_end - v, eviction_policy="evict_first")
+def in_layout(lanes, LAYOUT: gl.constexpr):
+    """The sums of lanes in the layout of another tile, which has the same threads."""
+    return LaneSums(
+        c=gl.convert_layout(lanes.c, LAYOUT), s=gl.convert_layout(lanes.s, LAYOUT),
+        r=gl.convert_layout(lanes.r, LAYOUT), mass=gl.convert_layout(lanes.mass, LAYOUT),
+        d=gl.convert_layout(lanes.d, LAYOUT), best=gl.convert_layout(lanes.best, LAYOUT),
+        at=gl.convert_layout(lanes.at, LAYOUT),
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["N", "T", "ignore_index"])
 def on_chip_kernel(
-    logits,  # Logits, without probabilities
-    gradients,  # Gradients, of x only
-    targets,  # Targets
-    rows_out,  # Rows
-    upstream,  # OnePassUpstream
+    logits: Logits,  # without probabilities
+    gradients: Gradients,  # of x only; every row begins as far from a multiple of 16 bytes as that of x
+    targets: Targets,
+    rows_out: Rows,
+    upstream: OnePassUpstream,
     N,  # B * T
     T,
     V,
-    strides,  # OnePassStrides
+    strides: OnePassStrides,
     ignore_index: tl.int64,
     smoothing: tl.float64,
     scale: tl.float64,
@@ -93,107 +211,133 @@ def on_chip_kernel(
     OPTIONS: gl.constexpr,  # Options
 ):
     ACC: gl.constexpr = gl.float32
-    WARPS: gl.constexpr = gl.num_warps()
-    KEPT_TILE: gl.constexpr = HELD.KEPT
-    TILES: gl.constexpr = HELD.PIECE.CHUNKS // TILE.CHUNKS  # of a piece
-    L: gl.constexpr = gl.BlockedLayout([1, TILE.CHUNKS, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
-    K: gl.constexpr = gl.BlockedLayout([1, HELD.KEPT.CHUNKS, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
-    P: gl.constexpr = gl.BlockedLayout([1, HELD.PIECE.CHUNKS, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
-    ONE: gl.constexpr = gl.BlockedLayout([1, 1, 1, TILE.WIDTH], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
-    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[3, 2, 1, 0])
+    STATS: gl.constexpr = OPTIONS.HAS_STATS
+    PIECE: gl.constexpr = HELD.PIECE
+    KEPT: gl.constexpr = HELD.KEPT
+    TILES: gl.constexpr = PIECE.CHUNKS // TILE.CHUNKS
     options = loss_options(V, smoothing, scale, cap, ACC, OPTIONS)
-    offs = tile_offsets(TILE, L)
-    offs_kept = tile_offsets(KEPT_TILE, K)
-    offs_piece = tile_offsets(HELD.PIECE, P)
-    # Shared memory by tiles, as they are read, and by what is copied at a time.
+    offs, offs_piece, offs_kept = tile_offsets(TILE), tile_offsets(PIECE), tile_offsets(KEPT)
+    # The same memory by the pieces that are copied, and by the tiles that are read.
     memory = gl.allocate_shared_memory(
-        logits.x.dtype.element_ty, [max(HELD.PIECES, 1), 1, HELD.PIECE.CHUNKS, TILE.LANES, TILE.WIDTH], LINEAR
+        logits.x.dtype.element_ty, [max(HELD.PIECES, 1), 1, PIECE.CHUNKS, PIECE.LANES, PIECE.WIDTH], linear()
     )
     held = memory._reinterpret(
-        memory.dtype, [max(HELD.PIECES, 1) * TILES, 1, TILE.CHUNKS, TILE.LANES, TILE.WIDTH], LINEAR
+        memory.dtype, [max(HELD.PIECES, 1) * TILES, 1, TILE.CHUNKS, TILE.LANES, TILE.WIDTH], linear()
     )
-    HELD_TILES: gl.constexpr = HELD.PIECES * TILES
-    tiles = HELD_TILES
-    if HELD.HAS_REST:
-        tiles += (V - HELD.KEPT.BLOCK_V + TILE.BLOCK_V - 1) // TILE.BLOCK_V - HELD_TILES
-    kept = tiles * TILE.BLOCK_V
     step = gl.num_programs(0)
 
-    first = gl.program_id(0)
-    target = gl.load(targets.target + first, mask=first < N, other=0)
-    row, target = next_kept(first, target, rows_out, gradients, targets, N, T, V, strides, ignore_index, offs, TILE)
-    x_row = row_start(logits.x, row // T, row % T, strides.x, TILE.WIDTH)
-    if row < N:
-        for i in range(HELD.PIECES):
-            async_load(memory.index(i), x_row + i * HELD.PIECE.BLOCK_V + offs_piece)
-            commit_group()
-    inside_kept = offs_kept < V - kept
-    x_kept = gl.load(x_row + kept + offs_kept, mask=inside_kept & (row < N), other=float("-inf"))
+    row = gl.program_id(0)
+    target = gl.load(targets.target + row, mask=row < N, other=0)
+    row, target = next_kept(
+        row, target, rows_out, gradients.dx, targets, N, T, V, strides.dx, ignore_index, offs, TILE, HELD
+    )
+    begin = begin_of(logits.x, row, T, strides.x, TILE, HELD)
+    head, _, _, _ = body_of(begin, V, TILE, HELD)
+    start = gl.multiple_of(begin + head, ACCESS)
+    for i in range(HELD.PIECES):
+        if row < N:
+            async_load(memory.index(i), start + i * PIECE.BLOCK_V + offs_piece)
+        commit_group()
+    x_kept, x_edge = load_end(begin, row, N, V, offs_kept, TILE, HELD)
     while row < N:
+        # What a row needs is loaded before its sums.
         everywhere = row >= 0
-        x_row = row_start(logits.x, row // T, row % T, strides.x, TILE.WIDTH)
-        dx_row = row_start(gradients.dx, row // T, row % T, strides.dx, TILE.WIDTH)
+        begin = begin_of(logits.x, row, T, strides.x, TILE, HELD)
+        dx = begin_of(gradients.dx, row, T, strides.dx, TILE, HELD)
+        head, size, tiles, kept = body_of(begin, V, TILE, HELD)
+        start, dx_start = gl.multiple_of(begin + head, ACCESS), gl.multiple_of(dx + head, ACCESS)
+        part, edge = tiles * TILE.BLOCK_V, edge_classes(head, size, TILE)
         upcoming = gl.load(targets.target + row + step, mask=row + step < N, other=0)
         own = (target >= 0) & (target < V)
-        x_target = gl.load(x_row + target, mask=own, other=0.0)
+        x_target = gl.load(begin + target, mask=own, other=0.0)
         w_target = target_weight(targets.weight, target, own, ACC)
         g = loss_gradient(upstream, strides.upstream, row, everywhere, ACC)
+
         inputs = RowInputs(
-            x=x_row, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=V
+            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=V
         )
-        zero = gl.full([1, 1, TILE.LANES, 1], 0.0, ACC, L)
-        at = gl.full([1, 1, TILE.LANES, 1], 0, gl.int32, L)
+        of_body = RowInputs(
+            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=head + size
+        )
+        FIRST: gl.constexpr = layout_of(TILE.ONE_LOGIT)
+        zero, at = gl.full([1, 1, TILE.LANES, 1], 0.0, ACC, FIRST), gl.full([1, 1, TILE.LANES, 1], 0, gl.int32, FIRST)
         lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
-        barrier()
+        if HELD.HAS_EDGES:
+            lanes = add_logits(lanes, x_edge, inputs, 0, edge, options, ACC, TILE.ONE_LOGIT, OPTIONS, False, STATS)
+            # `first_of_largest` looks for the class at this offset.
+            lanes = LaneSums(
+                c=lanes.c, s=lanes.s, r=lanes.r, mass=lanes.mass, d=lanes.d, best=lanes.best,
+                at=edge - lanes_of(TILE.ONE_LOGIT) * TILE.WIDTH,
+            )  # fmt: skip
+        lanes = in_layout(lanes, layout_of(TILE))
+        barrier()  # Without it, the compiler would put one into the loop.
         for i in range(tiles):
-            if i % TILES == 0:
-                commit_group()  # empty, so that of every piece the same number of groups is younger
+            if ends_piece(i + TILES - 1, TILE, HELD):
+                commit_group()  # an empty one, so that of every piece the same number of groups is younger
                 wait_group(HELD.PIECES)
-            x = tile_of(held, x_row, i, offs, L, TILE, HELD, "evict_last")
-            lanes = add_logits(
-                lanes, x, inputs, i * TILE.BLOCK_V, offs, options, ACC, TILE, OPTIONS, True, OPTIONS.HAS_STATS
-            )
-        in_kept = LaneSums(
-            c=gl.convert_layout(lanes.c, K), s=gl.convert_layout(lanes.s, K), r=gl.convert_layout(lanes.r, K),
-            mass=gl.convert_layout(lanes.mass, K), d=gl.convert_layout(lanes.d, K),
-            best=gl.convert_layout(lanes.best, K), at=gl.convert_layout(lanes.at, K),
-        )  # fmt: skip
-        in_kept = add_logits(
-            in_kept, x_kept, inputs, kept, offs_kept, options, ACC, KEPT_TILE, OPTIONS, False, OPTIONS.HAS_STATS
+            x = load_tile(held, start, i, offs, TILE, HELD, "evict_last")
+            v = head + i * TILE.BLOCK_V
+            lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
+        if HELD.HAS_REST:
+            if part < kept:
+                x = gl.load(start + part + offs, mask=offs < kept - part, other=float("-inf"), eviction_policy="evict_last")
+                of_part = RowInputs(
+                    x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere,
+                    v_end=head + kept,
+                )  # fmt: skip
+                lanes = add_logits(lanes, x, of_part, head + part, offs, options, ACC, TILE, OPTIONS, False, STATS)
+        lanes = in_layout(lanes, layout_of(KEPT))
+        lanes = add_logits(
+            lanes, x_kept, of_body, head + kept, offs_kept, options, ACC, KEPT, OPTIONS, False, STATS
         )
-        zero_one = gl.convert_layout(zero, ONE)
         sums = merged_lanes(
-            in_kept, inputs, 0, offs_kept, tile_offsets(TILE.ONE_CHUNK, ONE), zero_one, options, ACC, KEPT_TILE, OPTIONS,
-            OPTIONS.HAS_STATS,
+            lanes, inputs, 0, offs_kept, tile_offsets(TILE.ONE_CHUNK), gl.convert_layout(zero, layout_of(TILE.ONE_CHUNK)),
+            options, ACC, KEPT, OPTIONS, STATS,
         )  # fmt: skip
         terms = finish_row(
             rows_out, row, N, sums, x_target, target, w_target, g, upstream, strides.upstream, everywhere, z_loss,
             options, ACC, OPTIONS,
         )  # fmt: skip
-        outputs = RowOutputs(dx=dx_row, stride_dxv=1, dprobs=None, stride_dpv=0, inside=everywhere)
+        outputs = RowOutputs(dx=dx, stride_dxv=1, dprobs=None, stride_dpv=0, inside=everywhere)
         rows = GradientRows(inputs=inputs, outputs=outputs, terms=terms, options=options)
+
         next_row, next_target = next_kept(
-            row + step, upcoming, rows_out, gradients, targets, N, T, V, strides, ignore_index, offs, TILE
+            row + step, upcoming, rows_out, gradients.dx, targets, N, T, V, strides.dx, ignore_index, offs, TILE, HELD
         )
-        x_next = row_start(logits.x, next_row // T, next_row % T, strides.x, TILE.WIDTH)
-        write_tile(rows, x_kept, kept, offs_kept, KEPT_TILE, OPTIONS, False)
-        x_kept = gl.load(x_next + kept + offs_kept, mask=inside_kept & (next_row < N), other=float("-inf"))
+        next_begin = begin_of(logits.x, next_row, T, strides.x, TILE, HELD)
+        next_head, _, _, _ = body_of(next_begin, V, TILE, HELD)
+        next_start = gl.multiple_of(next_begin + next_head, ACCESS)
+        gl.store(
+            dx_start + kept + offs_kept, gradients_of(rows, x_kept, head + kept, offs_kept, KEPT, OPTIONS),
+            mask=offs_kept < size - kept, eviction_policy="evict_first",
+        )  # fmt: skip
+        if HELD.HAS_EDGES:
+            gl.store(dx + edge, gradients_of(rows, x_edge, 0, edge, TILE, OPTIONS), mask=edge < V)
+        x_kept, x_edge = load_end(next_begin, next_row, N, V, offs_kept, TILE, HELD)
+        if HELD.HAS_REST:
+            if part < kept:
+                x = gl.load(start + part + offs, mask=offs < kept - part, other=0.0, eviction_policy="evict_first")
+                grad = gradients_of(rows, x, head + part, offs, TILE, OPTIONS)
+                gl.store(dx_start + part + offs, grad, mask=offs < kept - part, eviction_policy="evict_first")
         for j in range(tiles):
             i = j
-            if HELD.HAS_REST:  # from its end, which the cache may still have
-                i = tl.where(j < tiles - HELD_TILES, tiles - 1 - j, j - (tiles - HELD_TILES))
-            x = tile_of(held, x_row, i, offs, L, TILE, HELD, "evict_first")
-            write_tile(rows, x, i * TILE.BLOCK_V, offs, TILE, OPTIONS, True)
-            if i % TILES == TILES - 1:
-                if (next_row < N) & (i < HELD_TILES):
-                    async_load(memory.index(i // TILES), x_next + i // TILES * HELD.PIECE.BLOCK_V + offs_piece)
-                if i < HELD_TILES:
-                    commit_group()
-        # The target's gradient takes the place of what was just written there.
+            if HELD.HAS_REST:  # What was read last comes first: the cache may still have it.
+                again = tiles - tiles_held(TILE, HELD)
+                i = gl.where(j < again, tiles - 1 - j, j - again)
+            v = i * TILE.BLOCK_V
+            x = load_tile(held, start, i, offs, TILE, HELD, "evict_first")
+            grad = gradients_of(rows, x, head + v, offs, TILE, OPTIONS)
+            gl.store(dx_start + v + offs, grad, eviction_policy="evict_first")
+            if ends_piece(i, TILE, HELD):
+                if next_row < N:
+                    piece = i // TILES
+                    async_load(memory.index(piece), next_start + piece * PIECE.BLOCK_V + offs_piece)
+                commit_group()
+        # The target's gradient takes the place of what was written there.
         u, slope = used_logits(x_target, options.curve, ACC, OPTIONS)
         z = exponent(u, terms.height, terms.c)
         grad = logit_gradient(rows, u, slope, z, 0, target, ACC, TILE, OPTIONS, False, False, True)
         barrier()
-        gl.store(dx_row + target, grad.to(gradients.dx.dtype.element_ty), mask=own)
+        gl.store(dx + target, grad.to(dx.dtype.element_ty), mask=own)
         gl.device_assert(own, "fused_ignore_ce: target out of range [0, number of classes)")
         row, target = next_row, next_target

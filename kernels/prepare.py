@@ -12,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from .arguments import Form, aligned, flags_of, scalars_of, strides_of
+from .arguments import Form, aligned, aligned_alike, flags_of, scalars_of, strides_of
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .launch import (
@@ -231,7 +231,7 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     numbers = (*scalars_of(options), options.z_loss)
     if launch is None and stays_on_chip(x, dx, chip):
         on_chip = on_chip_variant(weight, flags)
-        launch = on_chip_launch(B * T, V, x.itemsize, on_chip, chip)
+        launch = on_chip_launch(B * T, V, x.itemsize, aligned(x, dx), on_chip, chip)
         return Prepared(
             on_chip_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers,
             launch.TILE, launch.held, flags, num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),
@@ -246,7 +246,7 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
 
 def stays_on_chip(x, dx, chip):
     """Whether the one pass keeps its rows on the chip; else it reads them a second time from the L2 cache."""
-    return on_chip_kernel is not None and chip.shared_bytes > 0 and x.dtype != torch.float64 and aligned(x, dx)
+    return on_chip_kernel is not None and chip.shared_bytes > 0 and x.dtype != torch.float64 and aligned_alike(x, dx)
 
 
 def reduce_programs(N):

@@ -31,6 +31,10 @@ class Tile(NamedTuple):
     def ONE_CHUNK(self):  # takes the fewest registers
         return self._replace(CHUNKS=1)
 
+    @property
+    def ONE_LOGIT(self):  # of each lane
+        return self._replace(CHUNKS=1, WIDTH=1)
+
 
 class Held(NamedTuple):
     """What of a row stays on the chip."""
@@ -39,6 +43,7 @@ class Held(NamedTuple):
     PIECE: Tile  # what is copied to it at a time: several tiles
     KEPT: Tile  # in registers: the end of the row
     HAS_REST: bool  # what neither holds, between the two
+    HAS_EDGES: bool  # whether rows may begin or end between multiples of 16 bytes
 
 
 class Options(NamedTuple):
