@@ -146,8 +146,12 @@ def tanh(z):
 
 @triton.jit
 def tanh_of_half(z):
-    """Tanh and its slope to 2e-7 absolute, which is far below the resolution of a 16-bit `z`, in five instructions."""
-    t = 1.0 - 2.0 / (1.0 + tl.exp2(z * (2.0 * LOG2E)))
+    """Tanh and its slope to 5e-7 absolute, which is far below the resolution of a 16-bit `z`, in six instructions.
+
+    A division would take three more.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(z * (2.0 * LOG2E)))
+    t = fused_multiply_add(-2.0 * root, root, 1.0)
     return t, 1.0 - t * t
 
 

@@ -131,20 +131,34 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 
 
-def on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChip, chip: Chip) -> Launch:
-    """The launch of the one pass that keeps its row on the chip: as many programs as can keep theirs."""
+def on_chip_launch(
+    N: int, V: int, itemsize: int, aligned: bool, variants: tuple[OnChip, OnChip], chip: Chip
+) -> tuple[Launch, OnChip]:
+    """The launch of the one pass that keeps its row on the chip, and its variant."""
+    for_whole, for_others = variants
+    aligned = aligned and V * itemsize % ACCESS == 0
+    launch = _on_chip_launch(N, V, itemsize, aligned, for_whole, chip)
+    if aligned and not launch.held.HAS_REST:
+        return launch, for_whole
+    return _on_chip_launch(N, V, itemsize, aligned, for_others, chip), for_others
+
+
+def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChip, chip: Chip) -> Launch:
+    """The launch with as many programs a multiprocessor as can keep their rows, or else with one."""
     WIDTH = ACCESS // itemsize
-    for programs in (16, 8, 4, 2, 1):
+    programs = variant.warps
+    while True:
         LANES = variant.warps // programs * chip.warp_size
-        kept = Tile(1, variant.kept, LANES, WIDTH)
-        pieces = (chip.shared_bytes // programs - RESERVED - SCRATCH) // max(kept.BLOCK_V * itemsize, 1)
-        missing = ceil_div(max(0, V // WIDTH * WIDTH - kept.BLOCK_V), max(kept.BLOCK_V, 1))
-        if LANES and missing <= pieces:
+        # A piece has as many accesses as registers keep, so that what whole pieces leave of a row fits into these.
+        piece = Tile(1, variant.kept, LANES, WIDTH)
+        room = max(0, chip.shared_bytes // programs - RESERVED - SCRATCH) // (piece.BLOCK_V * itemsize)
+        missing = ceil_div(max(0, V // WIDTH * WIDTH - piece.BLOCK_V), piece.BLOCK_V)
+        if missing <= room or programs == 1:
             break
-    # A piece has as many accesses as registers keep, so that whatever whole pieces leave of a row fits into these.
-    held = Held(min(pieces, missing), kept, kept, missing > pieces, not aligned or V % WIDTH != 0)
+        programs //= 2
+    held = Held(min(room, missing), piece, piece, missing > room, not aligned)
     resident = max(1, min(N, chip.multiprocessors * programs))
-    return Launch(1, variant.chunks, LANES, WIDTH, LANES // chip.warp_size, programs=resident, held=held)
+    return Launch(1, variant.chunks, LANES, WIDTH, variant.warps // programs, programs=resident, held=held)
 
 
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:

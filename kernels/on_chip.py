@@ -123,29 +123,6 @@ def load_end(begin, row, N, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(held, start, i, offs, TILE: gl.constexpr, HELD: gl.constexpr, EVICT: gl.constexpr):
-    """Tile `i` of a row, from shared memory or, if that does not hold it, from device memory."""
-    if HELD.HAS_REST:
-        if i < tiles_held(TILE, HELD):
-            x = held.index(i).load(layout_of(TILE))
-        else:
-            x = gl.load(start + i * TILE.BLOCK_V + offs, eviction_policy=EVICT)
-    else:
-        x = held.index(i).load(layout_of(TILE))
-    return x
-
-
-@gluon.jit
-def ends_piece(i, TILE: gl.constexpr, HELD: gl.constexpr):
-    """Whether tile `i` is the last one of a piece."""
-    TILES: gl.constexpr = HELD.PIECE.CHUNKS // TILE.CHUNKS
-    if HELD.HAS_REST:
-        return (i % TILES == TILES - 1) & (i < tiles_held(TILE, HELD))
-    else:
-        return i % TILES == TILES - 1
-
-
-@gluon.jit
 def gradients_of(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr):
     """The gradients of the logits of a tile that starts at class `v`."""
     u, slope = used_logits(x, rows.options.curve, gl.float32, OPTIONS)
@@ -270,14 +247,17 @@ def on_chip_kernel(
                 at=edge - lanes_of(TILE.ONE_LOGIT) * TILE.WIDTH,
             )  # fmt: skip
         lanes = in_layout(lanes, layout_of(TILE))
-        barrier()  # Without it, the compiler would put one into the loop.
-        for i in range(tiles):
-            if ends_piece(i + TILES - 1, TILE, HELD):
-                commit_group()  # an empty one, so that of every piece the same number of groups is younger
-                wait_group(HELD.PIECES)
-            x = load_tile(held, start, i, offs, TILE, HELD, "evict_last")
-            v = head + i * TILE.BLOCK_V
-            lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
+        for piece in range(HELD.PIECES):
+            commit_group()  # an empty one, so that of every piece the same number of groups is younger
+            wait_group(HELD.PIECES)
+            barrier()  # Without it, the compiler would put one into the loop.
+            for i in range(piece * TILES, (piece + 1) * TILES):
+                x, v = held.index(i).load(layout_of(TILE)), head + i * TILE.BLOCK_V
+                lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
+        if HELD.HAS_REST:
+            for i in range(tiles_held(TILE, HELD), tiles):
+                x, v = gl.load(start + i * TILE.BLOCK_V + offs, eviction_policy="evict_last"), head + i * TILE.BLOCK_V
+                lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
         if HELD.HAS_REST:
             if part < kept:
                 x = gl.load(start + part + offs, mask=offs < kept - part, other=float("-inf"), eviction_policy="evict_last")
@@ -319,20 +299,20 @@ def on_chip_kernel(
                 x = gl.load(start + part + offs, mask=offs < kept - part, other=0.0, eviction_policy="evict_first")
                 grad = gradients_of(rows, x, head + part, offs, TILE, OPTIONS)
                 gl.store(dx_start + part + offs, grad, mask=offs < kept - part, eviction_policy="evict_first")
-        for j in range(tiles):
-            i = j
-            if HELD.HAS_REST:  # What was read last comes first: the cache may still have it.
-                again = tiles - tiles_held(TILE, HELD)
-                i = gl.where(j < again, tiles - 1 - j, j - again)
-            v = i * TILE.BLOCK_V
-            x = load_tile(held, start, i, offs, TILE, HELD, "evict_first")
-            grad = gradients_of(rows, x, head + v, offs, TILE, OPTIONS)
-            gl.store(dx_start + v + offs, grad, eviction_policy="evict_first")
-            if ends_piece(i, TILE, HELD):
-                if next_row < N:
-                    piece = i // TILES
-                    async_load(memory.index(piece), next_start + piece * PIECE.BLOCK_V + offs_piece)
-                commit_group()
+            for j in range(tiles_held(TILE, HELD), tiles):  # What was read last comes first: the cache may have it.
+                v = (tiles - 1 - j + tiles_held(TILE, HELD)) * TILE.BLOCK_V
+                x = gl.load(start + v + offs, eviction_policy="evict_first")
+                grad = gradients_of(rows, x, head + v, offs, TILE, OPTIONS)
+                gl.store(dx_start + v + offs, grad, eviction_policy="evict_first")
+        for piece in range(HELD.PIECES):
+            barrier()  # as above
+            for i in range(piece * TILES, (piece + 1) * TILES):
+                v = i * TILE.BLOCK_V
+                grad = gradients_of(rows, held.index(i).load(layout_of(TILE)), head + v, offs, TILE, OPTIONS)
+                gl.store(dx_start + v + offs, grad, eviction_policy="evict_first")
+            if next_row < N:
+                async_load(memory.index(piece), next_start + piece * PIECE.BLOCK_V + offs_piece)
+            commit_group()
         # The target's gradient takes the place of what was written there.
         u, slope = used_logits(x_target, options.curve, ACC, OPTIONS)
         z = exponent(u, terms.height, terms.c)

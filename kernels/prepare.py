@@ -48,7 +48,7 @@ from .variant import (
     MAX_REGISTERS,
     PART_REGISTERS,
     is_simple,
-    on_chip_variant,
+    on_chip_variants,
     one_pass_registers,
     one_pass_variant,
 )
@@ -230,8 +230,9 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     strides = OnePassStrides(x.strides, dx.strides, OnePassUpstream(*row_strides))
     numbers = (*scalars_of(options), options.z_loss)
     if launch is None and stays_on_chip(x, dx, chip):
-        on_chip = on_chip_variant(weight, flags)
-        launch = on_chip_launch(B * T, V, x.itemsize, aligned(x, dx), on_chip, chip)
+        launch, on_chip = on_chip_launch(
+            B * T, V, x.itemsize, aligned(x, dx), on_chip_variants(weight, flags), chip
+        )  # fmt: skip
         return Prepared(
             on_chip_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers,
             launch.TILE, launch.held, flags, num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),

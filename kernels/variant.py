@@ -55,8 +55,23 @@ class OnChip(NamedTuple):
     kept: int
 
 
-ON_CHIP_PLAIN = OnChip(16, 128, 4, 4)
+#: By features: a variant for aligned rows of which the chip keeps all, and one for others. "many" stands for smoothing
+#: with class weights, a scale or a softcap: 255 registers, which a multiprocessor has for 8 warps.
+ON_CHIP = {
+    "plain": (OnChip(16, 128, 4, 4), OnChip(16, 128, 2, 4)),
+    "one": (OnChip(16, 128, 4, 4), OnChip(16, 128, 1, 4)),
+    "stats": (OnChip(16, 128, 4, 4), OnChip(16, 128, 2, 2)),
+    "two": (OnChip(16, 128, 2, 2), OnChip(16, 128, 1, 2)),
+    "many": (OnChip(16, 128, 2, 2), OnChip(8, 255, 1, 1)),
+}
 
 
-def on_chip_variant(weight, options: Options) -> OnChip:
-    return ON_CHIP_PLAIN
+def on_chip_variants(weight, options: Options) -> tuple[OnChip, OnChip]:
+    soft, capped, stats = options.HAS_SOFT, options.HAS_SOFTCAP, options.HAS_STATS
+    if soft and (weight is not None or capped or options.HAS_SCALE):
+        return ON_CHIP["many"]
+    if stats and (soft or capped):
+        return ON_CHIP["two"]
+    if stats:
+        return ON_CHIP["stats"]
+    return ON_CHIP["one" if soft or capped else "plain"]

@@ -83,7 +83,10 @@ def call(case: Case, target: Target) -> None:
         return
     from fused_ignore_ce.kernels import cross_entropy
 
-    with mock.patch.object(cross_entropy, "chip_of", return_value=launched_on(target)):
+    chip = launched_on(target)
+    if case.operation == "on chip" and target.backend == "cuda":
+        chip = replace(chip, shared_bytes=chips.chip(target.chip).shared)
+    with mock.patch.object(cross_entropy, "chip_of", return_value=chip):
         cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
 
 

@@ -29,6 +29,11 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("backward", ("softcap",), "bfloat16"): 24.0,
     ("backward", (), "float32"): 11.0,
     ("one pass", (), "bfloat16"): 17.0,
+    ("on chip", (), "bfloat16"): 14.0,
+    ("on chip", ("smoothing",), "bfloat16"): 18.0,
+    ("on chip", ("stats",), "bfloat16"): 21.0,
+    ("on chip", ("softcap",), "bfloat16"): 34.0,
+    ("on chip", (), "float32"): 14.0,
 }
 
 #: The architectures that budgets are for.
@@ -69,8 +74,8 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
         threads=proof.threads,
         rows_a_program=proof.tile[0],
         loaded_a_logit=loaded_a_logit(case, proof.tile[0]),
-        writes=case.operation in ("backward", "one pass"),
-        in_place=case.operation == "one pass",
+        writes=case.operation in ("backward", "one pass", "on chip"),
+        in_place=case.operation in ("one pass", "on chip"),
         backwards=case.library == "fused_ignore_ce",
     )
 
@@ -85,6 +90,9 @@ def loop_instructions(proof: Proof) -> float:
     if not proof.code.loops:
         return roof.cost(proof.code, work(proof)).instructions
     a_logit = loaded_a_logit(proof.job.case, proof.tile[0])
+    if proof.kernel == "on_chip_kernel":
+        held = [loop for loop in proof.code.loops if loop.loaded_shared]
+        return sum(loop.instructions * proof.job.case.itemsize / loop.loaded_shared for loop in held)
     total = 0.0
     for stores in (False, True):
         walk = [loop for loop in proof.code.loops if bool(loop.stored) == stores]
@@ -111,7 +119,7 @@ def accesses(proof: Proof) -> set[str]:
     if not is_row_kernel(proof):
         return set()
     found = {"load logits.x"} | ({"load logits.probs"} if "probs" in case.features else set())
-    if case.operation in ("backward", "one pass"):
+    if case.operation in ("backward", "one pass", "on chip"):
         found |= {"store gradients.dx"} | ({"store gradients.dprobs"} if "probs" in case.features else set())
     return found
 

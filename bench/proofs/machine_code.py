@@ -90,6 +90,11 @@ class Block:
         return self.bytes(GLOBAL_STORES)
 
     @property
+    def loaded_shared(self) -> int:
+        """Bytes that a thread loads from shared memory by its widest accesses."""
+        return sum(i.bytes for i in self.code if i.name == "LDS" and i.bytes == 16)
+
+    @property
     def masked(self) -> bool:
         """Whether a guard may skip some load from global memory."""
         return any(i.guard and not i.guard.startswith("@UP") for i in self.code if i.name in GLOBAL_LOADS)
@@ -109,7 +114,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """`loops` has the innermost loops that load from global memory; `outside` is all code but `loops` and `clears`."""
+    """`loops` has the innermost loops that load logits; `outside` is all code but `loops` and `clears`."""
 
     usage: Usage
     outside: Block
@@ -206,8 +211,8 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
     inside: set[int] = set()
     for body in sorted(innermost, key=min):
         block = _block(code, body)
-        if block.loaded or block.stored:
-            (loops if block.loaded else clears).append(block)
+        if block.loaded or block.loaded_shared or block.stored:
+            (loops if block.loaded or block.loaded_shared else clears).append(block)
             inside |= body
     outside = set(range(len(code))) - inside
     outside -= {i for body in every for i in body if len(body) == 1}  # the trap after the end of the code
