@@ -63,7 +63,7 @@ def logit_gradient(
     rows, u, slope, z, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the logits of the tile that starts at class `v`, from what `used_logits` and `exponent` return."""
+    """The gradients of the logits of a tile that starts at class `v`, from what `used_logits` and `exponent` return."""
     inputs, terms, options = rows.inputs, rows.terms, rows.options
     e = tl.exp2(z)
     if OPTIONS.ONE_CLASS:  # the loss does not depend on its logit; an upstream gradient of NaN is not hidden
@@ -111,7 +111,7 @@ def gradient_tile(
         else:  # a quarter of the exponent does not overflow
             grad = terms.probs.offset - terms.probs.multiplier * exponent(u, terms.height * 0.25, terms.c * 0.25)
         if inputs.weight is not None:
-            grad *= load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
+            grad *= load_weights(inputs.weight, v, offs, inputs.v_end, TILE, WHOLE).to(ACC)
         if TILE.BLOCK_N > 1:
             grad = tl.where(inputs.keep, grad, 0.0)
         store_tile(outputs.dprobs, v, offs, outputs.stride_dpv, outputs.inside, inputs.v_end, grad, TILE, WHOLE, OUT)

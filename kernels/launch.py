@@ -156,7 +156,7 @@ def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChi
         if missing <= room or programs == 1:
             break
         programs //= 2
-    held = Held(min(room, missing), piece, piece, missing > room, not aligned)
+    held = Held(min(room, missing), piece, missing > room, None if aligned else Tile(1, 1, LANES, 1))
     resident = max(1, min(N, chip.multiprocessors * programs))
     return Launch(1, variant.chunks, LANES, WIDTH, variant.warps // programs, programs=resident, held=held)
 

@@ -78,7 +78,7 @@ def tile_offsets(TILE: gl.constexpr):
 @gluon.jit
 def begin_of(x, row, T, strides, TILE: gl.constexpr, HELD: gl.constexpr):
     """A pointer to the first logit of a row."""
-    if HELD.HAS_EDGES:
+    if HELD.EDGES is not None:
         return row_start(x, row // T, row % T, strides, 1)
     else:
         return row_start(x, row // T, row % T, strides, TILE.WIDTH)
@@ -86,15 +86,15 @@ def begin_of(x, row, T, strides, TILE: gl.constexpr, HELD: gl.constexpr):
 
 @gluon.jit
 def body_of(begin, V, TILE: gl.constexpr, HELD: gl.constexpr):
-    """(its first class, its classes, its whole tiles before the part that registers keep, the place of that part)."""
+    """(its first class, its size, its tiles before what registers keep, the place of that) for the body of a row."""
     head = 0
-    if HELD.HAS_EDGES:
+    if HELD.EDGES is not None:
         SIZE: gl.constexpr = ACCESS // TILE.WIDTH
         head = gl.minimum((-begin.to(gl.int64) & (ACCESS - 1)).to(gl.int32) // SIZE, V)
     size = (V - head) // TILE.WIDTH * TILE.WIDTH
     if HELD.HAS_REST:
-        kept = size - HELD.KEPT.BLOCK_V
-        tiles = kept // TILE.BLOCK_V
+        kept = size - HELD.PIECE.BLOCK_V
+        tiles = gl.cdiv(kept, TILE.BLOCK_V)
     else:
         tiles = tiles_held(TILE, HELD)
         kept = tiles * TILE.BLOCK_V
@@ -102,9 +102,9 @@ def body_of(begin, V, TILE: gl.constexpr, HELD: gl.constexpr):
 
 
 @gluon.jit
-def edge_classes(head, size, TILE: gl.constexpr):
+def edge_classes(head, size, EDGES: gl.constexpr):
     """The class before or after the body that each lane has, at most one; for most lanes, one that does not exist."""
-    lane = lanes_of(TILE.ONE_LOGIT)
+    lane = lanes_of(EDGES)
     return gl.where(lane < head, lane, lane + size)
 
 
@@ -114,8 +114,8 @@ def load_end(begin, row, N, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
     head, size, _, kept = body_of(begin, V, TILE, HELD)
     start = gl.multiple_of(begin + head, ACCESS)
     x_kept = gl.load(start + kept + offs, mask=(offs < size - kept) & (row < N), other=float("-inf"))
-    if HELD.HAS_EDGES:
-        at = edge_classes(head, size, TILE)
+    if HELD.EDGES is not None:
+        at = edge_classes(head, size, HELD.EDGES)
         x_edge = gl.load(begin + at, mask=(at < V) & (row < N), other=float("-inf"))
     else:
         x_edge = x_kept
@@ -123,11 +123,20 @@ def load_end(begin, row, N, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
 
 
 @gluon.jit
-def gradients_of(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr):
+def inputs_of(begin, targets, v_end):
+    """The classes of a kept row up to `v_end`."""
+    return RowInputs(
+        x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=v_end == v_end, v_end=v_end
+    )
+
+
+@gluon.jit
+def gradients_of(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr, WHOLE: gl.constexpr):
     """The gradients of the logits of a tile that starts at class `v`."""
     u, slope = used_logits(x, rows.options.curve, gl.float32, OPTIONS)
     z = exponent(u, rows.terms.height, rows.terms.c)
-    grad = logit_gradient(rows, u, slope, z, v, offs, gl.float32, TILE, OPTIONS, False, True, False)
+    UNMASKED: gl.constexpr = WHOLE or rows.inputs.weight is None
+    grad = logit_gradient(rows, u, slope, z, v, offs, gl.float32, TILE, OPTIONS, False, UNMASKED, False)
     return grad.to(rows.outputs.dx.dtype.element_ty)
 
 
@@ -137,8 +146,8 @@ def write_zeros(begin, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
     start = gl.multiple_of(begin + head, ACCESS)
     for v in range(0, size, TILE.BLOCK_V):
         gl.store(start + v + offs, (offs * 0).to(begin.dtype.element_ty), mask=offs < size - v)
-    if HELD.HAS_EDGES:
-        at = edge_classes(head, size, TILE)
+    if HELD.EDGES is not None:
+        at = edge_classes(head, size, HELD.EDGES)
         gl.store(begin + at, (at * 0).to(begin.dtype.element_ty), mask=at < V)
 
 
@@ -190,10 +199,9 @@ def on_chip_kernel(
     ACC: gl.constexpr = gl.float32
     STATS: gl.constexpr = OPTIONS.HAS_STATS
     PIECE: gl.constexpr = HELD.PIECE
-    KEPT: gl.constexpr = HELD.KEPT
     TILES: gl.constexpr = PIECE.CHUNKS // TILE.CHUNKS
     options = loss_options(V, smoothing, scale, cap, ACC, OPTIONS)
-    offs, offs_piece, offs_kept = tile_offsets(TILE), tile_offsets(PIECE), tile_offsets(KEPT)
+    offs, offs_piece = tile_offsets(TILE), tile_offsets(PIECE)
     # The same memory by the pieces that are copied, and by the tiles that are read.
     memory = gl.allocate_shared_memory(
         logits.x.dtype.element_ty, [max(HELD.PIECES, 1), 1, PIECE.CHUNKS, PIECE.LANES, PIECE.WIDTH], linear()
@@ -215,7 +223,7 @@ def on_chip_kernel(
         if row < N:
             async_load(memory.index(i), start + i * PIECE.BLOCK_V + offs_piece)
         commit_group()
-    x_kept, x_edge = load_end(begin, row, N, V, offs_kept, TILE, HELD)
+    x_kept, x_edge = load_end(begin, row, N, V, offs_piece, TILE, HELD)
     while row < N:
         # What a row needs is loaded before its sums.
         everywhere = row >= 0
@@ -223,30 +231,26 @@ def on_chip_kernel(
         dx = begin_of(gradients.dx, row, T, strides.dx, TILE, HELD)
         head, size, tiles, kept = body_of(begin, V, TILE, HELD)
         start, dx_start = gl.multiple_of(begin + head, ACCESS), gl.multiple_of(dx + head, ACCESS)
-        part, edge = tiles * TILE.BLOCK_V, edge_classes(head, size, TILE)
         upcoming = gl.load(targets.target + row + step, mask=row + step < N, other=0)
         own = (target >= 0) & (target < V)
         x_target = gl.load(begin + target, mask=own, other=0.0)
         w_target = target_weight(targets.weight, target, own, ACC)
         g = loss_gradient(upstream, strides.upstream, row, everywhere, ACC)
 
-        inputs = RowInputs(
-            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=V
-        )
-        of_body = RowInputs(
-            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=head + size
-        )
-        FIRST: gl.constexpr = layout_of(TILE.ONE_LOGIT)
+        inputs, of_body = inputs_of(begin, targets, V), inputs_of(begin, targets, head + size)
+        FIRST: gl.constexpr = layout_of(TILE)
         zero, at = gl.full([1, 1, TILE.LANES, 1], 0.0, ACC, FIRST), gl.full([1, 1, TILE.LANES, 1], 0, gl.int32, FIRST)
         lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
-        if HELD.HAS_EDGES:
-            lanes = add_logits(lanes, x_edge, inputs, 0, edge, options, ACC, TILE.ONE_LOGIT, OPTIONS, False, STATS)
+        if HELD.EDGES is not None:
+            edge = edge_classes(head, size, HELD.EDGES)
+            lanes = in_layout(lanes, layout_of(HELD.EDGES))
+            lanes = add_logits(lanes, x_edge, inputs, 0, edge, options, ACC, HELD.EDGES, OPTIONS, False, STATS)
             # `first_of_largest` looks for the class at this offset.
             lanes = LaneSums(
                 c=lanes.c, s=lanes.s, r=lanes.r, mass=lanes.mass, d=lanes.d, best=lanes.best,
-                at=edge - lanes_of(TILE.ONE_LOGIT) * TILE.WIDTH,
+                at=edge - lanes_of(HELD.EDGES) * TILE.WIDTH,
             )  # fmt: skip
-        lanes = in_layout(lanes, layout_of(TILE))
+            lanes = in_layout(lanes, FIRST)
         for piece in range(HELD.PIECES):
             commit_group()  # an empty one, so that of every piece the same number of groups is younger
             wait_group(HELD.PIECES)
@@ -255,25 +259,17 @@ def on_chip_kernel(
                 x, v = held.index(i).load(layout_of(TILE)), head + i * TILE.BLOCK_V
                 lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
         if HELD.HAS_REST:
+            of_rest = inputs_of(begin, targets, head + kept)
             for i in range(tiles_held(TILE, HELD), tiles):
-                x, v = gl.load(start + i * TILE.BLOCK_V + offs, eviction_policy="evict_last"), head + i * TILE.BLOCK_V
-                lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
-        if HELD.HAS_REST:
-            if part < kept:
-                x = gl.load(start + part + offs, mask=offs < kept - part, other=float("-inf"), eviction_policy="evict_last")
-                of_part = RowInputs(
-                    x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere,
-                    v_end=head + kept,
-                )  # fmt: skip
-                lanes = add_logits(lanes, x, of_part, head + part, offs, options, ACC, TILE, OPTIONS, False, STATS)
-        lanes = in_layout(lanes, layout_of(KEPT))
-        lanes = add_logits(
-            lanes, x_kept, of_body, head + kept, offs_kept, options, ACC, KEPT, OPTIONS, False, STATS
-        )
+                v = i * TILE.BLOCK_V
+                x = gl.load(start + v + offs, offs < kept - v, float("-inf"), eviction_policy="evict_last")
+                lanes = add_logits(lanes, x, of_rest, head + v, offs, options, ACC, TILE, OPTIONS, False, STATS)
+        lanes = in_layout(lanes, layout_of(PIECE))
+        lanes = add_logits(lanes, x_kept, of_body, head + kept, offs_piece, options, ACC, PIECE, OPTIONS, False, STATS)
+        zero = gl.convert_layout(zero, layout_of(TILE.ONE_CHUNK))
         sums = merged_lanes(
-            lanes, inputs, 0, offs_kept, tile_offsets(TILE.ONE_CHUNK), gl.convert_layout(zero, layout_of(TILE.ONE_CHUNK)),
-            options, ACC, KEPT, OPTIONS, STATS,
-        )  # fmt: skip
+            lanes, inputs, 0, offs_piece, tile_offsets(TILE.ONE_CHUNK), zero, options, ACC, PIECE, OPTIONS, STATS
+        )
         terms = finish_row(
             rows_out, row, N, sums, x_target, target, w_target, g, upstream, strides.upstream, everywhere, z_loss,
             options, ACC, OPTIONS,
@@ -288,27 +284,23 @@ def on_chip_kernel(
         next_head, _, _, _ = body_of(next_begin, V, TILE, HELD)
         next_start = gl.multiple_of(next_begin + next_head, ACCESS)
         gl.store(
-            dx_start + kept + offs_kept, gradients_of(rows, x_kept, head + kept, offs_kept, KEPT, OPTIONS),
-            mask=offs_kept < size - kept, eviction_policy="evict_first",
+            dx_start + kept + offs_piece, gradients_of(rows, x_kept, head + kept, offs_piece, PIECE, OPTIONS, False),
+            mask=offs_piece < size - kept, eviction_policy="evict_first",
         )  # fmt: skip
-        if HELD.HAS_EDGES:
-            gl.store(dx + edge, gradients_of(rows, x_edge, 0, edge, TILE, OPTIONS), mask=edge < V)
-        x_kept, x_edge = load_end(next_begin, next_row, N, V, offs_kept, TILE, HELD)
+        if HELD.EDGES is not None:
+            gl.store(dx + edge, gradients_of(rows, x_edge, 0, edge, HELD.EDGES, OPTIONS, False), mask=edge < V)
+        x_kept, x_edge = load_end(next_begin, next_row, N, V, offs_piece, TILE, HELD)
         if HELD.HAS_REST:
-            if part < kept:
-                x = gl.load(start + part + offs, mask=offs < kept - part, other=0.0, eviction_policy="evict_first")
-                grad = gradients_of(rows, x, head + part, offs, TILE, OPTIONS)
-                gl.store(dx_start + part + offs, grad, mask=offs < kept - part, eviction_policy="evict_first")
             for j in range(tiles_held(TILE, HELD), tiles):  # What was read last comes first: the cache may have it.
                 v = (tiles - 1 - j + tiles_held(TILE, HELD)) * TILE.BLOCK_V
-                x = gl.load(start + v + offs, eviction_policy="evict_first")
-                grad = gradients_of(rows, x, head + v, offs, TILE, OPTIONS)
-                gl.store(dx_start + v + offs, grad, eviction_policy="evict_first")
+                x = gl.load(start + v + offs, offs < kept - v, 0.0, eviction_policy="evict_first")
+                grad = gradients_of(rows, x, head + v, offs, TILE, OPTIONS, False)
+                gl.store(dx_start + v + offs, grad, offs < kept - v, eviction_policy="evict_first")
         for piece in range(HELD.PIECES):
             barrier()  # as above
             for i in range(piece * TILES, (piece + 1) * TILES):
                 v = i * TILE.BLOCK_V
-                grad = gradients_of(rows, held.index(i).load(layout_of(TILE)), head + v, offs, TILE, OPTIONS)
+                grad = gradients_of(rows, held.index(i).load(layout_of(TILE)), head + v, offs, TILE, OPTIONS, True)
                 gl.store(dx_start + v + offs, grad, eviction_policy="evict_first")
             if next_row < N:
                 async_load(memory.index(piece), next_start + piece * PIECE.BLOCK_V + offs_piece)

@@ -6,13 +6,10 @@ in a tuple. They are arguments of their own, as are numbers that must not be spe
 
 The order of a kernel's parameters, fields of tuples included, is part of its machine code: a GPU loads neighbouring
 parameters together. So tensors that are used together are neighbours.
-
 Logits have B * T = N rows of V classes. A program has BLOCK_N rows of them at a time.
 """
 
 from typing import Any, NamedTuple
-
-# Known at compile time.
 
 
 class Tile(NamedTuple):
@@ -31,19 +28,14 @@ class Tile(NamedTuple):
     def ONE_CHUNK(self):  # takes the fewest registers
         return self._replace(CHUNKS=1)
 
-    @property
-    def ONE_LOGIT(self):  # of each lane
-        return self._replace(CHUNKS=1, WIDTH=1)
-
 
 class Held(NamedTuple):
-    """What of a row stays on the chip."""
+    """What of a row stays on the chip: pieces in shared memory, and its end, which is no larger, in registers."""
 
-    PIECES: int  # in shared memory
-    PIECE: Tile  # what is copied to it at a time: several tiles
-    KEPT: Tile  # in registers: the end of the row
-    HAS_REST: bool  # what neither holds, between the two
-    HAS_EDGES: bool  # whether rows may begin or end between multiples of 16 bytes
+    PIECES: int
+    PIECE: Tile
+    HAS_REST: bool  # read twice: what lies between the pieces and the end, which then is as large as a piece
+    EDGES: Tile | None  # a logit a lane, where rows may begin or end between multiples of 16 bytes
 
 
 class Options(NamedTuple):
@@ -62,9 +54,6 @@ class Reduction(NamedTuple):
     MEAN: bool
     HAS_NUMBER: bool  # the divisor is a number
     HAS_STATS: bool
-
-
-# What kernels read and write: pointers, their strides, and numbers.
 
 
 class Logits(NamedTuple):
@@ -220,9 +209,6 @@ class ProgramSums(NamedTuple):
 
     partial: Any  # (2, programs): losses and shares
     count: Any  # (programs,) int64: kept rows
-
-
-# What kernels build and hand to each other.
 
 
 class Smoothing(NamedTuple):

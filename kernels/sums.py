@@ -51,7 +51,7 @@ def soft_target(inputs, v, offs, options, ACC: tl.constexpr, TILE: tl.constexpr,
         q = load_tile(inputs.probs, v, offs, inputs.stride_pv, inputs.keep, inputs.v_end, 0.0, TILE, WHOLE, "").to(ACC)
         q = q * options.smoothing.confidence + options.smoothing.share
     if inputs.weight is not None:
-        q = q * load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
+        q = q * load_weights(inputs.weight, v, offs, inputs.v_end, TILE, WHOLE).to(ACC)
     if not WHOLE:
         q = tl.where(inside, q, 0.0)
     return q
@@ -78,17 +78,17 @@ def add_logits(
     if (OPTIONS.HAS_SCALE or OPTIONS.HAS_SOFTCAP) and not WHOLE:
         u = tl.where(offs < inputs.v_end - v, u, float("-inf"))
     ONE_NUMBER: tl.constexpr = inputs.probs is None and inputs.weight is None
-    # `u == u` is for the compiler: it would give a sum of q alone other threads than the tile's, and a barrier.
     if OPTIONS.HAS_SOFT and not ONE_NUMBER:
-        q = by_lane(tl.where(u == u, soft_target(inputs, v, offs, options, ACC, TILE, WHOLE), 0.0), TILE)
+        q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
+        if len(offs.shape) == 3:  # The compiler would give a sum of q alone other threads than the tile's: a barrier.
+            q = by_lane(tl.where(u == u, q, 0.0), TILE)
     elif OPTIONS.HAS_SOFT and not WHOLE:
         inside = by_lane(tl.where((u == u) & (offs < inputs.v_end - v), 1.0, 0.0), TILE)
     u = by_lane(u, TILE)
     largest = lane_max(u)
     best, at = lanes.best, lanes.at
     if HAS_BEST:
-        at = tl.where(largest > best, v, at)
-        best = tl.maximum(best, largest)
+        best, at = tl.maximum(best, largest), tl.where(largest > best, v, at)
     c = tl.maximum(lanes.c, tl.floor(largest * height))
     z = exponent(u, height, c)
     e = tl.exp2(z)
@@ -132,14 +132,12 @@ def row_sums(
     HAS_BEST: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """The sums (`RowSums`) of each row's classes from `v_start` on, without index targets' terms."""
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    LANES: tl.constexpr = TILE.LANES
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
-    at = tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start
+    zero = tl.zeros((TILE.BLOCK_N, 1, TILE.LANES, 1), ACC)
+    at = tl.zeros((TILE.BLOCK_N, 1, TILE.LANES, 1), tl.int32) + v_start
     lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
     whole_end = v_start
-    if BLOCK_N == 1:  # tiles of several rows need their masks all along
+    if TILE.BLOCK_N == 1:  # tiles of several rows need their masks all along
         whole_end += (inputs.v_end - v_start) // BLOCK_V * BLOCK_V
         for v in range(v_start, whole_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, True, HAS_BEST, EVICT)
@@ -198,9 +196,7 @@ def merged_lanes(
 
 
 @triton.jit
-def careful_sums(
-    inputs, v_start, offs, zero, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
-):
+def careful_sums(inputs, v_start, offs, zero, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """The sums of each row, whatever its logits are, in two walks: one finds the largest logit, one adds.
 
     A quarter of an exponent does not overflow, though the exponent may.

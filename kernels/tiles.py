@@ -66,7 +66,7 @@ def store_tile(
 
 
 @triton.jit
-def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr):
+def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """Loads the class weights of a tile in the layout of its logits, so that weight and logit meet in one thread.
 
     In another layout, the weights would be moved between threads in every iteration. So where the compiler does not
@@ -79,4 +79,7 @@ def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr):
         place += tl.zeros((BLOCK_N, 1, 1), tl.int32)
     if TILE.WIDTH == 1:
         place += v_end >> 31
-    return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)
+    if WHOLE:
+        return tl.load(weight_ptr + place)
+    else:
+        return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)

@@ -42,7 +42,9 @@ class Case:
     def __str__(self):
         names = [*self.given, *(name for name in ("weight", "stats", "z_loss") if getattr(self, name))]
         place = "" if self.inplace else "-apart"
-        return f"sm{self.arch}-N{self.N}-V{self.V}-{str(self.dtype)[6:]}-{'+'.join(names) or 'plain'}{place}-{self.shared}"
+        return (
+            f"sm{self.arch}-N{self.N}-V{self.V}-{str(self.dtype)[6:]}-{'+'.join(names) or 'plain'}{place}-{self.shared}"
+        )
 
     @property
     def chip(self):
@@ -95,7 +97,9 @@ def check(case, device="cpu"):
     if case.stats:
         torch.testing.assert_close(rows.entropy.double(), wanted.entropy.flatten(), rtol=1e-5, atol=2e-5)
         kept = target != -100
-        assert torch.equal(rows.predicted[kept], before[0, kept].double().mul(case.given.get("logit_scale", 1.0)).argmax(1))
+        assert torch.equal(
+            rows.predicted[kept], before[0, kept].double().mul(case.given.get("logit_scale", 1.0)).argmax(1)
+        )
     half_a_unit = torch.finfo(case.dtype).eps / 2
     error = (dx.double() - gradient).abs() - gradient.abs() * (1.1 * half_a_unit + 1e-5)
     assert error.max() <= 2e-6 * gradient.abs().max() + 2.0**-25 * (case.dtype == torch.float16)
