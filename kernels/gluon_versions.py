@@ -3,7 +3,8 @@
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-#: Triton 3.9 calls it so.
+#: Triton 3.9 calls both so.
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 #: Triton 3.7 calls it so.

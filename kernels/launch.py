@@ -52,7 +52,8 @@ class Launch:
     splits: int = 1
     split_tiles: int = 0
     programs: int = 0  # of the one-pass and scale kernels, whose programs loop over rows
-    held: Held | None = None  # of a row that stays on the chip
+    piece: Tile | None = None  # of a row that stays on the chip
+    held: Held | None = None
 
     @property
     def TILE(self) -> Tile:
@@ -156,9 +157,11 @@ def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChi
         if missing <= room or programs == 1:
             break
         programs //= 2
-    held = Held(min(room, missing), piece, missing > room, None if aligned else Tile(1, 1, LANES, 1))
-    resident = max(1, min(N, chip.multiprocessors * programs))
-    return Launch(1, variant.chunks, LANES, WIDTH, variant.warps // programs, programs=resident, held=held)
+    held = Held(min(room, missing), missing > room, not aligned)
+    return Launch(
+        1, variant.chunks, LANES, WIDTH, variant.warps // programs, piece=piece, held=held,
+        programs=max(1, min(N, chip.multiprocessors * programs)),
+    )  # fmt: skip
 
 
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .device_math import exponent, loss_options, lowest, used_logits
-from .gluon_versions import async_load, barrier, commit_group, wait_group
+from .gluon_versions import async_load, barrier, commit_group, reinterpret, wait_group
 from .gradient import logit_gradient, loss_gradient
 from .one_pass import finish_row
 from .structs import (
@@ -34,27 +34,19 @@ from .structs import (
 from .sums import add_logits, merged_lanes, store_ignored, target_weight
 from .tiles import row_start
 
-#: Bytes of an access.
-ACCESS = gl.constexpr(16)
+ACCESS = gl.constexpr(16)  # bytes
 
 
 @gluon.constexpr_function
 def layout_of(tile):
     """A thread has one lane of every chunk of a tile."""
-    return gl.BlockedLayout(
-        [1, tile.CHUNKS, 1, tile.WIDTH], [1, 1, 32, 1], [1, 1, tile.LANES // 32, 1], [3, 2, 1, 0]
-    )  # fmt: skip
+    warps = [1, 1, tile.LANES // 32, 1]
+    return gl.BlockedLayout([1, tile.CHUNKS, 1, tile.WIDTH], [1, 1, 32, 1], warps, [3, 2, 1, 0])
 
 
 @gluon.constexpr_function
 def linear():
     return gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[3, 2, 1, 0])
-
-
-@gluon.constexpr_function
-def tiles_held(tile, held):
-    """How many tiles shared memory holds."""
-    return held.PIECES * (held.PIECE.CHUNKS // tile.CHUNKS)
 
 
 @gluon.jit
@@ -78,56 +70,49 @@ def tile_offsets(TILE: gl.constexpr):
 @gluon.jit
 def begin_of(x, row, T, strides, TILE: gl.constexpr, HELD: gl.constexpr):
     """A pointer to the first logit of a row."""
-    if HELD.EDGES is not None:
+    if HELD.HAS_EDGES:
         return row_start(x, row // T, row % T, strides, 1)
     else:
         return row_start(x, row // T, row % T, strides, TILE.WIDTH)
 
 
 @gluon.jit
-def body_of(begin, V, TILE: gl.constexpr, HELD: gl.constexpr):
+def body_of(begin, V, TILE: gl.constexpr, PIECE: gl.constexpr, HELD: gl.constexpr):
     """(its first class, its size, its tiles before what registers keep, the place of that) for the body of a row."""
     head = 0
-    if HELD.EDGES is not None:
+    if HELD.HAS_EDGES:
         SIZE: gl.constexpr = ACCESS // TILE.WIDTH
         head = gl.minimum((-begin.to(gl.int64) & (ACCESS - 1)).to(gl.int32) // SIZE, V)
     size = (V - head) // TILE.WIDTH * TILE.WIDTH
+    CHUNK: gl.constexpr = TILE.LANES * TILE.WIDTH
     if HELD.HAS_REST:
-        kept = size - HELD.PIECE.BLOCK_V
-        tiles = gl.cdiv(kept, TILE.BLOCK_V)
+        kept = size - PIECE.CHUNKS * CHUNK
+        tiles = gl.cdiv(kept, TILE.CHUNKS * CHUNK)
     else:
-        tiles = tiles_held(TILE, HELD)
-        kept = tiles * TILE.BLOCK_V
+        tiles = HELD.PIECES * (PIECE.CHUNKS // TILE.CHUNKS)
+        kept = HELD.PIECES * PIECE.CHUNKS * CHUNK
     return head, size, tiles, kept
 
 
 @gluon.jit
-def edge_classes(head, size, EDGES: gl.constexpr):
+def edge_classes(head, size, EDGE: gl.constexpr):
     """The class before or after the body that each lane has, at most one; for most lanes, one that does not exist."""
-    lane = lanes_of(EDGES)
+    lane = lanes_of(EDGE)
     return gl.where(lane < head, lane, lane + size)
 
 
 @gluon.jit
-def load_end(begin, row, N, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
+def load_end(begin, row, N, V, offs, TILE: gl.constexpr, PIECE: gl.constexpr, EDGE: gl.constexpr, HELD: gl.constexpr):
     """The logits of a row that registers keep, -inf beyond its body; and those of its edges."""
-    head, size, _, kept = body_of(begin, V, TILE, HELD)
+    head, size, _, kept = body_of(begin, V, TILE, PIECE, HELD)
     start = gl.multiple_of(begin + head, ACCESS)
     x_kept = gl.load(start + kept + offs, mask=(offs < size - kept) & (row < N), other=float("-inf"))
-    if HELD.EDGES is not None:
-        at = edge_classes(head, size, HELD.EDGES)
+    if HELD.HAS_EDGES:
+        at = edge_classes(head, size, EDGE)
         x_edge = gl.load(begin + at, mask=(at < V) & (row < N), other=float("-inf"))
     else:
         x_edge = x_kept
     return x_kept, x_edge
-
-
-@gluon.jit
-def inputs_of(begin, targets, v_end):
-    """The classes of a kept row up to `v_end`."""
-    return RowInputs(
-        x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=v_end == v_end, v_end=v_end
-    )
 
 
 @gluon.jit
@@ -141,25 +126,26 @@ def gradients_of(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr, WH
 
 
 @gluon.jit
-def write_zeros(begin, V, offs, TILE: gl.constexpr, HELD: gl.constexpr):
-    head, size, _, _ = body_of(begin, V, TILE, HELD)
+def write_zeros(begin, V, offs, TILE: gl.constexpr, PIECE: gl.constexpr, EDGE: gl.constexpr, HELD: gl.constexpr):
+    head, size, _, _ = body_of(begin, V, TILE, PIECE, HELD)
     start = gl.multiple_of(begin + head, ACCESS)
-    for v in range(0, size, TILE.BLOCK_V):
+    for v in range(0, size, TILE.CHUNKS * TILE.LANES * TILE.WIDTH):
         gl.store(start + v + offs, (offs * 0).to(begin.dtype.element_ty), mask=offs < size - v)
-    if HELD.EDGES is not None:
-        at = edge_classes(head, size, HELD.EDGES)
+    if HELD.HAS_EDGES:
+        at = edge_classes(head, size, EDGE)
         gl.store(begin + at, (at * 0).to(begin.dtype.element_ty), mask=at < V)
 
 
 @gluon.jit
 def next_kept(
-    row, target, rows_out, dx, targets, N, T, V, strides, ignore_index, offs, TILE: gl.constexpr, HELD: gl.constexpr
-):
+    row, target, rows_out, dx, targets, N, T, V, strides, ignore_index, offs, TILE: gl.constexpr, PIECE: gl.constexpr,
+    EDGE: gl.constexpr, HELD: gl.constexpr,
+):  # fmt: skip
     """(row, target): a program's first kept row from `row` on. Of ignored ones before it, the results are written."""
     step = gl.num_programs(0)
     while (row < N) & (target == ignore_index):
         store_ignored(rows_out, row, N, row >= 0)
-        write_zeros(begin_of(dx, row, T, strides, TILE, HELD), V, offs, TILE, HELD)
+        write_zeros(begin_of(dx, row, T, strides, TILE, HELD), V, offs, TILE, PIECE, EDGE, HELD)
         row += step
         target = gl.load(targets.target + row, mask=row < N, other=0)
     return row, target
@@ -193,12 +179,14 @@ def on_chip_kernel(
     cap: tl.float64,
     z_loss: tl.float64,
     TILE: gl.constexpr,  # Tile of one row
+    PIECE: gl.constexpr,  # Tile that is copied at a time: one or several of the former
+    ONE_CHUNK: gl.constexpr,  # Tile of one access a lane
+    EDGE: gl.constexpr,  # Tile of one logit a lane
     HELD: gl.constexpr,  # Held
     OPTIONS: gl.constexpr,  # Options
 ):
     ACC: gl.constexpr = gl.float32
     STATS: gl.constexpr = OPTIONS.HAS_STATS
-    PIECE: gl.constexpr = HELD.PIECE
     TILES: gl.constexpr = PIECE.CHUNKS // TILE.CHUNKS
     options = loss_options(V, smoothing, scale, cap, ACC, OPTIONS)
     offs, offs_piece = tile_offsets(TILE), tile_offsets(PIECE)
@@ -206,30 +194,29 @@ def on_chip_kernel(
     memory = gl.allocate_shared_memory(
         logits.x.dtype.element_ty, [max(HELD.PIECES, 1), 1, PIECE.CHUNKS, PIECE.LANES, PIECE.WIDTH], linear()
     )
-    held = memory._reinterpret(
-        memory.dtype, [max(HELD.PIECES, 1) * TILES, 1, TILE.CHUNKS, TILE.LANES, TILE.WIDTH], linear()
+    held = reinterpret(
+        memory, memory.dtype, [max(HELD.PIECES, 1) * TILES, 1, TILE.CHUNKS, TILE.LANES, TILE.WIDTH], linear()
     )
     step = gl.num_programs(0)
 
     row = gl.program_id(0)
     target = gl.load(targets.target + row, mask=row < N, other=0)
     row, target = next_kept(
-        row, target, rows_out, gradients.dx, targets, N, T, V, strides.dx, ignore_index, offs, TILE, HELD
+        row, target, rows_out, gradients.dx, targets, N, T, V, strides.dx, ignore_index, offs, TILE, PIECE, EDGE, HELD
     )
     begin = begin_of(logits.x, row, T, strides.x, TILE, HELD)
-    head, _, _, _ = body_of(begin, V, TILE, HELD)
+    head, _, _, _ = body_of(begin, V, TILE, PIECE, HELD)
     start = gl.multiple_of(begin + head, ACCESS)
     for i in range(HELD.PIECES):
         if row < N:
             async_load(memory.index(i), start + i * PIECE.BLOCK_V + offs_piece)
         commit_group()
-    x_kept, x_edge = load_end(begin, row, N, V, offs_piece, TILE, HELD)
+    x_kept, x_edge = load_end(begin, row, N, V, offs_piece, TILE, PIECE, EDGE, HELD)
     while row < N:
-        # What a row needs is loaded before its sums.
         everywhere = row >= 0
         begin = begin_of(logits.x, row, T, strides.x, TILE, HELD)
         dx = begin_of(gradients.dx, row, T, strides.dx, TILE, HELD)
-        head, size, tiles, kept = body_of(begin, V, TILE, HELD)
+        head, size, tiles, kept = body_of(begin, V, TILE, PIECE, HELD)
         start, dx_start = gl.multiple_of(begin + head, ACCESS), gl.multiple_of(dx + head, ACCESS)
         upcoming = gl.load(targets.target + row + step, mask=row + step < N, other=0)
         own = (target >= 0) & (target < V)
@@ -237,18 +224,23 @@ def on_chip_kernel(
         w_target = target_weight(targets.weight, target, own, ACC)
         g = loss_gradient(upstream, strides.upstream, row, everywhere, ACC)
 
-        inputs, of_body = inputs_of(begin, targets, V), inputs_of(begin, targets, head + size)
+        inputs = RowInputs(
+            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=V
+        )
+        of_body = RowInputs(
+            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=head + size
+        )
         FIRST: gl.constexpr = layout_of(TILE)
         zero, at = gl.full([1, 1, TILE.LANES, 1], 0.0, ACC, FIRST), gl.full([1, 1, TILE.LANES, 1], 0, gl.int32, FIRST)
         lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
-        if HELD.EDGES is not None:
-            edge = edge_classes(head, size, HELD.EDGES)
-            lanes = in_layout(lanes, layout_of(HELD.EDGES))
-            lanes = add_logits(lanes, x_edge, inputs, 0, edge, options, ACC, HELD.EDGES, OPTIONS, False, STATS)
+        if HELD.HAS_EDGES:
+            edge = edge_classes(head, size, EDGE)
+            lanes = in_layout(lanes, layout_of(EDGE))
+            lanes = add_logits(lanes, x_edge, inputs, 0, edge, options, ACC, EDGE, OPTIONS, False, STATS)
             # `first_of_largest` looks for the class at this offset.
             lanes = LaneSums(
                 c=lanes.c, s=lanes.s, r=lanes.r, mass=lanes.mass, d=lanes.d, best=lanes.best,
-                at=edge - lanes_of(HELD.EDGES) * TILE.WIDTH,
+                at=edge - lanes_of(EDGE) * TILE.WIDTH,
             )  # fmt: skip
             lanes = in_layout(lanes, FIRST)
         for piece in range(HELD.PIECES):
@@ -259,16 +251,19 @@ def on_chip_kernel(
                 x, v = held.index(i).load(layout_of(TILE)), head + i * TILE.BLOCK_V
                 lanes = add_logits(lanes, x, of_body, v, offs, options, ACC, TILE, OPTIONS, True, STATS)
         if HELD.HAS_REST:
-            of_rest = inputs_of(begin, targets, head + kept)
-            for i in range(tiles_held(TILE, HELD), tiles):
+            weight, end = targets.weight, head + kept
+            of_rest = RowInputs(
+                x=begin, stride_xv=1, probs=None, stride_pv=0, weight=weight, keep=everywhere, v_end=end
+            )
+            for i in range(HELD.PIECES * TILES, tiles):
                 v = i * TILE.BLOCK_V
                 x = gl.load(start + v + offs, offs < kept - v, float("-inf"), eviction_policy="evict_last")
                 lanes = add_logits(lanes, x, of_rest, head + v, offs, options, ACC, TILE, OPTIONS, False, STATS)
         lanes = in_layout(lanes, layout_of(PIECE))
         lanes = add_logits(lanes, x_kept, of_body, head + kept, offs_piece, options, ACC, PIECE, OPTIONS, False, STATS)
-        zero = gl.convert_layout(zero, layout_of(TILE.ONE_CHUNK))
+        zero = gl.convert_layout(zero, layout_of(ONE_CHUNK))
         sums = merged_lanes(
-            lanes, inputs, 0, offs_piece, tile_offsets(TILE.ONE_CHUNK), zero, options, ACC, PIECE, OPTIONS, STATS
+            lanes, inputs, 0, offs_piece, tile_offsets(ONE_CHUNK), zero, options, ACC, PIECE, OPTIONS, STATS
         )
         terms = finish_row(
             rows_out, row, N, sums, x_target, target, w_target, g, upstream, strides.upstream, everywhere, z_loss,
@@ -278,21 +273,35 @@ def on_chip_kernel(
         rows = GradientRows(inputs=inputs, outputs=outputs, terms=terms, options=options)
 
         next_row, next_target = next_kept(
-            row + step, upcoming, rows_out, gradients.dx, targets, N, T, V, strides.dx, ignore_index, offs, TILE, HELD
+            row + step,
+            upcoming,
+            rows_out,
+            gradients.dx,
+            targets,
+            N,
+            T,
+            V,
+            strides.dx,
+            ignore_index,
+            offs,
+            TILE,
+            PIECE,
+            EDGE,
+            HELD,
         )
         next_begin = begin_of(logits.x, next_row, T, strides.x, TILE, HELD)
-        next_head, _, _, _ = body_of(next_begin, V, TILE, HELD)
+        next_head, _, _, _ = body_of(next_begin, V, TILE, PIECE, HELD)
         next_start = gl.multiple_of(next_begin + next_head, ACCESS)
         gl.store(
             dx_start + kept + offs_piece, gradients_of(rows, x_kept, head + kept, offs_piece, PIECE, OPTIONS, False),
             mask=offs_piece < size - kept, eviction_policy="evict_first",
         )  # fmt: skip
-        if HELD.EDGES is not None:
-            gl.store(dx + edge, gradients_of(rows, x_edge, 0, edge, HELD.EDGES, OPTIONS, False), mask=edge < V)
-        x_kept, x_edge = load_end(next_begin, next_row, N, V, offs_piece, TILE, HELD)
+        if HELD.HAS_EDGES:
+            gl.store(dx + edge, gradients_of(rows, x_edge, 0, edge, EDGE, OPTIONS, False), mask=edge < V)
+        x_kept, x_edge = load_end(next_begin, next_row, N, V, offs_piece, TILE, PIECE, EDGE, HELD)
         if HELD.HAS_REST:
-            for j in range(tiles_held(TILE, HELD), tiles):  # What was read last comes first: the cache may have it.
-                v = (tiles - 1 - j + tiles_held(TILE, HELD)) * TILE.BLOCK_V
+            for j in range(HELD.PIECES * TILES, tiles):  # What was read last comes first: the cache may have it.
+                v = (tiles - 1 - j + HELD.PIECES * TILES) * TILE.BLOCK_V
                 x = gl.load(start + v + offs, offs < kept - v, 0.0, eviction_policy="evict_first")
                 grad = gradients_of(rows, x, head + v, offs, TILE, OPTIONS, False)
                 gl.store(dx_start + v + offs, grad, offs < kept - v, eviction_policy="evict_first")

@@ -235,7 +235,8 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
         )  # fmt: skip
         return Prepared(
             on_chip_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers,
-            launch.TILE, launch.held, flags, num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),
+            launch.TILE, launch.piece, launch.TILE.ONE_CHUNK, launch.TILE._replace(CHUNKS=1, WIDTH=1), launch.held, flags,
+            num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),
         )  # fmt: skip
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
     registers = one_pass_registers(variant, launch.CHUNKS * launch.WIDTH)

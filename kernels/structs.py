@@ -33,9 +33,8 @@ class Held(NamedTuple):
     """What of a row stays on the chip: pieces in shared memory, and its end, which is no larger, in registers."""
 
     PIECES: int
-    PIECE: Tile
     HAS_REST: bool  # read twice: what lies between the pieces and the end, which then is as large as a piece
-    EDGES: Tile | None  # a logit a lane, where rows may begin or end between multiples of 16 bytes
+    HAS_EDGES: bool  # rows may begin or end between multiples of 16 bytes
 
 
 class Options(NamedTuple):
