@@ -10,7 +10,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-compiled test-quick test-transformers-4 test-oldest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
+.PHONY: demo test test-compiled test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -33,6 +33,10 @@ test-transformers-4: $(VENV)-transformers-4/.ready
 # The whole suite on the oldest versions that pyproject.toml allows, with PYTHON=python3.12; downloads 3 GB.
 test-oldest: $(VENV)-oldest/.ready
 	$(VENV)-oldest/bin/pytest $(PARALLEL)
+
+# The whole suite on the newest releases that it ran with; downloads 3 GB.
+test-newest: $(VENV)-newest/.ready
+	$(VENV)-newest/bin/pytest $(PARALLEL)
 
 # Checks that Hugging Face's kernels loads what `make kernels-hub` writes.
 test-kernels-hub: $(VENV)-kernels-hub/.ready
@@ -92,7 +96,7 @@ docs: $(VENV)/.ready
 	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-newest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -57,11 +57,11 @@ class Launch:
 
     @property
     def TILE(self) -> Tile:
-        return Tile(self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH)
+        return Tile(self.BLOCK_N, self.CHUNKS, self.LANES, self.WIDTH, self.BLOCK_V)
 
     @property
     def BLOCK_V(self) -> int:
-        return self.TILE.BLOCK_V
+        return self.CHUNKS * self.LANES * self.WIDTH
 
 
 def _tile(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, program: Program, chip: Chip) -> Launch:
@@ -151,7 +151,7 @@ def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChi
     while True:
         LANES = variant.warps // programs * chip.warp_size
         # A piece has as many accesses as registers keep, so that what whole pieces leave of a row fits into these.
-        piece = Tile(1, variant.kept, LANES, WIDTH)
+        piece = Tile(1, variant.kept, LANES, WIDTH, variant.kept * LANES * WIDTH)
         room = max(0, chip.shared_bytes // programs - RESERVED - SCRATCH) // (piece.BLOCK_V * itemsize)
         missing = ceil_div(max(0, V // WIDTH * WIDTH - piece.BLOCK_V), piece.BLOCK_V)
         if missing <= room or programs == 1:

@@ -84,13 +84,12 @@ def body_of(begin, V, TILE: gl.constexpr, PIECE: gl.constexpr, HELD: gl.constexp
         SIZE: gl.constexpr = ACCESS // TILE.WIDTH
         head = gl.minimum((-begin.to(gl.int64) & (ACCESS - 1)).to(gl.int32) // SIZE, V)
     size = (V - head) // TILE.WIDTH * TILE.WIDTH
-    CHUNK: gl.constexpr = TILE.LANES * TILE.WIDTH
     if HELD.HAS_REST:
-        kept = size - PIECE.CHUNKS * CHUNK
-        tiles = gl.cdiv(kept, TILE.CHUNKS * CHUNK)
+        kept = size - PIECE.BLOCK_V
+        tiles = gl.cdiv(kept, TILE.BLOCK_V)
     else:
         tiles = HELD.PIECES * (PIECE.CHUNKS // TILE.CHUNKS)
-        kept = HELD.PIECES * PIECE.CHUNKS * CHUNK
+        kept = HELD.PIECES * PIECE.BLOCK_V
     return head, size, tiles, kept
 
 
@@ -129,7 +128,7 @@ def gradients_of(rows, x, v, offs, TILE: gl.constexpr, OPTIONS: gl.constexpr, WH
 def write_zeros(begin, V, offs, TILE: gl.constexpr, PIECE: gl.constexpr, EDGE: gl.constexpr, HELD: gl.constexpr):
     head, size, _, _ = body_of(begin, V, TILE, PIECE, HELD)
     start = gl.multiple_of(begin + head, ACCESS)
-    for v in range(0, size, TILE.CHUNKS * TILE.LANES * TILE.WIDTH):
+    for v in range(0, size, TILE.BLOCK_V):
         gl.store(start + v + offs, (offs * 0).to(begin.dtype.element_ty), mask=offs < size - v)
     if HELD.HAS_EDGES:
         at = edge_classes(head, size, EDGE)
@@ -263,7 +262,7 @@ def on_chip_kernel(
         lanes = add_logits(lanes, x_kept, of_body, head + kept, offs_piece, options, ACC, PIECE, OPTIONS, False, STATS)
         zero = gl.convert_layout(zero, layout_of(ONE_CHUNK))
         sums = merged_lanes(
-            lanes, inputs, 0, offs_piece, tile_offsets(ONE_CHUNK), zero, options, ACC, PIECE, OPTIONS, STATS
+            lanes, inputs, 0, offs_piece, tile_offsets(ONE_CHUNK), zero, options, ACC, PIECE, ONE_CHUNK, OPTIONS, STATS
         )
         terms = finish_row(
             rows_out, row, N, sums, x_target, target, w_target, g, upstream, strides.upstream, everywhere, z_loss,

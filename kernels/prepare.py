@@ -41,6 +41,7 @@ from .structs import (
     Place,
     ProductStrides,
     Reduction,
+    Tile,
     Upstream,
 )
 from .variant import (
@@ -61,6 +62,9 @@ except ImportError:  # this Triton has no Gluon
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
 
+# Kernels count on products and sums being fused. Triton 3.9 announces that 3.10 will fuse only when told to.
+FUSE = {"enable_fp_fusion": True}
+
 remembered = lru_cache(maxsize=4096)
 
 
@@ -72,7 +76,7 @@ class Prepared:
     """
 
     def __init__(self, kernel, programs, *fixed, splits=1, **options):
-        self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options
+        self.kernel, self.grid, self.fixed, self.options = kernel, (programs, 1, 1), fixed, options | FUSE
         self.splits = splits  # parts that each row is split into
         self.interpreted = not isinstance(kernel, triton.JITFunction)
         self.compiled = {}
@@ -235,7 +239,8 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
         )  # fmt: skip
         return Prepared(
             on_chip_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers,
-            launch.TILE, launch.piece, launch.TILE.ONE_CHUNK, launch.TILE._replace(CHUNKS=1, WIDTH=1), launch.held, flags,
+            launch.TILE, launch.piece, Tile(1, 1, launch.LANES, launch.WIDTH, launch.LANES * launch.WIDTH),
+            Tile(1, 1, launch.LANES, 1, launch.LANES), launch.held, flags,
             num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),
         )  # fmt: skip
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)

@@ -34,7 +34,7 @@ from .device_math import (
     used_logits,
     weighted,
 )
-from .structs import LaneSums, RowSums
+from .structs import LaneSums, RowSums, Tile
 from .tiles import load_tile, load_weights, tile_offsets
 
 
@@ -146,15 +146,18 @@ def row_sums(
     else:
         for v in range(v_start, inputs.v_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
+    # One chunk takes the fewest registers.
+    ONE_CHUNK: tl.constexpr = Tile(TILE.BLOCK_N, 1, TILE.LANES, TILE.WIDTH, TILE.LANES * TILE.WIDTH)
+    one_chunk = tile_offsets(ONE_CHUNK)
     return merged_lanes(
-        lanes, inputs, v_start, offs, tile_offsets(TILE.ONE_CHUNK), zero, options, ACC, TILE, OPTIONS, HAS_BEST
+        lanes, inputs, v_start, offs, one_chunk, zero, options, ACC, TILE, ONE_CHUNK, OPTIONS, HAS_BEST
     )
 
 
 @triton.jit
 def merged_lanes(
     lanes, inputs, v_start, offs, offs_one_chunk, zero, options, ACC: tl.constexpr, TILE: tl.constexpr,
-    OPTIONS: tl.constexpr, HAS_BEST: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, OPTIONS: tl.constexpr, HAS_BEST: tl.constexpr,
 ):  # fmt: skip
     """The sums (`RowSums`) of each row's classes from `v_start` on, from those of its lanes (`LaneSums`)."""
     c = row_max(lanes.c, TILE)
@@ -183,7 +186,7 @@ def merged_lanes(
     strange = inputs.keep & (sound == 0)
     if row_any(strange, TILE):
         c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(
-            inputs, v_start, offs_one_chunk, zero, options, ACC, TILE.ONE_CHUNK, OPTIONS
+            inputs, v_start, offs_one_chunk, zero, options, ACC, ONE_CHUNK, OPTIONS
         )
         c, s, far = tl.where(strange, c_new, c), tl.where(strange, s_new, s), strange & far_new
         if OPTIONS.HAS_SOFT:

@@ -157,7 +157,7 @@ def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
 def tile(constants: dict[str, Any]) -> tuple[int, ...]:
     """The tile of logits that a program handles at a time, its rows first."""
     if "TILE" in constants:
-        return tuple(constants["TILE"])
+        return tuple(constants["TILE"])[:-1]  # without the product of the others
     if "BLOCK_SIZE" in constants:
         return 1, constants["BLOCK_SIZE"]
     return constants.get("BLOCK_N", 1), constants.get("BLOCK_V", 1)

@@ -14,6 +14,7 @@ import atexit
 import ctypes
 import functools
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -36,6 +37,9 @@ MOST = 256
 
 #: The launcher adds two pointers to scratch memory, which these kernels do not use.
 SCRATCH = 2
+
+#: CUDA_ERROR_NOT_SUPPORTED, which every function of CUDA returns that `stub_cuda.c` does not define.
+UNSUPPORTED = 801
 
 #: How numbers are packed, by Triton's names of their types.
 FORMATS = {"i1": "?", "i8": "b", "i32": "i", "i64": "q", "u8": "B", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
@@ -68,8 +72,13 @@ def loaded() -> tuple[Launch, Any]:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)  # some releases of Triton link every launcher against it
     library, source = Path(folder, "libcuda.so.1"), Path(__file__).with_name("stub_cuda.c")
-    options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-    subprocess.run([os.environ.get("CC", "cc"), *options], check=True)
+    # Triton's runtime links against more of CUDA than a launch calls, and against more in every release.
+    declared = sorted(set(re.findall(r"\bcu[A-Z]\w+", (include / "cuda.h").read_text())))
+    others = Path(folder, "others.c")
+    weak = "__attribute__((weak)) int {}(void) {{ return {}; }}\n"
+    others.write_text("".join(weak.format(name, UNSUPPORTED) for name in declared))
+    options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", library, source, others]
+    subprocess.run([os.environ.get("CC", "cc"), *map(str, options)], check=True)
     last = Launch.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "last_launch")
     os.environ["TRITON_LIBCUDA_PATH"] = folder  # for the linker
     return last, CudaUtils()
@@ -122,6 +131,8 @@ class CheckingLauncher:
         threads = self.metadata.num_warps * 32
         if (*last.grid, last.threads, last.shared) != (x, y, z, threads, self.metadata.shared):
             raise AssertionError(f"{self.name}: a grid of {(x, y, z)} or {threads} threads became another")
+        if not self.metadata.enable_fp_fusion:
+            raise AssertionError(f"{self.name}: expected a launch that asks for fused multiply-add")
         self.driver.checked.append((self.name, id(self)))
 
 
@@ -204,13 +215,17 @@ def check(arch: int) -> list[str]:
 
     The first call of a launch prepares it for later calls (`kernels/prepare.py`). So every loss is called three times:
     with nothing remembered, so that Triton chooses every kernel; while launches are prepared; and with the prepared
-    launches.
+    launches. Here, Triton's own default is not to fuse multiplications and additions, so that launches have to ask.
     """
+    from triton import knobs
+
     from fused_ignore_ce.kernels import prepare
 
     from .host import pretend
 
     with ExitStack() as stack:
+        stack.enter_context(knobs.language.scope())
+        knobs.language.default_fp_fusion = False
         driver = stack.enter_context(StubDriver(arch))
         pretend(stack)
         found = []

@@ -51,17 +51,3 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   *text = "an error that the stub does not know";
   return CUDA_SUCCESS;
 }
-
-// Triton's launcher links against these, but calls none of them for a launch.
-CUresult cuCtxSetCurrent(CUcontext c) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuCtxSetLimit(CUlimit l, size_t v) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuCtxGetLimit(size_t *v, CUlimit l) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuDeviceGet(CUdevice *d, int i) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuDriverGetVersion(int *v) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *n) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuModuleLoadData(CUmodule *m, const void *i) { return CUDA_ERROR_NOT_SUPPORTED; }

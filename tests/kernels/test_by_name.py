@@ -54,6 +54,12 @@ def test_nothing_is_read_by_position(path):
     assert numbers(ast.parse(path.read_text())) == []
 
 
+def test_structs_have_nothing_but_fields():
+    """From Triton 3.9 on, a compiled kernel reads nothing else of a tuple, neither properties nor methods."""
+    for name, struct in STRUCTS.items():
+        assert {attribute for attribute in vars(struct) if attribute[0] != "_"} == {*struct._fields}, name
+
+
 def test_structs_are_documented_once():
     assert STRUCTS
     for name, struct in STRUCTS.items():
