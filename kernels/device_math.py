@@ -44,13 +44,12 @@ def fused_multiply_add(x, y, z):
 def by_lane(x, TILE: tl.constexpr):
     """Reshapes a tile to (BLOCK_N, CHUNKS, LANES, WIDTH), which those on the chip have from the start."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    CHUNKS: tl.constexpr = TILE.CHUNKS
     LANES: tl.constexpr = TILE.LANES
     WIDTH: tl.constexpr = TILE.WIDTH
     if len(x.shape) == 4:
         return x
     else:
-        return tl.reshape(x, (BLOCK_N, CHUNKS, LANES, WIDTH))
+        return tl.reshape(x, (BLOCK_N, x.shape[1] // LANES, LANES, WIDTH))
 
 
 @triton.jit

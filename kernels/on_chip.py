@@ -223,12 +223,9 @@ def on_chip_kernel(
         w_target = target_weight(targets.weight, target, own, ACC)
         g = loss_gradient(upstream, strides.upstream, row, everywhere, ACC)
 
-        inputs = RowInputs(
-            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=V
-        )
-        of_body = RowInputs(
-            x=begin, stride_xv=1, probs=None, stride_pv=0, weight=targets.weight, keep=everywhere, v_end=head + size
-        )
+        w, end = targets.weight, head + size
+        inputs = RowInputs(x=begin, stride_xv=1, probs=None, stride_pv=0, weight=w, keep=everywhere, v_end=V)
+        of_body = RowInputs(x=begin, stride_xv=1, probs=None, stride_pv=0, weight=w, keep=everywhere, v_end=end)
         FIRST: gl.constexpr = layout_of(TILE)
         zero, at = gl.full([1, 1, TILE.LANES, 1], 0.0, ACC, FIRST), gl.full([1, 1, TILE.LANES, 1], 0, gl.int32, FIRST)
         lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
@@ -262,7 +259,7 @@ def on_chip_kernel(
         lanes = add_logits(lanes, x_kept, of_body, head + kept, offs_piece, options, ACC, PIECE, OPTIONS, False, STATS)
         zero = gl.convert_layout(zero, layout_of(ONE_CHUNK))
         sums = merged_lanes(
-            lanes, inputs, 0, offs_piece, tile_offsets(ONE_CHUNK), zero, options, ACC, PIECE, ONE_CHUNK, OPTIONS, STATS
+            lanes, inputs, 0, offs_piece, tile_offsets(ONE_CHUNK), zero, options, ACC, PIECE, OPTIONS, STATS
         )
         terms = finish_row(
             rows_out, row, N, sums, x_target, target, w_target, g, upstream, strides.upstream, everywhere, z_loss,

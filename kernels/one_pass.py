@@ -79,7 +79,7 @@ def one_pass_kernel(
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         # This adds 0, the sign of `row`, which the compiler does not know. Without it, the compiler would keep a
         # register for the offset of each logit from one row to the next.
-        offs = tile_offsets(TILE) + (tl.cast(row, tl.int32) >> 31) * TILE.BLOCK_V
+        offs = tile_offsets(TILE, TILE.CHUNKS) + (tl.cast(row, tl.int32) >> 31) * TILE.BLOCK_V
         b, t = row // T, row % T
         x_row = row_start(logits.x, b, t, strides.x, TILE.WIDTH)
         dx_row = row_start(gradients.dx, b, t, strides.dx, TILE.WIDTH)

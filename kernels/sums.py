@@ -34,7 +34,7 @@ from .device_math import (
     used_logits,
     weighted,
 )
-from .structs import LaneSums, RowSums, Tile
+from .structs import LaneSums, RowSums
 from .tiles import load_tile, load_weights, tile_offsets
 
 
@@ -132,9 +132,11 @@ def row_sums(
     HAS_BEST: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """The sums (`RowSums`) of each row's classes from `v_start` on, without index targets' terms."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    LANES: tl.constexpr = TILE.LANES
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    zero = tl.zeros((TILE.BLOCK_N, 1, TILE.LANES, 1), ACC)
-    at = tl.zeros((TILE.BLOCK_N, 1, TILE.LANES, 1), tl.int32) + v_start
+    zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
+    at = zero.to(tl.int32) + v_start
     lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
     whole_end = v_start
     if TILE.BLOCK_N == 1:  # tiles of several rows need their masks all along
@@ -146,18 +148,14 @@ def row_sums(
     else:
         for v in range(v_start, inputs.v_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
-    # One chunk takes the fewest registers.
-    ONE_CHUNK: tl.constexpr = Tile(TILE.BLOCK_N, 1, TILE.LANES, TILE.WIDTH, TILE.LANES * TILE.WIDTH)
-    one_chunk = tile_offsets(ONE_CHUNK)
-    return merged_lanes(
-        lanes, inputs, v_start, offs, one_chunk, zero, options, ACC, TILE, ONE_CHUNK, OPTIONS, HAS_BEST
-    )
+    one_chunk = tile_offsets(TILE, 1)  # takes the fewest registers
+    return merged_lanes(lanes, inputs, v_start, offs, one_chunk, zero, options, ACC, TILE, OPTIONS, HAS_BEST)
 
 
 @triton.jit
 def merged_lanes(
-    lanes, inputs, v_start, offs, offs_one_chunk, zero, options, ACC: tl.constexpr, TILE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, OPTIONS: tl.constexpr, HAS_BEST: tl.constexpr,
+    lanes, inputs, v_start, offs, one_chunk, zero, options, ACC: tl.constexpr, TILE: tl.constexpr,
+    OPTIONS: tl.constexpr, HAS_BEST: tl.constexpr,
 ):  # fmt: skip
     """The sums (`RowSums`) of each row's classes from `v_start` on, from those of its lanes (`LaneSums`)."""
     c = row_max(lanes.c, TILE)
@@ -170,8 +168,7 @@ def merged_lanes(
         r = row_sum(r + mass * down, TILE)
         mass = row_sum(mass, TILE)
     s = row_sum(lanes.s * power, TILE)
-    predicted = lanes.at
-    largest = lanes.best
+    predicted, largest = lanes.at, lanes.best
     if HAS_BEST:
         largest = row_max(largest, TILE)
     if OPTIONS.HAS_STATS:
@@ -186,7 +183,7 @@ def merged_lanes(
     strange = inputs.keep & (sound == 0)
     if row_any(strange, TILE):
         c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(
-            inputs, v_start, offs_one_chunk, zero, options, ACC, ONE_CHUNK, OPTIONS
+            inputs, v_start, one_chunk, zero, options, ACC, TILE, OPTIONS
         )
         c, s, far = tl.where(strange, c_new, c), tl.where(strange, s_new, s), strange & far_new
         if OPTIONS.HAS_SOFT:
@@ -204,7 +201,7 @@ def careful_sums(inputs, v_start, offs, zero, options, ACC: tl.constexpr, TILE: 
 
     A quarter of an exponent does not overflow, though the exponent may.
     """
-    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    BLOCK_V: tl.constexpr = TILE.LANES * TILE.WIDTH  # of the one chunk that `offs` has
     curve = options.curve
     tiles = tl.cdiv(inputs.v_end - v_start, BLOCK_V)
     # The sign of `v_end` is 0, which the compiler does not know. With a known step, it would unroll these loops, and

@@ -24,9 +24,9 @@ def row_start(ptr, b, t, strides, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(TILE: tl.constexpr):
-    """The classes of a tile, counted from its first: (1, CHUNKS * LANES, WIDTH)."""
-    accesses = tl.arange(0, TILE.CHUNKS * TILE.LANES)[None, :, None]
+def tile_offsets(TILE: tl.constexpr, CHUNKS: tl.constexpr):
+    """The classes of a tile of so many chunks, counted from its first: (1, CHUNKS * LANES, WIDTH)."""
+    accesses = tl.arange(0, CHUNKS * TILE.LANES)[None, :, None]
     return accesses * TILE.WIDTH + tl.arange(0, TILE.WIDTH)[None, None, :]
 
 
