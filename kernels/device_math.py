@@ -46,10 +46,11 @@ def by_lane(x, TILE: tl.constexpr):
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     LANES: tl.constexpr = TILE.LANES
     WIDTH: tl.constexpr = TILE.WIDTH
+    CHUNKS: tl.constexpr = x.numel // (BLOCK_N * LANES * WIDTH)
     if len(x.shape) == 4:
         return x
     else:
-        return tl.reshape(x, (BLOCK_N, x.shape[1] // LANES, LANES, WIDTH))
+        return tl.reshape(x, (BLOCK_N, CHUNKS, LANES, WIDTH))
 
 
 @triton.jit

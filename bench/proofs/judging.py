@@ -36,6 +36,13 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("on chip", (), "float32"): 14.0,
 }
 
+#: The most barriers in all loops together, where there may be any: for the pieces that are copied to shared memory.
+BARRIERS = {"on chip": 3}
+
+#: The most bytes of code in that kernel's loop over rows: a multiprocessor's cache of instructions has 128 KB.
+LOOP_BYTES = 48 << 10
+ON_CHIP = "on_chip_kernel"
+
 #: The architectures that budgets are for.
 BUDGET_ARCHS = (90, 100)
 
@@ -90,7 +97,7 @@ def loop_instructions(proof: Proof) -> float:
     if not proof.code.loops:
         return roof.cost(proof.code, work(proof)).instructions
     a_logit = loaded_a_logit(proof.job.case, proof.tile[0])
-    if proof.kernel == "on_chip_kernel":
+    if proof.kernel == ON_CHIP:
         held = [loop for loop in proof.code.loops if loop.loaded_shared]
         return sum(loop.instructions * proof.job.case.itemsize / loop.loaded_shared for loop in held)
     total = 0.0
@@ -165,6 +172,10 @@ def faults(proof: Proof) -> list[str]:
         in_memory = ("vgpr_spill_count", "private_segment_fixed_size")
         return [f"{name} {proof.amd[name]}" for name in in_memory if proof.amd[name]]
     found = [f"spills {proof.code.spills}"] if proof.code.spills else []
+    if proof.kernel == ON_CHIP and proof.code.loop_bytes > LOOP_BYTES:
+        found.append(f"{proof.code.loop_bytes} bytes of code in a loop")
+    if proof.shared > chips.of_arch(proof.job.target.arch).shared - chips.KB:
+        found.append(f"{proof.shared} bytes of shared memory")
     for access in sorted(accesses(proof)) if case.V >= FEWEST_CLASSES else ():
         if access not in proof.widths:
             found.append(f"no {access} found")
@@ -185,7 +196,8 @@ def over_budget(proof: Proof) -> list[str]:
     if instructions > budget:
         found.append(f"{instructions:.1f} instructions a logit, not {budget:g}")
     for what in ("barriers", "shuffles"):
-        if count := sum(getattr(loop, what) for loop in hot_loops(proof)):
+        allowed = BARRIERS.get(case.operation, 0) if what == "barriers" else 0
+        if (count := sum(getattr(loop, what) for loop in hot_loops(proof))) > allowed:
             found.append(f"{count} {what} in its loops")
     least = RESIDENT_THREADS.get(case.operation, 0) if not case.features and case.dtype == "bfloat16" else 0
     chip = chips.of_arch(proof.job.target.arch)

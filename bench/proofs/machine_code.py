@@ -16,6 +16,9 @@ from .dataflow import peak_bytes, rounds
 #: Opcodes that the special-function units execute, at a quarter or an eighth of the rate of others.
 SPECIAL = {"MUFU", "FRND", "F2I", "I2F", "F2F"}
 
+#: Bytes of an instruction.
+INSTRUCTION = 16
+
 #: Opcodes at which the threads of a program, or of a warp, wait for each other.
 BARRIERS = {"BAR", "WARPSYNC"}
 SHUFFLES = {"SHFL", "REDUX"}
@@ -121,6 +124,7 @@ class MachineCode:
     loops: tuple[Block, ...]
     clears: tuple[Block, ...]  # loops that only store: they write zeros where the others do not go
     rounds: int  # how often loads wait for earlier loads, with one iteration of every loop
+    loop_bytes: int = 0  # of the longest loop, inner ones included
 
     @property
     def spills(self) -> int:
@@ -216,7 +220,10 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
             inside |= body
     outside = set(range(len(code))) - inside
     outside -= {i for body in every for i in body if len(body) == 1}  # the trap after the end of the code
-    return MachineCode(usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS))
+    loop_bytes = INSTRUCTION * max(map(len, every), default=0)
+    return MachineCode(
+        usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS), loop_bytes
+    )  # fmt: skip
 
 
 def _block(code: Sequence[Instruction], indices: Iterable[int]) -> Block:
