@@ -25,6 +25,13 @@ def test_every_logit_is_written_once(selection):
         assert 1.0 <= written < 1.005
 
 
+def test_ignored_rows_are_not_read(selection):
+    """Of seven rows, one is ignored. Every thread reads the target's logit besides."""
+    first, *_ = on_chip.SELECTION
+    [read] = [read for name, (_, read, _) in selection.items() if f"V{first.V}" in name]
+    assert 1.0 <= read < 1.02
+
+
 def test_a_long_row_is_read_once(tmp_path):
     """At V = 128,256, with an ignored row between two kept ones. Every thread reads the target's logit besides."""
     [(name, read, written)] = worker("large", tmp_path, "on_chip.py")
