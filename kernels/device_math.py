@@ -31,6 +31,15 @@ EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def number(x, dtype: tl.constexpr):
+    """A scalar of a dtype. Gluon has no scalar `full`, and `cast` rounds constants to float32 first."""
+    if dtype == tl.float64:
+        return tl.full((), x, dtype)
+    else:
+        return tl.cast(x, dtype)
+
+
+@triton.jit
 def fused_multiply_add(x, y, z):
     """`x * y + z`, rounded once."""
     if EMULATED and x.dtype == tl.float32:
@@ -188,7 +197,7 @@ def lowest(like):
 @triton.jit
 def row_curve(curve, far):
     """(height, nats of a unit of exponents) of each row."""
-    return tl.where(far, curve.coarse, curve.height), tl.where(far, curve.nats, tl.cast(LN2, curve.nats.dtype))
+    return tl.where(far, curve.coarse, curve.height), tl.where(far, curve.nats, number(LN2, curve.nats.dtype))
 
 
 @triton.jit
@@ -207,7 +216,7 @@ def shift_of(largest, curve):
 @triton.jit
 def capped_curve(scale, cap, ACC: tl.constexpr):
     """The curve of `cap * tanh(scale * x)`, or of `scale * x` for a cap of 1."""
-    scale, cap = tl.cast(scale, ACC), tl.cast(cap, ACC)
+    scale, cap = number(scale, ACC), number(cap, ACC)
     height = cap * LOG2E
     coarse = tl.exp2(tl.floor(tl.log2(height)))
     return Curve(scale=scale, height=height, steep=scale * cap, coarse=coarse, nats=cap / coarse)
@@ -222,11 +231,11 @@ def weighted(q, z):
 @triton.jit
 def loss_options(classes, smoothing, scale, cap, ACC: tl.constexpr, OPTIONS: tl.constexpr):
     """The options of the loss in the dtype of sums."""
-    smoothing = tl.cast(smoothing, ACC)
+    smoothing = number(smoothing, ACC)
     if OPTIONS.HAS_SOFTCAP:
         curve = capped_curve(scale, cap, ACC)
     else:
-        one, scale = tl.cast(1.0, ACC), tl.cast(scale, ACC)
+        one, scale = number(1.0, ACC), number(scale, ACC)
         curve = Curve(scale=scale, height=one * LOG2E, steep=scale, coarse=one, nats=one)
     of_target = Smoothing(confidence=1.0 - smoothing, share=smoothing / classes)
     return LossOptions(smoothing=of_target, curve=curve)

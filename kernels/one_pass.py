@@ -8,7 +8,7 @@ which takes one row after the other.
 import triton
 import triton.language as tl
 
-from .device_math import LN2, exponent, fused_multiply_add, loss_options, row_curve, used_logits, weighted
+from .device_math import LN2, exponent, fused_multiply_add, loss_options, number, row_curve, used_logits, weighted
 from .gradient import load_upstream, loss_gradient, row_terms, write_gradient, write_zeros
 from .structs import (
     GradientRows,
@@ -48,7 +48,7 @@ def finish_row(
     if upstream.dz is not None:
         lse = fused_multiply_add(c, nats, tl.log2(s) * LN2)
         dz = load_upstream(upstream.dz, strides.dz, row, everywhere, ACC)
-        dlse = dz * lse * (2.0 * tl.cast(z_loss, ACC))
+        dlse = dz * lse * (2.0 * number(z_loss, ACC))
     return row_terms(g, dlse, 0.0, c, signed(s, sums.far), mass, 0.0, w_target, target, options)
 
 

@@ -98,7 +98,7 @@ def loop_instructions(proof: Proof) -> float:
         return roof.cost(proof.code, work(proof)).instructions
     a_logit = loaded_a_logit(proof.job.case, proof.tile[0])
     if proof.kernel == ON_CHIP:
-        held = [loop for loop in proof.code.loops if loop.loaded_shared]
+        held = [loop for loop in (*proof.code.held, *proof.code.loops) if loop.loaded_shared]
         return sum(loop.instructions * proof.job.case.itemsize / loop.loaded_shared for loop in held)
     total = 0.0
     for stores in (False, True):
@@ -148,7 +148,7 @@ def bytes_due(proof: Proof) -> int:
 def hot_loops(proof: Proof) -> list[Block]:
     """The loops over whole tiles, or all loops if every tile is masked."""
     assert proof.code is not None
-    return [loop for loop in proof.code.loops if not loop.masked] or list(proof.code.loops)
+    return [*proof.code.held, *([loop for loop in proof.code.loops if not loop.masked] or proof.code.loops)]
 
 
 def budget_of(proof: Proof) -> float | None:

@@ -117,19 +117,25 @@ class Usage:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """`loops` has the innermost loops that load logits; `outside` is all code but `loops` and `clears`."""
+    """`loops` has the innermost loops that load from global memory, `held` those that load from shared memory alone.
+
+    `outside` is all code but these and `clears`.
+    """
 
     usage: Usage
     outside: Block
     loops: tuple[Block, ...]
     clears: tuple[Block, ...]  # loops that only store: they write zeros where the others do not go
     rounds: int  # how often loads wait for earlier loads, with one iteration of every loop
+    held: tuple[Block, ...] = ()
     loop_bytes: int = 0  # of the longest loop, inner ones included
 
     @property
     def spills(self) -> int:
         """Bytes of stack per thread or the number of instructions that spill, whichever is larger; 0 without spills."""
-        return max(self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.clears)))
+        return max(
+            self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.held, *self.clears))
+        )
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -212,17 +218,19 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
     innermost = [body for body in every if not any(other < body for other in every)]
     loops: list[Block] = []
     clears: list[Block] = []
+    held: list[Block] = []
     inside: set[int] = set()
     for body in sorted(innermost, key=min):
         block = _block(code, body)
         if block.loaded or block.loaded_shared or block.stored:
-            (loops if block.loaded or block.loaded_shared else clears).append(block)
+            (loops if block.loaded else held if block.loaded_shared else clears).append(block)
             inside |= body
     outside = set(range(len(code))) - inside
     outside -= {i for body in every for i in body if len(body) == 1}  # the trap after the end of the code
     loop_bytes = INSTRUCTION * max(map(len, every), default=0)
     return MachineCode(
-        usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS), loop_bytes
+        usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS), tuple(held),
+        loop_bytes,
     )  # fmt: skip
 
 
