@@ -59,8 +59,8 @@ class OnChip(NamedTuple):
 #: with class weights, a scale or a softcap: 255 registers, which a multiprocessor has for 8 warps.
 ON_CHIP = {
     "plain": (OnChip(16, 128, 4, 4), OnChip(16, 128, 2, 4)),
-    "one": (OnChip(16, 128, 4, 4), OnChip(16, 128, 1, 4)),
-    "stats": (OnChip(16, 128, 4, 4), OnChip(16, 128, 2, 2)),
+    "one": (OnChip(16, 128, 2, 4), OnChip(16, 128, 1, 4)),
+    "stats": (OnChip(16, 128, 2, 4), OnChip(16, 128, 2, 2)),
     "two": (OnChip(16, 128, 2, 2), OnChip(16, 128, 1, 2)),
     "many": (OnChip(16, 128, 2, 2), OnChip(8, 255, 1, 1)),
 }
