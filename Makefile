@@ -24,7 +24,7 @@ test-quick: $(VENV)/.ready
 
 # The tests of kernels, on what Triton compiles for sm_$(ARCH), executed on the CPU; see bench/proofs/emulator.
 test-compiled: $(VENV)/.ready
-	TEST_COMPILED=$(ARCH) $(BIN)/pytest $(PARALLEL) -k triton tests/kernels tests/core tests/logits tests/losses tests/linear \
+	TEST_COMPILED=$(ARCH) $(BIN)/pytest $(PARALLEL) -k 'triton or on_chip' tests/kernels tests/core tests/logits tests/losses tests/linear \
 		tests/distributed
 
 # The tests that need transformers, on its last release before 5.

@@ -10,7 +10,7 @@ from .structs import Options, Rows, Strides
 
 def form_of(x):
     """The properties of a tensor that a launch depends on, as the fields of a `Form`; None for None."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % ACCESS == 0)
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % ACCESS)
 
 
 class Form(NamedTuple):
@@ -19,7 +19,7 @@ class Form(NamedTuple):
     shape: tuple[int, ...]
     strides: Strides
     dtype: torch.dtype
-    begins_aligned: bool  # whether its address is a multiple of ACCESS bytes
+    begins: int  # its address, modulo ACCESS bytes
 
     @classmethod
     def of(cls, form):
@@ -44,9 +44,16 @@ def aligned(*forms):
     for form in forms:
         if form is not None:
             per_access = ACCESS // form.itemsize
-            if not form.begins_aligned or form.strides.b % per_access or form.strides.t % per_access:
+            if form.begins or form.strides.b % per_access or form.strides.t % per_access:
                 return False
     return True
+
+
+def aligned_alike(x, dx):
+    """Whether every row of one tensor begins as far from a multiple of ACCESS bytes as that row of the other."""
+    per_access = ACCESS // x.itemsize
+    b, t = x.strides.b - dx.strides.b, x.strides.t - dx.strides.t
+    return x.dtype == dx.dtype and x.begins == dx.begins and b % per_access == 0 and t % per_access == 0
 
 
 def strides_of(form):

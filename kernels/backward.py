@@ -42,7 +42,7 @@ def backward_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    offs = tile_offsets(TILE)
+    offs = tile_offsets(TILE, TILE.CHUNKS)
 
     pid = tl.program_id(0)
     v_start = (pid % place.splits) * place.split_tiles * BLOCK_V

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from triton import knobs
 
 from .tables import ARITHMETIC, TABLES, Table
 
@@ -18,6 +19,7 @@ class Chip:
     threads: int = 2048  # of a multiprocessor
     warp_size: int = 32
     table: Table = ARITHMETIC
+    shared_bytes: int = 0  # of a multiprocessor, where a kernel can keep a row in it
 
     @property
     def is_nvidia(self) -> bool:
@@ -31,11 +33,17 @@ class Chip:
 #: The interpreter runs what this chip would run.
 INTERPRETED = Chip(arch=90, multiprocessors=132)
 
+#: Compiled kernels that are executed on CPU tensors are those of this chip.
+EMULATED = Chip(arch=90, multiprocessors=132, shared_bytes=228 << 10)
+
+#: The first architecture that copies from device to shared memory without registers.
+COPIES_ASYNC = 80
+
 
 @lru_cache
 def chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return INTERPRETED
+        return INTERPRETED if knobs.runtime.interpret else EMULATED
     of = torch.cuda.get_device_properties(device)
     arch = of.major * 10 + of.minor
     if torch.version.hip:
@@ -47,4 +55,5 @@ def chip_of(device: torch.device) -> Chip:
         of.max_threads_per_multi_processor,
         of.warp_size,
         TABLES.get(of.name, ARITHMETIC),
+        of.shared_memory_per_multiprocessor if isinstance(arch, int) and arch >= COPIES_ASYNC else 0,
     )

@@ -73,7 +73,7 @@ def forward_kernel(
         v_end=v_end,
     )  # fmt: skip
     HAS_BEST: tl.constexpr = part_out is not None or OPTIONS.HAS_STATS
-    sums = row_sums(inputs, v_start, tile_offsets(TILE), options, ACC, TILE, OPTIONS, HAS_BEST, "")
+    sums = row_sums(inputs, v_start, tile_offsets(TILE, TILE.CHUNKS), options, ACC, TILE, OPTIONS, HAS_BEST, "")
     r, mass = sums.r, sums.mass
     if logits.probs is None:
         u_target, _ = used_logits(x_target, options.curve, ACC, OPTIONS)

@@ -59,6 +59,36 @@ def row_terms(g, dlse, dentropy, c, s, mass, entropy, w_target, local, options):
 
 
 @triton.jit
+def logit_gradient(
+    rows, u, slope, z, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the logits of a tile that starts at class `v`, from what `used_logits` and `exponent` return."""
+    inputs, terms, options = rows.inputs, rows.terms, rows.options
+    e = tl.exp2(z)
+    if OPTIONS.ONE_CLASS:  # the loss does not depend on its logit; an upstream gradient of NaN is not hidden
+        grad = e * terms.target.of_lse + terms.g * 0.0
+    else:
+        grad = e * terms.multiplier
+        if OPTIONS.HAS_SOFT:
+            q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
+            grad -= q * terms.g
+        if TARGET:
+            target = terms.target
+            grad = tl.where(
+                offs == target.local - v, (e * target.mass - target.q_s) * target.g_s + e * target.of_lse, grad
+            )
+    if HAS_ENTROPY and not OPTIONS.ONE_CLASS:
+        grad -= e * terms.entropy.multiplier * (tl.maximum(z, -200.0) + terms.entropy.offset)
+    if OPTIONS.HAS_SOFTCAP:
+        grad *= slope
+    # A logit of -inf has e = 0, and its gradient is 0 whatever its weight in the target.
+    if OPTIONS.HAS_SOFT or TARGET:
+        grad = tl.where(u != float("-inf"), grad, 0.0)
+    return grad
+
+
+@triton.jit
 def gradient_tile(
     rows, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     WHOLE: tl.constexpr, TARGET: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
@@ -70,26 +100,7 @@ def gradient_tile(
     u, slope = used_logits(x, options.curve, ACC, OPTIONS)
     z = exponent(u, terms.height, terms.c)
     if outputs.dx is not None:
-        e = tl.exp2(z)
-        if OPTIONS.ONE_CLASS:  # the loss does not depend on its logit; an upstream gradient of NaN is not hidden
-            grad = e * terms.target.of_lse + terms.g * 0.0
-        else:
-            grad = e * terms.multiplier
-            if OPTIONS.HAS_SOFT:
-                q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
-                grad -= q * terms.g
-            if TARGET:
-                target = terms.target
-                grad = tl.where(
-                    offs == target.local - v, (e * target.mass - target.q_s) * target.g_s + e * target.of_lse, grad
-                )
-        if HAS_ENTROPY and not OPTIONS.ONE_CLASS:
-            grad -= e * terms.entropy.multiplier * (tl.maximum(z, -200.0) + terms.entropy.offset)
-        if OPTIONS.HAS_SOFTCAP:
-            grad *= slope
-        # A logit of -inf has e = 0, and its gradient is 0 whatever its weight in the target.
-        if OPTIONS.HAS_SOFT or TARGET:
-            grad = tl.where(u != float("-inf"), grad, 0.0)
+        grad = logit_gradient(rows, u, slope, z, v, offs, ACC, TILE, OPTIONS, HAS_ENTROPY, WHOLE, TARGET)
         # Selected, not multiplied by 0: an ignored row gets 0 even where the upstream gradient is NaN.
         if TILE.BLOCK_N > 1:
             grad = tl.where(inputs.keep, grad, 0.0)
@@ -100,7 +111,7 @@ def gradient_tile(
         else:  # a quarter of the exponent does not overflow
             grad = terms.probs.offset - terms.probs.multiplier * exponent(u, terms.height * 0.25, terms.c * 0.25)
         if inputs.weight is not None:
-            grad *= load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
+            grad *= load_weights(inputs.weight, v, offs, inputs.v_end, TILE, WHOLE).to(ACC)
         if TILE.BLOCK_N > 1:
             grad = tl.where(inputs.keep, grad, 0.0)
         store_tile(outputs.dprobs, v, offs, outputs.stride_dpv, outputs.inside, inputs.v_end, grad, TILE, WHOLE, OUT)

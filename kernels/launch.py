@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import triton
 
 from .chip import Chip
-from .structs import Tile
+from .structs import Held, Tile
 from .tables import Program, fitting
-from .variant import ONE_PASS_PLAIN, OnePass
+from .variant import ONE_PASS_PLAIN, OnChip, OnePass
 
 #: Bytes of one memory access of a thread.
 ACCESS = 16
@@ -23,6 +23,9 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: The one-pass kernel's second read of a row hits the cache if all that is read and written since the first read fits
 #: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
+
+#: Shared memory that the system takes of every program, and that a program needs to merge the sums of its warps.
+RESERVED, SCRATCH = 1024, 512
 
 #: Rows per program of the kernel that merges splits, and the most rows whose splits the reduction merges itself.
 MERGE_ROWS, MERGE_AND_REDUCE_ROWS = 128, 1024
@@ -49,6 +52,8 @@ class Launch:
     splits: int = 1
     split_tiles: int = 0
     programs: int = 0  # of the one-pass and scale kernels, whose programs loop over rows
+    piece: Tile | None = None  # of a row that stays on the chip
+    held: Held | None = None
 
     @property
     def TILE(self) -> Tile:
@@ -125,6 +130,38 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
     program = one_pass_program(V, itemsize, variant, chip)
     launch = _split(_tile(0, V, itemsize, True, aligned, program, chip), V, 1)
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
+
+
+def on_chip_launch(
+    N: int, V: int, itemsize: int, aligned: bool, variants: tuple[OnChip, OnChip], chip: Chip
+) -> tuple[Launch, OnChip]:
+    """The launch of the one pass that keeps its row on the chip, and its variant."""
+    for_whole, for_others = variants
+    aligned = aligned and V * itemsize % ACCESS == 0
+    launch = _on_chip_launch(N, V, itemsize, aligned, for_whole, chip)
+    if aligned and not launch.held.HAS_REST:
+        return launch, for_whole
+    return _on_chip_launch(N, V, itemsize, aligned, for_others, chip), for_others
+
+
+def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChip, chip: Chip) -> Launch:
+    """The launch with as many programs a multiprocessor as can keep their rows, or else with one."""
+    WIDTH = ACCESS // itemsize
+    programs = variant.warps
+    while True:
+        LANES = variant.warps // programs * chip.warp_size
+        # A piece has as many accesses as registers keep, so that what whole pieces leave of a row fits into these.
+        piece = Tile(1, variant.kept, LANES, WIDTH, variant.kept * LANES * WIDTH)
+        room = max(0, chip.shared_bytes // programs - RESERVED - SCRATCH) // (piece.BLOCK_V * itemsize)
+        missing = ceil_div(max(0, V // WIDTH * WIDTH - piece.BLOCK_V), piece.BLOCK_V)
+        if missing <= room or programs == 1:
+            break
+        programs //= 2
+    held = Held(min(room, missing), missing > room, not aligned)
+    return Launch(
+        1, variant.chunks, LANES, WIDTH, variant.warps // programs, piece=piece, held=held,
+        programs=max(1, min(N, chip.multiprocessors * programs)),
+    )  # fmt: skip
 
 
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:

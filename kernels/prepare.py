@@ -12,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from .arguments import Form, aligned, flags_of, scalars_of, strides_of
+from .arguments import Form, aligned, aligned_alike, flags_of, scalars_of, strides_of
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .launch import (
@@ -24,6 +24,7 @@ from .launch import (
     backward_launch,
     ceil_div,
     forward_launch,
+    on_chip_launch,
     one_pass_launch,
     part_launch,
     scale_launch,
@@ -40,9 +41,23 @@ from .structs import (
     Place,
     ProductStrides,
     Reduction,
+    Tile,
     Upstream,
 )
-from .variant import FEW_REGISTERS, MAX_REGISTERS, PART_REGISTERS, is_simple, one_pass_registers, one_pass_variant
+from .variant import (
+    FEW_REGISTERS,
+    MAX_REGISTERS,
+    PART_REGISTERS,
+    is_simple,
+    on_chip_variants,
+    one_pass_registers,
+    one_pass_variant,
+)
+
+try:
+    from .on_chip import on_chip_kernel
+except ImportError:  # this Triton has no Gluon
+    on_chip_kernel = None
 
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
@@ -216,14 +231,29 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     flags = flags_of(options, None, with_stats)
     variant = one_pass_variant(V, weight, x.dtype == torch.float64, flags)
     flags = flags._replace(ONE_CLASS=V == 1)
+    strides = OnePassStrides(x.strides, dx.strides, OnePassUpstream(*row_strides))
+    numbers = (*scalars_of(options), options.z_loss)
+    if launch is None and stays_on_chip(x, dx, chip):
+        launch, on_chip = on_chip_launch(
+            B * T, V, x.itemsize, aligned(x, dx), on_chip_variants(weight, flags), chip
+        )  # fmt: skip
+        return Prepared(
+            on_chip_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers,
+            launch.TILE, launch.piece, Tile(1, 1, launch.LANES, launch.WIDTH, launch.LANES * launch.WIDTH),
+            Tile(1, 1, launch.LANES, 1, launch.LANES), launch.held, flags,
+            num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),
+        )  # fmt: skip
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
     registers = one_pass_registers(variant, launch.CHUNKS * launch.WIDTH)
     return Prepared(
-        one_pass_kernel, launch.programs, B * T, T, V,
-        OnePassStrides(x.strides, dx.strides, OnePassUpstream(*row_strides)),
-        options.ignore_index, *scalars_of(options), options.z_loss, launch.TILE, flags,
+        one_pass_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers, launch.TILE, flags,
         num_warps=launch.num_warps, **ASSERTS, **chip.options(registers),
     )  # fmt: skip
+
+
+def stays_on_chip(x, dx, chip):
+    """Whether the one pass keeps its rows on the chip; else it reads them a second time from the L2 cache."""
+    return on_chip_kernel is not None and chip.shared_bytes > 0 and x.dtype != torch.float64 and aligned_alike(x, dx)
 
 
 def reduce_programs(N):

@@ -23,7 +23,7 @@ def scale_kernel(
         factor *= tl.load(product.factor).to(ACC)
     if INPLACE and factor == 1.0:
         return
-    offs = tile_offsets(TILE)
+    offs = tile_offsets(TILE, TILE.CHUNKS)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         b, t, inside = rows_of(tl.cast(block, tl.int32), T, TILE.BLOCK_N)
         start = row_start(product.x, b, t, strides.x, TILE.WIDTH)

@@ -6,13 +6,10 @@ in a tuple. They are arguments of their own, as are numbers that must not be spe
 
 The order of a kernel's parameters, fields of tuples included, is part of its machine code: a GPU loads neighbouring
 parameters together. So tensors that are used together are neighbours.
-
 Logits have B * T = N rows of V classes. A program has BLOCK_N rows of them at a time.
 """
 
 from typing import Any, NamedTuple
-
-# Known at compile time.
 
 
 class Tile(NamedTuple):
@@ -23,6 +20,14 @@ class Tile(NamedTuple):
     LANES: int
     WIDTH: int
     BLOCK_V: int  # classes: CHUNKS * LANES * WIDTH. A field, because Triton 3.9 reads nothing else of a tuple.
+
+
+class Held(NamedTuple):
+    """What of a row stays on the chip: pieces in shared memory, and its end, which is no larger, in registers."""
+
+    PIECES: int
+    HAS_REST: bool  # read twice: what lies between the pieces and the end, which then is as large as a piece
+    HAS_EDGES: bool  # rows may begin or end between multiples of 16 bytes
 
 
 class Options(NamedTuple):
@@ -41,9 +46,6 @@ class Reduction(NamedTuple):
     MEAN: bool
     HAS_NUMBER: bool  # the divisor is a number
     HAS_STATS: bool
-
-
-# What kernels read and write: pointers, their strides, and numbers.
 
 
 class Logits(NamedTuple):
@@ -199,9 +201,6 @@ class ProgramSums(NamedTuple):
 
     partial: Any  # (2, programs): losses and shares
     count: Any  # (programs,) int64: kept rows
-
-
-# What kernels build and hand to each other.
 
 
 class Smoothing(NamedTuple):

@@ -51,7 +51,7 @@ def soft_target(inputs, v, offs, options, ACC: tl.constexpr, TILE: tl.constexpr,
         q = load_tile(inputs.probs, v, offs, inputs.stride_pv, inputs.keep, inputs.v_end, 0.0, TILE, WHOLE, "").to(ACC)
         q = q * options.smoothing.confidence + options.smoothing.share
     if inputs.weight is not None:
-        q = q * load_weights(inputs.weight, v, offs, inputs.v_end, TILE).to(ACC)
+        q = q * load_weights(inputs.weight, v, offs, inputs.v_end, TILE, WHOLE).to(ACC)
     if not WHOLE:
         q = tl.where(inside, q, 0.0)
     return q
@@ -63,23 +63,32 @@ def add_tile(
     WHOLE: tl.constexpr, HAS_BEST: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums (`LaneSums`) with the tile that starts at class `v` added."""
-    height = options.curve.height
     x = load_tile(inputs.x, v, offs, inputs.stride_xv, inputs.keep, inputs.v_end, float("-inf"), TILE, WHOLE, EVICT)
+    return add_logits(lanes, x, inputs, v, offs, options, ACC, TILE, OPTIONS, WHOLE, HAS_BEST)
+
+
+@triton.jit
+def add_logits(
+    lanes, x, inputs, v, offs, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BEST: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums (`LaneSums`) with a tile of logits added, which is -inf beyond the classes."""
+    height = options.curve.height
     u, _ = used_logits(x, options.curve, ACC, OPTIONS)
     if (OPTIONS.HAS_SCALE or OPTIONS.HAS_SOFTCAP) and not WHOLE:
         u = tl.where(offs < inputs.v_end - v, u, float("-inf"))
-    ONE_NUMBER: tl.constexpr = WHOLE and inputs.probs is None and inputs.weight is None
-    if OPTIONS.HAS_SOFT:
+    ONE_NUMBER: tl.constexpr = inputs.probs is None and inputs.weight is None
+    if OPTIONS.HAS_SOFT and not ONE_NUMBER:
         q = soft_target(inputs, v, offs, options, ACC, TILE, WHOLE)
-        if not ONE_NUMBER:
-            # `u == u` is for the compiler: it would give a sum of q alone other threads than the tile's, and a barrier.
+        if len(offs.shape) == 3:  # The compiler would give a sum of q alone other threads than the tile's: a barrier.
             q = by_lane(tl.where(u == u, q, 0.0), TILE)
+    elif OPTIONS.HAS_SOFT and not WHOLE:
+        inside = by_lane(tl.where((u == u) & (offs < inputs.v_end - v), 1.0, 0.0), TILE)
     u = by_lane(u, TILE)
     largest = lane_max(u)
     best, at = lanes.best, lanes.at
     if HAS_BEST:
-        at = tl.where(largest > best, v, at)
-        best = tl.maximum(best, largest)
+        best, at = tl.maximum(best, largest), tl.where(largest > best, v, at)
     c = tl.maximum(lanes.c, tl.floor(largest * height))
     z = exponent(u, height, c)
     e = tl.exp2(z)
@@ -87,9 +96,12 @@ def add_tile(
     r, mass, d = lanes.r, lanes.mass, lanes.d
     if OPTIONS.HAS_SOFT:
         r += mass * (lanes.c - c)
-        if ONE_NUMBER:
-            r += q * lane_sum(z)
-            mass += q * (TILE.CHUNKS * TILE.WIDTH)
+        if ONE_NUMBER and WHOLE:
+            r += options.smoothing.share * lane_sum(z)
+            mass += options.smoothing.share * (TILE.CHUNKS * TILE.WIDTH)
+        elif ONE_NUMBER:
+            r += options.smoothing.share * lane_sum(tl.where(inside == 0.0, 0.0, z))
+            mass += options.smoothing.share * lane_sum(inside)
         else:
             r += lane_sum(weighted(q, z))
             mass += lane_sum(q)
@@ -105,8 +117,9 @@ def first_of_largest(
     lanes, inputs, v_start, offs, curve, largest, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """The first class with the row's largest logit, found by reading again the tiles where lanes met that logit."""
-    place = over_tile(lanes.at, TILE) + offs
-    met = inputs.keep & (over_tile(lanes.best, TILE) == largest) & (place < inputs.v_end)
+    ON_CHIP: tl.constexpr = len(offs.shape) == 4
+    place = over_tile(lanes.at, TILE, ON_CHIP) + offs
+    met = inputs.keep & (over_tile(lanes.best, TILE, ON_CHIP) == largest) & (place < inputs.v_end)
     x = tl.load(inputs.x + place.to(tl.int64) * inputs.stride_xv, mask=met, other=float("nan"))
     u, _ = used_logits(x, curve, ACC, OPTIONS)
     first = row_min_of_tile(tl.where(u == largest, place, NO_CLASS), TILE)
@@ -123,10 +136,10 @@ def row_sums(
     LANES: tl.constexpr = TILE.LANES
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
     zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
-    at = tl.zeros((BLOCK_N, 1, LANES, 1), tl.int32) + v_start
+    at = zero.to(tl.int32) + v_start
     lanes = LaneSums(c=zero + lowest(zero), s=zero, r=zero, mass=zero, d=zero, best=zero + float("-inf"), at=at)
     whole_end = v_start
-    if BLOCK_N == 1:  # tiles of several rows need their masks all along
+    if TILE.BLOCK_N == 1:  # tiles of several rows need their masks all along
         whole_end += (inputs.v_end - v_start) // BLOCK_V * BLOCK_V
         for v in range(v_start, whole_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, True, HAS_BEST, EVICT)
@@ -135,7 +148,16 @@ def row_sums(
     else:
         for v in range(v_start, inputs.v_end, BLOCK_V):
             lanes = add_tile(lanes, inputs, v, offs, options, ACC, TILE, OPTIONS, False, HAS_BEST, EVICT)
+    one_chunk = tile_offsets(TILE, 1)  # takes the fewest registers
+    return merged_lanes(lanes, inputs, v_start, offs, one_chunk, zero, options, ACC, TILE, OPTIONS, HAS_BEST)
 
+
+@triton.jit
+def merged_lanes(
+    lanes, inputs, v_start, offs, one_chunk, zero, options, ACC: tl.constexpr, TILE: tl.constexpr,
+    OPTIONS: tl.constexpr, HAS_BEST: tl.constexpr,
+):  # fmt: skip
+    """The sums (`RowSums`) of each row's classes from `v_start` on, from those of its lanes (`LaneSums`)."""
     c = row_max(lanes.c, TILE)
     down = lanes.c - over_lanes(c, TILE)
     power = tl.exp2(down)
@@ -146,8 +168,7 @@ def row_sums(
         r = row_sum(r + mass * down, TILE)
         mass = row_sum(mass, TILE)
     s = row_sum(lanes.s * power, TILE)
-    predicted = lanes.at
-    largest = lanes.best
+    predicted, largest = lanes.at, lanes.best
     if HAS_BEST:
         largest = row_max(largest, TILE)
     if OPTIONS.HAS_STATS:
@@ -161,9 +182,9 @@ def row_sums(
         sound &= tl.abs(r) < float("inf")
     strange = inputs.keep & (sound == 0)
     if row_any(strange, TILE):
-        # One chunk takes the fewest registers.
-        ONE_CHUNK: tl.constexpr = Tile(TILE.BLOCK_N, 1, TILE.LANES, TILE.WIDTH, TILE.LANES * TILE.WIDTH)
-        c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(inputs, v_start, options, ACC, ONE_CHUNK, OPTIONS)
+        c_new, s_new, r_new, mass_new, d_new, far_new = careful_sums(
+            inputs, v_start, one_chunk, zero, options, ACC, TILE, OPTIONS
+        )
         c, s, far = tl.where(strange, c_new, c), tl.where(strange, s_new, s), strange & far_new
         if OPTIONS.HAS_SOFT:
             r, mass = tl.where(strange, r_new, r), tl.where(strange, mass_new, mass)
@@ -175,17 +196,13 @@ def row_sums(
 
 
 @triton.jit
-def careful_sums(inputs, v_start, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def careful_sums(inputs, v_start, offs, zero, options, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """The sums of each row, whatever its logits are, in two walks: one finds the largest logit, one adds.
 
     A quarter of an exponent does not overflow, though the exponent may.
     """
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    LANES: tl.constexpr = TILE.LANES
-    BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    offs = tile_offsets(TILE)
+    BLOCK_V: tl.constexpr = TILE.LANES * TILE.WIDTH  # of the one chunk that `offs` has
     curve = options.curve
-    zero = tl.zeros((BLOCK_N, 1, LANES, 1), ACC)
     tiles = tl.cdiv(inputs.v_end - v_start, BLOCK_V)
     # The sign of `v_end` is 0, which the compiler does not know. With a known step, it would unroll these loops, and
     # take more registers for them than for the loop that nearly all rows need alone.

@@ -24,9 +24,9 @@ def row_start(ptr, b, t, strides, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(TILE: tl.constexpr):
-    """The classes of a tile, counted from its first: (1, CHUNKS * LANES, WIDTH)."""
-    accesses = tl.arange(0, TILE.CHUNKS * TILE.LANES)[None, :, None]
+def tile_offsets(TILE: tl.constexpr, CHUNKS: tl.constexpr):
+    """The classes of a tile of so many chunks, counted from its first: (1, CHUNKS * LANES, WIDTH)."""
+    accesses = tl.arange(0, CHUNKS * TILE.LANES)[None, :, None]
     return accesses * TILE.WIDTH + tl.arange(0, TILE.WIDTH)[None, None, :]
 
 
@@ -66,7 +66,7 @@ def store_tile(
 
 
 @triton.jit
-def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr):
+def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr, WHOLE: tl.constexpr):
     """Loads the class weights of a tile in the layout of its logits, so that weight and logit meet in one thread.
 
     In another layout, the weights would be moved between threads in every iteration. So where the compiler does not
@@ -74,7 +74,12 @@ def load_weights(weight_ptr, v, offs, v_end, TILE: tl.constexpr):
     0, hides it, since the compiler does not know that sign.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    place = v + offs + tl.zeros((BLOCK_N, 1, 1), tl.int32)
+    place = v + offs
+    if BLOCK_N > 1:
+        place += tl.zeros((BLOCK_N, 1, 1), tl.int32)
     if TILE.WIDTH == 1:
         place += v_end >> 31
-    return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)
+    if WHOLE:
+        return tl.load(weight_ptr + place)
+    else:
+        return tl.load(weight_ptr + place, mask=offs < v_end - v, other=0.0)

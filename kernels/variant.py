@@ -40,3 +40,38 @@ def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OneP
 def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
     """Registers per thread for this many logits: the plain variant needs half as many with half of its logits."""
     return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
+
+
+class OnChip(NamedTuple):
+    """A variant of the one pass that keeps its row on the chip.
+
+    A multiprocessor has `warps` of it, whose threads have `registers` each. A thread has `chunks` accesses of a tile at
+    a time, and keeps `kept` accesses of a row in registers. Shared memory keeps as many tiles as it has room for.
+    """
+
+    warps: int
+    registers: int
+    chunks: int
+    kept: int
+
+
+#: By features: a variant for aligned rows of which the chip keeps all, and one for others. "many" stands for smoothing
+#: with class weights, a scale or a softcap: 255 registers, which a multiprocessor has for 8 warps.
+ON_CHIP = {
+    "plain": (OnChip(16, 128, 4, 4), OnChip(16, 128, 2, 4)),
+    "one": (OnChip(16, 128, 2, 4), OnChip(16, 128, 1, 4)),
+    "stats": (OnChip(16, 128, 2, 4), OnChip(16, 128, 2, 2)),
+    "two": (OnChip(16, 128, 2, 2), OnChip(16, 128, 1, 2)),
+    "many": (OnChip(16, 128, 2, 2), OnChip(8, 255, 1, 1)),
+}
+
+
+def on_chip_variants(weight, options: Options) -> tuple[OnChip, OnChip]:
+    soft, capped, stats = options.HAS_SOFT, options.HAS_SOFTCAP, options.HAS_STATS
+    if soft and (weight is not None or capped or options.HAS_SCALE):
+        return ON_CHIP["many"]
+    if stats and (soft or capped):
+        return ON_CHIP["two"]
+    if stats:
+        return ON_CHIP["stats"]
+    return ON_CHIP["one" if soft or capped else "plain"]

@@ -35,6 +35,7 @@ FEATURES = {
     "merge": ("stats",),
     "backward": ("weight", "smoothing", "scale", "softcap", "probs", "gradients"),
     "one pass": ("weight", "smoothing", "scale", "softcap", "stats"),
+    "on chip": ("weight", "smoothing", "scale", "softcap", "stats"),
     "reduce": ("weight", "gradients"),
     "scale": (),
 }
@@ -155,6 +156,7 @@ OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
     "merge": _merge,
     "backward": _backward,
     "one pass": _one_pass,
+    "on chip": _one_pass,  # on a chip that can keep rows in shared memory
     "reduce": _reduce,
     "scale": _scale,
 }
@@ -165,6 +167,7 @@ ROW_OPERATIONS = {
     "part": "forward_kernel",
     "backward": "backward_kernel",
     "one pass": "one_pass_kernel",
+    "on chip": "on_chip_kernel",
 }
 
 

@@ -53,6 +53,7 @@ class Proof:
     kernel: str = ""
     grid: tuple[int, int, int] = (0, 0, 0)
     num_warps: int = 0
+    shared: int = 0  # bytes of shared memory
     tile: tuple[int, ...] = ()  # rows first
     code: machine_code.MachineCode | None = None
     widths: dict[str, int] = field(default_factory=dict)
@@ -83,7 +84,10 @@ def call(case: Case, target: Target) -> None:
         return
     from fused_ignore_ce.kernels import cross_entropy
 
-    with mock.patch.object(cross_entropy, "chip_of", return_value=launched_on(target)):
+    chip = launched_on(target)
+    if case.operation == "on chip" and target.backend == "cuda":
+        chip = replace(chip, shared_bytes=chips.chip(target.chip).shared)
+    with mock.patch.object(cross_entropy, "chip_of", return_value=chip):
         cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
 
 
@@ -143,7 +147,8 @@ def reason(error: BaseException) -> str:
 
 def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
     facts: dict[str, Any] = {"kernel": kernel.name, "grid": grid, "binary": kernel.binary}
-    facts |= {"num_warps": kernel.metadata.num_warps, "tile": tile(kernel.constants)}
+    metadata = kernel.metadata
+    facts |= {"num_warps": metadata.num_warps, "shared": metadata.shared, "tile": tile(kernel.constants)}
     if job.target.backend == "hip":
         return Proof(job, amd=amd_usage(kernel.stage("amdgcn")), **facts)
     widths = access_widths(kernel.stage("ptx"), kernel.pointers, several_rows=facts["tile"][0] > 1)

@@ -29,7 +29,19 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("backward", ("softcap",), "bfloat16"): 24.0,
     ("backward", (), "float32"): 11.0,
     ("one pass", (), "bfloat16"): 17.0,
+    ("on chip", (), "bfloat16"): 14.0,
+    ("on chip", ("smoothing",), "bfloat16"): 18.0,
+    ("on chip", ("stats",), "bfloat16"): 21.0,
+    ("on chip", ("softcap",), "bfloat16"): 34.0,
+    ("on chip", (), "float32"): 14.0,
 }
+
+#: The most barriers in all loops together, where there may be any: for the pieces that are copied to shared memory.
+BARRIERS = {"on chip": 3}
+
+#: The most bytes of code in that kernel's loop over rows: a multiprocessor's cache of instructions has 128 KB.
+LOOP_BYTES = 48 << 10
+ON_CHIP = "on_chip_kernel"
 
 #: The architectures that budgets are for.
 BUDGET_ARCHS = (90, 100)
@@ -69,8 +81,8 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
         threads=proof.threads,
         rows_a_program=proof.tile[0],
         loaded_a_logit=loaded_a_logit(case, proof.tile[0]),
-        writes=case.operation in ("backward", "one pass"),
-        in_place=case.operation == "one pass",
+        writes=case.operation in ("backward", "one pass", "on chip"),
+        in_place=case.operation in ("one pass", "on chip"),
         backwards=case.library == "fused_ignore_ce",
     )
 
@@ -85,6 +97,9 @@ def loop_instructions(proof: Proof) -> float:
     if not proof.code.loops:
         return roof.cost(proof.code, work(proof)).instructions
     a_logit = loaded_a_logit(proof.job.case, proof.tile[0])
+    if proof.kernel == ON_CHIP:
+        held = [loop for loop in (*proof.code.held, *proof.code.loops) if loop.loaded_shared]
+        return sum(loop.instructions * proof.job.case.itemsize / loop.loaded_shared for loop in held)
     total = 0.0
     for stores in (False, True):
         walk = [loop for loop in proof.code.loops if bool(loop.stored) == stores]
@@ -111,7 +126,7 @@ def accesses(proof: Proof) -> set[str]:
     if not is_row_kernel(proof):
         return set()
     found = {"load logits.x"} | ({"load logits.probs"} if "probs" in case.features else set())
-    if case.operation in ("backward", "one pass"):
+    if case.operation in ("backward", "one pass", "on chip"):
         found |= {"store gradients.dx"} | ({"store gradients.dprobs"} if "probs" in case.features else set())
     return found
 
@@ -133,7 +148,7 @@ def bytes_due(proof: Proof) -> int:
 def hot_loops(proof: Proof) -> list[Block]:
     """The loops over whole tiles, or all loops if every tile is masked."""
     assert proof.code is not None
-    return [loop for loop in proof.code.loops if not loop.masked] or list(proof.code.loops)
+    return [*proof.code.held, *([loop for loop in proof.code.loops if not loop.masked] or proof.code.loops)]
 
 
 def budget_of(proof: Proof) -> float | None:
@@ -157,6 +172,10 @@ def faults(proof: Proof) -> list[str]:
         in_memory = ("vgpr_spill_count", "private_segment_fixed_size")
         return [f"{name} {proof.amd[name]}" for name in in_memory if proof.amd[name]]
     found = [f"spills {proof.code.spills}"] if proof.code.spills else []
+    if proof.kernel == ON_CHIP and proof.code.loop_bytes > LOOP_BYTES:
+        found.append(f"{proof.code.loop_bytes} bytes of code in a loop")
+    if proof.shared > chips.of_arch(proof.job.target.arch).shared - chips.KB:
+        found.append(f"{proof.shared} bytes of shared memory")
     for access in sorted(accesses(proof)) if case.V >= FEWEST_CLASSES else ():
         if access not in proof.widths:
             found.append(f"no {access} found")
@@ -177,7 +196,8 @@ def over_budget(proof: Proof) -> list[str]:
     if instructions > budget:
         found.append(f"{instructions:.1f} instructions a logit, not {budget:g}")
     for what in ("barriers", "shuffles"):
-        if count := sum(getattr(loop, what) for loop in hot_loops(proof)):
+        allowed = BARRIERS.get(case.operation, 0) if what == "barriers" else 0
+        if (count := sum(getattr(loop, what) for loop in hot_loops(proof))) > allowed:
             found.append(f"{count} {what} in its loops")
     least = RESIDENT_THREADS.get(case.operation, 0) if not case.features and case.dtype == "bfloat16" else 0
     chip = chips.of_arch(proof.job.target.arch)

@@ -184,7 +184,8 @@ def launch_all() -> None:
         {"grad_in_forward": True, "inplace_backward": True, "reduction": "sum"},
         {"reduction": "none", "inplace_backward": True},
     ]
-    for dtype, options in [*((torch.bfloat16, more) for more in extras), (torch.float64, extras[2])]:
+    in_float64 = ((torch.float64, more) for more in extras if "z_loss" in more)
+    for dtype, options in [*((torch.bfloat16, more) for more in extras), *in_float64]:
         if options.get("weight") is not None:
             options = options | {"weight": options["weight"].to(dtype)}
         x = tensor(40, 5003, dtype=dtype)

@@ -16,6 +16,9 @@ from .dataflow import peak_bytes, rounds
 #: Opcodes that the special-function units execute, at a quarter or an eighth of the rate of others.
 SPECIAL = {"MUFU", "FRND", "F2I", "I2F", "F2F"}
 
+#: Bytes of an instruction.
+INSTRUCTION = 16
+
 #: Opcodes at which the threads of a program, or of a warp, wait for each other.
 BARRIERS = {"BAR", "WARPSYNC"}
 SHUFFLES = {"SHFL", "REDUX"}
@@ -90,6 +93,11 @@ class Block:
         return self.bytes(GLOBAL_STORES)
 
     @property
+    def loaded_shared(self) -> int:
+        """Bytes that a thread loads from shared memory by its widest accesses."""
+        return sum(i.bytes for i in self.code if i.name == "LDS" and i.bytes == 16)
+
+    @property
     def masked(self) -> bool:
         """Whether a guard may skip some load from global memory."""
         return any(i.guard and not i.guard.startswith("@UP") for i in self.code if i.name in GLOBAL_LOADS)
@@ -109,18 +117,25 @@ class Usage:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """`loops` has the innermost loops that load from global memory; `outside` is all code but `loops` and `clears`."""
+    """`loops` has the innermost loops that load from global memory, `held` those that load from shared memory alone.
+
+    `outside` is all code but these and `clears`.
+    """
 
     usage: Usage
     outside: Block
     loops: tuple[Block, ...]
     clears: tuple[Block, ...]  # loops that only store: they write zeros where the others do not go
     rounds: int  # how often loads wait for earlier loads, with one iteration of every loop
+    held: tuple[Block, ...] = ()
+    loop_bytes: int = 0  # of the longest loop, inner ones included
 
     @property
     def spills(self) -> int:
         """Bytes of stack per thread or the number of instructions that spill, whichever is larger; 0 without spills."""
-        return max(self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.clears)))
+        return max(
+            self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.held, *self.clears))
+        )
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -203,15 +218,20 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
     innermost = [body for body in every if not any(other < body for other in every)]
     loops: list[Block] = []
     clears: list[Block] = []
+    held: list[Block] = []
     inside: set[int] = set()
     for body in sorted(innermost, key=min):
         block = _block(code, body)
-        if block.loaded or block.stored:
-            (loops if block.loaded else clears).append(block)
+        if block.loaded or block.loaded_shared or block.stored:
+            (loops if block.loaded else held if block.loaded_shared else clears).append(block)
             inside |= body
     outside = set(range(len(code))) - inside
     outside -= {i for body in every for i in body if len(body) == 1}  # the trap after the end of the code
-    return MachineCode(usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS))
+    loop_bytes = INSTRUCTION * max(map(len, every), default=0)
+    return MachineCode(
+        usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS), tuple(held),
+        loop_bytes,
+    )  # fmt: skip
 
 
 def _block(code: Sequence[Instruction], indices: Iterable[int]) -> Block:

@@ -264,6 +264,23 @@ def test_both_walks_of_one_pass_count():
     assert judging.faults(worse) == ["17.1 instructions a logit, not 17"]
 
 
+def test_loops_over_shared_memory_count():
+    """On the chip, both walks read shared memory: by two loads of 16 bytes an iteration, which are 16 logits."""
+    case = dataclasses.replace(GOOD_CASE, operation="on chip")
+    held = (Instruction("", "LDS.128", ("R0", "[R8]")),) * 2
+    sums, gradient = (Block(block(count).code + held) for count in (94, 122))
+    widths = {"load logits.x": 16, "store gradients.dx": 16}
+    proof = changed(
+        dataclasses.replace(GOOD.job, case=case), kernel="on_chip_kernel", code=code(sums, gradient, registers=64),
+        widths=widths,
+    )  # fmt: skip
+    assert judging.loop_instructions(proof) == (sums.instructions + gradient.instructions) / 16
+    assert judging.faults(proof) == []
+    long = dataclasses.replace(proof.code, loop_bytes=49153)
+    assert judging.faults(dataclasses.replace(proof, code=long)) == ["49153 bytes of code in a loop"]
+    assert judging.faults(dataclasses.replace(proof, shared=1 << 20)) == ["1048576 bytes of shared memory"]
+
+
 def test_kernels_of_other_shapes_and_launches_have_no_budget():
     slow = code(block(400, loads=2), registers=40)
     for proof in (changed(job(V=1024), code=slow), changed(kernel="merge_kernel", code=slow, widths={})):

@@ -201,6 +201,7 @@ def cases():
     yield logits("split", tensor(3, 70000, dtype=some), targets(3, 70000))
     yield logits("many", tensor(70000, 8, dtype=some), targets(70000, 8))
     yield logits("one pass", tensor(20, 5000, dtype=some), targets(20, 5000), grad_in_forward=True, z_loss=1e-2)
+    yield logits("one pass in float64", tensor(20, 300, dtype=torch.float64), targets(20, 300), grad_in_forward=True)
     yield logits("float64", tensor(20, 300, dtype=torch.float64), targets(20, 300), softcap=5.0, reduction="none")
     yield logits("strided classes", tensor(2, 50, 6, 7), targets(84, 50).view(2, 6, 7))
     probs = torch.softmax(tensor(20, 300), 1).detach().requires_grad_()

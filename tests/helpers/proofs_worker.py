@@ -130,9 +130,11 @@ def tiles():
     known = {job.request for job in compiling.jobs(cases.every(("bfloat16",), quick=False), target)}
     rng = random.Random(0)
     drawn = []
+    # On the chip, how many pieces of a row there are is compiled in, so that no list has all kernels.
+    operations = [operation for operation in cases.ROW_OPERATIONS if operation != "on chip"]
     for _ in range(200):
         B, T, V = (int(2 ** rng.uniform(0, limit)) for limit in (4, 14, 18))
-        operation = rng.choice(list(cases.ROW_OPERATIONS))
+        operation = rng.choice(operations)
         features = rng.choice(cases.fullest(operation))
         drawn.append(cases.Case(operation, B, T, V, "bfloat16", features, contiguous=rng.random() < 0.7))
     unknown = [str(job.case) for job in compiling.jobs(drawn, target) if job.request not in known]

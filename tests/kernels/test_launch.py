@@ -11,11 +11,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_ignore_ce.kernels import arguments, launch, tables
+from fused_ignore_ce.core.options import LossOptions
+from fused_ignore_ce.kernels import arguments, launch, prepare, tables
 from fused_ignore_ce.kernels import chip as chips
 from fused_ignore_ce.kernels.chip import INTERPRETED, Chip
 from fused_ignore_ce.kernels.tables import Program, Table
-from fused_ignore_ce.kernels.variant import ONE_PASS_GENERAL, ONE_PASS_PLAIN, ONE_PASS_SIMPLE, one_pass_registers
+from fused_ignore_ce.kernels.variant import (
+    ON_CHIP,
+    ONE_PASS_GENERAL,
+    ONE_PASS_PLAIN,
+    ONE_PASS_SIMPLE,
+    one_pass_registers,
+)
 
 A100 = Chip(80, 108, 40 << 20, 2048, 32)
 MI300 = Chip("gfx942", 304, 4 << 20, 2048, 64)
@@ -75,6 +82,68 @@ def test_rows_in_flight_fit_into_the_cache(chip):
         assert chosen.CHUNKS * chosen.WIDTH <= variant.thread_logits
         assert variant.threads * one_pass_registers(variant, variant.thread_logits) <= 65536
     assert launch.one_pass_launch(5, 32000, 2, True, variants[0], chip).programs == 5
+
+
+KEEPING = {
+    arch: Chip(arch, 132, shared_bytes=shared << 10) for arch, shared in ((80, 164), (86, 100), (90, 228), (100, 228))
+}
+
+
+@pytest.mark.parametrize("arch", KEEPING)
+def test_a_row_on_the_chip_fits_and_is_covered(arch):
+    """Shared memory and registers have room for all programs, and what registers keep is enough for the rest."""
+    chip, sizes = KEEPING[arch], [*range(1, 300), *range(3000, 300000, 1777), 2**31 - 8]
+    for itemsize, aligned, pair in product((2, 4), (True, False), ON_CHIP.values()):
+        for V in sizes:
+            chosen, variant = launch.on_chip_launch(10**6, V, itemsize, aligned, pair, chip)
+            assert variant is pair[chosen.held.HAS_REST or chosen.held.HAS_EDGES]
+            resident = chosen.programs // chip.multiprocessors
+            piece = chosen.piece.BLOCK_V * itemsize
+            used = chosen.held.PIECES * piece + launch.RESERVED + launch.SCRATCH
+            assert resident * used <= max(chip.shared_bytes, resident * (launch.RESERVED + launch.SCRATCH))
+            assert resident * chosen.num_warps == variant.warps
+            assert variant.warps * chip.warp_size * variant.registers <= 65536
+            for head in range(chosen.WIDTH if chosen.held.HAS_EDGES else 1):
+                body = max(V - head, 0) // chosen.WIDTH * chosen.WIDTH
+                left = body - chosen.held.PIECES * chosen.piece.BLOCK_V
+                assert left >= 0
+                assert chosen.held.HAS_REST or left <= chosen.piece.BLOCK_V
+                assert not chosen.held.HAS_REST or left >= chosen.piece.BLOCK_V
+            assert chosen.held.HAS_EDGES or V % chosen.WIDTH == 0
+            if V * itemsize <= (65536 if arch != 86 else 49152):
+                assert resident >= 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "itemsize", "kept"), [(80, 2, 98304), (80, 4, 49152), (90, 2, 131072), (90, 4, 65536), (100, 2, 131072)]
+)
+def test_logits_that_the_chip_keeps(arch, itemsize, kept):
+    """The plain kernel reads rows of so many logits once, and of longer ones only what is left."""
+    for V, again in ((kept, False), (kept + 16, True)):
+        chosen, _ = launch.on_chip_launch(8192, V, itemsize, True, ON_CHIP["plain"], KEEPING[arch])
+        assert chosen.held.HAS_REST == again
+        assert (chosen.held.PIECES + 1) * chosen.piece.BLOCK_V == kept
+
+
+def test_where_rows_stay_on_the_chip():
+    """Elsewhere, the one pass reads them again from the L2 cache."""
+
+    def kernel(x, dx, chip):
+        strides = (0, 0, 0, 0)
+        found = prepare.one_pass(
+            arguments.form_of(x), arguments.form_of(dx), None, strides, LossOptions(), False, None, chip
+        )  # fmt: skip
+        return found.kernel
+
+    x = torch.empty(4, 1001, dtype=torch.bfloat16)
+    chip = KEEPING[90]
+    assert prepare.stays_on_chip(*map(arguments.Form.of, map(arguments.form_of, (x, x))), chip)
+    assert kernel(x, x, chip) is prepare.on_chip_kernel
+    assert kernel(x, x, INTERPRETED) is prepare.one_pass_kernel
+    assert kernel(x, x, replace(MI300, shared_bytes=0)) is prepare.one_pass_kernel
+    assert kernel(x.double(), x.double(), chip) is prepare.one_pass_kernel
+    aligned = torch.empty(4, 1008, dtype=torch.bfloat16)[:, :1001]
+    assert kernel(x, aligned, chip) is prepare.one_pass_kernel
 
 
 def test_a_measured_table_goes_before_arithmetic():
@@ -159,11 +228,11 @@ def test_a_device_gets_its_own_table(monkeypatch, tmp_path, device):
     monkeypatch.setitem(chips.TABLES, "Device", table)
     properties = SimpleNamespace(
         name=device, major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20,
-        max_threads_per_multi_processor=2048, warp_size=32,
+        max_threads_per_multi_processor=2048, warp_size=32, shared_memory_per_multiprocessor=228 << 10,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     chip = chips.chip_of.__wrapped__(torch.device("cuda", 0))
-    assert chip == replace(INTERPRETED, table=table if device == "Device" else tables.ARITHMETIC)
+    assert chip == replace(KEEPING[90], table=table if device == "Device" else tables.ARITHMETIC)
 
 
 @pytest.mark.parametrize(("chip", "known"), [(INTERPRETED, True), (MI300, False)], ids=["NVIDIA", "AMD"])

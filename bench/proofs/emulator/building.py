@@ -12,9 +12,12 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from . import ptx
 from .faults import Failure, message
@@ -46,6 +49,8 @@ class Compiled:
         self.translation: Translation = translate(ptx.read(text), shared)
         self.library: Any = ctypes.CDLL(str(_built(self.translation, folder)))
         self.library.launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_double]
+        #: Bytes read and written in the memory that starts at an address, by all launches.
+        self.moved: defaultdict[int, np.ndarray] = defaultdict(lambda: np.zeros(2, dtype=np.int64))
         for name in ("where", "threads_counted", "warps_counted", "memory_counted"):
             getattr(self.library, name).restype = ctypes.c_void_p
 
@@ -64,6 +69,8 @@ class Compiled:
         failed = self.library.launch(
             (ctypes.c_uint32 * 3)(*grid), buffer, blocks, len(memory.blocks), *order, errors
         )  # fmt: skip
+        for block in blocks[: len(memory.blocks)]:
+            self.moved[block.start] += (block.read, block.written)
         if failed:
             failure = Failure.from_address(self.library.where())
             raise message(self.name, failure, self.translation, memory)

@@ -60,7 +60,7 @@ static inline void ask_shared(u32 address, int bytes, int id, int t) {
 
 typedef struct { u32 writer, reader; } Touched;  // programs, counted from 1; SEVERAL for more than one
 enum { SEVERAL = 0xffffffff };
-typedef struct { u64 start, end; const u8 *allowed; u64 grain; Touched *touched; } Block;
+typedef struct { u64 start, end; const u8 *allowed; u64 grain; Touched *touched; u64 moved[2]; } Block;  // bytes
 static Block *blocks, *recent;
 static int block_count;
 
@@ -82,6 +82,7 @@ static inline Block *block_of(u64 address, int bytes, int id, int t) {
 // Programs run in any order. So none may read or write what another one writes, unless it writes the same value.
 static const u8 *read_global(u64 address, int bytes, int id, int t) {
   Block *block = block_of(address, bytes, id, t);
+  block->moved[READ] += bytes;
   u64 last = (address - block->start + bytes - 1) / block->grain;
   for (u64 i = (address - block->start) / block->grain; i <= last; i++) {
     Touched *touched = block->touched + i;
@@ -101,6 +102,7 @@ static inline const u8 *load_global(u64 address, int bytes, int id, int t) {
 static void store_global(u64 address, const void *value, int bytes, int id, int t) {
   Block *block = block_of(address, bytes, id, t);
   ask_global(address, bytes, WRITTEN, id, t);
+  block->moved[WRITTEN] += bytes;
   u64 last = (address - block->start + bytes - 1) / block->grain;
   for (u64 i = (address - block->start) / block->grain; i <= last; i++) {
     Touched *touched = block->touched + i;

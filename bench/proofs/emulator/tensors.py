@@ -18,6 +18,8 @@ class Block(ctypes.Structure):
         ("allowed", ctypes.c_void_p),  # a byte for every byte, 1 where it belongs to an element; NULL if all do
         ("grain", ctypes.c_uint64),  # bytes of the smallest element
         ("touched", ctypes.c_void_p),  # two 32-bit words for every grain, which note the programs that were there
+        ("read", ctypes.c_uint64),  # bytes that threads read of it
+        ("written", ctypes.c_uint64),
     )
 
 
