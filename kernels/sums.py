@@ -34,7 +34,7 @@ from .device_math import (
     used_logits,
     weighted,
 )
-from .structs import LaneSums, RowSums, Tile
+from .structs import LaneSums, RowSums
 from .tiles import load_tile, load_weights, tile_offsets
 
 

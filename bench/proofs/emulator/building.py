@@ -13,7 +13,6 @@ import platform
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
