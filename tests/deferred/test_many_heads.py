@@ -10,7 +10,7 @@ from torch import nn
 from fused_ignore_ce import defer_logits
 from fused_ignore_ce.hf import fusion_report
 
-from ..helpers.live_tensors import LiveMemory
+from ..helpers.live_memory import LiveMemory
 
 B, T, D, V, DEPTH = 2, 64, 16, 4096, 3
 
