@@ -43,7 +43,7 @@ def number(x, dtype: tl.constexpr):
 def fused_multiply_add(x, y, z):
     """`x * y + z`, rounded once."""
     if EMULATED and x.dtype == tl.float32:
-        result = (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+        result = (x.to(tl.float64) * y.to(tl.float64) + z).to(tl.float32)
     else:
         result = tl.fma(x, y, z)
     return result
