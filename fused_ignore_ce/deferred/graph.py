@@ -248,6 +248,7 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, deferred: Any, compute: Callable[[], Tensor]) -> Tensor:
+        ctx.set_materialize_grads(False)
         return compute()
 
     @staticmethod
@@ -272,6 +273,7 @@ class Adopt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, deferred: Any, value: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
         ctx.mark_dirty(deferred)
         return deferred
 

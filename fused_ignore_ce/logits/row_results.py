@@ -130,7 +130,13 @@ def _operator_backward(ctx: Any, dloss: Any, dlse: Any, dentropy: Any, *_: Any) 
         need_dx, _, _, need_dprobs, *_ = ctx.needs_input_grad
         tensors = ctx.saved_tensors
         given = (*tensors[:4], ctx.classes_dim, *tensors[4:])
-        gradients = _backward_operator(dloss, dlse, dentropy, *given, need_dx, need_dprobs, *ctx.call)
+        if torch.is_grad_enabled():  # create_graph=True
+            _refuse_create_graph(tensors[6])
+            upstream, call = Upstream(dloss, dlse, dentropy), unflatten(RowCall, ctx.call)
+            found = differentiable_backward(upstream, _logits(*given[:5]), call.options, need_dx, need_dprobs)
+            gradients = _as_given(found, given[:5])
+        else:
+            gradients = _backward_operator(dloss, dlse, dentropy, *given, need_dx, need_dprobs, *ctx.call)
         dx, dprobs = gradients[0] if need_dx else None, gradients[1] if need_dprobs else None
     return dx, None, None, dprobs, None, *[None] * len(ctx.call)
 

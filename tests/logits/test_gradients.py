@@ -1,8 +1,11 @@
 """Exact gradients for every upstream gradient, any number of times, of any order, and for frozen inputs."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ignore_ce import fused_cross_entropy
 
@@ -48,6 +51,24 @@ def test_gradgradcheck(options, probs, backend, device):
         return fused_cross_entropy(x, target, backend=backend, **options)
 
     assert torch.autograd.gradgradcheck(loss, problem(device, probs), fast_mode=projected(backend))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 7, 3)], ids=["rows", "classes second"])
+def test_create_graph_of_an_operator(shape):
+    """Under a dispatch mode, losses are operators, which have second derivatives as well."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(7, (shape[0], *shape[2:]))
+    found = []
+    for loss, mode in ((F.cross_entropy, contextlib.nullcontext()), (fused_cross_entropy, Mode())):
+        with mode:
+            (first,) = torch.autograd.grad(loss(x, y, label_smoothing=0.1), x, create_graph=True)
+            found.append((first.detach(), *torch.autograd.grad(first.square().sum(), x)))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_create_graph_is_not_detached(backend, device):
