@@ -30,6 +30,9 @@ class OnePass(NamedTuple):
 
 ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
 
+#: Of distillation, where rows are walked again.
+DISTILLED = OnePass(512, 128, 8)
+
 
 def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OnePass:
     if options.HAS_STATS or (options.HAS_SOFT and weight is not None) or is_float64:
