@@ -43,7 +43,7 @@ def store_pair_row(rows, row, N, loss, lse, known_row, predicted, entropy, APART
         tl.store(rows.saved + N + row, signed(q.s, q.far))
         tl.store(rows.saved + 2 * N + row, p.c)
         tl.store(rows.saved + 3 * N + row, signed(p.s, p.far))
-        tl.store(rows.saved + 4 * N + row, known_row.known)
+        tl.store(rows.saved + 4 * N + row, known_row.mean)
         if APART:
             tl.store(rows.saved + 5 * N + row, one.c)
             tl.store(rows.saved + 6 * N + row, signed(one.s, one.far))
@@ -94,7 +94,7 @@ def distillation_kernel(
         target = tl.load(target_ptr + row)
         if target == ignore_index:
             ignored = Normaliser(c=0.0, s=0.0, far=target != target)
-            nothing = KnownRow(q=ignored, p=ignored, ones=ignored, known=0.0)
+            nothing = KnownRow(q=ignored, p=ignored, ones=ignored, mean=0.0)
             store_pair_row(rows_out, row, N, 0.0, 0.0, nothing, 0, 0.0, MIX.APART)
             if gradients is not None:
                 dx_row = row_at(gradients.dx, row, strides.dx_n, TILE.WIDTH)
@@ -107,7 +107,7 @@ def distillation_kernel(
             ones = side_of(x_row, strides.x_v, V, scale, cap, ACC)
             own = (target >= 0) & (target < V)
             x_target = tl.load(x_row + target * strides.x_v, mask=own & MIX.HARD, other=0.0)
-            q, p, one, bits, known, d, predicted = pair_sums(
+            q, p, one, bits, mean, d, predicted = pair_sums(
                 student, teacher, ones, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT
             )
             loss = share * (bits * LN2)
@@ -118,7 +118,7 @@ def distillation_kernel(
                 loss += hard * cross_entropy(one.s, r, tl.full((), 1.0, ACC), one.far, nats)
             log_s = tl.log2(one.s)
             lse, entropy = fused_multiply_add(one.c, nats, log_s * LN2), (log_s - d / one.s) * LN2
-            found = KnownRow(q=q, p=p, ones=one, known=known)
+            found = KnownRow(q=q, p=p, ones=one, mean=mean)
             store_pair_row(rows_out, row, N, loss, lse, found, predicted, entropy, MIX.APART)
             if gradients is not None:
                 upstream = tl.load(scale_ptr + row * strides.scale_n).to(ACC)
@@ -180,7 +180,7 @@ def distillation_backward_kernel(
         one = loaded_normaliser(saved + 5 * N, N)
     else:
         one = q
-    found = KnownRow(q=q, p=p, ones=one, known=tl.load(saved + 4 * N))
+    found = KnownRow(q=q, p=p, ones=one, mean=tl.load(saved + 4 * N))
     upstream = tl.load(scale_ptr + row * strides.scale_n).to(ACC)
     write_pair_gradient(
         student, teacher, ones, found, upstream, v_start, dx_row, strides.dx_v, target, offs, beta, share, hard, ACC,

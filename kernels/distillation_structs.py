@@ -39,7 +39,7 @@ class PairRows(NamedTuple):
     """The results of rows; without statistics, kernels get None for the last three, without backward for `saved`."""
 
     loss: Any  # (N,)
-    saved: Any  # (7, N): c and s of q, of p and of the student at temperature 1, and `known`; s is < 0 in far rows
+    saved: Any  # (7, N): c and s of q and of p, `mean`, c and s at temperature 1; -s in far rows
     lse: Any  # (N,)
     predicted: Any  # (N,) int64
     entropy: Any  # (N,)
@@ -90,7 +90,7 @@ class KnownRow(NamedTuple):
     q: Normaliser
     p: Normaliser
     ones: Normaliser  # of the student at temperature 1
-    known: Any  # a number of bits that the gradient contains, see `divergence.py`
+    mean: Any  # of bits that the gradient contains, see `divergence.py`
 
 
 class PairTerms(NamedTuple):
@@ -106,7 +106,7 @@ class PairTerms(NamedTuple):
     g_q: Any  # the divergence's gradient of the used logits at the temperature; over s unless probabilities are formed
     g_p: Any
     g_hard: Any  # of the cross entropy, over s
-    known: Any  # a quarter of it
+    mean: Any  # a quarter of it
     log_q: Logarithm
     log_p: Logarithm
     target: Any

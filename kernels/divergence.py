@@ -6,15 +6,15 @@ With p and q the distributions of teacher and student at the temperature, in bit
     jsd = beta sum p (log2 p - log2 m) + (1 - beta) sum q (log2 q - log2 m),    m = beta p + (1 - beta) q
 
 With exponents z = y - c and sums s of powers as in `sums.py`, log2 p = z_p - log2 s_p. A Kullback-Leibler divergence is
-therefore known after one walk over both rows: it is `sum 2^z_p (z_p - z_q) / s_p + log2(s_q / s_p)`. In the other one,
-m couples both distributions at every class, so that their sums have to be known first: it takes a second walk.
-Gradients with respect to the student's exponents, over ln2:
+therefore known after one walk over both rows: it is `sum p (z_p - z_q) + log2(s_q / s_p)`. In the other one, m couples
+both distributions at every class, so that their sums have to be known first: it takes a second walk. The gradients with
+respect to the student's used logits at the temperature are
 
-    forward_kl: q - p        reverse_kl: q (log2 q - log2 p - reverse_kl)
-    jsd: q (1 - beta) (log2 q - log2 m - K),    K = sum q (log2 q - log2 m)
+    forward_kl: q - p        reverse_kl: ln2 q (z_q - z_p - mean),    mean = sum q (z_q - z_p)
+    jsd: ln2 (1 - beta) q (log2 q - log2 m - mean),    mean = sum q (log2 q - log2 m)
 
-so that backward reads both rows once: `reverse_kl` and K are the `known` number that forward saves. A class of
-probability 0 contributes 0. Where sums of the first walk are not finite, the rows are walked again with care.
+so that backward, to which forward gives `mean`, reads both rows once. A class of probability 0 contributes 0. Where the
+first walk's sums are not finite, rows are walked again with care.
 """
 
 import triton
@@ -108,7 +108,7 @@ def pair_sums(
     student, teacher, ones, offs, beta, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     TEACHER: tl.constexpr, MIX: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """The normalisers of q, p and the student at temperature 1; divergence and `known` number in bits; d; predicted.
+    """The normalisers of q, p and the student at temperature 1; the divergence and `mean` in bits; d; predicted.
 
     `ones` is the student's side at temperature 1.
     """
@@ -133,13 +133,13 @@ def pair_sums(
     down_q, down_p, down = lanes.c_q - c_q, lanes.c_p - c_p, lanes.c - c
     power_q, power_p, power = tl.exp2(down_q), tl.exp2(down_p), tl.exp2(down)
     s_q, s_p, s = row_sum(lanes.s_q * power_q, TILE), row_sum(lanes.s_p * power_p, TILE), row_sum(lanes.s * power, TILE)
-    bits, d, predicted = s_q * 0.0, s_q * 0.0, 0
+    mean, d, predicted = s_q * 0.0, s_q * 0.0, 0
     if MIX.KIND == "forward_kl":
         kl = row_sum(power_p * (lanes.kl + lanes.s_p * (down_p - down_q)), TILE)
-        bits = kl / s_p + tl.log2(s_q / s_p)
+        mean = kl / s_p
     if MIX.KIND == "reverse_kl":
         kl = row_sum(power_q * (lanes.kl + lanes.s_q * (down_q - down_p)), TILE)
-        bits = kl / s_q + tl.log2(s_p / s_q)
+        mean = kl / s_q
     if OPTIONS.HAS_STATS:
         if MIX.APART:
             d = row_sum(power * (lanes.d + lanes.s * down), TILE)
@@ -148,10 +148,9 @@ def pair_sums(
         predicted = first_of_largest(
             lanes, student.inputs, 0, offs, student.options.curve, row_max(lanes.best, TILE), ACC, TILE, OPTIONS
         )
-    known = bits
     far_q = s_q < 0.0
     far_p, far = far_q, far_q
-    fine = sound(c_q, s_q) & sound(c_p, s_p) & (tl.abs(bits) < float("inf"))
+    fine = sound(c_q, s_q) & sound(c_p, s_p) & (tl.abs(mean) < float("inf"))
     if MIX.APART:
         fine &= sound(c, s)
     if fine == 0:
@@ -164,14 +163,21 @@ def pair_sums(
             d = d_q
     q, p = Normaliser(c=c_q, s=s_q, far=far_q), Normaliser(c=c_p, s=s_p, far=far_p)
     if MIX.KIND == "jsd":
-        bits, known = walked(student, teacher, q, p, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT)
-    elif fine == 0:
-        bits, known = walked(student, teacher, q, p, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT)
+        mean_p, mean = walked(student, teacher, q, p, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT)
+        bits = beta * mean_p + (1.0 - beta) * mean
+    else:
+        if fine == 0:
+            mean_p, mean_q = walked(student, teacher, q, p, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT)
+            mean = mean_p + mean_q
+        if MIX.KIND == "forward_kl":
+            bits = mean + tl.log2(s_q / s_p)
+        else:
+            bits = mean + tl.log2(s_p / s_q)
     if MIX.APART:
         one = Normaliser(c=c, s=s, far=far)
     else:
         one = q
-    return q, p, one, bits, known, d, predicted
+    return q, p, one, bits, mean, d, predicted
 
 
 @triton.jit
@@ -181,6 +187,12 @@ def logarithm_of(side, sums):
     height, nats = row_curve(curve, sums.far)
     unit = tl.where(sums.far, nats / LN2, 1.0)
     return Logarithm(height=0.25 * height, c=0.25 * sums.c, unit=unit, log_s=0.25 * tl.log2(sums.s))
+
+
+@triton.jit
+def quarter(u, terms):
+    """A quarter of the exponent of each class, in bits."""
+    return exponent(u, terms.height, terms.c) * terms.unit
 
 
 @triton.jit
@@ -206,9 +218,11 @@ def add_difference(
     w, _ = used_tile(teacher, v, offs, ACC, TILE, TEACHER, WHOLE, EVICT)
     log_q, log_p = log_probability(u, of_q), log_probability(w, of_p)
     if MIX.KIND == "forward_kl":
-        sum_p += lane_sum(by_lane(weighted_difference(tl.exp2(4.0 * log_p), log_p, log_q), TILE))
+        difference = weighted_difference(tl.exp2(4.0 * log_p), quarter(w, of_p), quarter(u, of_q))
+        sum_p += lane_sum(by_lane(difference, TILE))
     if MIX.KIND == "reverse_kl":
-        sum_q += lane_sum(by_lane(weighted_difference(tl.exp2(4.0 * log_q), log_q, log_p), TILE))
+        difference = weighted_difference(tl.exp2(4.0 * log_q), quarter(u, of_q), quarter(w, of_p))
+        sum_q += lane_sum(by_lane(difference, TILE))
     if MIX.KIND == "jsd":
         p, q, log_m = log_mean(log_p, log_q, beta)
         sum_p += lane_sum(by_lane(weighted_difference(p, log_p, log_m), TILE))
@@ -221,9 +235,10 @@ def walked(
     student, teacher, q, p, offs, beta, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
     TEACHER: tl.constexpr, MIX: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """The divergence and `known`, in bits, by a walk of its own, backwards: what was read last is still in the cache.
+    """The sums weighted by p and by q, in bits, by a walk backwards: what was read last is still in the cache.
 
-    In quarters, the logarithms of finite logits are finite.
+    They are of log2 p - log2 m and log2 q - log2 m, or of the difference of exponents by what the divergence is
+    weighted by. In quarters, the logarithms of finite logits are finite.
     """
     LANES: tl.constexpr = TILE.LANES
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
@@ -241,8 +256,4 @@ def walked(
         sum_p, sum_q = add_difference(
             sum_p, sum_q, student, teacher, of_q, of_p, v, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, True, EVICT
         )
-    total_p, total_q = 4.0 * row_sum(sum_p, TILE), 4.0 * row_sum(sum_q, TILE)
-    bits = total_p + total_q
-    if MIX.KIND == "jsd":
-        bits = beta * total_p + (1.0 - beta) * total_q
-    return bits, total_q
+    return 4.0 * row_sum(sum_p, TILE), 4.0 * row_sum(sum_q, TILE)

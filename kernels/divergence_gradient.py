@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .device_math import LN2, exponent, row_curve
 from .distillation_structs import PairTerms
-from .divergence import log_mean, log_probability, logarithm_of, used_tile, weighted_difference
+from .divergence import log_mean, log_probability, logarithm_of, quarter, used_tile, weighted_difference
 from .tiles import store_tile
 
 
@@ -22,12 +22,13 @@ def pair_gradient_tile(
     if MIX.KIND == "forward_kl":
         grad = e_q * terms.g_q - tl.exp2(exponent(w, terms.height_p, terms.c_p)) * terms.g_p
     else:
-        log_q, log_p = log_probability(u, terms.log_q), log_probability(w, terms.log_p)
         if MIX.KIND == "reverse_kl":
-            grad = weighted_difference(e_q * terms.g_q, log_q - log_p, terms.known)
+            difference = quarter(u, terms.log_q) - quarter(w, terms.log_p)
+            grad = weighted_difference(e_q * terms.g_q, difference, terms.mean)
         else:
-            _, q, log_m = log_mean(log_p, log_q, beta)
-            grad = weighted_difference(q * terms.g_q, log_q - log_m, terms.known)
+            log_q = log_probability(u, terms.log_q)
+            _, q, log_m = log_mean(log_probability(w, terms.log_p), log_q, beta)
+            grad = weighted_difference(q * terms.g_q, log_q - log_m, terms.mean)
     if MIX.HARD:
         e = e_q
         if MIX.APART:
@@ -67,7 +68,7 @@ def write_pair_gradient(
     terms = PairTerms(
         height_q=height_q, c_q=row.q.c, height_p=height_p, c_p=row.p.c, height=height, c=row.ones.c, s=row.ones.s,
         g_q=g_q, g_p=g / row.p.s, g_hard=upstream * hard * ones.options.curve.steep / row.ones.s,
-        known=0.25 * row.known, log_q=logarithm_of(student, row.q), log_p=logarithm_of(teacher, row.p), target=target,
+        mean=0.25 * row.mean, log_q=logarithm_of(student, row.q), log_p=logarithm_of(teacher, row.p), target=target,
     )  # fmt: skip
     v_target = v_start - 1
     if MIX.HARD:
