@@ -1,7 +1,8 @@
 """Launchers of distillation: tensors in, tensors out. Shapes, dtypes and option values were checked by the caller.
 
-Logits of both sides are (N, V) with any strides, `target` is (N,) int64 and contiguous. An ignored row has
-`target == options.options.ignore_index`. `options`, a hashable object, has the fields of `core.distillation`.
+Logits of both sides are (N, V) with any strides, those of the teacher in a pair with None; `target` is (N,) int64 and
+contiguous. An ignored row has `target == options.options.ignore_index`. `options`, a hashable object, has the fields of
+`DistillationOptions`.
 """
 
 from . import prepare
@@ -13,6 +14,7 @@ from .structs import Gradients
 
 def _launched(x, teacher, target, options, with_stats, scale, dx):
     """The results of rows; writes the gradient of `sum(loss * scale)` into dx, unless that is None."""
+    teacher, _ = teacher
     N, acc = len(target), acc_dtype(x.dtype)
     loss, n = x.new_empty(N, dtype=acc), N if with_stats else 0
     saved = loss.new_empty((7, N)) if dx is None else None
@@ -34,6 +36,7 @@ def forward(x, teacher, target, options, *, with_stats):
 
 def backward(dloss, x, teacher, target, saved, options, *, dx):
     """Writes the gradient of `sum(loss * dloss)` into dx, zeros in ignored rows."""
+    teacher, _ = teacher
     if x.numel():
         rows = prepare.distillation_backward(
             form_of(x), form_of(teacher), form_of(dx), row_stride(dloss), options, chip_of(x.device)

@@ -1,4 +1,4 @@
-"""The kernels of distillation: losses of rows, with their gradient if the factors of the losses are known; and backward.
+"""The kernels of distillation: losses of rows, with their gradient if the losses' factors are known; and backward.
 
 A program has one row at a time. An ignored row is not read; its results are zeros, as is its gradient.
 """
@@ -176,10 +176,7 @@ def distillation_backward_kernel(
     ones = side_of(x_row, strides.x_v, v_end, scale, cap, ACC)
     saved = saved_ptr + row
     q, p = loaded_normaliser(saved, N), loaded_normaliser(saved + 2 * N, N)
-    if MIX.APART:
-        one = loaded_normaliser(saved + 5 * N, N)
-    else:
-        one = q
+    one = loaded_normaliser(saved + 5 * N, N) if MIX.APART else q
     found = KnownRow(q=q, p=p, ones=one, mean=tl.load(saved + 4 * N))
     upstream = tl.load(scale_ptr + row * strides.scale_n).to(ACC)
     write_pair_gradient(

@@ -40,7 +40,8 @@ from .tiles import load_tile
 
 @triton.jit
 def used_tile(
-    side, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
+    side, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, WHOLE: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     """`used_logits` of a tile, -inf beyond the last class."""
     inputs = side.inputs
@@ -169,14 +170,8 @@ def pair_sums(
         if fine == 0:
             mean_p, mean_q = walked(student, teacher, q, p, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT)
             mean = mean_p + mean_q
-        if MIX.KIND == "forward_kl":
-            bits = mean + tl.log2(s_q / s_p)
-        else:
-            bits = mean + tl.log2(s_p / s_q)
-    if MIX.APART:
-        one = Normaliser(c=c, s=s, far=far)
-    else:
-        one = q
+        bits = mean + tl.log2(s_q / s_p if MIX.KIND == "forward_kl" else s_p / s_q)
+    one = Normaliser(c=c, s=s, far=far) if MIX.APART else q
     return q, p, one, bits, mean, d, predicted
 
 
