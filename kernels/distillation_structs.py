@@ -76,9 +76,9 @@ class Normaliser(NamedTuple):
 
 
 class Logarithm(NamedTuple):
-    """How a logit becomes a quarter of log2 of its probability: `(u height - c) unit - log_s`."""
+    """How a logit becomes log2 of its probability: `(u height - c) unit - log_s`."""
 
-    height: Any  # these are quarters, which do not overflow
+    height: Any
     c: Any
     unit: Any  # 1 but in far rows
     log_s: Any
@@ -106,7 +106,7 @@ class PairTerms(NamedTuple):
     g_q: Any  # the divergence's gradient of the used logits at the temperature; over s unless probabilities are formed
     g_p: Any
     g_hard: Any  # of the cross entropy, over s
-    mean: Any  # a quarter of it
+    mean: Any  # a quarter of it for reverse_kl
     log_q: Logarithm
     log_p: Logarithm
     target: Any

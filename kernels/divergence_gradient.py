@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .device_math import LN2, exponent, row_curve
 from .distillation_structs import PairTerms
-from .divergence import log_mean, log_probability, logarithm_of, quarter, used_tile, weighted_difference
+from .divergence import log_probability, logarithm_of, quarter, used_tile, weighted_difference, with_mean
 from .tiles import store_tile
 
 
@@ -26,9 +26,9 @@ def pair_gradient_tile(
             difference = quarter(u, terms.log_q) - quarter(w, terms.log_p)
             grad = weighted_difference(e_q * terms.g_q, difference, terms.mean)
         else:
-            log_q = log_probability(u, terms.log_q)
-            _, q, log_m = log_mean(log_probability(w, terms.log_p), log_q, beta)
-            grad = weighted_difference(q * terms.g_q, log_q - log_m, terms.mean)
+            log_q, log_p = log_probability(u, terms.log_q), log_probability(w, terms.log_p)
+            _, q, _, log_q, log_m = with_mean(log_p, log_q, beta)
+            grad = q * terms.g_q * ((log_q - log_m) - terms.mean)
     if MIX.HARD:
         e = e_q
         if MIX.APART:
@@ -58,17 +58,17 @@ def write_pair_gradient(
     height_p, _ = row_curve(teacher.options.curve, row.p.far)
     height, _ = row_curve(ones.options.curve, row.ones.far)
     g = upstream * share * student.options.curve.steep
-    if MIX.KIND == "reverse_kl":
-        g *= 4.0 * LN2
+    g_q = g / row.q.s
+    mean = row.mean
+    if MIX.KIND == "reverse_kl":  # the difference of exponents is in quarters
+        g_q *= 4.0 * LN2
+        mean *= 0.25
     if MIX.KIND == "jsd":
-        g *= (1.0 - beta) * (4.0 * LN2)
-    g_q = g
-    if MIX.KIND != "jsd":
-        g_q = g / row.q.s
+        g_q = g * (1.0 - beta) * LN2
     terms = PairTerms(
         height_q=height_q, c_q=row.q.c, height_p=height_p, c_p=row.p.c, height=height, c=row.ones.c, s=row.ones.s,
         g_q=g_q, g_p=g / row.p.s, g_hard=upstream * hard * ones.options.curve.steep / row.ones.s,
-        mean=0.25 * row.mean, log_q=logarithm_of(student, row.q), log_p=logarithm_of(teacher, row.p), target=target,
+        mean=mean, log_q=logarithm_of(student, row.q), log_p=logarithm_of(teacher, row.p), target=target,
     )  # fmt: skip
     v_target = v_start - 1
     if MIX.HARD:
