@@ -266,7 +266,15 @@ def walked(
     sum_p = tl.zeros((1, 1, LANES, 1), ACC)
     sum_q = sum_p
     tail = v_end // BLOCK_V * BLOCK_V
-    if tail < v_end:
+    if MIX.KIND != "jsd":  # it is rare that such a divergence is walked for, and a loop with a mask alone is short
+        for up in range(0, v_end, BLOCK_V):
+            v = (v_end - 1) // BLOCK_V * BLOCK_V - up
+            sum_p, sum_q = add_difference(
+                sum_p, sum_q, student, teacher, of_q, of_p, v, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, False,
+                EVICT,
+            )  # fmt: skip
+        tail = 0
+    elif tail < v_end:
         sum_p, sum_q = add_difference(
             sum_p, sum_q, student, teacher, of_q, of_p, tail, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, False, EVICT
         )

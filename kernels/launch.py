@@ -7,7 +7,7 @@ import triton
 from .chip import Chip
 from .structs import Tile
 from .tables import Program, fitting
-from .variant import DISTILLED, ONE_PASS_PLAIN, OnePass
+from .variant import ONE_PASS_PLAIN, OnePass
 
 #: Bytes of one memory access of a thread.
 ACCESS = 16
@@ -128,15 +128,15 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
 
 
 def distillation_launch(
-    N: int, V: int, itemsize: int, teacher_itemsize: int, aligned: bool, again: bool, chip: Chip
+    N: int, V: int, itemsize: int, teacher_itemsize: int, aligned: bool, again: bool, variant: OnePass, chip: Chip
 ) -> Launch:
     """The launch of a distillation's rows, of which a program has one at a time.
 
     If they are walked `again`, only as many programs are launched as leave their rows of both sides in the cache.
     """
-    program = Program(8, 16)
+    program = Program(4, variant.thread_logits)
     if again:
-        program = one_pass_program(V, itemsize + teacher_itemsize, DISTILLED, chip)
+        program = one_pass_program(V, itemsize + teacher_itemsize, variant, chip)
     launch = _split(_tile(0, V, max(itemsize, teacher_itemsize), True, aligned, program, chip), V, 1)
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)) if again else N)
 

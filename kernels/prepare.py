@@ -45,7 +45,15 @@ from .structs import (
     Reduction,
     Upstream,
 )
-from .variant import FEW_REGISTERS, MAX_REGISTERS, PART_REGISTERS, is_simple, one_pass_registers, one_pass_variant
+from .variant import (
+    FEW_REGISTERS,
+    MAX_REGISTERS,
+    PART_REGISTERS,
+    distilled_variant,
+    is_simple,
+    one_pass_registers,
+    one_pass_variant,
+)
 
 # `debug` enables device_assert. `sanitize_overflow=False` keeps it from also checking every integer addition.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
@@ -273,10 +281,12 @@ def distillation(x, teacher, dx, stride_scale, options, with_stats, chip):
     _, N, V = x.shape
     strides, scalars, flags = _distilled(x, teacher, dx, stride_scale, options, with_stats)
     again = dx is not None or options.divergence == "jsd"
-    launch = distillation_launch(N, V, x.itemsize, teacher.itemsize, aligned(None, x, teacher, dx), again, chip)
+    whole = aligned(None, x, teacher, dx)
+    variant = distilled_variant(whole, max(x.itemsize, teacher.itemsize), again, flags)
+    launch = distillation_launch(N, V, x.itemsize, teacher.itemsize, whole, again, variant, chip)
     return Prepared(
         distillation_kernel, launch.programs, N, V, strides, *scalars, launch.TILE, *flags,
-        num_warps=launch.num_warps, **ASSERTS, **chip.options(MAX_REGISTERS),
+        num_warps=launch.num_warps, **ASSERTS, **chip.options(variant.registers),
     )  # fmt: skip
 
 

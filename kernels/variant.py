@@ -30,8 +30,9 @@ class OnePass(NamedTuple):
 
 ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
 
-#: Of distillation, where rows are walked again.
-DISTILLED = OnePass(512, 128, 8)
+#: The distillation kernel, which sums over two distributions. Plain rows that are walked once take fewer registers, and
+#: as many programs as fit are launched. Twice the logits fit into a thread if they have 16 bits.
+DISTILLED, DISTILLED_ONCE, DISTILLED_16_BITS = OnePass(512, 128, 8), OnePass(512, 96, 8), 16
 
 
 def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OnePass:
@@ -43,3 +44,13 @@ def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OneP
 def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
     """Registers per thread for this many logits: the plain variant needs half as many with half of its logits."""
     return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
+
+
+def distilled_variant(aligned: bool, itemsize: int, again: bool, flags: tuple) -> OnePass:
+    """`again`: rows are walked twice, for a gradient or a divergence that needs it."""
+    student, teacher, mix = flags
+    featured = any(student) or any(teacher) or mix.APART or mix.KIND == "jsd" or (again and mix.HARD)
+    if featured or not aligned or itemsize > 4:
+        return DISTILLED
+    plain = DISTILLED if again else DISTILLED_ONCE
+    return plain._replace(thread_logits=DISTILLED_16_BITS) if itemsize == 2 else plain
