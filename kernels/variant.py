@@ -49,7 +49,7 @@ def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
 def distilled_variant(aligned: bool, itemsize: int, again: bool, flags: tuple) -> OnePass:
     """`again`: rows are walked twice, for a gradient or a divergence that needs it."""
     student, teacher, mix = flags
-    featured = any(student) or any(teacher) or mix.APART or mix.KIND == "jsd" or (again and mix.HARD)
+    featured = any(student) or any(teacher) or mix.HARD or mix.APART or mix.KIND == "jsd"
     if featured or not aligned or itemsize > 4:
         return DISTILLED
     plain = DISTILLED if again else DISTILLED_ONCE
