@@ -110,6 +110,8 @@ def distillation_kernel(
             q, p, one, bits, mean, d, predicted = pair_sums(
                 student, teacher, ones, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT
             )
+            if MIX.ONE_CLASS:  # exactly 0, but NaN for a logit of NaN
+                bits *= 0.0
             loss = share * (bits * LN2)
             height, nats = row_curve(ones.options.curve, one.far)
             if MIX.HARD:

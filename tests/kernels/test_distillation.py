@@ -86,8 +86,8 @@ def problem(N, V, dtype, device, teacher_dtype=None, size=3.0):
     return x.to(dtype), teacher.to(teacher_dtype or dtype), target, torch.rand(N, device=device) + 0.5
 
 
-#: One tile with its mask; whole tiles and no tail; whole tiles and a tail; rows that are unaligned.
-CLASSES = [24, 8192, 9000, 5003]
+#: One tile with its mask; whole tiles and a tail; rows that are unaligned.
+CLASSES = [24, 9008, 5003]
 
 
 @pytest.mark.parametrize("V", CLASSES)
@@ -104,18 +104,19 @@ def test_values_and_gradients(divergence, mix, V, kernels, device):
 
 
 DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float32, torch.bfloat16),
+    ("plain", torch.float32, torch.float32),
+    ("plain", torch.bfloat16, torch.bfloat16),
+    ("plain", torch.float16, torch.float32),
+    ("temperature", torch.float32, torch.bfloat16),
+    ("caps", torch.bfloat16, torch.bfloat16),
+    ("caps", torch.float32, torch.float32),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "teacher_dtype"), DTYPES, ids=lambda v: str(v).removeprefix("torch."))
-@pytest.mark.parametrize("mix", ["plain", "temperature", "caps"])
+@pytest.mark.parametrize(("mix", "dtype", "teacher_dtype"), DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_no_worse_than_pytorch(divergence, mix, dtype, teacher_dtype, kernels, device, no_worse):
-    mix, V = MIXES[mix], 5003
+    mix, V = MIXES[mix], 5000
     x, teacher, target, scale = problem(4, V, dtype, device, teacher_dtype)
     exact = truth(x.double(), teacher.double(), target, divergence, scale.double(), **mix)
     plain_loss, plain_gradient = truth(x.float(), teacher.float(), target, divergence, scale, **mix)
@@ -142,8 +143,8 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masked_classes(divergence, mask, kernels, device, no_worse):
-    """A whole tile of them, and every third beside. Losses may be infinite; a gradient of that is not compared."""
-    V, mix = 6000, {"temperature": 2.0}
+    """Whole tiles of them, and every third beside. Losses may be infinite; a gradient of that is not compared."""
+    V, mix = 8192, {"temperature": 2.0}
     x, teacher, target, scale = problem(3, V, torch.float32, device)
     for side, value in zip((x, teacher), MASKS[mask], strict=True):
         if value is not None:
@@ -221,7 +222,7 @@ def test_one_class_and_no_row(divergence, kernels, device):
     x, teacher, target, scale = problem(3, 1, torch.float32, device)
     target[target != -100] = 0
     for loss, gradient, _ in every_way(kernels, x, teacher, target, scale, options_of(divergence, alpha=0.5)):
-        torch.testing.assert_close(loss, torch.zeros(3, device=device), rtol=0.0, atol=2e-7)
+        torch.testing.assert_close(loss, torch.zeros(3, device=device), rtol=0.0, atol=0.0)
         assert not gradient.any()
     for N, V in ((0, 5), (0, 1)):
         empty = torch.empty(N, V, device=device)
