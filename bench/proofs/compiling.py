@@ -81,9 +81,13 @@ def call(case: Case, target: Target) -> None:
 
         peers.LIBRARIES[case.library](case, target.arch)
         return
-    from fused_ignore_ce.kernels import cross_entropy
+    from fused_ignore_ce.kernels import cross_entropy, distillation
 
-    with mock.patch.object(cross_entropy, "chip_of", return_value=launched_on(target)):
+    chip = launched_on(target)
+    with (
+        mock.patch.object(cross_entropy, "chip_of", return_value=chip),
+        mock.patch.object(distillation, "chip_of", return_value=chip),
+    ):
         cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
 
 

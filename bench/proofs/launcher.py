@@ -196,7 +196,8 @@ def launch_all() -> None:
     for budget in (None, 10**6):
         linear = fused_linear_cross_entropy(h, w, torch.arange(40), memory_budget=budget, z_loss=1e-4, **plain)
         torch.autograd.grad(linear, (h, w), torch.tensor(2.0, dtype=linear.dtype))
-    for more in ({}, {"divergence": "jsd", "temperature": 2.0, "alpha": 0.5, "return_stats": True}):
+    mixes: list[dict[str, Any]] = [{}, {"divergence": "jsd", "temperature": 2.0, "alpha": 0.5, "return_stats": True}]
+    for more in mixes:
         x, teacher = tensor(41, 512, dtype=torch.bfloat16), torch.zeros(41, 512)
         differentiate(fused_distillation_loss(x, teacher, torch.arange(41), **plain, **more), x)
         distilled = fused_linear_distillation_loss(h, w, h.detach(), w.detach(), torch.arange(40), **plain, **more)
