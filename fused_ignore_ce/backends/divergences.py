@@ -127,8 +127,7 @@ def _block(
 ) -> tuple[Any, ...]:
     """Loss, gradient, lse, predicted class and entropy of rows of used logits z, which are overwritten."""
     T, cap = options.temperature, options.options.softcap
-    lse = z.logsumexp(-1)
-    log_q = z.sub(lse.unsqueeze(1)) if T == 1.0 else (z / T).log_softmax(-1)
+    log_q = (z if T == 1.0 else z / T).log_softmax(-1)
     if teacher.ids is None:
         t = teacher.values.to(z.dtype, copy=True)
         log_p = used_(t, options.teacher_softcap, options.teacher_logit_scale).div_(T).log_softmax(-1)
@@ -141,16 +140,16 @@ def _block(
     if gradient is not None:
         gradient.mul_(options.share / T)
     if options.alpha < 1.0:
-        index = target.unsqueeze(1)
-        loss = loss + (1.0 - options.alpha) * (lse - z.gather(1, index).squeeze(1))
+        index, log_softmax = target.unsqueeze(1), z.log_softmax(-1)
+        loss = loss - (1.0 - options.alpha) * log_softmax.gather(1, index).squeeze(1)
         if gradient is not None:
-            gradient.add_(z.sub(lse.unsqueeze(1)).exp_(), alpha=1.0 - options.alpha)
+            gradient.add_(log_softmax.exp_(), alpha=1.0 - options.alpha)
             gradient.scatter_add_(1, index, gradient.new_full(index.shape, options.alpha - 1.0))
     stats: tuple[Tensor, ...] = ()
     if with_stats:
-        log_softmax = z.sub(lse.unsqueeze(1))
+        log_softmax = z.log_softmax(-1)
         softmax = log_softmax.exp()
-        stats = lse, z.argmax(-1), _where(softmax, softmax * log_softmax).sum(-1).neg_()
+        stats = z.logsumexp(-1), z.argmax(-1), _where(softmax, softmax * log_softmax).sum(-1).neg_()
     if gradient is not None:
         if cap is not None:  # the derivative of the cap is 1 - tanh**2
             gradient.mul_(z.div_(cap).square_().neg_().add_(1.0))

@@ -187,6 +187,14 @@ def test_the_same_distribution_is_at_no_distance(backend):
         assert gradients(loss, (h,))[0].abs().max() < 1e-15
 
 
+def test_equal_logits_of_any_size_are_equal(backend):
+    """Relative to logits of 3e38, their number is far below the last digit of the sum's logarithm."""
+    x = torch.full((1, 4), -3e38, requires_grad=True)
+    loss = fused_distillation_loss(x, torch.zeros(1, 4), torch.tensor([1]), alpha=0.5, backend=backend)
+    assert loss.item() == pytest.approx(math.log(2))
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.tensor([[0.125, -0.375, 0.125, 0.125]]))
+
+
 def test_alpha_zero_is_the_cross_entropy(backend):
     h, w, b, *teacher = tensors()
     loss = fused_linear_distillation_loss(h, w, *teacher[:2], TARGET, alpha=0.0, linear_bias=b, backend=backend)
