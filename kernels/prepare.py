@@ -283,7 +283,7 @@ def distillation(x, teacher, dx, stride_scale, options, with_stats, chip):
     again = dx is not None or options.divergence == "jsd"
     whole = aligned(None, x, teacher, dx)
     wide = whole and all(form is None or form.contiguous for form in (x, teacher, dx))
-    variant = distilled_variant(wide, max(x.itemsize, teacher.itemsize), again, flags)
+    variant = distilled_variant(wide, max(x.itemsize, teacher.itemsize), again, flags, chip.is_nvidia)
     launch = distillation_launch(N, V, x.itemsize, teacher.itemsize, whole, again, variant, chip)
     return Prepared(
         distillation_kernel, launch.programs, N, V, strides, *scalars, launch.TILE, *flags,

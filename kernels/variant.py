@@ -32,7 +32,7 @@ ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePa
 
 #: The distillation kernel, which sums over two distributions. Plain rows that are walked once take fewer registers, and
 #: as many programs as fit are launched. Twice the logits fit into a thread if they have 16 bits.
-#: Narrow accesses, of strided classes and of unaligned rows, take more addresses.
+#: Narrow accesses, of strided classes and of unaligned rows, take more addresses; AMD's compiler spills with features.
 DISTILLED, DISTILLED_ONCE, DISTILLED_16_BITS = OnePass(512, 128, 8), OnePass(512, 96, 8), 16
 DISTILLED_NARROW = OnePass(256, MAX_REGISTERS, 8)
 
@@ -48,12 +48,12 @@ def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
     return 64 if variant is ONE_PASS_PLAIN and thread_logits <= 16 else variant.registers
 
 
-def distilled_variant(wide: bool, itemsize: int, again: bool, flags: tuple) -> OnePass:
+def distilled_variant(wide: bool, itemsize: int, again: bool, flags: tuple, is_nvidia: bool) -> OnePass:
     """`wide`: accesses are. `again`: rows are walked twice, for a gradient or a divergence that needs it."""
-    if not wide:
-        return DISTILLED_NARROW
     student, teacher, mix = flags
     featured = any(student) or any(teacher) or mix.HARD or mix.APART or mix.KIND == "jsd"
+    if not wide or (featured and not is_nvidia):
+        return DISTILLED_NARROW
     if featured or itemsize > 4:
         return DISTILLED
     plain = DISTILLED if again else DISTILLED_ONCE
