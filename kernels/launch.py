@@ -164,6 +164,20 @@ def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChi
     )  # fmt: skip
 
 
+def distillation_launch(
+    N: int, V: int, itemsize: int, teacher_itemsize: int, aligned: bool, again: bool, variant: OnePass, chip: Chip
+) -> Launch:
+    """The launch of a distillation's rows, of which a program has one at a time.
+
+    If they are walked `again`, only as many programs are launched as leave their rows of both sides in the cache.
+    """
+    program = Program(4, variant.thread_logits)
+    if again:
+        program = one_pass_program(V, itemsize + teacher_itemsize, variant, chip)
+    launch = _split(_tile(0, V, max(itemsize, teacher_itemsize), True, aligned, program, chip), V, 1)
+    return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)) if again else N)
+
+
 def scale_launch(T: int, V: int, itemsize: int, contiguous: bool, aligned: bool, chip: Chip) -> Launch:
     launch = _tile(T, V, itemsize, contiguous, aligned, Program(8), chip)
     return replace(launch, programs=chip.multiprocessors * chip.threads // (launch.num_warps * chip.warp_size))

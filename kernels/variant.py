@@ -30,6 +30,12 @@ class OnePass(NamedTuple):
 
 ONE_PASS_PLAIN, ONE_PASS_SIMPLE, ONE_PASS_GENERAL = OnePass(512, 128, 32), OnePass(1024, 64, 8), OnePass(512, 128, 8)
 
+#: The distillation kernel, which sums over two distributions. Plain rows that are walked once take fewer registers, and
+#: as many programs as fit are launched. Twice the logits fit into a thread if they have 16 bits.
+#: Narrow accesses, of strided classes and of unaligned rows, take more addresses; AMD's compiler spills with features.
+DISTILLED, DISTILLED_ONCE, DISTILLED_16_BITS = OnePass(512, 128, 8), OnePass(512, 96, 8), 16
+DISTILLED_NARROW = OnePass(256, MAX_REGISTERS, 8)
+
 
 def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OnePass:
     if options.HAS_STATS or (options.HAS_SOFT and weight is not None) or is_float64:
@@ -75,3 +81,15 @@ def on_chip_variants(weight, options: Options) -> tuple[OnChip, OnChip]:
     if stats:
         return ON_CHIP["stats"]
     return ON_CHIP["one" if soft or capped else "plain"]
+
+
+def distilled_variant(wide: bool, itemsize: int, again: bool, flags: tuple, is_nvidia: bool) -> OnePass:
+    """`wide`: accesses are. `again`: rows are walked twice, for a gradient or a divergence that needs it."""
+    student, teacher, mix = flags
+    featured = any(student) or any(teacher) or mix.HARD or mix.APART or mix.KIND == "jsd"
+    if not wide or (featured and not is_nvidia):
+        return DISTILLED_NARROW
+    if featured or itemsize > 4:
+        return DISTILLED
+    plain = DISTILLED if again else DISTILLED_ONCE
+    return plain._replace(thread_logits=DISTILLED_16_BITS) if itemsize == 2 else plain

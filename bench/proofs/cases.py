@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from fused_ignore_ce.core.distillation import DistillationOptions
 from fused_ignore_ce.core.options import LossOptions
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -27,8 +29,12 @@ MODEL_ROWS = {(T, V) for _, T, V in MODELS}
 ROWS = ((1, 1), (1, 32), (3, 4), (4096, 1), (3, 1001), (1, 65536))
 VOCABULARIES = sorted({v for power in range(19) for v in (2**power, 2**power - 1, 2**power - 8) if v > 0})
 
+#: The operations of distillation. Their divergence is forward_kl unless a feature names another one.
+DISTILLATION = ("distillation", "distillation gradient", "distillation backward")
+DIVERGENCES = {"reverse": "reverse_kl", "jsd": "jsd"}
+
 #: The features that make a difference to an operation's launcher. With "gradients", everything that forward returns has
-#: an upstream gradient.
+#: an upstream gradient. With "hard", a cross entropy is mixed into a divergence at temperature 2.
 FEATURES = {
     "forward": ("weight", "smoothing", "scale", "softcap", "stats", "probs"),
     "part": ("weight", "smoothing", "scale", "softcap", "stats", "probs"),
@@ -38,6 +44,9 @@ FEATURES = {
     "on chip": ("weight", "smoothing", "scale", "softcap", "stats"),
     "reduce": ("weight", "gradients"),
     "scale": (),
+    "distillation": ("reverse", "jsd", "hard", "softcap", "stats"),
+    "distillation gradient": ("reverse", "jsd", "hard", "softcap", "stats"),
+    "distillation backward": ("reverse", "jsd", "hard", "softcap"),
 }
 
 
@@ -108,6 +117,15 @@ class Arguments:
             token_weight=every,
         )
 
+        self.distillation = DistillationOptions(
+            self.options,
+            next((name for feature, name in DIVERGENCES.items() if feature in has), "forward_kl"),
+            temperature=2.0 if "hard" in has else 1.0,
+            alpha=0.5 if "hard" in has else 1.0,
+            teacher_softcap=self.options.softcap,
+        )
+        self.pair = self.x.reshape(-1, case.V), (torch.empty_like(self.x).reshape(-1, case.V), None), self.target
+
     @property
     def inputs(self) -> tuple[Any, ...]:
         return self.x, self.target, self.weight, self.probs
@@ -149,6 +167,25 @@ def _scale(kernels: Any, a: Arguments) -> None:
     kernels.scale(a.x, a.scalar, a.scalar)
 
 
+def _distilled(kernels: Any, a: Arguments) -> None:
+    _distiller(kernels).forward(*a.pair, a.distillation, with_stats=a.stats)
+
+
+def _distilled_gradient(kernels: Any, a: Arguments) -> None:
+    x, *_ = a.pair
+    _distiller(kernels).forward_backward(a.values, *a.pair, a.distillation, dx=x, with_stats=a.stats)
+
+
+def _distilled_backward(kernels: Any, a: Arguments) -> None:
+    saved = a.values.new_empty((7, a.N))
+    _distiller(kernels).backward(a.values, *a.pair, saved, a.distillation, dx=torch.empty_like(a.pair[0]))
+
+
+def _distiller(kernels: Any) -> Any:
+    """The launchers of distillation beside those of the cross entropy."""
+    return import_module(f"{kernels.__package__}.distillation")
+
+
 #: Every launcher, by the name of its operation.
 OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
     "forward": _forward,
@@ -159,6 +196,9 @@ OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
     "on chip": _one_pass,  # on a chip that can keep rows in shared memory
     "reduce": _reduce,
     "scale": _scale,
+    "distillation": _distilled,
+    "distillation gradient": _distilled_gradient,
+    "distillation backward": _distilled_backward,
 }
 
 #: The operations that read rows of logits, and the kernels that do.
@@ -168,6 +208,9 @@ ROW_OPERATIONS = {
     "backward": "backward_kernel",
     "one pass": "one_pass_kernel",
     "on chip": "on_chip_kernel",
+    "distillation": "distillation_kernel",
+    "distillation gradient": "distillation_kernel",
+    "distillation backward": "distillation_backward_kernel",
 }
 
 
@@ -177,10 +220,13 @@ def feature_sets(operation: str) -> list[tuple[str, ...]]:
 
 
 def fullest(operation: str) -> list[tuple[str, ...]]:
-    """All features together, with and without probabilities as targets. These sets take the most registers.
+    """All features together, with and without probabilities as targets, or with every divergence.
 
-    The logit scale is left out, because a softcap absorbs it.
+    These sets take the most registers. The logit scale is left out, because a softcap absorbs it.
     """
+    if operation in DISTILLATION:
+        others = tuple(feature for feature in FEATURES[operation] if feature not in DIVERGENCES)
+        return [("jsd", *others), ("reverse", *others), others]
     everything = tuple(feature for feature in FEATURES[operation] if feature not in ("scale", "probs"))
     return [everything, (*everything, "probs")] if "probs" in FEATURES[operation] else [everything]
 
@@ -190,12 +236,16 @@ def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
 
     The one pass has few registers to spare with any feature, so all of its shapes come with every set. With `quick`,
     models' shapes come without features and with the fullest sets, and beside them there is one strided shape.
+    Distillation comes with the fullest set alone.
     """
     for operation, dtype in itertools.product(OPERATIONS, dtypes):
         sets = [(), *fullest(operation)] if quick else feature_sets(operation)
+        sets = fullest(operation)[:1] if quick and operation in DISTILLATION else sets
         for (B, T, V), features in itertools.product(MODELS, sets):
             yield Case(operation, B, T, V, dtype, features)
         if operation not in ROW_OPERATIONS:
+            continue
+        if quick and operation in DISTILLATION:
             continue
         for features in feature_sets(operation) if operation == "one pass" and not quick else fullest(operation):
             yield Case(operation, 4, 65536, 32, dtype, features, contiguous=False)

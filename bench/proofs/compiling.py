@@ -82,12 +82,15 @@ def call(case: Case, target: Target) -> None:
 
         peers.LIBRARIES[case.library](case, target.arch)
         return
-    from fused_ignore_ce.kernels import cross_entropy
+    from fused_ignore_ce.kernels import cross_entropy, distillation
 
     chip = launched_on(target)
     if case.operation == "on chip" and target.backend == "cuda":
         chip = replace(chip, shared_bytes=chips.chip(target.chip).shared)
-    with mock.patch.object(cross_entropy, "chip_of", return_value=chip):
+    with (
+        mock.patch.object(cross_entropy, "chip_of", return_value=chip),
+        mock.patch.object(distillation, "chip_of", return_value=chip),
+    ):
         cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
 
 

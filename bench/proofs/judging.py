@@ -7,7 +7,7 @@ from math import ceil, prod
 import torch
 
 from . import chips, roof
-from .cases import ROW_OPERATIONS, Case
+from .cases import DISTILLATION, ROW_OPERATIONS, Case
 from .compiling import Proof
 from .machine_code import Block
 
@@ -17,7 +17,10 @@ WIDE = 16
 
 #: The most instructions per logit in a kernel's loops, by operation, features and dtype; for one pass, in both of its
 #: loops together. At 92% of the memory roof, an H200 has 13.4 issue slots per logit in a bfloat16 forward pass, a B200
-#: has 9.5. In a backward pass, both have twice as many. Budgets leave about a quarter of the slots free.
+#: has 9.5. In a backward pass, both have twice as many. A kernel keeps about three quarters of the slots busy.
+#:
+#: For distillation, they are per logit of the student, in all walks together. That logit comes with one of the teacher,
+#: so an H200 has 26.8 issue slots for it in forward and 40.2 in backward, a B200 19.0 and 28.5. "jsd" takes more.
 BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("forward", (), "bfloat16"): 8.0,
     ("forward", ("stats",), "bfloat16"): 14.0,
@@ -34,6 +37,19 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("on chip", ("stats",), "bfloat16"): 21.0,
     ("on chip", ("softcap",), "bfloat16"): 34.0,
     ("on chip", (), "float32"): 14.0,
+    ("distillation", (), "bfloat16"): 20.0,
+    ("distillation", ("reverse",), "bfloat16"): 20.0,
+    ("distillation", ("jsd",), "bfloat16"): 50.0,
+    ("distillation", ("hard",), "bfloat16"): 24.5,
+    ("distillation", (), "float32"): 17.0,
+    ("distillation gradient", (), "bfloat16"): 32.5,
+    ("distillation gradient", ("reverse",), "bfloat16"): 37.0,
+    ("distillation gradient", ("jsd",), "bfloat16"): 84.0,
+    ("distillation backward", (), "bfloat16"): 11.0,
+    ("distillation backward", ("reverse",), "bfloat16"): 16.0,
+    ("distillation backward", ("jsd",), "bfloat16"): 33.0,
+    ("distillation backward", ("hard",), "bfloat16"): 14.5,
+    ("distillation backward", (), "float32"): 8.5,
 }
 
 #: The most barriers in all loops together, where there may be any: for the pieces that are copied to shared memory.
@@ -43,12 +59,15 @@ BARRIERS = {"on chip": 3}
 LOOP_BYTES = 48 << 10
 ON_CHIP = "on_chip_kernel"
 
+#: The operations that write a gradient.
+WRITES = ("backward", "one pass", "on chip", "distillation gradient", "distillation backward")
+
 #: The architectures that budgets are for.
 BUDGET_ARCHS = (90, 100)
 
 #: The fewest threads of a plain kernel that have to be resident on a multiprocessor. One pass is left out, because it
 #: launches only as many programs as leave its rows in the L2 cache.
-RESIDENT_THREADS = {"forward": 1536, "backward": 1536}
+RESIDENT_THREADS = {"forward": 1536, "backward": 1536, "distillation": 640, "distillation backward": 1024}
 
 #: Accesses are judged from this many classes on. With fewer, a tile has fewer elements than threads, and it does not
 #: matter how they are accessed.
@@ -63,6 +82,8 @@ def loaded_a_logit(case: Case, rows: int = 1) -> float:
 
     Class weights are loaded in loops only where targets spread over all classes, and one serves all rows of a tile.
     """
+    if case.operation in DISTILLATION:
+        return 2 * case.itemsize
     probs = "probs" in case.features
     weights = "weight" in case.features and (probs or "smoothing" in case.features)
     return case.itemsize * (1 + probs + weights / rows)
@@ -81,8 +102,8 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
         threads=proof.threads,
         rows_a_program=proof.tile[0],
         loaded_a_logit=loaded_a_logit(case, proof.tile[0]),
-        writes=case.operation in ("backward", "one pass", "on chip"),
-        in_place=case.operation in ("one pass", "on chip"),
+        writes=case.operation in WRITES,
+        in_place=case.operation in ("one pass", "on chip", "distillation gradient"),
         backwards=case.library == "fused_ignore_ce",
     )
 
@@ -91,7 +112,7 @@ def loop_instructions(proof: Proof) -> float:
     """Instructions per logit in loops, or in all code where there is no loop.
 
     If a row is walked twice, the loops of both walks are added. If a walk has several loops, only the first counts: it
-    handles most logits, and the others handle what it leaves.
+    handles most logits, and the others handle what it leaves. A divergence may take a walk more, with a loop like it.
     """
     assert proof.code is not None
     if not proof.code.loops:
@@ -103,8 +124,10 @@ def loop_instructions(proof: Proof) -> float:
     total = 0.0
     for stores in (False, True):
         walk = [loop for loop in proof.code.loops if bool(loop.stored) == stores]
-        for loop, _ in roof.trips(walk, 0, a_logit)[:1]:
-            total += loop.instructions * a_logit / loop.loaded
+        for first, _ in roof.trips(walk, 0, a_logit)[:1]:
+            like = [loop for loop in walk if (loop.masked, loop.loaded) == (first.masked, first.loaded)]
+            for loop in like if proof.job.case.operation in DISTILLATION else [first]:
+                total += loop.instructions * a_logit / loop.loaded
     return total
 
 
@@ -126,7 +149,9 @@ def accesses(proof: Proof) -> set[str]:
     if not is_row_kernel(proof):
         return set()
     found = {"load logits.x"} | ({"load logits.probs"} if "probs" in case.features else set())
-    if case.operation in ("backward", "one pass", "on chip"):
+    if case.operation in DISTILLATION:
+        found |= {"load logits.teacher"}
+    if case.operation in WRITES:
         found |= {"store gradients.dx"} | ({"store gradients.dprobs"} if "probs" in case.features else set())
     return found
 

@@ -165,7 +165,13 @@ class StubDriver(NullDriver):
 
 def launch_all() -> None:
     """Calls the losses on CPU tensors, so that every kernel is launched with and without its optional arguments."""
-    from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
+    from fused_ignore_ce import (
+        fused_cross_entropy,
+        fused_distillation_loss,
+        fused_linear_cross_entropy,
+        fused_linear_distillation_loss,
+        fused_linear_log_probs,
+    )
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -202,6 +208,12 @@ def launch_all() -> None:
     for budget in (None, 10**6):
         linear = fused_linear_cross_entropy(h, w, torch.arange(40), memory_budget=budget, z_loss=1e-4, **plain)
         torch.autograd.grad(linear, (h, w), torch.tensor(2.0, dtype=linear.dtype))
+    mixes: list[dict[str, Any]] = [{}, {"divergence": "jsd", "temperature": 2.0, "alpha": 0.5, "return_stats": True}]
+    for more in mixes:
+        x, teacher = tensor(41, 512, dtype=torch.bfloat16), torch.zeros(41, 512)
+        differentiate(fused_distillation_loss(x, teacher, torch.arange(41), **plain, **more), x)
+        distilled = fused_linear_distillation_loss(h, w, h.detach(), w.detach(), torch.arange(40), **plain, **more)
+        differentiate(distilled, h, w)
     for unaligned in (False, True):  # two calls that differ in nothing but alignment
         x, target = tensor(41, 512), torch.zeros(41, dtype=torch.long)
         weights = torch.ones(82)[int(unaligned) : 40 + int(unaligned)]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.eager import is_plain
 from ..core.options import check_backend, out_of_bounds
-from . import pytorch
-from .protocol import Backend
+from . import divergences, pytorch
+from .protocol import Backend, Distiller
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -25,6 +25,18 @@ def choose(backend: str, device: torch.device) -> str:
 def implementation(backend: str, device: torch.device) -> Backend:
     """The backend's module for this device. It is looked up when it runs, never while tracing."""
     return pytorch if backend == "torch" else _triton(device.type)
+
+
+def distiller(backend: str, device: torch.device) -> Distiller:
+    """The backend's module for distillation on this device."""
+    if backend == "torch":
+        return divergences
+    _triton(device.type)
+    from ..kernels import distillation
+
+    kernels: Any = distillation
+    module: Distiller = kernels
+    return module
 
 
 @functools.cache

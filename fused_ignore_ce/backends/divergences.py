@@ -69,6 +69,32 @@ class Teacher(NamedTuple):
         return Teacher(self.values[rows], None if self.ids is None else self.ids[rows])
 
 
+def saved_like(loss: Tensor, backend: str) -> Tensor:
+    """What a backend saves for backward: the kernels seven numbers of every row, PyTorch nothing."""
+    return loss.new_empty((7, len(loss)) if backend == "triton" else 0)
+
+
+def forward(
+    x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
+) -> tuple[DistilledRows, Tensor]:
+    found = rows(x, teacher, target, options, with_stats=with_stats)
+    return found, saved_like(found.loss, "torch")
+
+
+def backward(
+    dloss: Tensor, x: Tensor, teacher: Teacher, target: Tensor, saved: Tensor, options: DistillationOptions,
+    *, dx: Tensor,
+) -> None:  # fmt: skip
+    rows(x, teacher, target, options, with_stats=False, scale=dloss, dx=dx)
+
+
+def forward_backward(
+    scale: Tensor, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions,
+    *, dx: Tensor, with_stats: bool,
+) -> DistilledRows:  # fmt: skip
+    return rows(x, teacher, target, options, with_stats=with_stats, scale=scale, dx=dx)
+
+
 def rows(
     x: Tensor,
     teacher: Teacher,

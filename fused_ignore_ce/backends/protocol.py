@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from ..core.distillation import DistillationOptions
 from ..core.options import LossOptions
 from ..core.rows import Block, Logits, Rows, Saved, Upstream
+
+if TYPE_CHECKING:
+    from .divergences import DistilledRows, Teacher
 
 #: The sums over blocks of the vocabulary, (5, parts, N), and their argmax (parts, N), empty without statistics.
 Parts = tuple[Tensor, Tensor]
@@ -83,3 +87,38 @@ class Backend(Protocol):
 
     def scale(self, dx: Tensor, factor: Tensor | None, dloss: Tensor, *, out: Tensor | None = None) -> None:
         """`dx * dloss * factor`, in place or into `out`. In place, a backend may skip the work if the product is 1."""
+
+
+class Distiller(Protocol):
+    """The functions of a backend for distillation. Logits x, and a teacher's, are (N, V) with any strides."""
+
+    def forward(
+        self, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
+    ) -> tuple[DistilledRows, Tensor]:
+        """The results of all rows, and what `backward` needs of them."""
+
+    def backward(
+        self,
+        dloss: Tensor,
+        x: Tensor,
+        teacher: Teacher,
+        target: Tensor,
+        saved: Tensor,
+        options: DistillationOptions,
+        *,
+        dx: Tensor,
+    ) -> None:
+        """Writes the gradient of `sum(loss * dloss)` into `dx`, zeros in ignored rows."""
+
+    def forward_backward(
+        self,
+        scale: Tensor,
+        x: Tensor,
+        teacher: Teacher,
+        target: Tensor,
+        options: DistillationOptions,
+        *,
+        dx: Tensor,
+        with_stats: bool,
+    ) -> DistilledRows:
+        """The results of all rows; writes the gradient of `sum(loss * scale)` into `dx`, which may be `x`."""

@@ -162,12 +162,12 @@ def check_target(target: Any, shape: torch.Size, device: torch.device, alpha: fl
         raise RuntimeError(f"target: expected a tensor on {device}, where input is, got {target.device}")
 
 
-def refuse_kernels(backend: str) -> None:
+def refuse_top_k_kernels(backend: str) -> None:
     check_backend(backend)
     if backend == "triton":
         raise NotImplementedError(
-            'backend: there is no Triton kernel for distillation yet, got "triton"; "auto" and "torch" are PyTorch on '
-            "every device"
+            'backend: there is no Triton kernel for a teacher that is known by its likeliest classes, got "triton"; '
+            '"auto" and "torch" are PyTorch on every device. fused_linear_distillation_loss has kernels'
         )
 
 

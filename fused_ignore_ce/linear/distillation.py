@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import divergences
 from ..backends.blocks import BLOCK_ELEMENTS
-from ..backends.choice import scaled
+from ..backends.choice import distiller, scaled
 from ..backends.divergences import DistilledRows, Teacher
 from ..core.batches import is_batched, loops_over_batches
 from ..core.distillation import DistillationOptions, refuse_create_graph
@@ -54,6 +53,7 @@ class Settings(NamedTuple):
     teacher_dtype: torch.dtype
     logits_dtype: torch.dtype | None  # of both sides; None: that of the matrix products
     memory_budget: int | None
+    backend: str
 
 
 class Distilled(NamedTuple):
@@ -75,7 +75,8 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
     wide = settings.logits_dtype or settings.dtype
     a_row = V * (wide.itemsize + size * (wide != settings.dtype))  # the gradient is cast for the products
     a_row += 0 if tail else V * (settings.logits_dtype or settings.teacher_dtype).itemsize
-    whole = 8 * acc * min(N * V, max(BLOCK_ELEMENTS, V)) + product_elements(N * V, D) * (size + acc)
+    whole = product_elements(N * V, D) * (size + acc)
+    whole += 8 * acc * min(N * V, max(BLOCK_ELEMENTS, V)) * (settings.backend == "torch")
     whole += N * D * (student.h.dtype != settings.dtype) * size + V * D * (student.w.dtype != settings.dtype) * size
     if not tail and teacher.w.dtype != settings.teacher_dtype:
         whole += teacher.w.numel() * settings.teacher_dtype.itemsize
@@ -111,27 +112,25 @@ def _compute(
     def tiles(side: Side, dtype: torch.dtype) -> Tiles:
         operands = Operands(*side, target, None, None)
         return Tiles(
-            operands, options.options, chosen, dtype=dtype, logits_dtype=settings.logits_dtype, backend="torch",
-            with_stats=False, shard=None,
+            operands, options.options, chosen, dtype=dtype, logits_dtype=settings.logits_dtype,
+            backend=settings.backend, with_stats=False, shard=None,
         )  # fmt: skip
 
     found = DistilledRows.zeros(student.h, len(target), settings.with_stats)
     with torch.autocast(student.h.device.type, enabled=False):
         mine = tiles(student, settings.dtype)
         theirs = None if options.tail else tiles(teacher, settings.teacher_dtype)
-        sums = GradientSums(mine, wanted)
+        sums, kernels = GradientSums(mine, wanted), distiller(settings.backend, student.h.device)
         (block,) = mine.blocks
         for rows in mine.chunks:
             x = mine.logits(rows, block)
-            part = divergences.rows(
-                x,
-                Teacher(teacher.h, teacher.w).at(rows) if theirs is None else Teacher(theirs.logits(rows, block)),
-                target[rows],
-                options,
-                with_stats=settings.with_stats,
-                scale=None if scale is None else scale[rows],
-                dx=x if any(wanted) else None,
-            )
+            known = Teacher(teacher.h, teacher.w).at(rows) if theirs is None else Teacher(theirs.logits(rows, block))
+            given = x, known, target[rows], options
+            if any(wanted):
+                assert scale is not None
+                part = kernels.forward_backward(scale[rows], *given, dx=x, with_stats=settings.with_stats)
+            else:
+                part, _ = kernels.forward(*given, with_stats=settings.with_stats)
             for whole, values in zip(found, part, strict=True):
                 if len(whole):
                     whole[rows] = values
@@ -142,13 +141,14 @@ def _compute(
 
 
 _SIDES = "Tensor h, Tensor w, Tensor? b, Tensor teacher_h, Tensor teacher_w, Tensor? teacher_b"
-_SETTINGS = "bool with_stats, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? memory_budget"
+_SETTINGS = "bool with_stats, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype"
+_SETTINGS += ", int? memory_budget, str backend"
 
 
 def _flat(*args: Any) -> tuple[Tensor, ...]:
     """`_compute` with the arguments of the operator."""
-    wanted, settings = Wanted(*args[8:11]), Settings(*args[11:16])
-    options = unflatten(DistillationOptions, args[16:])
+    wanted, settings = Wanted(*args[8:11]), Settings(*args[11:17])
+    options = unflatten(DistillationOptions, args[17:])
     target, scale = args[6:8]
     return tuple(_compute(Side(*args[:3]), Side(*args[3:6]), target, scale, wanted, settings, options))
 
@@ -201,8 +201,9 @@ class _Function(torch.autograd.Function):
         refuse_create_graph()
         if ctx.at_once:
             loss, *of_one = ctx.saved_tensors
+            backend = Settings(*ctx.scalars[: len(Settings._fields)]).backend
             for i, gradient in enumerate(of_one, 2):
-                found[i] = scaled(gradient, upstream, "torch", keep=is_batched(ctx)) if needs[i] else None
+                found[i] = scaled(gradient, upstream, backend, keep=is_batched(ctx)) if needs[i] else None
             if needs[9]:
                 found[9] = loss * upstream
         else:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.choice import choose
 from ..core.distillation import (
     DistillationOptions,
     check_floating,
     check_same_classes,
     check_teacher,
     check_teacher_head,
-    refuse_kernels,
     refuse_process_group,
 )
 from ..core.eager import refuse_transforms
@@ -88,7 +88,7 @@ def fused_distillation_loss(
         return_stats: also return `LossStats` of the student, detached.
         loss_dtype: the dtype of the loss; None is input's, float32 under autocast.
         process_group: not supported yet.
-        backend: "auto" or "torch", PyTorch on every device; there is no Triton kernel yet.
+        backend: "auto" (Triton for CUDA tensors, else PyTorch), "triton" or "torch".
 
     Returns:
         The loss in nats: a scalar, or of shape (...) for "none". With return_stats, (loss, LossStats).
@@ -97,7 +97,7 @@ def fused_distillation_loss(
         ValueError: shapes or vocabularies that differ; a temperature that is not above 0; alpha or beta out of range;
             alpha below 1 without target.
         IndexError: with alpha below 1, a target that is neither ignored nor in [0, V).
-        NotImplementedError: a process_group; backend="triton".
+        NotImplementedError: a process_group.
 
     Note:
         Sums are float32 (float64 for float64). Forward reads the logits of both sides; backward reads both and writes
@@ -110,7 +110,6 @@ def fused_distillation_loss(
         tensor(0.1201)
     """
     refuse_process_group(process_group)
-    refuse_kernels(backend)
     check_teacher("teacher_input", teacher_input, input)
     check_floating("input", input)
     check_floating("teacher_input", teacher_input)
@@ -124,7 +123,9 @@ def fused_distillation_loss(
     reducing = ReductionOptions(reduction, normalizer, return_stats, loss_dtype).checked()
     refuse_transforms(input)
     targets = targets_of(input, target, token_weight, ids, V, options)
-    rows = of_logits.distilled(input, teacher_input.detach(), targets.target, bool(return_stats), options)
+    rows = of_logits.distilled(
+        input, teacher_input.detach(), targets.target, bool(return_stats), choose(backend, input.device), options
+    )
     if reduction == "none":
         loss = row_losses(rows.loss, rows.loss, targets, 0.0)
     else:
@@ -200,7 +201,7 @@ def fused_linear_distillation_loss(
         return_stats: also return `LossStats` of the student, detached.
         loss_dtype: the dtype of the loss; None is input's, float32 under autocast.
         process_group: not supported yet.
-        backend: "auto" or "torch", PyTorch on every device; there is no Triton kernel yet.
+        backend: "auto" (Triton for CUDA tensors, else PyTorch), "triton" or "torch".
 
     Returns:
         What `fused_distillation_loss` returns. Differentiable in input, linear_weight and linear_bias.
@@ -222,7 +223,6 @@ def fused_linear_distillation_loss(
         0.0
     """
     refuse_process_group(process_group)
-    refuse_kernels(backend)
     V = check_student(input, linear_weight, linear_bias)
     check_teacher("teacher_input", teacher_input, input)
     check_teacher_head(teacher_input, teacher_weight, teacher_bias, V)
@@ -237,6 +237,6 @@ def fused_linear_distillation_loss(
     targets = targets_of(input, target, token_weight, ids, V, options)
     teacher = constant(rows_of(teacher_input), teacher_weight, teacher_bias)
     student = Side(rows_of(input), linear_weight, linear_bias)
-    dtypes = product_dtype(input), product_dtype(teacher_input)
-    settings = Settings(bool(return_stats), *dtypes, logits_dtype, budget_bytes(memory_budget))
+    dtypes, chosen = (product_dtype(input), product_dtype(teacher_input)), choose(backend, input.device)
+    settings = Settings(bool(return_stats), *dtypes, logits_dtype, budget_bytes(memory_budget), chosen)
     return loss_of_hidden_states(student, teacher, targets, settings, options, reducing, input)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core.distillation import (
     DistillationOptions,
     check_top_k,
-    refuse_kernels,
     refuse_process_group,
+    refuse_top_k_kernels,
 )
 from ..core.eager import refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype, ignored_ids
@@ -92,7 +92,7 @@ def fused_top_k_distillation_loss(
         return_stats: also return `LossStats` of the student, detached.
         loss_dtype: the dtype of the loss; None is input's, float32 under autocast.
         process_group: not supported yet.
-        backend: "auto" or "torch", PyTorch on every device; there is no Triton kernel yet.
+        backend: "auto" or "torch", PyTorch on every device; there is no Triton kernel for such a teacher.
 
     Returns:
         What `fused_distillation_loss` returns. Differentiable in input, linear_weight and linear_bias.
@@ -109,7 +109,7 @@ def fused_top_k_distillation_loss(
         tensor(0.1733)
     """
     refuse_process_group(process_group)
-    refuse_kernels(backend)
+    refuse_top_k_kernels(backend)
     V = check_student(input, linear_weight, linear_bias)
     check_top_k(teacher_ids, teacher_log_probs, input, V)
     ids = ignored_ids(ignore_index)
@@ -124,5 +124,5 @@ def fused_top_k_distillation_loss(
     teacher = constant(rows_of(teacher_log_probs), rows_of(teacher_ids), None)
     student = Side(rows_of(input), linear_weight, linear_bias)
     dtype = product_dtype(input)
-    settings = Settings(bool(return_stats), dtype, dtype, logits_dtype, budget_bytes(memory_budget))
+    settings = Settings(bool(return_stats), dtype, dtype, logits_dtype, budget_bytes(memory_budget), "torch")
     return loss_of_hidden_states(student, teacher, targets, settings, options, reducing, input)

@@ -14,9 +14,9 @@ from bench.proofs.emulator.translating import translate
 
 from .test_proofs_compiled import worker
 
-KERNELS = {
-    f"{name}_kernel" for name in ["forward", "merge", "backward", "one_pass", "on_chip", "reduce", "total", "scale"]
-}  # fmt: skip
+NAMES = ["forward", "merge", "backward", "one_pass", "on_chip", "reduce", "total", "scale"]
+NAMES += ["distillation", "distillation_backward"]
+KERNELS = {f"{name}_kernel" for name in NAMES}
 
 HEAD = ".visible .entry kernel(\n.param .u64 kernel_param_0\n)\n.reqntid 32\n{\n.reg .b32 %r<9>;\n.reg .pred %p<9>;\n"
 

@@ -22,7 +22,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from bench.proofs.emulator import building, ptx
 from bench.proofs.emulator.faults import KernelFault
 from bench.proofs.emulator.launching import Emulator, emulated
-from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy, fused_linear_log_probs
+from fused_ignore_ce import (
+    fused_cross_entropy,
+    fused_distillation_loss,
+    fused_linear_cross_entropy,
+    fused_linear_distillation_loss,
+    fused_linear_log_probs,
+)
 from fused_ignore_ce.core.options import LossOptions
 
 ROOT = Path(__file__).parents[2]
@@ -215,6 +221,18 @@ def cases():
         log_probs, entropy = fused_linear_log_probs(h, w, torch.arange(40), return_entropy=True, backend=backend)
         return log_probs * 0.3 + entropy
 
+    def distilled(backend, x):
+        return fused_distillation_loss(x, teacher.to(x.dtype), some_ignored, backend=backend)
+
+    def linear_distilled(backend, h, w):
+        return fused_linear_distillation_loss(
+            h, w, h.detach() * 0.5, w.detach(), torch.arange(40), divergence="jsd", temperature=2.0, alpha=0.5,
+            backend=backend,
+        )  # fmt: skip
+
+    teacher, some_ignored = tensor(20, 5000, dtype=some).detach(), targets(20, 5000)
+    yield "distillation", distilled, (tensor(20, 5000, dtype=some),)
+    yield "linear distillation", linear_distilled, (tensor(40, 16), tensor(5003, 16))
     yield "linear", linear, (tensor(40, 16), tensor(5003, 16))
     yield "log-probabilities", log_probs, (tensor(40, 16), tensor(5003, 16))
 

@@ -103,8 +103,8 @@ def measured(forward, backward, unit):
 def assert_gathered_no_longer(ours, plain, gradients, gathers=0):
     """A head's whole weight is in memory no longer than without this package.
 
-    From the forward on, `gradients` of it may be held more, and in the forward `gathers` of its memory as well. The peak
-    of the backward is no higher.
+    From the forward on, `gradients` of it may be held more, and in the forward `gathers` of its memory as well. The
+    peak of the backward is no higher.
     """
     for mine, theirs in zip(ours, plain, strict=True):
         for when, heads in mine.items():

@@ -1,5 +1,6 @@
 """The distillation losses: values and gradients against the reference in float64, and all that is refused."""
 
+import functools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ CASES += [(torch.float32, "caps", "mean"), (torch.float32, "temperature", "none"
 
 @pytest.mark.parametrize(("dtype", "options", "reduction"), CASES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_values_and_gradients(dtype, divergence, options, reduction):
+def test_values_and_gradients(dtype, divergence, options, reduction, backend):
     h, w, b, *teacher = tensors(dtype)
     options = OPTIONS[options]
     rows = reference.distillation_rows(
@@ -65,7 +66,7 @@ def test_values_and_gradients(dtype, divergence, options, reduction):
     )
     expected = reduced(rows, reduction)
     true = [expected, *gradients(expected, (h, w, b))]
-    given = {"divergence": divergence, "beta": 0.3, "reduction": reduction, **options}
+    given = {"divergence": divergence, "beta": 0.3, "reduction": reduction, "backend": backend, **options}
     of_hidden = fused_linear_distillation_loss(
         h, w, *teacher[:2], TARGET, linear_bias=b, teacher_bias=teacher[2], **given
     )
@@ -111,7 +112,7 @@ def test_all_classes_in_top_k_are_the_whole_loss():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_narrow_operands_are_no_worse_than_pytorch(divergence, dtype):
+def test_narrow_operands_are_no_worse_than_pytorch(divergence, dtype, backend):
     """Against float64 of the same operands, as far as what PyTorch computes in the same dtype, from float32 logits."""
     h, w, b, *teacher = tensors(dtype)
     exact = reference.distillation_rows(logits_of(h, w, b), logits_of(*teacher), TARGET, divergence_name=divergence)
@@ -122,7 +123,7 @@ def test_narrow_operands_are_no_worse_than_pytorch(divergence, dtype):
     theirs = [plain, *torch.autograd.grad(plain, (h, w, b))]
     loss = fused_linear_distillation_loss(
         h, w, *teacher[:2], TARGET, linear_bias=b, teacher_bias=teacher[2], divergence=divergence, reduction="sum",
-        loss_dtype=torch.float32,
+        loss_dtype=torch.float32, backend=backend,
     )  # fmt: skip
     ours = [loss, *torch.autograd.grad(loss, (h, w, b))]
     for mine, other, right in zip(ours, theirs, true, strict=True):
@@ -131,12 +132,12 @@ def test_narrow_operands_are_no_worse_than_pytorch(divergence, dtype):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_ignored_tokens_reach_nothing(divergence):
+def test_ignored_tokens_reach_nothing(divergence, backend):
     h, w, b, th, tw, tb = tensors()
     kept = TARGET != -100
     with torch.no_grad():
         h[~kept], th[~kept] = math.nan, math.inf
-    options = {"divergence": divergence, "alpha": 0.5, "linear_bias": b, "teacher_bias": tb}
+    options = {"divergence": divergence, "alpha": 0.5, "linear_bias": b, "teacher_bias": tb, "backend": backend}
     loss = fused_linear_distillation_loss(h, w, th, tw, TARGET, **options)
     found = gradients(loss, (h, w, b))
     short = h.detach()[kept].requires_grad_()
@@ -145,46 +146,58 @@ def test_ignored_tokens_reach_nothing(divergence):
     assert not found[0][~kept].any()
     torch.testing.assert_close(found[1], gradients(alone, (w,))[0])
     x = F.linear(h, w, b).detach().requires_grad_()
-    of_logits = fused_distillation_loss(x, F.linear(th, tw, tb), TARGET, divergence=divergence, alpha=0.5)
+    of_logits = fused_distillation_loss(
+        x, F.linear(th, tw, tb), TARGET, divergence=divergence, alpha=0.5, backend=backend
+    )  # fmt: skip
     torch.testing.assert_close(of_logits, loss)
     assert not torch.autograd.grad(of_logits, x)[0][~kept].any()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_classes_that_are_masked_on_both_sides(divergence):
+def test_classes_that_are_masked_on_both_sides(divergence, backend):
     h, w, b, *teacher = tensors()
     x, t = logits_of(h, w, b).detach(), logits_of(*teacher)
     some = torch.arange(V) % 3 > 0
     whole, rest = x.masked_fill(~some, -torch.inf).requires_grad_(), x[:, some].requires_grad_()
-    masked = fused_distillation_loss(whole, t.masked_fill(~some, -torch.inf), divergence=divergence)
-    alone = fused_distillation_loss(rest, t[:, some], divergence=divergence)
+    options = {"divergence": divergence, "backend": backend}
+    masked = fused_distillation_loss(whole, t.masked_fill(~some, -torch.inf), **options)
+    alone = fused_distillation_loss(rest, t[:, some], **options)
     torch.testing.assert_close(masked, alone)
     gradient = torch.autograd.grad(masked, whole)[0]
     torch.testing.assert_close(gradient[:, some], torch.autograd.grad(alone, rest)[0])
     assert not gradient[:, ~some].any()
 
 
-def test_a_class_that_only_the_teacher_has():
+def test_a_class_that_only_the_teacher_has(backend):
     x, t = torch.tensor([[0.0, -torch.inf]]), torch.zeros(1, 2)
-    assert fused_distillation_loss(x, t).item() == math.inf
-    assert fused_distillation_loss(t, x).item() == pytest.approx(math.log(2))
-    assert fused_distillation_loss(t, x, divergence="reverse_kl").item() == math.inf
-    assert fused_distillation_loss(x, t, divergence="jsd").item() < math.log(2)
+    loss = functools.partial(fused_distillation_loss, backend=backend)
+    assert loss(x, t).item() == math.inf
+    assert loss(t, x).item() == pytest.approx(math.log(2))
+    assert loss(t, x, divergence="reverse_kl").item() == math.inf
+    assert loss(x, t, divergence="jsd").item() < math.log(2)
 
 
-def test_the_same_distribution_is_at_no_distance():
+def test_the_same_distribution_is_at_no_distance(backend):
     h, w, b, *_ = tensors()
     for divergence in DIVERGENCES:
         loss = fused_linear_distillation_loss(
-            h, w, h, w, linear_bias=b, teacher_bias=b, divergence=divergence, temperature=3.0
+            h, w, h, w, linear_bias=b, teacher_bias=b, divergence=divergence, temperature=3.0, backend=backend
         )
         assert abs(loss.item()) < 1e-15
         assert gradients(loss, (h,))[0].abs().max() < 1e-15
 
 
-def test_alpha_zero_is_the_cross_entropy():
+def test_equal_logits_of_any_size_are_equal(backend):
+    """Relative to logits of 3e38, their number is far below the last digit of the sum's logarithm."""
+    x = torch.full((1, 4), -3e38, requires_grad=True)
+    loss = fused_distillation_loss(x, torch.zeros(1, 4), torch.tensor([1]), alpha=0.5, backend=backend)
+    assert loss.item() == pytest.approx(math.log(2))
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.tensor([[0.125, -0.375, 0.125, 0.125]]))
+
+
+def test_alpha_zero_is_the_cross_entropy(backend):
     h, w, b, *teacher = tensors()
-    loss = fused_linear_distillation_loss(h, w, *teacher[:2], TARGET, alpha=0.0, linear_bias=b)
+    loss = fused_linear_distillation_loss(h, w, *teacher[:2], TARGET, alpha=0.0, linear_bias=b, backend=backend)
     plain = fused_cross_entropy(F.linear(h, w, b), TARGET)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradients(loss, (w,))[0], gradients(plain, (w,))[0])
@@ -198,18 +211,21 @@ def test_the_teacher_is_a_constant_and_the_frozen_student_too():
     assert all(t.grad is None for t in (w, *teacher))
 
 
-def test_token_weights_normalizer_and_nothing_kept():
+def test_token_weights_normalizer_and_nothing_kept(backend):
     h, w, _b, *teacher = tensors()
+    linear, of_logits = (
+        functools.partial(loss, backend=backend) for loss in (fused_linear_distillation_loss, fused_distillation_loss)
+    )
     weight = torch.linspace(0.0, 2.0, N, dtype=torch.float64).requires_grad_()
     rows = reference.distillation_rows(F.linear(h, w), F.linear(*teacher[:2]), TARGET) * weight
     kept = (TARGET != -100) & (weight != 0)
     given = (h, w, *teacher[:2], TARGET)
     for found, true in (
-        (fused_linear_distillation_loss(*given, token_weight=weight), rows.sum() / weight[kept].sum()),
-        (fused_linear_distillation_loss(*given, token_weight=weight, normalizer=torch.tensor(11)), rows.sum() / 11),
-        (fused_linear_distillation_loss(*given, token_weight=weight, reduction="none").sum(), rows.sum()),
+        (linear(*given, token_weight=weight), rows.sum() / weight[kept].sum()),
+        (linear(*given, token_weight=weight, normalizer=torch.tensor(11)), rows.sum() / 11),
+        (linear(*given, token_weight=weight, reduction="none").sum(), rows.sum()),
         (
-            fused_distillation_loss(F.linear(h, w), F.linear(*teacher[:2]), TARGET, token_weight=weight),
+            of_logits(F.linear(h, w), F.linear(*teacher[:2]), TARGET, token_weight=weight),
             rows.sum() / weight[kept].sum(),
         ),
     ):
@@ -220,14 +236,14 @@ def test_token_weights_normalizer_and_nothing_kept():
             torch.testing.assert_close(a[keep], b_[keep])
     nothing = torch.full((N,), -100)
     for reduction, value in (("mean", math.nan), ("sum", 0.0)):
-        loss = fused_linear_distillation_loss(h, w, *teacher[:2], nothing, reduction=reduction)
+        loss = linear(h, w, *teacher[:2], nothing, reduction=reduction)
         torch.testing.assert_close(loss.item(), value, equal_nan=True)
         assert not any(g.any() for g in torch.autograd.grad(loss, (h, w)))
 
 
-def test_statistics_are_the_students():
+def test_statistics_are_the_students(backend):
     h, w, b, *teacher = tensors()
-    options = {"alpha": 0.5, "temperature": 2.0, "return_stats": True}
+    options = {"alpha": 0.5, "temperature": 2.0, "return_stats": True, "backend": backend}
     loss, stats = fused_linear_distillation_loss(h, w, *teacher[:2], TARGET, linear_bias=b, **options)
     _, others = fused_distillation_loss(F.linear(h, w, b), F.linear(*teacher[:2]), TARGET, **options)
     _, true = fused_cross_entropy(F.linear(h, w, b), TARGET, return_stats=True)
@@ -254,15 +270,16 @@ def test_a_memory_budget_makes_chunks():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(reduction):
+def test_compiled(reduction, backend):
     h, w, _b, *teacher = tensors(torch.float32)
     log_p, ids = F.linear(*teacher).log_softmax(-1).topk(K)
-    losses = (
-        lambda: fused_linear_distillation_loss(h, w, *teacher[:2], TARGET, alpha=0.5, reduction=reduction).sum(),
-        lambda: fused_distillation_loss(F.linear(h, w), F.linear(*teacher[:2]), TARGET, reduction=reduction).sum(),
+    options = {"reduction": reduction, "backend": backend}
+    losses = [
+        lambda: fused_linear_distillation_loss(h, w, *teacher[:2], TARGET, alpha=0.5, **options).sum(),
+        lambda: fused_distillation_loss(F.linear(h, w), F.linear(*teacher[:2]), TARGET, **options).sum(),
         lambda: fused_top_k_distillation_loss(h, w, ids, log_p, TARGET, reduction=reduction).sum(),
-    )
-    for loss in losses:
+    ]
+    for loss in losses if backend == "torch" else losses[:2]:
         torch._dynamo.reset()
         plain, compiled = loss(), torch.compile(loss, fullgraph=True, backend="aot_eager")()
         torch.testing.assert_close(compiled, plain)
@@ -304,7 +321,6 @@ def test_second_derivatives_are_refused():
         ({"target": TARGET[:3]}, ValueError, r"target: expected shape \(7,\)"),
         ({"target": TARGET.float()}, TypeError, "target: expected dtype int64"),
         ({"alpha": 0.5, "target": torch.where(TARGET == 22, 24, TARGET)}, IndexError, "target 24 is out of bounds"),
-        ({"backend": "triton"}, NotImplementedError, "no Triton kernel for distillation"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"process_group": object()}, NotImplementedError, "process_group: distillation"),
         ({"temprature": 2.0}, TypeError, "temprature"),
@@ -342,6 +358,8 @@ def test_tensors_that_are_refused():
         (ValueError, "teacher_log_probs: expected the shape",
          lambda: fused_top_k_distillation_loss(h, w, ids, log_p[:, :2])),
         (TypeError, "teacher_ids: expected dtype int64", lambda: fused_top_k_distillation_loss(h, w, ids.int(), log_p)),
+        (NotImplementedError, "backend: there is no Triton kernel for a teacher that is known by its likeliest classes",
+         lambda: fused_top_k_distillation_loss(h, w, ids, log_p, backend="triton")),
         (ValueError, "tail: expected one of", lambda: fused_top_k_distillation_loss(h, w, ids, log_p, tail="drop")),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
