@@ -5,7 +5,7 @@ contiguous. An ignored row has `target == options.options.ignore_index`. `option
 `DistillationOptions`.
 """
 
-from . import prepare
+from . import prepare_distillation as prepare
 from .arguments import acc_dtype, form_of, row_stride
 from .chip import chip_of
 from .distillation_structs import PairLogits, PairRows
@@ -19,7 +19,10 @@ def _launched(x, teacher, target, options, with_stats, scale, dx):
     loss, n = x.new_empty(N, dtype=acc), N if with_stats else 0
     saved = loss.new_empty((7, N)) if dx is None else None
     lse, predicted, entropy = loss.new_empty(n), loss.new_empty(n, dtype=target.dtype), loss.new_empty(n)
-    if N:
+    if not x.numel():
+        for t in (loss, lse, predicted, entropy):
+            t.zero_()
+    else:
         rows = prepare.distillation(
             form_of(x), form_of(teacher), form_of(dx), row_stride(scale), options, with_stats, chip_of(x.device)
         )

@@ -89,7 +89,7 @@ def distillation_kernel(
     beta, share, hard = tl.full((), beta, ACC), tl.full((), share, ACC), tl.full((), hard, ACC)
     for at in range(tl.program_id(0), N, tl.num_programs(0)):
         # Adds 0, so that no register keeps an offset from one row to the next, see `one_pass_kernel`.
-        offs = tile_offsets(TILE) + (tl.cast(at, tl.int32) >> 31) * TILE.BLOCK_V
+        offs = tile_offsets(TILE, TILE.CHUNKS) + (tl.cast(at, tl.int32) >> 31) * TILE.BLOCK_V
         row = tl.cast(at, tl.int64)
         target = tl.load(target_ptr + row)
         if target == ignore_index:
@@ -161,7 +161,7 @@ def distillation_backward_kernel(
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
     beta, share, hard = tl.full((), beta, ACC), tl.full((), share, ACC), tl.full((), hard, ACC)
-    offs = tile_offsets(TILE)
+    offs = tile_offsets(TILE, TILE.CHUNKS)
     pid = tl.program_id(0)
     row = (pid // place.splits).to(tl.int64)
     v_start = (pid % place.splits) * place.split_tiles * BLOCK_V

@@ -35,7 +35,7 @@ from .device_math import (
 )
 from .distillation_structs import Logarithm, Normaliser, PairLanes
 from .sums import careful_sums, first_of_largest
-from .tiles import load_tile
+from .tiles import load_tile, tile_offsets
 
 
 @triton.jit
@@ -155,11 +155,11 @@ def pair_sums(
     if MIX.APART:
         fine &= sound(c, s)
     if fine == 0:
-        CAREFUL: tl.constexpr = TILE.ONE_CHUNK
-        c_q, s_q, _, _, d_q, far_q = careful_sums(student.inputs, 0, student.options, ACC, CAREFUL, OPTIONS)
-        c_p, s_p, _, _, _, far_p = careful_sums(teacher.inputs, 0, teacher.options, ACC, CAREFUL, TEACHER)
+        one = tile_offsets(TILE, 1)  # chunk, which takes the fewest registers
+        c_q, s_q, _, _, d_q, far_q = careful_sums(student.inputs, 0, one, zero, student.options, ACC, TILE, OPTIONS)
+        c_p, s_p, _, _, _, far_p = careful_sums(teacher.inputs, 0, one, zero, teacher.options, ACC, TILE, TEACHER)
         if MIX.APART:
-            c, s, _, _, d_q, far = careful_sums(ones.inputs, 0, ones.options, ACC, CAREFUL, OPTIONS)
+            c, s, _, _, d_q, far = careful_sums(ones.inputs, 0, one, zero, ones.options, ACC, TILE, OPTIONS)
         if OPTIONS.HAS_STATS:
             d = d_q
     q, p = Normaliser(c=c_q, s=s_q, far=far_q), Normaliser(c=c_p, s=s_p, far=far_p)
@@ -172,8 +172,8 @@ def pair_sums(
             mean_p, mean_q = walked(student, teacher, q, p, offs, beta, ACC, TILE, OPTIONS, TEACHER, MIX, EVICT)
             mean = mean_p + mean_q
         bits = mean + tl.log2(s_q / s_p if MIX.KIND == "forward_kl" else s_p / s_q)
-    one = Normaliser(c=c, s=s, far=far) if MIX.APART else q
-    return q, p, one, bits, mean, d, predicted
+    normaliser = Normaliser(c=c, s=s, far=far) if MIX.APART else q
+    return q, p, normaliser, bits, mean, d, predicted
 
 
 @triton.jit
