@@ -249,5 +249,6 @@ def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
             continue
         for features in feature_sets(operation) if operation == "one pass" and not quick else fullest(operation):
             yield Case(operation, 4, 65536, 32, dtype, features, contiguous=False)
-            for (B, T), V, contiguous in itertools.product(() if quick else ROWS, VOCABULARIES, (True, False)):
+            rows = (*ROWS, (1, 1001)) if operation in DISTILLATION else ROWS  # whose (B, T) are one dimension, N
+            for (B, T), V, contiguous in itertools.product(() if quick else rows, VOCABULARIES, (True, False)):
                 yield Case(operation, B, T, V, dtype, features, contiguous)

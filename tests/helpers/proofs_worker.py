@@ -93,7 +93,7 @@ def counted():
 
 def launched():
     """The kernels that the launcher and a profiler saw, all that exist, and the errors of two broken launchers."""
-    from fused_ignore_ce.kernels import prepare
+    from fused_ignore_ce.kernels import prepare, prepare_distillation
 
     profiled = []
 
@@ -108,7 +108,8 @@ def launched():
         arguments = error_of(launcher.check, 90)
     with mock.patch.object(prepare, "kinds", len):
         kernels = error_of(launcher.check, 90)
-    every = [name for name, value in vars(prepare).items() if isinstance(value, triton.JITFunction)]
+    modules = (prepare, prepare_distillation)
+    every = [name for m in modules for name, value in vars(m).items() if isinstance(value, triton.JITFunction)]
     wrong = {"wrong arguments": arguments, "wrong kernels": kernels}
     return {"checked": checked, "profiled": profiled, "kernels": every} | wrong
 
