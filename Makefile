@@ -121,7 +121,7 @@ $(VENV)-kernels-hub/.ready: $(VENV)/.ready
 $(VENV)-other-libraries/.ready: $(VENV)/.ready
 	$(beside)
 	$(@D)/bin/python -m pip install -c constraints.txt einops lightning spmd_types torch_checkpointing torchdata tyro
-	$(@D)/bin/python -m pip install -c constraints.txt --no-deps litgpt torchtitan
+	$(@D)/bin/python -m pip install -c constraints.txt --no-deps bitsandbytes litgpt torchao torchtitan
 	touch $@
 
 $(VENV)-deepspeed/.ready: $(VENV)/.ready
