@@ -142,6 +142,8 @@ class TracedLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in _OF_GRAPH:
+            torch._dynamo.graph_break()  # Dynamo breaks the graph there anyway, but loses what the forward has counted
         stands_alone = writes(name, {}) or name in MEMORY or name in _OF_GRAPH
         return getattr(self._written() if stands_alone else self.materialize(), name)
 

@@ -285,7 +285,7 @@ class Lazy(Tensor):
         value = self._aliased("requires_grad_")
         value.requires_grad_()
         self._is_written = self._is_moved = self._is_leaf = True
-        with torch.enable_grad():
+        with _plainly(), torch.enable_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(self):
             connected(Adopt, self, value)
 
     def _family(self) -> list[Lazy]:

@@ -119,9 +119,11 @@ def _run(model: Any, original: Callable[..., Any], names: tuple[str, ...], args:
         shared.in_forward = True
         _spare(kwargs, shared)
         tracing.models += 1
-        with LossMode(classes_of(output_embeddings(model)), shared):
-            outputs = original(*args, **kwargs)
-        tracing.models -= 1
+        try:
+            with LossMode(classes_of(output_embeddings(model)), shared):
+                outputs = original(*args, **kwargs)
+        finally:
+            tracing.models -= 1
         if labels and not shared.used and _is_outermost():
             _check_traced(model, original, outputs)
         return _as_tensors(outputs, model, shared)
