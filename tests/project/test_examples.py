@@ -29,7 +29,7 @@ SHARED = ["data", "models"]
 #: How the examples that need several processes are started.
 TORCHRUN = {name: ["--standalone", "--nproc-per-node", "2"] for name in ("tensor_parallel", "fsdp2")}
 LOSS = r"(?<!train_)(?<!eval_)loss\W+(-?\d+\.\d+)"
-DOMAIN = r"'loss of ([a-z ]+)': '(\d+\.\d+)'"
+DOMAIN = r"'loss of ([a-z ]+)': '?(\d+\.\d+)"
 REWARD = r"rewards/lower_case/mean\W+(\d+\.\d+)"
 
 
