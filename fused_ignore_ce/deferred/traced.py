@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from .expression import Form
 from .forms import applied
@@ -133,6 +135,8 @@ class TracedLogits:
             return torch.matmul(*_in_order(*_values_of(args)))
         if func in LOSSES and isinstance(first, TracedLogits):
             return LOSSES[func](*args, **kwargs)
+        if func in _AMBIGUOUS and isinstance(first, Tensor):
+            torch._dynamo.graph_break()  # then Python itself calls the operator that was written
         logits = next((a for a in (*args, kwargs.get("out")) if isinstance(a, TracedLogits)), None)
         name = _NAMES.get(func, "")
         if logits is not None and (name or writes(name, kwargs)):
@@ -199,6 +203,19 @@ _NAMES = {
     for name in dir(where)
     if (name in RECORDED or writes(name, {})) and callable(getattr(where, name))
 }
+#: What Dynamo calls for `logits += tensor` as for `logits + tensor`, with the tensor first, and so for other operators.
+_AMBIGUOUS = {
+    *(Tensor.add, Tensor.mul),
+    *(getattr(Tensor, f"__r{name}__") for name in ("sub", "truediv", "floordiv", "mod", "pow")),
+}
 for _name in (*RECORDED, *_OPERATORS):
     if hasattr(Tensor, _name):
         setattr(TracedLogits, _name, _method(_name))
+# After a graph break these methods run by themselves. Dynamo would compile each one alone, and lose the contexts that it
+# enters.
+for _value in vars(TracedLogits).values():
+    _function = getattr(_value, "fget", None) or getattr(_value, "__func__", _value)
+    if isinstance(_function, FunctionType):
+        eval_frame.set_code_exec_strategy(
+            _function.__code__, eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+        )

@@ -32,6 +32,26 @@ def _number_added(x):
     return x
 
 
+def _tensor_added(x):
+    y = x.float()  # x itself
+    y += torch.linspace(0, 1, V)
+    return x
+
+
+def _tensors_in_place(x):
+    y, z = x.float(), x.view(-1, V)
+    y -= torch.linspace(0, 1, V)
+    y *= torch.linspace(1, 2, V)
+    z /= torch.linspace(1, 2, V)
+    return x + y
+
+
+def _tensor_on_the_left(x):
+    y = torch.linspace(0, 1, V) - x
+    x += y
+    return x * y - torch.linspace(1, 2, V) / x
+
+
 def _masked(x):
     x.masked_fill_(x > 0.5, -2.0)
     return F.relu(x, inplace=True) + x

@@ -132,8 +132,8 @@ def test_statistics_and_their_gradients(dtype, options, backend, device):
     log_p = used.log_softmax(1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(1)
-    # Tanh of 16-bit logits is right to 5e-7 of the cap, with instructions as bad as the PTX manual lets them be.
-    atol = 5e-7 * softcap if softcap and dtype == torch.bfloat16 else 1e-4
+    # Tanh of 16-bit logits is right to 7e-7 of the cap, with instructions as bad as the PTX manual lets them be.
+    atol = 7e-7 * softcap if softcap and dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(stats.lse[:-1].double(), used.logsumexp(1), rtol=1e-5, atol=atol)
     torch.testing.assert_close(stats.entropy[:-1].double(), entropy, rtol=1e-5, atol=1e-5)
     assert torch.equal(stats.predicted[:-1], used.argmax(1))
