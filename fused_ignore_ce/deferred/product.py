@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.eager import is_tracing
+
 
 class Product(NamedTuple):
     """Logits (..., V) = hidden @ weight.T + bias."""
@@ -69,6 +71,8 @@ class Product(NamedTuple):
 
     def _linear(self) -> Tensor:
         if self.layout == "plain":
+            if is_tracing():  # `F.linear` in the compiled graph would be deferred by the mode that the forward runs in
+                return torch.ops.aten.linear.default(self.hidden, self.weight, self.bias)
             return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
         from torch.distributed.tensor import DTensor, Replicate
 

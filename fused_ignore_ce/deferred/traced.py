@@ -131,14 +131,14 @@ class TracedLogits:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func is Tensor.matmul:
-            return torch.matmul(*_in_order(*_values_of(args)))
         if func in LOSSES and isinstance(first, TracedLogits):
             return LOSSES[func](*args, **kwargs)
-        if func in _AMBIGUOUS and isinstance(first, Tensor):
+        if func is Tensor.matmul:
+            return torch.matmul(*_in_order(*_values_of(args)))
+        name = _name_of(func)
+        if name in _AMBIGUOUS and isinstance(first, Tensor):
             torch._dynamo.graph_break()  # then Python itself calls the operator that was written
         logits = next((a for a in (*args, kwargs.get("out")) if isinstance(a, TracedLogits)), None)
-        name = _NAMES.get(func, "")
         if logits is not None and (name or writes(name, kwargs)):
             return logits._call(func, name, args, kwargs)
         return func(*_values_of(args), **_values_of(kwargs))
@@ -196,18 +196,20 @@ _OPERATORS = [
     *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__setitem__"),
     *("__bool__", "__int__", "__float__", "__contains__"),
 ]
-#: The names of the functions that are recorded and of those that write, as Dynamo knows not each one's `__name__`.
+def _name_of(func: Any) -> str:
+    """The name of a function that is recorded or writes, or ""; Dynamo does not know the names of those written in C."""
+    return _PYTHON_NAMES.get(func.__name__, "") if isinstance(func, FunctionType) else _NAMES.get(func, "")
+
+
 _NAMES = {
     getattr(where, name): name
     for where in (Tensor, torch, torch.nn.functional)
     for name in dir(where)
-    if (name in RECORDED or writes(name, {})) and callable(getattr(where, name))
+    if (name in RECORDED or writes(name, {}) or name in _OPERATORS) and callable(getattr(where, name))
 }
+_PYTHON_NAMES = {func.__name__: name for func, name in _NAMES.items() if isinstance(func, FunctionType)}
 #: What Dynamo calls for `logits += tensor` as for `logits + tensor`, with the tensor first, and so for other operators.
-_AMBIGUOUS = {
-    *(Tensor.add, Tensor.mul),
-    *(getattr(Tensor, f"__r{name}__") for name in ("sub", "truediv", "floordiv", "mod", "pow")),
-}
+_AMBIGUOUS = {"add", "mul", "__rsub__", "__rtruediv__", "__rfloordiv__", "__rmod__", "__rpow__"}
 for _name in (*RECORDED, *_OPERATORS):
     if hasattr(Tensor, _name):
         setattr(TracedLogits, _name, _method(_name))
