@@ -7,8 +7,11 @@ imports the compiler, and every call pays for the dispatch; plain tensors in eag
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_unary
 
@@ -25,6 +28,21 @@ def is_tracing() -> bool:
     if not torch.compiler.is_compiling():
         return False
     return torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+def traced_within_callers(cls: type) -> type:
+    """A class whose methods torch.compile traces as part of a function that calls them, but does not compile alone.
+
+    It would compile each one by itself where they run after a graph break. The contexts that they enter, which are not
+    part of a compiled graph, would be lost then, and a method that gets a function as its argument would be compiled
+    for the first one only.
+    """
+    skip = eval_frame._FrameAction.SKIP
+    for value in vars(cls).values():
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if isinstance(function, FunctionType):
+            eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return cls
 
 
 def is_plain(x: Tensor) -> bool:

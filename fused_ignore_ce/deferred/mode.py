@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..core.eager import is_tracing, refuse_transforms
+from ..core.eager import is_tracing, refuse_transforms, traced_within_callers
 from ..losses.causal_lm import fused_causal_lm_loss
 from .expression import log_softmax_of
 from .logits import defer
@@ -22,6 +22,7 @@ from .values import Lazy
 _MATMULS = ("matmul", "__matmul__")
 
 
+@traced_within_callers
 class LossMode(TorchFunctionMode):
     """Defers the product with a head of `classes` rows; with `classes=None`, there is no head, and nothing is deferred.
 

@@ -72,7 +72,8 @@ class Product(NamedTuple):
     def _linear(self) -> Tensor:
         if self.layout == "plain":
             if is_tracing():  # `F.linear` in the compiled graph would be deferred by the mode that the forward runs in
-                return torch.ops.aten.linear.default(self.hidden, self.weight, self.bias)
+                product: Tensor = torch.ops.aten.linear.default(self.hidden, self.weight, self.bias)
+                return product
             return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
         from torch.distributed.tensor import DTensor, Replicate
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 
+from ..core.eager import traced_within_callers
 from .expression import Form
 from .forms import applied
 from .loss import LOSSES
@@ -59,9 +59,12 @@ class TracedLogits:
         """As of deferred logits; what a compiled graph saves, the compiler knows."""
         return contextlib.nullcontext()
 
-    def _stands_alone(self) -> bool:
-        """Whether the computed values stand for these logits, since the form says something else."""
-        return self._values is not None or (self._is_constant and torch.is_grad_enabled())
+    def _stands_alone(self, for_view: bool = False) -> bool:
+        """Whether the computed values stand for these logits, since the form says something else.
+
+        A view of a constant is a constant, so its form may be used.
+        """
+        return self._values is not None or (self._is_constant and torch.is_grad_enabled() and not for_view)
 
     def _written(self) -> Tensor:
         """The values, for an operation that may write to them or change their place in the graph."""
@@ -113,13 +116,14 @@ class TracedLogits:
             func(*_values_of(args), **_values_of(kwargs))
             return target
         form = None
-        if name in RECORDED and not any(isinstance(a, TracedLogits) and a._stands_alone() for a in args):
+        is_view = not (name in ELEMENTWISE or name in NORMALIZING or name == "clone")
+        if name in RECORDED and not any(isinstance(a, TracedLogits) and a._stands_alone(is_view) for a in args):
             # A tensor among the operands is copied, so that writing to it later does not change these logits.
             forms = [a._form if isinstance(a, TracedLogits) else _copied(a) for a in args]
             form = applied(func, name, forms, kwargs, autocast_state(self.device.type))
         if form is None:
             return func(*_values_of(args), **_values_of(kwargs))
-        if name in ELEMENTWISE or name in NORMALIZING or name == "clone":
+        if not is_view:
             return TracedLogits(form)
         constant = name == "detach" or self._is_constant
         if isinstance(form, list):
@@ -180,6 +184,11 @@ def _values_of(value: Any) -> Any:
     return value
 
 
+def _name_of(func: Any) -> str:
+    """The name of a function that is recorded or writes, or ""; Dynamo knows the names of Python's functions only."""
+    return _PYTHON_NAMES.get(func.__name__, "") if isinstance(func, FunctionType) else _NAMES.get(func, "")
+
+
 def _method(name: str) -> Any:
     func = getattr(Tensor, name)
 
@@ -196,11 +205,7 @@ _OPERATORS = [
     *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__setitem__"),
     *("__bool__", "__int__", "__float__", "__contains__"),
 ]
-def _name_of(func: Any) -> str:
-    """The name of a function that is recorded or writes, or ""; Dynamo does not know the names of those written in C."""
-    return _PYTHON_NAMES.get(func.__name__, "") if isinstance(func, FunctionType) else _NAMES.get(func, "")
-
-
+#: The names of the functions that are recorded and of those that write, as Dynamo knows not each one's `__name__`.
 _NAMES = {
     getattr(where, name): name
     for where in (Tensor, torch, torch.nn.functional)
@@ -213,11 +218,4 @@ _AMBIGUOUS = {"add", "mul", "__rsub__", "__rtruediv__", "__rfloordiv__", "__rmod
 for _name in (*RECORDED, *_OPERATORS):
     if hasattr(Tensor, _name):
         setattr(TracedLogits, _name, _method(_name))
-# After a graph break these methods run by themselves. Dynamo would compile each one alone, and lose the contexts that it
-# enters.
-for _value in vars(TracedLogits).values():
-    _function = getattr(_value, "fget", None) or getattr(_value, "__func__", _value)
-    if isinstance(_function, FunctionType):
-        eval_frame.set_code_exec_strategy(
-            _function.__code__, eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-        )
+traced_within_callers(TracedLogits)

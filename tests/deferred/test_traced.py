@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .fuzz.models import B, D, T, Tiny, V, patched
+from .traced_programs import drawn, fault, forward_of
 
 
 def _element(x):
@@ -47,7 +48,7 @@ def _tensors_in_place(x):
 
 
 def _tensor_on_the_left(x):
-    y = torch.linspace(0, 1, V) - x
+    y = torch.linspace(2, 3, V) - x / 2
     x += y
     return x * y - torch.linspace(1, 2, V) / x
 
@@ -116,3 +117,9 @@ def test_a_forward_that_is_compiled_does_what_it_does_uncompiled(after):
     found.loss.backward()
     for mine, true in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, true.grad)
+
+
+@pytest.mark.parametrize("seed", [5, 10, 25, 112, 138])
+def test_random_forwards(seed):
+    """Each of these was wrong or an error once."""
+    assert fault(forward_of(drawn(seed))) is None

@@ -9,6 +9,7 @@ import argparse
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,15 +69,23 @@ def drawn(seed: int) -> str:
 
 
 def forward_of(source: str) -> Callable[[Tensor], Tensor]:
-    names = {"torch": torch, "B": B, "T": T, "V": V, "BIAS": torch.linspace(-1, 1, V), "SCALE": torch.linspace(1, 2, V)}
+    names: dict[str, Any] = {
+        "torch": torch,
+        "B": B,
+        "T": T,
+        "V": V,
+        "BIAS": torch.linspace(-1, 1, V),
+        "SCALE": torch.linspace(1, 2, V),
+    }
     exec(compile(source, "<forward>", "exec"), names)
-    return names["after"]
+    after: Callable[[Tensor], Tensor] = names["after"]
+    return after
 
 
 def fault(after: Callable[[Tensor], Tensor]) -> str | None:
     """What is wrong when `after` ends the forward of a model that is patched and compiled, or None.
 
-    Where the plain model raises, its error is all that is compared.
+    Where the plain model raises, nothing is compared: it may have saved values which ours computes again.
     """
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -84,8 +93,10 @@ def fault(after: Callable[[Tensor], Tensor]) -> str | None:
     ours = patched(copy.deepcopy(plain))
     ours.forward = torch.compile(ours.forward, backend="eager")
     expected, found = _seen(plain), _seen(ours)
-    if isinstance(expected, Exception) or isinstance(found, Exception):
-        return None if type(expected) is type(found) else f"{found!r} for {expected!r}"
+    if isinstance(expected, Exception):
+        return None
+    if isinstance(found, Exception):
+        return f"raised {found!r}"
     for name, mine, true in zip(("loss", "logits", *dict(plain.named_parameters())), found, expected, strict=True):
         try:
             torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5, equal_nan=True)
