@@ -27,11 +27,6 @@ def faults(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def traffic(tmp_path_factory):
-    return worker("traffic", tmp_path_factory.mktemp("cache"), "emulator_worker.py")
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return worker("small", tmp_path_factory.mktemp("cache"), "emulator_worker.py")
 
@@ -98,22 +93,22 @@ def check_traffic(name, kernel, tensors, walks):
         assert least_written == written == 0 or 1 <= least_written <= written <= 1 + little, f"{name}: {tensors}"
 
 
-def test_kernels_that_move_too_much_are_seen(traffic):
+def test_kernels_that_move_too_much_are_seen(small):
     """Rows are read twice and written once; besides, each of three programs reads the first element."""
-    read, (read_out, written) = traffic["read twice, written once"]
+    read, (read_out, written) = small["read twice, written once"]
     assert read == [[2 + 3, *[2] * 39], [2] * 40, [2] * 40]
     assert read_out == [[0] * 40] * 3
     assert written == [[1] * 40] * 3
-    assert traffic["bytes"] == 4 * (3 * 40 * 3 + 3)
-    assert traffic["gathered"] == [[1] * 32, False]
+    assert small["bytes"] == 4 * (3 * 40 * 3 + 3)
+    assert small["gathered"] == [[1] * 32, False]
 
 
-def test_a_scale_of_1_moves_nothing(traffic):
-    assert traffic["scaled by 1"] == [0, 0]
+def test_a_scale_of_1_moves_nothing(small):
+    assert small["scaled by 1"] == [0, 0]
 
 
-def test_vocabulary_blocks_are_read_once(traffic):
-    for row, read in enumerate(traffic["parts"]):
+def test_vocabulary_blocks_are_read_once(small):
+    for row, read in enumerate(small["parts"]):
         assert read == 0 if row in (1, 5) else 1 <= read < 1.01
 
 

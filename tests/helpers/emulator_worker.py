@@ -198,7 +198,7 @@ def small():
     expected = [values.half(), values.bfloat16(), whole]
     found["conversions"] = [torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
                             for a, b in zip(results, expected, strict=True)]  # fmt: skip
-    return found
+    return found | traffic()
 
 
 def traffic():
