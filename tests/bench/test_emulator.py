@@ -78,7 +78,8 @@ def test_every_kernel_option_and_dtype_is_as_right_as_pytorch(tmp_path):
 def check_traffic(name, kernel, tensors, walks):
     """Each logit of a kept row is read once in a walk, and no other; every gradient is written once.
 
-    Besides, every warp of a program reads the target's logit, and the kernel on the chip writes its gradient again.
+    Besides, every warp of a program reads the target's logit, with statistics also the largest one, and the kernel on the
+    chip writes the target's gradient again.
     """
     reads = {"distillation_kernel": walks, "one_pass_kernel": 2}.get(kernel, 1)
     writes = any(tensor["written"][1] for tensor in tensors)
@@ -87,7 +88,7 @@ def check_traffic(name, kernel, tensors, walks):
     assert writes or kernel in ("forward_kernel", "distillation_kernel"), name
     for tensor in tensors:
         (least, most), (least_written, written) = tensor["read"], tensor["written"]
-        little = 32 / tensor["classes"]
+        little = 0.005 + 32 / tensor["classes"]
         assert tensor["read of ignored"] == 0, f"{name}: {tensors}"
         assert (least, most) == (0, 0) or reads <= least <= most <= reads + little, f"{name}: {tensors}"
         assert least_written == written == 0 or 1 <= least_written <= written <= 1 + little, f"{name}: {tensors}"

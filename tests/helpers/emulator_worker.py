@@ -336,8 +336,9 @@ def selection(arch="90"):
         upstream = torch.rand_like(expected) + 0.5
 
         def results(backend, inputs, loss=loss, upstream=upstream):
-            value = loss(backend, *inputs)
-            return [value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))]
+            leaves = [x.detach().clone().requires_grad_() for x in inputs]  # which a backward may overwrite
+            value = loss(backend, *leaves)
+            return [value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
 
         expected, pytorch = results("torch", truth), results("torch", inputs)
         with emulated(int(arch), all_orders=True, by_element=True) as emulator:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from fused_ignore_ce import fused_cross_entropy, fused_linear_cross_entropy
 from fused_ignore_ce.backends import reference
+from fused_ignore_ce.linear import calls
+from fused_ignore_ce.linear.plan import LinearPlan
 
 from ..helpers import drawing
 from ..helpers.linear import gradients, problem
@@ -116,7 +118,7 @@ def test_numbers_of_any_size(number, backend, device):
 
 
 @pytest.mark.parametrize("number", range(15))
-def test_any_options(number, backend, device, no_worse):
+def test_any_options(number, backend, device, no_worse, monkeypatch):
     """Options in any combination, on logits of the order of 1; several launches for a row, and several blocks."""
     rng = random.Random(number)
     dtype, way = DTYPES[number % 3], ["logits", "gradient in forward", "hidden states"][number // 5]
@@ -135,7 +137,8 @@ def test_any_options(number, backend, device, no_worse):
     if way == "gradient in forward":
         ours["grad_in_forward"] = True
     elif way == "hidden states" and rng.random() < 0.5:
-        ours["memory_budget"] = 4 * N * V  # several blocks
+        blocks = LinearPlan("vocabulary blocks", max(1, V * 2 // 5), 0)
+        monkeypatch.setattr(calls, "choose", lambda *_: blocks)
 
     def check():
         h, w, b, y = problem(N, V, 16, dtype, device=device)
