@@ -21,7 +21,7 @@ FILES = ["kernels/test_random_cases.py", "logits/test_hazards.py", "linear/test_
 def run(arch, processes, chosen):
     """(whether all tests passed, what pytest says)."""
     chosen = f"triton and ({chosen})" if chosen else "triton"
-    command = ["-m", "pytest", "-q", "-n", str(processes), "--dist", "worksteal", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "-n", str(processes), "--dist", "worksteal", "-p", "no:cacheprovider"]
     command += ["-k", chosen, *(str(TESTS / name) for name in FILES)]
     environment = os.environ | {"TEST_COMPILED": str(arch)}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
