@@ -78,7 +78,7 @@ def test_every_kernel_option_and_dtype_is_as_right_as_pytorch(tmp_path):
 def check_traffic(name, kernel, tensors, walks):
     """Each logit of a kept row is read once in a walk, and no other; every gradient is written once.
 
-    Besides, every warp of a program reads the target's logit, with statistics also the largest one, and the kernel on the
+    Besides, every warp of a program reads the target's logit, and for statistics the largest one. The kernel on the
     chip writes the target's gradient again.
     """
     reads = {"distillation_kernel": walks, "one_pass_kernel": 2}.get(kernel, 1)
