@@ -47,7 +47,7 @@ def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) ->
     case = cases.Case("", *cases.MODELS[0])
     budgeted = [replace(case, operation=o, features=f, dtype=dtype) for o, f, dtype in judging.BUDGETS]
     tight = [replace(case, operation="one pass", features=(feature,)) for feature in ("smoothing", "softcap")]
-    every = (c for c in cases.every(QUICK_DTYPES, quick=True) if c.contiguous or c.operation != "part")
+    every = [c for c in cases.every(QUICK_DTYPES, quick=True) if c.contiguous or c.operation != "part"]
     return compiling.jobs([*budgeted, *tight, *every], target)
 
 

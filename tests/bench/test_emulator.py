@@ -113,6 +113,11 @@ def test_vocabulary_blocks_are_read_once(small):
         assert read == 0 if row in (1, 5) else 1 <= read < 1.01
 
 
+def test_launches_are_those_of_a_chip_of_the_architecture(small):
+    """Before sm_80, no kernel keeps its row in shared memory."""
+    assert small["chips"] == [[75, 0], [80, 164 << 10]]
+
+
 def test_a_copy_arrives_when_it_is_waited_for_and_not_before(small):
     assert small["waited"] == [True, False]
     assert small["not waited"] == [False, True]  # all NaN
