@@ -10,7 +10,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-compiled test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
+.PHONY: demo test test-compiled test-architectures test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -25,7 +25,12 @@ test-quick: $(VENV)/.ready
 # The tests of kernels, on what Triton compiles for sm_$(ARCH), executed on the CPU; see bench/proofs/emulator.
 test-compiled: $(VENV)/.ready
 	TEST_COMPILED=$(ARCH) $(BIN)/pytest $(PARALLEL) -k 'triton or on_chip' tests/kernels tests/core tests/logits tests/losses tests/linear \
-		tests/distributed
+		tests/distributed tests/trl
+
+# PyTorch's samples, hazards and random cases on what Triton compiles for every architecture, a line of result for each;
+# ONLY="--arch 75" chooses.
+test-architectures: $(VENV)/.ready
+	$(BIN)/python -m tests.architectures $(ONLY)
 
 # The tests that need transformers, on its last release before 5.
 test-transformers-4: $(VENV)-transformers-4/.ready
@@ -80,6 +85,7 @@ bench: $(VENV)/.ready
 readme-figures: $(VENV)/.ready
 	$(BIN)/python -m bench.figures
 
+# Executes compiled kernels, and counts the bytes that they read and write.
 traffic: $(VENV)/.ready
 	$(BIN)/python -m bench.proofs.traffic
 

@@ -169,13 +169,13 @@ def training_step(results: Results) -> str:
 
 
 def traffic(results: Results) -> str:
-    _, result = results.newest("run", "traffic")
-    rows = DataFrame(result["traffic"]).query("ignored == 0.5").set_index(["case", "passes"])
+    name, result = results.newest("traffic", "rows")
+    rows = DataFrame(result["rows"]).query("ignored == 0.5").set_index(["case", "passes"])
     case = rows.index[0][0]
-    moved = rows.loc[case].loc[["ours, forward", "ours, backward"], ["kept", "of ignored"]]
+    moved = rows.loc[[case, f"{case} grad_in_forward=True"], ["kept", "of ignored"]].droplevel("case")
     cells = moved.map(lambda row: f"{row['read']:.3f} reads, {row['written']:.3f} writes")
-    drawn = table(cells.set_axis(["forward", "backward"]), ["kept row", "ignored row"])
-    return f"{case}, half of the rows ignored:\n\n{drawn}"
+    drawn = table(cells, ["kept row", "ignored row"])
+    return f"{case}, half of the rows ignored, sm_{result['header']['arch']} ({link(name)}):\n\n{drawn}"
 
 
 def compiled(results: Results) -> str:

@@ -16,7 +16,8 @@ Row = dict[str, Any]
 
 #: What result files of other commands than `bench.run` begin with, and the commands.
 COMMANDS = {name: f"bench.{name}" for name in ("distributed", "proofs", "comparison", "tune", "gpu")} | {
-    "predictions": "bench.proofs.predicting"
+    "predictions": "bench.proofs.predicting",
+    "traffic": "bench.proofs.traffic",
 }
 
 

@@ -2,10 +2,10 @@
 
     python -m bench.run [--minutes 9] [--quick] [--out DIR]
 
-It first checks that losses are right. Then it measures losses side by side, peak memory, a model's training step and
-the bytes that kernels move, compiles the kernels without a GPU, and fits how cost grows. It writes
-DIR/<device>-<date>.json, which `bench.figures` draws. The most important figures come first. When the time is up,
-nothing more is started, and the file lists what was left out. To run it without an install, set PYTHONPATH=. before it.
+It first checks that losses are right. Then it measures losses side by side, peak memory and a model's training step,
+compiles the kernels without a GPU, and fits how cost grows. It writes DIR/<device>-<date>.json, which `bench.figures`
+draws. The most important figures come first. When the time is up, nothing more is started, and the file lists what was
+left out. To run it without an install, set PYTHONPATH=. before it.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(minutes: float, quick: bool, arguments: Sequence[str]) -> Result:
     """Each step starts measurements until its share of the time is over. The next step gets the time that it leaves."""
     result: Result = {"header": machine.header(arguments, minutes=minutes, quick=quick)}
-    result |= {"gates": [], "rows": [], "memory": [], "training step": [], "traffic": [], "proofs": None}
+    result |= {"gates": [], "rows": [], "memory": [], "training step": [], "proofs": None}
     result |= {"left out": [], "failed": []}
     start = time.time()
-    for share, step in ((0.65, _speed), (0.82, _memory), (0.88, _training_step), (0.94, _traffic), (1.0, _proofs)):
+    for share, step in ((0.65, _speed), (0.85, _memory), (0.94, _training_step), (1.0, _proofs)):
         step(result, start + 60 * minutes * share)
     result["fits"] = fits(result["rows"])
     result["header"]["seconds"] = round(time.time() - start)
@@ -130,30 +130,21 @@ def _peak(result: Result, deadline: float, table: str, label: str, fields: Resul
             result["failed"].append(f"{table}: {label}: {reason}")
 
 
-def _traffic(result: Result, deadline: float) -> None:
-    quick = ["--quick"] if result["header"]["quick"] else []
-    result["traffic"] = _proof(result, deadline, "bench.proofs.traffic", "--json", *quick) or []
-
-
 def _proofs(result: Result, deadline: float) -> None:
+    """Runs `bench.proofs`, and adds what it writes to a file."""
     quick = ["--quick"] if deadline - time.time() < FULL_PROOFS_SECONDS else []
-    result["proofs"] = _proof(result, deadline, "bench.proofs", "--summary", *quick)
-
-
-def _proof(result: Result, deadline: float, module: str, flag: str, *more: str) -> Any:
-    """Runs `bench.proofs` or one of its modules, and returns what it writes to the file that `flag` names."""
-    name = module.rpartition(".")[2]
+    command = ["-m", "bench.proofs", *quick]
     if time.time() >= deadline:
-        result["left out"].append(" ".join([f"{name}: python -m {module}", *more]))
-        return None
-    print(f"{name}: python -m {module}", *more, flush=True)
+        result["left out"].append(f"proofs: python {' '.join(command)}")
+        return
+    print("proofs: python", *command, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
-        done = machine.python("-m", module, flag, str(path), *more, capture_output=True)
+        done = machine.python(*command, "--summary", str(path), capture_output=True)
         if done.returncode:
             faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
-            result["failed"].append(f"{name}: {'; '.join(faults) or machine.last_line(done.stderr)}")
-        return json.loads(path.read_text()) if path.exists() else None
+            result["failed"].append(f"proofs: {'; '.join(faults) or machine.last_line(done.stderr)}")
+        result["proofs"] = json.loads(path.read_text()) if path.exists() else None
 
 
 def summary(result: Result) -> str:

@@ -34,17 +34,21 @@ QUICK_CLASSES = 32000  # for AMD's targets
 def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) -> list[Job]:
     """The kernels to compile for a target.
 
-    AMD's machine code is only read for spills, so for AMD's targets these are the kernels of models' shapes.
+    AMD's machine code is only read for spills, so for AMD's targets these are the kernels of models' shapes, and in a
+    quick run those with the fullest features, which spill first.
     """
     if target.backend == "hip":
-        every = cases.every(QUICK_DTYPES if quick else dtypes, quick=True)
-        return compiling.jobs([case for case in every if not quick or case.V == QUICK_CLASSES], target)
+        every = list(cases.every(QUICK_DTYPES if quick else dtypes, quick=True))
+        if quick:
+            every = [c for c in every if c.V == QUICK_CLASSES and c.features in cases.fullest(c.operation)]
+        return compiling.jobs(every, target)
     if not quick:
         return compiling.jobs(cases.every(dtypes, quick=False), target)
     case = cases.Case("", *cases.MODELS[0])
     budgeted = [replace(case, operation=o, features=f, dtype=dtype) for o, f, dtype in judging.BUDGETS]
     tight = [replace(case, operation="one pass", features=(feature,)) for feature in ("smoothing", "softcap")]
-    return compiling.jobs([*budgeted, *tight, *cases.every(QUICK_DTYPES, quick=True)], target)
+    every = [c for c in cases.every(QUICK_DTYPES, quick=True) if c.contiguous or c.operation != "part"]
+    return compiling.jobs([*budgeted, *tight, *every], target)
 
 
 def run(todo: list[Job]) -> list[Proof]:

@@ -1,4 +1,8 @@
-"""Finds which loads of a kernel wait for which others, by following registers through its machine code."""
+"""Finds which loads of a kernel wait for which others, by following registers through its machine code.
+
+Predictions need the bytes that a thread has in flight. The assembler decides them when it orders instructions, so that
+executing PTX (`emulator/`), which is what the assembler is given, does not tell them.
+"""
 
 from __future__ import annotations
 

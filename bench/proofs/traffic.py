@@ -1,23 +1,22 @@
-"""Counts the bytes that kernels load and store, and compares them with the fewest that the loss needs.
+"""Counts what compiled kernels read and write, and compares it with the least that the loss needs.
 
-    python -m bench.proofs.traffic [--quick] [--json FILE]
+    python -m bench.proofs.traffic [--arch 90] [--quick] [--json FILE]
 
-Triton's interpreter runs the real kernels, and every load and store is recorded; a lane counts if its mask is true.
-Bytes bound the speed of these kernels. They are the same in every run, and counting them needs no GPU.
+The emulator runs what Triton compiled (`bench.proofs.emulator`), and counts every access. Bytes bound the speed of
+these kernels. They are the same in every run, and counting them needs no GPU. What a cache keeps is not modelled.
 
-The fewest, for rows of V logits: forward reads V logits per kept row; backward reads V and writes V per kept row, and
-writes V zeros per ignored row. The column "all" also counts targets, losses and sums.
+The least, for rows of V logits: forward reads V logits per kept row; backward reads V and writes V per kept row, and
+writes V zeros per ignored row. Besides, every warp of a program reads the target's logit, which is in the cache then.
+A warp's instruction counts each element once.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -26,30 +25,12 @@ from tabulate import tabulate
 from torch.nn import functional as F
 
 from bench import machine, truth
-from bench.packages import stated
 
-from .meter import Launch, Traffic
+from .cases import ROW_OPERATIONS
 
-#: The names of logits and gradient among the parameters of kernels.
-LOGITS = ("logits.x", "gradients.dx", "product.x")
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a pass over N rows of V logits moved."""
-
-    reads: np.ndarray  # (N,) elements of logits and gradient read per row, divided by V
-    writes: np.ndarray  # (N,) likewise, written
-    logits: int  # bytes of logits and gradient
-    total: int  # bytes of all tensors
-    bound: int  # the fewest bytes of logits and gradient
-
-
-@dataclass(frozen=True)
-class Measurement:
-    kept: np.ndarray  # (N,) bool
-    forward: Moved
-    backward: Moved
+if TYPE_CHECKING:
+    from .emulator.launching import Emulator
+    from .emulator.tensors import Memory
 
 
 @dataclass(frozen=True)
@@ -73,31 +54,47 @@ class Case:
         return " ".join([f"N={self.N} V={self.V}", str(self.dtype).removeprefix("torch."), *options])
 
 
-def measure(case: Case, share: float) -> Measurement:
-    """The traffic where a share of the rows is ignored. Loss and gradient have to be right, or bytes mean nothing."""
-    from fused_ignore_ce.kernels import cross_entropy
-    from fused_ignore_ce.kernels.chip import INTERPRETED, Chip
+CASES = (
+    Case(16, 5003, torch.bfloat16),  # V is no multiple of the block
+    Case(16, 5003, torch.float32),
+    Case(4, 20000, torch.bfloat16, busy=False),  # each row is split over several programs
+    Case(64, 257, torch.float32),  # several rows to a tile
+    Case(64, 500, torch.float32, strided=True),
+    Case(16, 5003, torch.bfloat16, {"label_smoothing": 0.1}),
+    Case(16, 5003, torch.float32, {"softcap": 30.0}),
+    Case(16, 5003, torch.bfloat16, {"return_stats": True}),
+    Case(16, 5003, torch.bfloat16, {"inplace_backward": True}),
+    Case(16, 5003, torch.bfloat16, {"grad_in_forward": True}),
+)
+SHARES = (0.0, 0.5, 0.75, 1.0)
+
+
+def records(emulator: Emulator, case: Case, share: float) -> list[dict[str, Any]]:
+    """What forward and backward moved where a share of the rows is ignored, or the one pass that does both.
+
+    Loss and gradient have to be right, or bytes mean nothing.
+    """
+    from fused_ignore_ce.kernels import chip, cross_entropy
     from fused_ignore_ce.losses.cross_entropy import fused_cross_entropy
 
-    chip = Chip(INTERPRETED.arch, multiprocessors=1) if case.busy else INTERPRETED
     x, target = _inputs(case, share)
     wanted = truth.expected([x], target, partial(_reference, **case.options))
-    with mock.patch.object(cross_entropy, "chip_of", return_value=chip):
-        with Traffic() as forward:
-            result = fused_cross_entropy(x, target, reduction="sum", backend="triton", **case.options)
+    like = replace(chip.EMULATED, multiprocessors=1) if case.busy else chip.EMULATED
+    with mock.patch.object(cross_entropy, "chip_of", return_value=like):
+        result = fused_cross_entropy(x, target, reduction="sum", backend="triton", **case.options)
         loss = result[0] if isinstance(result, tuple) else result
-        with Traffic() as backward:
-            loss.backward()
-    for found, value in zip((loss.detach(), x.grad), wanted, strict=True):
-        assert found is not None
+        forward, emulator.moved = emulator.moved, []
+        (dx,) = torch.autograd.grad(loss, x)
+        backward, emulator.moved = emulator.moved, []
+    for found, value in zip((loss.detach(), dx), wanted, strict=True):
         torch.testing.assert_close(found.double(), value, rtol=0.02, atol=1e-3)
-    kept = (target != -100).numpy()
-    row = case.V * x.element_size()
-    return Measurement(
-        kept,
-        _moved(forward.launches, case.N, row, bound=row * int(kept.sum())),
-        _moved(backward.launches, case.N, row, bound=row * int(kept.sum() + case.N)),
-    )
+    kept = target != -100
+    if case.options.get("grad_in_forward"):
+        return [_record(case, share, "one pass", [*forward, *backward], (x, dx), kept, 1)]
+    return [
+        _record(case, share, "forward", forward, (x,), kept, 0),
+        _record(case, share, "backward", backward, (x, dx), kept, 1),
+    ]
 
 
 def _inputs(case: Case, share: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,45 +114,34 @@ def _reference(
     return F.cross_entropy(used, target, reduction="sum", label_smoothing=label_smoothing)
 
 
-def _moved(launches: list[Launch], N: int, row: int, bound: int) -> Moved:
-    rows = {kind: np.zeros(N, dtype=np.int64) for kind in ("load", "store")}
-    for launch in launches:
-        for kind, name in itertools.product(rows, set(LOGITS) & launch.tensors.keys()):
-            rows[kind] += launch.row_bytes(kind, name)
-    total = sum(launch.bytes(kind) for launch in launches for kind in rows)
-    return Moved(rows["load"] / row, rows["store"] / row, int(sum(map(sum, rows.values()))), total, bound)
+def of_rows(launches: Iterable[tuple[str, Memory]], *tensors: torch.Tensor) -> np.ndarray:
+    """How often each row of tensors was read and written by the kernels that read logits, (2, rows)."""
+    places = {tensor.data_ptr(): tensor.detach() for tensor in tensors}.values()
+    memories = [memory for kernel, memory in launches if kernel in ROW_OPERATIONS.values()]
+    return np.sum([memory.times(place).mean(-1) for memory in memories for place in places], axis=0)
 
 
-CASES = (
-    Case(16, 5003, torch.bfloat16),  # V is no multiple of the block
-    Case(16, 5003, torch.float32),
-    Case(4, 20000, torch.bfloat16, busy=False),  # each row is split over several programs
-    Case(64, 257, torch.float32),  # several rows to a tile
-    Case(64, 500, torch.float32, strided=True),
-    Case(16, 5003, torch.bfloat16, {"label_smoothing": 0.1}),
-    Case(16, 5003, torch.float32, {"softcap": 30.0}),
-    Case(16, 5003, torch.bfloat16, {"return_stats": True}),
-    Case(16, 5003, torch.bfloat16, {"inplace_backward": True}),
-)
-SHARES = (0.0, 0.5, 0.75, 1.0)
-
-
-def _record(case: Case, share: float, passes: str, kept: np.ndarray, moved: Moved) -> dict[str, Any]:
+def _record(
+    case: Case, share: float, passes: str, launches: list[tuple[str, Memory]], tensors: tuple[torch.Tensor, ...],
+    kept: torch.Tensor, writes: int,
+) -> dict[str, Any]:  # fmt: skip
     """One row of the report, with the largest figures of a kept and of an ignored row."""
+    moved = of_rows(launches, *tensors)
 
     def worst(rows: np.ndarray) -> dict[str, float | None]:
-        both = {"read": moved.reads[rows], "written": moved.writes[rows]}
-        return {name: float(each.max()) if len(each) else None for name, each in both.items()}
+        read, written = moved[:, rows].max(1, initial=0.0).round(6).tolist()
+        return {"read": read, "written": written} if rows.any() else {"read": None, "written": None}
 
+    row = case.V * case.dtype.itemsize
     return {
         "case": str(case),
         "ignored": share,
         "passes": passes,
-        "kept": worst(kept),
-        "of ignored": worst(~kept),
-        "bytes": moved.logits,
-        "fewest": moved.bound,
-        "all bytes": moved.total,
+        "kept": worst(kept.numpy()),
+        "of ignored": worst(~kept.numpy()),
+        "bytes": round(row * moved.sum()),
+        "fewest": row * (int(kept.sum()) + writes * case.N),
+        "all bytes": sum(memory.total_bytes for _, memory in launches),
     }
 
 
@@ -168,25 +154,21 @@ def cells(record: dict[str, Any]) -> list[Any]:
     return [f"{share:.0%}", passes, *kept.values(), *ignored.values(), *counts]
 
 
-def records(case: Case, shares: tuple[float, ...]) -> Iterator[dict[str, Any]]:
-    for share in shares:
-        measured = measure(case, share)
-        yield _record(case, share, "ours, forward", measured.kept, measured.forward)
-        yield _record(case, share, "ours, backward", measured.kept, measured.backward)
-
-
 def main() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, which happens after this
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    machine.compile_kernels("bench.proofs.traffic")
+    from .emulator.launching import SHARED, emulated
+
     parser = machine.parser("bench.proofs.traffic", __doc__, json="every line")
+    parser.add_argument("--arch", type=int, default=90, choices=SHARED, help="what to compile for (90)")
     parser.add_argument("--quick", action="store_true", help="one case, half of the rows ignored")
     options = parser.parse_args()
-    print(stated("torch", "triton"))
-    found = []
-    for case in CASES[:1] if options.quick else CASES:
-        of_case = list(records(case, (0.5,) if options.quick else SHARES))
-        print(f"\n{case}", tabulate(map(cells, of_case), HEAD, floatfmt=".3f"), sep="\n", flush=True)
-        found += of_case
+    found: dict[str, Any] = {"header": machine.header(sys.argv[1:], "bench.proofs.traffic", arch=options.arch)}
+    found["rows"] = []
+    with emulated(options.arch, by_element=True) as emulator:
+        for case in CASES[:1] if options.quick else CASES:
+            of_case = [row for share in ((0.5,) if options.quick else SHARES) for row in records(emulator, case, share)]
+            print(f"\n{case}", tabulate(map(cells, of_case), HEAD, floatfmt=".3f"), sep="\n", flush=True)
+            found["rows"] += of_case
     if options.json:
         machine.write(options.json, found)
 

@@ -59,13 +59,63 @@ def test_an_assertion_has_its_message(faults):
 
 
 def test_every_kernel_option_and_dtype_is_as_right_as_pytorch(tmp_path):
-    """A selection for every run. `make test-compiled` runs the tests of the kernels on compiled code."""
+    """A selection for every run. `make test-compiled` runs the tests of the kernels on compiled code.
+
+    It is also read and written no more than it must be, which belongs to this test because compiling takes a minute.
+    """
     found = worker("selection", tmp_path, "emulator_worker.py")
     assert set(found["kernels"]) == KERNELS
     for name, (ours, pytorch) in found["errors"].items():
         assert len(ours) >= 2
         for error, allowed in zip(ours, pytorch, strict=True):
             assert error <= 4 * allowed + 8, f"{name}: off by {ours} units in the last place, PyTorch by {pytorch}"
+    for name, kernels in found["traffic"].items():
+        assert kernels or name == "many"
+        for kernel, tensors in kernels.items():
+            check_traffic(f"{name}, {kernel}", kernel, tensors, 2 if "two walks" in name else 1)
+
+
+def check_traffic(name, kernel, tensors, walks):
+    """Each logit of a kept row is read once in a walk, and no other; every gradient is written once.
+
+    Besides, every warp of a program reads the target's logit, and for statistics the largest one. The kernel on the
+    chip writes the target's gradient again.
+    """
+    reads = {"distillation_kernel": walks, "one_pass_kernel": 2}.get(kernel, 1)
+    writes = any(tensor["written"][1] for tensor in tensors)
+    if kernel == "distillation_kernel" and writes:
+        reads += 1
+    assert writes or kernel in ("forward_kernel", "distillation_kernel"), name
+    for tensor in tensors:
+        (least, most), (least_written, written) = tensor["read"], tensor["written"]
+        little = 0.005 + 32 / tensor["classes"]
+        assert tensor["read of ignored"] == 0, f"{name}: {tensors}"
+        assert (least, most) == (0, 0) or reads <= least <= most <= reads + little, f"{name}: {tensors}"
+        assert least_written == written == 0 or 1 <= least_written <= written <= 1 + little, f"{name}: {tensors}"
+
+
+def test_kernels_that_move_too_much_are_seen(small):
+    """Rows are read twice and written once; besides, each of three programs reads the first element."""
+    read, (read_out, written) = small["read twice, written once"]
+    assert read == [[2 + 3, *[2] * 39], [2] * 40, [2] * 40]
+    assert read_out == [[0] * 40] * 3
+    assert written == [[1] * 40] * 3
+    assert small["bytes"] == 4 * (3 * 40 * 3 + 3)
+    assert small["gathered"] == [[1] * 32, False]
+
+
+def test_a_scale_of_1_moves_nothing(small):
+    assert small["scaled by 1"] == [0, 0]
+
+
+def test_vocabulary_blocks_are_read_once(small):
+    for row, read in enumerate(small["parts"]):
+        assert read == 0 if row in (1, 5) else 1 <= read < 1.01
+
+
+def test_launches_are_those_of_a_chip_of_the_architecture(small):
+    """Before sm_80, no kernel keeps its row in shared memory."""
+    assert small["chips"] == [[75, 0], [80, 164 << 10]]
 
 
 def test_a_copy_arrives_when_it_is_waited_for_and_not_before(small):

@@ -69,7 +69,7 @@ BASELINE, OURS = LOGITS[0].name, LOGITS[-1].name
 
 def empty():
     result = {"header": machine.header(["--minutes", "1"], seconds=1), "proofs": None}
-    return result | {name: [] for name in ("gates", "rows", "memory", "training step", "traffic", "left out", "failed")}
+    return result | {name: [] for name in ("gates", "rows", "memory", "training step", "left out", "failed")}
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +165,9 @@ def test_out_of_time_everything_is_listed(tmp_path, capsys):
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
     assert path.stem == f"{machine.slug(found['header']['device'])}-{found['header']['date']}"
-    assert [found[name] for name in ("gates", "rows", "memory", "traffic", "failed")] == [[]] * 5
+    assert [found[name] for name in ("gates", "rows", "memory", "failed")] == [[]] * 4
     left_out = found["left out"]
     assert {f"speed: {case}" for case in cases(DEVICE)} <= set(left_out)
-    assert "traffic: python -m bench.proofs.traffic" in left_out
     assert any(line.startswith("proofs: python -m bench.proofs") for line in left_out)
     assert any(line.startswith(f"memory: {OURS}, base-logits") for line in left_out)
     assert sum(line.startswith("training step:") for line in left_out) == 4

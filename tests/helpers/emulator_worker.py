@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
@@ -19,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from bench.proofs.cases import ROW_OPERATIONS
 from bench.proofs.emulator import building, ptx
 from bench.proofs.emulator.faults import KernelFault
 from bench.proofs.emulator.launching import Emulator, emulated
@@ -30,6 +32,9 @@ from fused_ignore_ce import (
     fused_linear_log_probs,
 )
 from fused_ignore_ce.core.options import LossOptions
+from fused_ignore_ce.core.rows import Block
+from fused_ignore_ce.kernels import cross_entropy
+from fused_ignore_ce.kernels.chip import chip_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,6 +132,23 @@ def added(x_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def twice(x_ptr, out_ptr, V, SIZE: tl.constexpr):
+    """Loads a row twice and stores it once, with masks. Every program also loads the first element without a mask."""
+    at = tl.program_id(0) * V + tl.arange(0, SIZE)
+    mask = tl.arange(0, SIZE) < V
+    x = tl.load(x_ptr + at, mask=mask)
+    tl.debug_barrier()
+    x += tl.load(x_ptr + at, mask=mask)
+    tl.store(out_ptr + at, x + tl.load(x_ptr), mask=mask)
+
+
+@triton.jit
+def gathered(x_ptr, out_ptr, stride, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, tl.load(x_ptr + at * stride))
+
+
+@triton.jit
 def promised(x_ptr, out_ptr, SIZE: tl.constexpr):
     """Promises an alignment that is not there."""
     at = tl.max_contiguous(tl.multiple_of(tl.arange(0, SIZE) + 1, 16), 16)
@@ -144,7 +166,11 @@ def converted(x_ptr, half_ptr, brain_ptr, whole_ptr, SIZE: tl.constexpr):
 
 def small():
     """Kernels of this file."""
-    found = {}
+    found = {"chips": []}
+    for arch in (75, 80):
+        with emulated(arch):
+            chip = chip_of(torch.device("cpu"))
+            found["chips"].append([chip.arch, chip.shared_bytes])
     x = torch.randn(512)
     for wait in (True, False):
         out = torch.zeros(512)
@@ -177,11 +203,45 @@ def small():
     expected = [values.half(), values.bfloat16(), whole]
     found["conversions"] = [torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
                             for a, b in zip(results, expected, strict=True)]  # fmt: skip
+    return found | traffic()
+
+
+def traffic():
+    """How often elements are read and written: by kernels that do too much, and where bars are exact."""
+    found = {}
+    x, out = torch.randn(3, 40), torch.zeros(3, 40)
+    with Emulator(90, by_element=True) as emulator:
+        twice[(3,)](x, out, 40, 64, num_warps=1)
+        wide = torch.randn(64, 3)[::2].t()
+        gathered[(1,)](wide[1:], torch.zeros(32), wide.stride(1), 32, num_warps=1)
+        (_, of_twice), (_, of_gathered) = emulator.moved
+        found["read twice, written once"] = [of_twice.times(x)[0].tolist(), of_twice.times(out).tolist()]
+        found["bytes"] = of_twice.total_bytes
+        found["gathered"] = [of_gathered.times(wide[1:])[0, 0].tolist(), of_gathered.times(x).any().item()]
+        emulator.moved.clear()
+        cross_entropy.scale(torch.randn(2, 3, 700), torch.tensor(0.25), torch.tensor(4.0))
+        ((_, memory),) = emulator.moved
+        found["scaled by 1"] = [int(memory.times(tensor).sum()) for tensor in memory.tensors if tensor.dim() == 3]
+        emulator.moved.clear()
+        V, width = 5003, 1700  # launches on parts of the vocabulary, as in the linear loss
+        x, target = torch.randn(1, 8, V), torch.tensor([0, -100, 1699, 1700, 5002, -100, 7, 3400])
+        parts = cross_entropy.new_parts(x, 3, False)
+        read = np.zeros(8)
+        for part, start in enumerate(range(0, V, width)):
+            block = x[:, :, start : start + width].contiguous()
+            cross_entropy.forward_part(
+                (block, target, None, None), LossOptions(), parts=parts, part=part, block=Block(start, V)
+            )
+            read += emulator.moved[-1][1].times(block)[0, 0].sum(-1)
+        found["parts"] = (read / V).tolist()
     return found
 
 
 def cases():
-    """(name, function of a backend that returns the loss or losses, its inputs): every kernel, option and dtype."""
+    """Every kernel, option and dtype: (name, function of a backend that returns losses, its inputs, targets).
+
+    There are targets where inputs are logits.
+    """
 
     def tensor(*shape, dtype=torch.float32):
         return (torch.randn(shape, dtype=torch.float64) * 3).to(dtype).requires_grad_()
@@ -189,9 +249,10 @@ def cases():
     def logits(name, x, target, **options):
         def loss(backend, x):
             more = {"weight": weight.to(x.dtype)} if "weight" in name else {}
-            return fused_cross_entropy(x, target, backend=backend, **options, **more)
+            found = fused_cross_entropy(x, target, backend=backend, **options, **more)
+            return found[0] if "return_stats" in options else found
 
-        return name, loss, (x,)
+        return name, loss, (x,), target
 
     def targets(N, V):
         target = torch.randint(V, (N,))
@@ -201,17 +262,22 @@ def cases():
     some = torch.bfloat16
     weight, tokens = torch.rand(1000) + 0.5, torch.rand(20)
     yield logits("plain", tensor(20, 5000), targets(20, 5000))
-    yield logits("float16", tensor(20, 5003, dtype=torch.float16), targets(20, 5003), logit_scale=0.5, reduction="sum")
+    half = tensor(20, 5003, dtype=torch.float16)
+    yield logits("float16", half, targets(20, 5003), logit_scale=0.5, inplace_backward=True)
     yield logits("smoothing and weight", tensor(20, 1000), targets(20, 1000), label_smoothing=0.1)
     yield logits("softcap", tensor(20, 1000), targets(20, 1000), softcap=5.0, z_loss=1e-2, token_weight=tokens)
-    yield logits("split", tensor(3, 70000, dtype=some), targets(3, 70000))
+    yield logits("split", tensor(3, 70000, dtype=some), targets(3, 70000), return_stats=True)
     yield logits("many", tensor(70000, 8, dtype=some), targets(70000, 8))
     yield logits("one pass", tensor(20, 5000, dtype=some), targets(20, 5000), grad_in_forward=True, z_loss=1e-2)
     yield logits("one pass in float64", tensor(20, 300, dtype=torch.float64), targets(20, 300), grad_in_forward=True)
     yield logits("float64", tensor(20, 300, dtype=torch.float64), targets(20, 300), softcap=5.0, reduction="none")
-    yield logits("strided classes", tensor(2, 50, 6, 7), targets(84, 50).view(2, 6, 7))
+    yield logits("strided classes", tensor(2, 300, 6, 7), targets(84, 300).view(2, 6, 7))
     probs = torch.softmax(tensor(20, 300), 1).detach().requires_grad_()
-    yield "probabilities", lambda backend, x, q: fused_cross_entropy(x, q, backend=backend), (tensor(20, 300), probs)
+
+    def of_probs(backend, x, probs):
+        return fused_cross_entropy(x, probs, backend=backend)
+
+    yield "probabilities", of_probs, (tensor(20, 300), probs), None
 
     def linear(backend, h, w):
         target = torch.arange(40)
@@ -221,8 +287,11 @@ def cases():
         log_probs, entropy = fused_linear_log_probs(h, w, torch.arange(40), return_entropy=True, backend=backend)
         return log_probs * 0.3 + entropy
 
-    def distilled(backend, x):
-        return fused_distillation_loss(x, teacher.to(x.dtype), some_ignored, backend=backend)
+    def distilled(backend, x, **options):
+        return fused_distillation_loss(x, teacher.to(x.dtype), some_ignored, backend=backend, **options)
+
+    def mixed(backend, x):
+        return distilled(backend, x, divergence="jsd", alpha=0.5)
 
     def linear_distilled(backend, h, w):
         return fused_linear_distillation_loss(
@@ -231,29 +300,56 @@ def cases():
         )  # fmt: skip
 
     teacher, some_ignored = tensor(20, 5000, dtype=some).detach(), targets(20, 5000)
-    yield "distillation", distilled, (tensor(20, 5000, dtype=some),)
-    yield "linear distillation", linear_distilled, (tensor(40, 16), tensor(5003, 16))
-    yield "linear", linear, (tensor(40, 16), tensor(5003, 16))
-    yield "log-probabilities", log_probs, (tensor(40, 16), tensor(5003, 16))
+    yield "distillation", distilled, (tensor(20, 5000, dtype=some),), some_ignored
+    yield "distillation, two walks", mixed, (tensor(20, 5000, dtype=some),), some_ignored
+    yield "linear distillation, two walks", linear_distilled, (tensor(40, 16), tensor(5003, 16)), None
+    yield "linear", linear, (tensor(40, 16), tensor(5003, 16)), None
+    yield "log-probabilities", log_probs, (tensor(40, 16), tensor(5003, 16)), None
+
+
+def moved(emulator, target):
+    """By kernel, what its launches read and wrote of each tensor of logits or gradients, in rows."""
+    found = {}
+    for kernel, memory in emulator.moved:
+        if kernel not in ROW_OPERATIONS.values():
+            continue
+        N = next(tensor.numel() for tensor in memory.tensors if tensor.dtype == torch.int64)
+        for tensor in {t.data_ptr(): t for t in memory.tensors if t.dim() > 1 and t.shape[-1] not in (N, 8)}.values():
+            if tensor.shape[-1] < 300:
+                continue
+            read, written = memory.times(tensor).mean(-1).reshape(2, -1)
+            kept = np.ones(len(read), bool) if target is None else (target.flatten() != -100).numpy()
+            found.setdefault(kernel, []).append({
+                "classes": tensor.shape[-1],
+                "read": [read[kept].min(), read[kept].max()],
+                "read of ignored": read[~kept].max(initial=0.0),
+                "written": [written.min(), written.max()],
+            })  # fmt: skip
+    return found
 
 
 def selection(arch="90"):
-    """How far losses and gradients are from the truth: of compiled kernels and of PyTorch, in units of the dtype."""
+    """How far losses and gradients are from the truth: of compiled kernels and of PyTorch, in units of the dtype.
+
+    Also what kernels read and wrote.
+    """
     torch.manual_seed(0)
-    found, kernels = {}, set()
-    for name, loss, inputs in cases():
+    found, kernels, traffic = {}, set(), {}
+    for name, loss, inputs, target in cases():
         truth = tuple(x.detach().double().requires_grad_() for x in inputs)
         expected = loss("torch", *truth)
         upstream = torch.rand_like(expected) + 0.5
 
         def results(backend, inputs, loss=loss, upstream=upstream):
-            value = loss(backend, *inputs)
-            return [value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))]
+            leaves = [x.detach().clone().requires_grad_() for x in inputs]  # which a backward may overwrite
+            value = loss(backend, *leaves)
+            return [value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
 
         expected, pytorch = results("torch", truth), results("torch", inputs)
-        with emulated(int(arch), all_orders=True) as emulator:
+        with emulated(int(arch), all_orders=True, by_element=True) as emulator:
             ours = results("triton", inputs)
         kernels |= emulator.kernels.keys()
+        traffic[name] = moved(emulator, target)
         units = [
             wanted.abs().max() * torch.finfo(value.dtype).eps for value, wanted in zip(ours, expected, strict=True)
         ]
@@ -264,7 +360,7 @@ def selection(arch="90"):
             ]
             for each in (ours, pytorch)
         ]
-    return {"errors": found, "kernels": sorted(kernels)}
+    return {"errors": found, "kernels": sorted(kernels), "traffic": traffic}
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ from unittest import mock
 
 import torch
 
+from bench.proofs.emulator.launching import SHARED, Emulator
 from fused_ignore_ce.backends import reference
 from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.core.rows import Upstream
 from fused_ignore_ce.kernels import chip as chips
 from fused_ignore_ce.kernels import cross_entropy
-
-#: Shared memory of a multiprocessor, in bytes, by architecture.
-SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 EVERYTHING = {"label_smoothing": 0.1, "softcap": 5.0, "logit_scale": -1.5}
@@ -110,8 +108,6 @@ def check(case, device="cpu"):
 
 def run(case):
     """Executes a case in the emulator; returns (the kernel's name, reads and writes of a kept row's logit)."""
-    from bench.proofs.emulator.launching import Emulator
-
     torch.manual_seed(0)
     small = case.V < 10_000
     with Emulator(case.arch, all_orders=small) as emulator:

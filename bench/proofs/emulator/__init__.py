@@ -34,8 +34,9 @@ division by such a number, are taken to be exact; the manual does not promise it
 
 **What is counted.** `Compiled.counts` has the instructions that were executed, by name; the bytes, requests and sectors
 that were read and written in device memory; and the wavefronts that requests of shared memory take, with those that are
-conflicts of banks. A warp's instruction is a request. How many wavefronts an access of 8 or 16 bytes takes is not in a
-manual: the emulator takes the threads in order, 128 bytes at a time.
+conflicts of banks. A warp's instruction is a request. With `by_element`, `Memory.times` tells how often each element of
+a launch's tensors was asked for. How many wavefronts an access of 8 or 16 bytes takes is not in a manual: the emulator
+takes the threads in order, 128 bytes at a time.
 
 **What it is not.** It does not take the time of anything, and does not run the assembler's machine code. A GPU may
 reorder memory accesses more than any order of warps here.

@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +22,10 @@ from ..null_driver import Loaded, NullDriver
 from .building import LOCKSTEP, ORDERS, Compiled
 from .faults import KernelFault
 from .tensors import Memory
+
+#: Bytes of shared memory of a multiprocessor, by architecture: "Technical specifications per compute capability" in the
+#: CUDA programming guide.
+SHARED = {75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 
 #: Bytes of a launch's tensors above which it runs once, as every order takes a copy.
 LARGE = 1 << 26
@@ -45,7 +50,8 @@ class EmulatingLauncher:
                 path = next(path for name, path in loaded.files.items() if name.endswith(".ptx"))
                 self.compiled = Compiled(path.read_text(), self.metadata.shared, Path(path).parent)
             packed = [*flat(self.signature, passed), *[b"\0" * 8] * SCRATCH]
-            self.driver.launched(self.compiled, (x, y, z), packed, Memory(passed))
+            memory = Memory(passed, self.driver.by_element)
+            self.driver.launched(self.compiled, (x, y, z), packed, memory)
 
 
 class Emulator(NullDriver):
@@ -56,14 +62,19 @@ class Emulator(NullDriver):
         all_orders: whether to run every launch in each of three orders of warps and programs, and to compare the
             results, unless the tensors are larger than LARGE. Otherwise, all threads of a program run in lockstep.
         errors: how far approximate instructions are off, as a share of what the PTX manual allows.
+        by_element: whether to keep the memory of every launch in `moved`, which then tells how often each element was
+            read and written.
     """
 
     launcher_cls = EmulatingLauncher
 
-    def __init__(self, arch: int, *, all_orders: bool = False, errors: float = 1.0) -> None:
+    def __init__(
+        self, arch: int, *, all_orders: bool = False, errors: float = 1.0, by_element: bool = False
+    ) -> None:  # fmt: skip
         super().__init__("cuda", arch)
-        self.all_orders, self.errors = all_orders, errors
+        self.all_orders, self.errors, self.by_element = all_orders, errors, by_element
         self.kernels: dict[str, list[Compiled]] = {}
+        self.moved: list[tuple[str, Memory]] = []  # by launch, (kernel, memory)
 
     def __enter__(self) -> Emulator:
         """Leaves out the assembler, which takes a fifth of the time. So what is compiled has a folder of its own."""
@@ -86,6 +97,8 @@ class Emulator(NullDriver):
         known = self.kernels.setdefault(compiled.name, [])
         if compiled not in known:
             known.append(compiled)
+        if self.by_element:
+            self.moved.append((compiled.name, memory))
         if not self.all_orders or sum(block.end - block.start for block in memory.blocks) > LARGE:
             compiled.run(grid, packed, memory, LOCKSTEP, self.errors)
             return
@@ -101,9 +114,14 @@ class Emulator(NullDriver):
 
 @contextlib.contextmanager
 def emulated(arch: int, **options: Any) -> Iterator[Emulator]:
-    """The emulator, with `backend="triton"` of this package on CPU tensors."""
+    """The emulator, with `backend="triton"` of this package on CPU tensors, as on a chip of this architecture."""
     from fused_ignore_ce.backends import choice
-    from fused_ignore_ce.kernels import cross_entropy
+    from fused_ignore_ce.kernels import chip, cross_entropy
 
-    with Emulator(arch, **options) as emulator, mock.patch.object(choice, "_triton", return_value=cross_entropy):
-        yield emulator
+    shared = SHARED[arch] if arch >= chip.COPIES_ASYNC else 0
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(chip, "EMULATED", replace(chip.EMULATED, arch=arch, shared_bytes=shared)))
+        stack.enter_context(mock.patch.object(choice, "_triton", return_value=cross_entropy))
+        chip.chip_of.cache_clear()
+        stack.callback(chip.chip_of.cache_clear)
+        yield stack.enter_context(Emulator(arch, **options))

@@ -25,12 +25,13 @@ static void fail(enum Fault fault, int instruction, int thread, int other, u64 a
 enum { READ, WRITTEN };
 enum { BYTES = 0, REQUESTS = 2, SECTORS = 4, PARTS = 6, WAVEFRONTS, COUNTS };
 static u64 counted[COUNTS], calls;  // calls: of segments
-typedef struct { u64 call, seen[32]; int warp, part, count; u8 of_bank[32], most; } Request;
+typedef struct { u64 call, seen[32]; int warp, part, count; u32 number; u8 of_bank[32], most; } Request;
 static Request latest[INSTRUCTIONS];
+static u32 requests;
 
 static inline int begins(Request *r, int warp, int part) {
   if (r->call == calls && r->warp == warp && r->part == part) return 0;
-  r->call = calls, r->warp = warp, r->part = part, r->count = r->most = 0;
+  r->call = calls, r->warp = warp, r->part = part, r->count = r->most = 0, r->number = ++requests;
   memset(r->of_bank, 0, sizeof r->of_bank);
   return 1;
 }
@@ -40,13 +41,6 @@ static inline int is_new(Request *r, u64 what) {
     if (r->seen[i] == what) return 0;
   r->seen[r->count++] = what;
   return 1;
-}
-
-static inline void ask_global(u64 address, int bytes, int kind, int id, int t) {
-  Request *r = latest + id;
-  counted[BYTES + kind] += bytes;
-  counted[REQUESTS + kind] += begins(r, t / 32, 0);
-  counted[SECTORS + kind] += is_new(r, address / 32);  // an access is aligned, and 32 bytes wide at most
 }
 
 static inline void ask_shared(u32 address, int bytes, int id, int t) {
@@ -60,7 +54,8 @@ static inline void ask_shared(u32 address, int bytes, int id, int t) {
 
 typedef struct { u32 writer, reader; } Touched;  // programs, counted from 1; SEVERAL for more than one
 enum { SEVERAL = 0xffffffff };
-typedef struct { u64 start, end; const u8 *allowed; u64 grain; Touched *touched; u64 moved[2]; } Block;  // bytes
+typedef struct { u32 request, times; } Asked;  // the last request that accessed an element, and how many have
+typedef struct { u64 start, end; const u8 *allowed; u64 grain; Touched *touched; u64 moved[2]; Asked (*asked)[2]; } Block;
 static Block *blocks, *recent;
 static int block_count;
 
@@ -77,6 +72,20 @@ static inline Block *block_of(u64 address, int bytes, int id, int t) {
     for (int i = 0; i < bytes; i++)
       if (!recent->allowed[address - recent->start + i]) fail(OUTSIDE, id, t, 0, address, bytes);
   return recent;
+}
+
+// After block_of.
+static inline void ask_global(u64 address, int bytes, int kind, int id, int t) {
+  Request *r = latest + id;
+  counted[BYTES + kind] += bytes;
+  counted[REQUESTS + kind] += begins(r, t / 32, 0);
+  counted[SECTORS + kind] += is_new(r, address / 32);  // an access is aligned, and 32 bytes wide at most
+  if (!recent->asked) return;
+  u64 last = (address - recent->start + bytes - 1) / recent->grain;
+  for (u64 i = (address - recent->start) / recent->grain; i <= last; i++) {
+    Asked *asked = recent->asked[i] + kind;
+    if (asked->request != r->number) asked->request = r->number, asked->times++;
+  }
 }
 
 // Programs run in any order. So none may read or write what another one writes, unless it writes the same value.

@@ -63,30 +63,43 @@ static inline float min_nan_f32(float x, float y) { return x != x || y != y ? NA
 // 1 or -1, by the bits of x: the same operands always have the same error.
 static inline double side(u64 x) { return (x * 0x9e3779b97f4a7c15ull ^ x >> 7) >> 63 ? off : -off; }
 
-// Largest errors of approximate instructions, from the PTX manual; less half a unit for the rounding of their results.
-// Powers of two are taken to be exact, as exponents of ex2 are: units for special functions have tables of fractions.
+// Largest errors of approximate instructions, from the sections of the PTX ISA 9.1 that are named beside them; relative
+// errors less half a unit for the rounding of their results. Powers of two are taken to be exact, as exponents of ex2
+// are: units for special functions have tables of fractions.
 static inline int is_power(float x) { return !(to_f32(x) << 9); }
 #define RELATIVE(x, bits, bound) ((x) * (1 + side(bits) * ((bound) - 0x1p-24)))
-static inline float ex2_approx(float x) {
-  return x == floorf(x) ? exp2(x) : RELATIVE(exp2(x), to_f32(x), 0x1p-22);  // exact for whole numbers
+
+// Two units in the last place off, up or down by what the operands are.
+static inline float two_units_off(float z, u64 operands) {
+  double to = side(operands) * INFINITY;
+  return !isfinite(z) || z == 0 || off == 0 ? z : nextafterf(nextafterf(z, to), to);
 }
+
+// 9.7.3.21: 2 units from the correctly rounded result.
+static inline float ex2_approx(float x) {
+  return x == floorf(x) ? exp2(x) : two_units_off(exp2(x), to_f32(x));  // exact for whole numbers
+}
+// 9.7.3.20: absolute 2^-22 inside of (0.5, 2), relative 2^-22 elsewhere.
 static inline float lg2_approx(float x) {
   double y = log2(x);
   return x > 0.5f && x < 2 ? (x == 1 ? 0 : y + side(to_f32(x)) * 0x1p-22) : RELATIVE(y, to_f32(x), 0x1p-22);
 }
+// 9.7.3.13: 1 unit.
 static inline float rcp_approx(float x) { return is_power(x) ? 1 / x : RELATIVE(1.0 / x, to_f32(x), 0x1p-23); }
+// 9.7.3.15: relative 2^-23.
 static inline float sqrt_approx(float x) { return RELATIVE(sqrt(x), to_f32(x), 0x1p-23); }
-static inline float rsqrt_approx(float x) { return RELATIVE(1 / sqrt(x), to_f32(x), 0x1p-22); }
+// 9.7.3.16: relative 2^-22.9.
+static inline float rsqrt_approx(float x) { return RELATIVE(1 / sqrt(x), to_f32(x), 0x1.12p-23); }
+// 9.7.3.22: relative 2^-11.
 static inline float tanh_approx(float x) { return RELATIVE(tanh(x), to_f32(x), 0x1p-11); }
-// Two units of the last place.
+// 9.7.3.8: 2 units.
 static inline float div_full(float x, float y) {
-  float z = x / y;
-  if (!isfinite(z) || z == 0 || off == 0 || is_power(y)) return z;
-  double side_of = side((u64)to_f32(x) << 32 | to_f32(y));
-  return nextafterf(nextafterf(z, side_of * INFINITY), side_of * INFINITY);
+  return is_power(y) ? x / y : two_units_off(x / y, (u64)to_f32(x) << 32 | to_f32(y));
 }
-static inline double rcp_approx_f64(double x) {  // 20 bits, of which the lower half of the word has none
-  return from_f64(to_f64(1 / x * (1 + side(to_f64(x)) * 0x1p-21)) & 0xffffffff00000000ull);
+// 9.7.3.14: of 20 bits of the operand, to 20 bits; no bound is given.
+static inline double rcp_approx_f64(double x) {
+  u64 high = 0xffffffff00000000ull;
+  return from_f64(to_f64(1 / from_f64(to_f64(x) & high) * (1 + side(to_f64(x)) * 0x1p-21)) & high);
 }
 
 // Integers from floating-point numbers saturate; NaN is 0.

@@ -20,14 +20,19 @@ class Block(ctypes.Structure):
         ("touched", ctypes.c_void_p),  # two 32-bit words for every grain, which note the programs that were there
         ("read", ctypes.c_uint64),  # bytes that threads read of it
         ("written", ctypes.c_uint64),
+        ("asked", ctypes.c_void_p),  # for every grain, two pairs of 32-bit words, see `Memory.times`; or NULL
     )
 
 
 class Memory:
-    """The blocks of a launch. Tensors that overlap, as in a gradient that is written in place, share one."""
+    """The blocks of a launch. Tensors that overlap, as in a gradient that is written in place, share one.
 
-    def __init__(self, values: Iterable[object]) -> None:
+    With `by_element`, it also counts how often each element is read and written.
+    """
+
+    def __init__(self, values: Iterable[object], by_element: bool = False) -> None:
         self._kept: list[np.ndarray] = []
+        self._asked: list[np.ndarray] | None = [] if by_element else None
         self.tensors = [tensor for tensor in _tensors(values) if tensor.numel()]
         self.blocks: list[Block] = []
         group: list[torch.Tensor] = []
@@ -52,7 +57,30 @@ class Memory:
                 np.lib.stride_tricks.as_strided(first, (*tensor.shape, tensor.itemsize), (*strides, 1))[...] = 1
             allowed = self._keep(mask)
         touched = self._keep(np.zeros(2 * (-(-(end - start) // grain) + 1), dtype=np.uint32))
-        return Block(start, end, allowed, grain, touched)
+        asked = None
+        if self._asked is not None:
+            self._asked.append(np.zeros((-(-(end - start) // grain), 2, 2), dtype=np.uint32))
+            asked = self._asked[-1].ctypes.data
+        return Block(start, end, allowed, grain, touched, asked=asked)
+
+    def times(self, tensor: torch.Tensor) -> np.ndarray:
+        """How many requests read and wrote each element, (2, *shape). A warp's instruction is one request."""
+        assert self._asked is not None, "only a memory that counts by element can tell"
+        at = tensor.data_ptr()
+        for block, asked in zip(self.blocks, self._asked, strict=True):
+            if block.start <= at < block.end:
+                step = tensor.itemsize // block.grain
+                strides = (8, *(16 * step * stride for stride in tensor.stride()))
+                first = asked[(at - block.start) // block.grain :, :, 1]
+                return np.lib.stride_tricks.as_strided(first, (2, *tensor.shape), strides).copy()
+        return np.zeros((2, *tensor.shape), dtype=np.uint32)
+
+    @property
+    def total_bytes(self) -> int:
+        """All that was read and written, where a warp's instruction counts each element once."""
+        assert self._asked is not None, "only a memory that counts by element can tell"
+        counted = zip(self.blocks, self._asked, strict=True)
+        return sum(block.grain * int(asked[..., 1].sum()) for block, asked in counted)
 
     def _keep(self, array: np.ndarray) -> int:
         self._kept.append(array)
@@ -60,7 +88,7 @@ class Memory:
 
     def forget(self) -> None:
         """Makes the launch run as if no program had run before."""
-        for array in self._kept:
+        for array in (*self._kept, *(self._asked or ())):
             if array.dtype == np.uint32:
                 array.fill(0)
 
