@@ -139,7 +139,7 @@ $(VENV)-trainers/.ready: $(VENV)/.ready constraints-trainers.txt
 	$(beside)
 	$(call merged,trainers)
 	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt absl-py cachetools cloudpickle einops grpcio lightning msgpack omegaconf \
-		protobuf pyvers sentencepiece spmd_types tiktoken torch_checkpointing torchdata tyro
+		protobuf pylatexenc pyvers sentencepiece spmd_types tiktoken torch_checkpointing torchdata tyro
 	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt --no-deps litgpt megatron-core openrlhf ray tensorboard tensordict torchao \
 		torchtitan torchtune verl
 	touch $@

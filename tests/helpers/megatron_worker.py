@@ -22,8 +22,8 @@ def on_a_cpu():
 
     with (
         mock.patch.object(WrappedTorchNorm, "__new__", norm),
-        mock.patch.object(torch.cuda, "current_device", lambda: "cpu"),
-        mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
+        mock.patch.object(CudaRNGStatesTracker, "fork", return_value=contextlib.nullcontext()),
     ):
         yield
 

@@ -20,13 +20,14 @@ if importlib.util.find_spec("openrlhf") is None:
 @pytest.fixture(scope="module")
 def module():
     """`openrlhf.models.actor`, which needs neither flash-attn nor DeepSpeed for what is tested here."""
-    stubs = {}
-    for name in ("deepspeed", "flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"):
-        stubs[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
-    with mock.patch.dict(sys.modules, stubs):
-        import openrlhf.models.actor
+    absent = ("deepspeed", "flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed")
+    for name in absent:
+        sys.modules[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+    import openrlhf.models.actor
 
-        yield openrlhf.models.actor
+    for name in absent:
+        del sys.modules[name]
+    return openrlhf.models.actor
 
 
 @pytest.fixture
