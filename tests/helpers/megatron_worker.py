@@ -28,7 +28,7 @@ def on_a_cpu():
         yield
 
 
-def step(code=None, *, tensor_parallel=1, sequence_parallel=False, tied=False, mtp=False):
+def step(code=None, *, tensor_parallel=1, sequence_parallel=False, tied=False, mtp=False, bf16=False):
     """The losses of all tokens, the gradients of this rank, and logits; with `code`, of the class that it defines."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -52,6 +52,8 @@ def step(code=None, *, tensor_parallel=1, sequence_parallel=False, tied=False, m
             config, layer, V, SEQUENCE, share_embeddings_and_output_weights=tied, position_embedding_type="rope",
             mtp_block_spec=mtp_block,
         )  # fmt: skip
+        if bf16:
+            model.bfloat16()
         ids = torch.arange(BATCH * SEQUENCE).mul(37).remainder(V).view(BATCH, SEQUENCE)
         mask = (torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % 5 != 0).float()
         labels = ids.roll(-1, 1)

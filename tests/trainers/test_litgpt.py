@@ -1,14 +1,18 @@
 """docs/guides/trainers/litgpt.md, with LitGPT's own recipe: `make test-trainers` installs it."""
 
+import importlib
+
 import pytest
 import torch
 
+from fused_ignore_ce import defer_logits
 from fused_ignore_ce.hf import fusion_report
 
 from ..helpers.snippets import names_of
 from .training import IDS, LABELS, V, gradients
 
 litgpt = pytest.importorskip("litgpt", reason="make test-trainers installs LitGPT")
+chunked_cross_entropy = pytest.importorskip("litgpt.utils").chunked_cross_entropy
 
 
 @pytest.fixture
@@ -76,9 +80,28 @@ def test_fine_tuning(monkeypatch, tmp_path):
     assert not report.reads, report
 
 
+@pytest.mark.parametrize("kind", ["lora", "adapter", "adapter_v2"])
+def test_models_with_lora_and_adapters(kind):
+    """Their recipes call the head on parts of the sequence."""
+    module = importlib.import_module(f"litgpt.{kind}")
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "padded_vocab_size": V}
+    lora = {"lora_r": 2, "lora_query": True} if kind == "lora" else {}
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = module.GPT(module.Config.from_name("pythia-14m", **sizes, **lora))
+        head = model.lm_head if kind == "adapter" else model.lm_head.linear
+        if fused:
+            defer_logits(head)
+        found.append(gradients(model, chunked_cross_entropy(model(IDS, lm_head_chunk_size=8), LABELS)))
+    torch.testing.assert_close(*found)
+    report = fusion_report(head)
+    assert report.fused, report
+    assert not report.reads, report
+
+
 def test_the_loss_of_pretraining(page):
     import litgpt.pretrain
-    from litgpt.utils import chunked_cross_entropy
 
     replaced = litgpt.pretrain.chunked_cross_entropy
     assert replaced is page["chunked_cross_entropy"]

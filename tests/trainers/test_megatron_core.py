@@ -40,6 +40,14 @@ def test_one_rank(one, options):
     check(one, **options)
 
 
+def test_losses_of_bfloat16_are_not_rounded(one):
+    ((plain, *_),), ((fused, *_),) = (
+        one.run("megatron_worker.step", [{"bf16": True, **code}]) for code in ({}, {"code": CODE})
+    )
+    torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-3)
+    assert (fused != fused.bfloat16()).any()
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
 def test_two_ranks(two, sequence_parallel, tied):
