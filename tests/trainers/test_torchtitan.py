@@ -1,60 +1,44 @@
 """docs/guides/trainers/torchtitan.md, with torchtitan's own loss and model: `make test-trainers` installs it."""
 
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
 
-from fused_ignore_ce.hf import fusion_report
+from ..helpers.ranks import Ranks
+from ..helpers.snippets import DOCS, blocks, names_of
+from ..helpers.torchtitan_worker import step
 
-from ..helpers.snippets import names_of
-from .training import IDS, LABELS, gradients
+pytest.importorskip("torchtitan", reason="make test-trainers installs torchtitan")
 
-loss = pytest.importorskip("torchtitan.components.loss", reason="make test-trainers installs torchtitan")
-
-
-@pytest.fixture
-def model(monkeypatch):
-    from torchtitan.models.common.attention import FlexAttention
-    from torchtitan.models.llama3 import model_registry
-
-    def attention(self, q, k, v, **_):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-    monkeypatch.setattr(FlexAttention, "forward", attention)  # FlexAttention has no backward on a CPU
-    torch.manual_seed(0)
-    model = model_registry("debugmodel").model.build()
-    model.init_states()
-    return model
+PAGE = "guides/trainers/torchtitan.md"
+CODE = "\n".join(block.code for block in blocks(DOCS / PAGE))
 
 
-def step(model, loss_fn):
-    """What the trainer does: it gives the head to the loss, then takes the loss of hidden states."""
-    assert isinstance(loss_fn, loss.ChunkedLossWrapper)
-    loss_fn.set_lm_head(model.lm_head)
-    model._skip_lm_head = True
-    hidden = model(IDS, torch.arange(16).expand(3, 16))
-    return gradients(model, loss_fn(hidden, LABELS, (LABELS != -100).sum())[0])
+def test_the_loss_of_the_page():
+    *expected, _ = step(num_chunks=4)
+    *found, (fused, reads) = step(CODE)
+    torch.testing.assert_close(found, expected)
+    assert fused == 1
+    assert not reads
 
 
-@pytest.mark.parametrize("inner", ["CrossEntropyLoss", "FusedCrossEntropy"])
-def test_the_loss_of_the_page(model, inner):
-    page = names_of("guides/trainers/torchtitan.md")
-    expected = step(copy.deepcopy(model), loss.ChunkedLossWrapper.Config(num_chunks=4).build())
-    loss_fn = (page.get(inner) or getattr(loss, inner)).Config()
-    fused = page["FusedLoss"].Config(loss_fn=loss_fn).build()
-    assert fused.num_chunks == 1
-    torch.testing.assert_close(step(model, fused), expected)
-    report = fusion_report(model.lm_head)
-    assert sum(kind.calls for kind in report.fused.values()) == 1, report
-    assert not report.reads, report
+def test_a_model_that_fsdp2_shards(tmp_path_factory):
+    ranks = Ranks(2, tmp_path_factory)
+    try:
+        plain = ranks.run("torchtitan_worker.step", [{"sharded": True}] * 2)
+        fused = ranks.run("torchtitan_worker.step", [{"sharded": True, "code": CODE}] * 2)
+    finally:
+        ranks.stop()
+    for (*expected, _), (*found, (calls, reads)) in zip(plain, fused, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert calls == 1
+        assert not reads
 
 
 def test_the_configuration_of_the_page_builds_its_loss():
     """The function of the page is what torchtitan calls for `--config`."""
-    page = names_of("guides/trainers/torchtitan.md")
+    page = names_of(PAGE)
     config = page["llama3_8b"]()
-    assert type(config.loss.build()) is page["FusedLoss"]
+    loss = config.loss.build()
+    assert type(loss) is page["FusedLoss"]
+    assert loss.num_chunks == 1
     assert config.loss.loss_fn.global_vocab_size == config.model_spec.model.vocab_size
