@@ -10,7 +10,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-compiled test-architectures test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
+.PHONY: demo test test-compiled test-architectures test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-trainers test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -51,6 +51,10 @@ test-kernels-hub: $(VENV)-kernels-hub/.ready
 # `defer_logits` on the models of LitGPT and torchtitan.
 test-other-libraries: $(VENV)-other-libraries/.ready
 	$(VENV)-other-libraries/bin/python -m pytest tests/other_libraries
+
+# The guides to trainers of others, with their packages; downloads 200 MB.
+test-trainers: $(VENV)-trainers/.ready
+	$(VENV)-trainers/bin/python -m pytest tests/trainers
 
 # Patched models under DeepSpeed, on two processes. It compiles an extension at run time, with ninja.
 test-deepspeed: $(VENV)-deepspeed/.ready
@@ -103,7 +107,7 @@ docs: $(VENV)/.ready
 	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-newest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-newest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-trainers $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -115,6 +119,12 @@ define beside
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first-environment.pth
+endef
+
+# constraints-NAME.txt takes the place of lines of constraints.txt.
+define merged
+	packages=$$(sed -nE 's/^([A-Za-z0-9_-]+)==.*/\1/p' constraints-$(1).txt | paste -sd '|'); \
+	grep -vE "^($$packages)==" constraints.txt | cat - constraints-$(1).txt > $(@D)/constraints.txt
 endef
 
 # transformers behaves differently where Hugging Face's kernels is installed.
@@ -130,15 +140,23 @@ $(VENV)-other-libraries/.ready: $(VENV)/.ready
 	$(@D)/bin/python -m pip install -c constraints.txt --no-deps bitsandbytes litgpt torchao torchtitan
 	touch $@
 
+# These ask for CUDA's packages, and for older versions of PyTorch and transformers.
+$(VENV)-trainers/.ready: $(VENV)/.ready constraints-trainers.txt
+	$(beside)
+	$(call merged,trainers)
+	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt absl-py cachetools cloudpickle einops grpcio lightning msgpack omegaconf \
+		protobuf pylatexenc pyvers sentencepiece spmd_types tiktoken torch_checkpointing torchdata tyro
+	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt --no-deps litgpt megatron-core openrlhf ray tensorboard tensordict torchao \
+		torchtitan torchtune verl
+	touch $@
+
 $(VENV)-deepspeed/.ready: $(VENV)/.ready
 	$(beside)
 	CC=gcc $(@D)/bin/python -m pip install -c constraints.txt deepspeed
 	touch $@
 
-# constraints-NAME.txt takes the place of lines of constraints.txt.
 $(VENV)-%/.ready: pyproject.toml constraints.txt constraints-%.txt
 	$(PYTHON) -m venv $(@D)
-	packages=$$(sed -nE 's/^([A-Za-z0-9_-]+)==.*/\1/p' constraints-$*.txt | paste -sd '|'); \
-	grep -vE "^($$packages)==" constraints.txt | cat - constraints-$*.txt > $(@D)/constraints.txt
+	$(call merged,$*)
 	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt -e '.[dev]'
 	touch $@

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.eager import autocasts
 from ..core.optional_packages import needed
-from ..core.options import budget_bytes, check_backend
+from ..core.options import budget_bytes, check_backend, check_logits_dtype
 from ..deferred.heads import PATCH
 from ..deferred.product import product_of
 from ..deferred.replaced import forward_of
@@ -33,7 +33,13 @@ KNOWN_VERSIONS = ("1.16",)
 _TRLS = ("trl.trainer.utils", "_fused_forward")
 
 
-def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backend: str = "auto") -> Any:
+def patch_trainer(
+    trainer: Any,
+    *,
+    memory_budget: int | str | None = None,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Any:
     """Lets a trainer of TRL take its log-probabilities and entropies from this package.
 
     Equivalent to the same trainer with `trl.kernels.ChunkedLogProbFunction` replaced by `fused_linear_log_probs`: the
@@ -43,6 +49,8 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
         trainer: an SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer, before `train()` or after it. Its
             model and its reference model are changed in place.
         memory_budget: bytes of scratch, as in `fused_linear_cross_entropy`.
+        logits_dtype: torch.float32 for logits of 16-bit models that are never rounded to 16 bits, as in
+            `fused_linear_log_probs`; None rounds them as TRL's head does.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -65,7 +73,9 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
     """
     utils = _trl_utils()
     check_backend(backend)
-    options: dict[str, Any] = {"memory_budget": budget_bytes(memory_budget), "backend": backend}
+    check_logits_dtype(logits_dtype)
+    options: dict[str, Any] = {"memory_budget": budget_bytes(memory_budget), "logits_dtype": logits_dtype}
+    options["backend"] = backend
     models = _models_of(trainer)
     trained = models[0]
     for model in models:

@@ -58,7 +58,7 @@ def per_token(head: Head, targets: Tensor, names: Collection[str], summed: bool,
         names: the fields of `PerToken` that are wanted.
         summed: whether the loss is expected to be the sum of the log-probabilities times a number. The gradients are
             then cheaper, and right even if the loss is another one; the entropy has no gradient.
-        options: `memory_budget` and `backend`, as in `fused_linear_log_probs`.
+        options: `memory_budget`, `logits_dtype` and `backend`, as in `fused_linear_log_probs`.
     """
     given: dict[str, Any] = {"linear_bias": head.bias, **options}
     given.update(softcap=head.softcap, logit_scale=head.logit_scale, temperature=head.temperature)

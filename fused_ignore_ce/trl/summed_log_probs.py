@@ -30,6 +30,7 @@ def summed_log_probs(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     memory_budget: int | str | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, LossStats]:
     """`fused_linear_log_probs(..., return_stats=True)`, in three matrix products if the loss is a multiple of the sum.
@@ -43,12 +44,13 @@ def summed_log_probs(
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     reduction = ReductionOptions("sum", None, True, acc).checked()
     tensors = LinearTensors(input, linear_weight, target, linear_bias, None, None)
-    problem = linear_problem(tensors, (-100,), options, reduction, memory_budget, None, backend, None)
+    problem = linear_problem(tensors, (-100,), options, reduction, memory_budget, logits_dtype, backend, None)
     (position,) = problem.positions
     if not (problem.at_once and any(position.wanted) and is_plain(input)):
         per_token: tuple[Tensor, LossStats] = fused_linear_log_probs(
             input, linear_weight, target, linear_bias=linear_bias, softcap=softcap, logit_scale=logit_scale,
-            temperature=temperature, memory_budget=memory_budget, return_stats=True, backend=backend,
+            temperature=temperature, memory_budget=memory_budget, logits_dtype=logits_dtype, return_stats=True,
+            backend=backend,
         )  # fmt: skip
         return per_token
     found = _Summed.apply(position, *position.operands[:3])

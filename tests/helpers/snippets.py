@@ -78,3 +78,11 @@ def links(page: Path) -> list[str]:
     return [
         target.partition("#")[0] for target in targets if not target.startswith(("http:", "https:", "mailto:", "#"))
     ]
+
+
+def names_of(page: str) -> dict[str, Any]:
+    """What the Python blocks of a page define: they are run in one scope, from top to bottom."""
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(DOCS / page):
+        block.run(scope)
+    return scope

@@ -1,6 +1,5 @@
 """The README and docs/: their code runs, their commands parse, their links lead somewhere, the site builds."""
 
-import abc
 import inspect
 import os
 import re
@@ -20,9 +19,11 @@ from ..helpers.paths import ROOT
 from ..helpers.snippets import DOCS, PAGES, blocks, links, name_of
 
 README = ROOT / "README.md"
-WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page)]
 #: Packages that the code of a page needs beside those that the package itself needs.
 NEEDS = {"docs/guides/trl.md": ["trl"], "docs/guides/migrating.md": ["liger_kernel"]}
+#: Pages whose code tests/trainers runs, with the packages that they are about.
+WITH_PACKAGES = {path for path in PAGES if path.is_relative_to(DOCS / "guides" / "trainers")}
+WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page) and page not in WITH_PACKAGES]
 COMMANDS = [
     (block, line)
     for page in PAGES
@@ -59,9 +60,6 @@ STAND_INS = {
     "llamafactory": module(),
     "llamafactory.train": module(),
     "llamafactory.train.tuner": module(run_exp=run_exp),
-    "torchtune": module(),
-    "torchtune.modules": module(),
-    "torchtune.modules.loss": module(SFTLoss=type("SFTLoss", (abc.ABC, torch.nn.Module), {})),
 }
 
 
@@ -136,6 +134,14 @@ def test_a_command_exists(block, line, capsys):
 def test_links_lead_to_files(page):
     missing = [target for target in links(page) if not (page.parent / target).exists()]
     assert not missing, f"{name_of(page)} links to {missing}"
+
+
+def test_a_trainer_s_page_has_a_test_and_fits_on_a_screen():
+    tests = {path.stem for path in (ROOT / "tests" / "trainers").glob("test_*.py")}
+    for page in WITH_PACKAGES:
+        assert f"test_{page.stem.replace('-', '_')}" in tests, name_of(page)
+        assert len(page.read_text().splitlines()) <= 60, name_of(page)
+        assert sum(block.code.count("\n") for block in blocks(page)) <= 60, name_of(page)
 
 
 def test_every_page_is_in_the_navigation():

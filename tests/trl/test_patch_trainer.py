@@ -257,7 +257,12 @@ def test_a_trainer_without_the_head_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "error"),
-    [({"backend": "cuda"}, ValueError), ({"memory_budget": "1 acre"}, TypeError), ({"z_loss": 1e-4}, TypeError)],
+    [
+        ({"backend": "cuda"}, ValueError),
+        ({"memory_budget": "1 acre"}, TypeError),
+        ({"z_loss": 1e-4}, TypeError),
+        ({"logits_dtype": torch.float16}, ValueError),
+    ],
     ids=str,
 )
 def test_wrong_options(given, error, tmp_path):

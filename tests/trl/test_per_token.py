@@ -117,3 +117,15 @@ def test_frozen_head_and_bfloat16(summed):
         errors.append([(found[0] - truth).abs().max().item(), (d_hidden - d_truth).abs().max().item()])
     for ours, theirs in zip(*errors, strict=True):
         assert ours <= 1.5 * theirs + 1e-3
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["", "summed"])
+def test_logits_of_bfloat16_that_are_not_rounded(summed):
+    head, targets = operands(torch.bfloat16)
+    logits = head.hidden.detach().double() @ head.weight.detach().double().T
+    truth = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    rounded = per_token(head, targets, (), summed, OPTIONS).log_probs
+    found = per_token(head, targets, (), summed, {**OPTIONS, "logits_dtype": torch.float32}).log_probs
+    assert (found - truth).abs().max() < 1e-5
+    assert (rounded - truth).abs().max() > 1e-3
+    torch.autograd.grad(found.sum(), head[:2])
