@@ -120,7 +120,8 @@ def _compute(
     with torch.autocast(student.h.device.type, enabled=False):
         mine = tiles(student, settings.dtype)
         theirs = None if options.tail else tiles(teacher, settings.teacher_dtype)
-        sums, kernels = GradientSums(mine, wanted), distiller(settings.backend, student.h.device)
+        sums = GradientSums(mine, wanted)
+        kernels = distiller(settings.backend, student.h.device, options.tail)
         (block,) = mine.blocks
         for rows in mine.chunks:
             x = mine.logits(rows, block)

@@ -15,7 +15,7 @@ from bench.proofs.emulator.translating import translate
 from .test_proofs_compiled import worker
 
 NAMES = ["forward", "merge", "backward", "one_pass", "on_chip", "reduce", "total", "scale"]
-NAMES += ["distillation", "distillation_backward"]
+NAMES += ["distillation", "distillation_backward", "others", "others_backward"]
 KERNELS = {f"{name}_kernel" for name in NAMES}
 
 HEAD = ".visible .entry kernel(\n.param .u64 kernel_param_0\n)\n.reqntid 32\n{\n.reg .b32 %r<9>;\n.reg .pred %p<9>;\n"
