@@ -25,6 +25,7 @@ from ..deferred.product import product_of
 from ..deferred.replaced import forward_of
 from ..hf.forward import recorder_of, state_in
 from ..hf.patching import patch_model, unpatch_model
+from .distillation import patch_distillation, unpatch_distillation
 from .per_token import Head, PerToken, per_token
 
 #: Releases of TRL whose head is known, by "major.minor".
@@ -41,7 +42,8 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
 
     Args:
         trainer: an SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer, before `train()` or after it. Its
-            model and its reference model are changed in place.
+            model and its reference model are changed in place. Or a DistillationTrainer or GKDTrainer, whose divergence
+            is then `fused_linear_distillation_loss` or, as the latter has logits, `fused_distillation_loss`.
         memory_budget: bytes of scratch, as in `fused_linear_cross_entropy`.
         backend: "auto", "triton" or "torch".
 
@@ -66,6 +68,8 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
     utils = _trl_utils()
     check_backend(backend)
     options: dict[str, Any] = {"memory_budget": budget_bytes(memory_budget), "backend": backend}
+    if patch_distillation(trainer, options):
+        return trainer
     models = _models_of(trainer)
     trained = models[0]
     for model in models:
@@ -85,6 +89,8 @@ def patch_trainer(trainer: Any, *, memory_budget: int | str | None = None, backe
 def unpatch_trainer(trainer: Any) -> Any:
     """Undoes `patch_trainer`; without effect on a trainer that is not patched. Returns trainer."""
     utils = _trl_utils()
+    if unpatch_distillation(trainer):
+        return trainer
     for model in _models_of(trainer):
         _patches.pop(model, None)
         if model in _patched_here:
@@ -226,7 +232,8 @@ def _models_of(trainer: Any) -> list[Any]:
         if name == "model" and not with_head:
             raise TypeError(
                 "trainer: expected a trainer of TRL that gives its model a fused head (SFTTrainer, DPOTrainer, "
-                f"KTOTrainer, GRPOTrainer, RLOOTrainer), got {type(trainer).__name__}"
+                "KTOTrainer, GRPOTrainer, RLOOTrainer), or one that distils (DistillationTrainer, GKDTrainer), got "
+                f"{type(trainer).__name__}"
             )
         found += with_head
     return found

@@ -1,0 +1,192 @@
+"""TRL's trainers that distil: their divergence from the teacher is computed by this package."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.eager import autocasts
+from ..core.optional_packages import needed
+from ..hf.forward import recorder_of, state_in
+from ..losses.distillation import fused_distillation_loss, fused_linear_distillation_loss
+
+#: The module and the name of the function that DistillationTrainer takes its loss from.
+_MODULE, _NAME = "trl.trainer.distillation_trainer", "_chunked_divergence_loss"
+#: The kind of loss in a report.
+KIND = "divergence of TRL"
+
+
+class _Running(threading.local):
+    """The patched trainer whose loss is being computed, and the options of its patch."""
+
+    trainer: Any = None
+    options: dict[str, Any] = {}  # noqa: RUF012 (threads replace it)
+
+
+_running = _Running()
+_patched: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def patch_distillation(trainer: Any, options: dict[str, Any]) -> bool:
+    """Patches a DistillationTrainer or a GKDTrainer; returns False for another one, and leaves that as it is."""
+    module = needed(_MODULE, "trl")
+    if isinstance(trainer, module.DistillationTrainer):
+        trainer._compute_loss = MethodType(_computing(type(trainer)._compute_loss, options), trainer)
+        if not isinstance(getattr(module, _NAME), _Divergence):
+            setattr(module, _NAME, _Divergence(getattr(module, _NAME)))
+    elif isinstance(trainer, _gkd()):
+        trainer.generalized_jsd_loss = _of_logits(trainer, options)
+    else:
+        return False
+    _patched.add(trainer)
+    recorder_of(_model(trainer), fresh=True)
+    return True
+
+
+def unpatch_distillation(trainer: Any) -> bool:
+    """Undoes `patch_distillation`; returns False for a trainer that it did not patch."""
+    if trainer not in _patched:
+        return False
+    _patched.remove(trainer)
+    for name in ("_compute_loss", "generalized_jsd_loss"):
+        trainer.__dict__.pop(name, None)
+    module = needed(_MODULE, "trl")
+    own = getattr(module, _NAME)
+    if not _patched and isinstance(own, _Divergence):
+        setattr(module, _NAME, own.own)
+    return True
+
+
+def _model(trainer: Any) -> Any:
+    """The model that is trained, without PEFT's wrapper."""
+    model = trainer.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _gkd() -> Any:
+    return needed("trl.experimental.gkd", "trl").GKDTrainer
+
+
+def _computing(compute: Any, options: dict[str, Any]) -> Any:
+    """A trainer's `_compute_loss`, which tells the loss whose it is."""
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = _running.trainer, _running.options
+        _running.trainer, _running.options = self, options
+        try:
+            return compute(self, *args, **kwargs)
+        finally:
+            _running.trainer, _running.options = outer
+
+    return compute_loss
+
+
+class _Divergence:
+    """Takes the place of TRL's `_chunked_divergence_loss`, and calls it for trainers that are not patched."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.own if _running.trainer is None else _of_hidden_states)(*args, **kwargs)
+
+
+def _of_hidden_states(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Any,
+    teacher_lm_head_weight: Any,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Any = None,
+    teacher_lm_head_bias: Any = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What TRL's function returns for these arguments: loss, sum of the student's entropies, number of tokens.
+
+    The temperature is a part of the scales and the caps, so that the entropies are those at this temperature.
+    """
+    student = _head(student_hidden_states, student_lm_head_weight, student_lm_head_bias)
+    teacher = _head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+    caps = [
+        None if cap is None else cap / temperature
+        for cap in (student_final_logit_softcapping, teacher_final_logit_softcapping)
+    ]
+    target = torch.where(completion_mask != 0, 0, -100)
+    loss, stats = fused_linear_distillation_loss(
+        student_hidden_states, student[0], teacher_hidden_states, teacher[0], target, linear_bias=student[1],
+        teacher_bias=teacher[1], reduction="sum", softcap=caps[0], logit_scale=student_logit_scale / temperature,
+        teacher_softcap=caps[1], teacher_logit_scale=teacher_logit_scale / temperature, return_stats=True,
+        loss_dtype=torch.float32, **_divergence(beta), **_running.options,
+    )  # fmt: skip
+    _tell(_running.trainer, target, stats.num_tokens, 2 * student[0].shape[0] * student_hidden_states.element_size())
+    divisor = stats.num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    divisor = divisor.to(loss.device) if isinstance(divisor, Tensor) else divisor
+    return loss / divisor, stats.entropy.sum(), stats.num_tokens
+
+
+def _head(hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
+    """A head's whole weight and bias, in the dtype of its hidden states, as TRL has them."""
+    weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (weight, bias))
+    if not autocasts(hidden.device):
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    return weight, bias
+
+
+def _of_logits(trainer: Any, options: dict[str, Any]) -> Any:
+    """Takes the place of a GKDTrainer's `generalized_jsd_loss`."""
+    own = type(trainer).generalized_jsd_loss
+
+    def generalized_jsd_loss(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        if reduction not in ("batchmean", "sum") and num_items_in_batch is None:  # TRL's trainer asks for neither
+            found: Tensor = own(student_logits, teacher_logits, labels, beta, temperature, reduction)
+            return found
+        loss, stats = fused_distillation_loss(
+            student_logits, teacher_logits, labels, temperature=temperature, reduction="sum", return_stats=True,
+            backend=options["backend"], **_divergence(beta),
+        )  # fmt: skip
+        target = torch.zeros(student_logits.shape[:-1], dtype=torch.int64) if labels is None else labels
+        _tell(trainer, target, stats.num_tokens, 0)
+        if num_items_in_batch is not None:
+            divisor: Any = num_items_in_batch
+        elif reduction == "sum":
+            divisor = 1
+        else:
+            divisor = max(len(student_logits), 1) if labels is None else stats.num_tokens.clamp(min=1)
+        divisor = divisor.to(loss.device) if isinstance(divisor, Tensor) else divisor
+        found = loss / divisor
+        return found
+
+    return generalized_jsd_loss
+
+
+def _divergence(beta: float) -> dict[str, Any]:
+    """TRL's beta as this package's options."""
+    if beta in (0.0, 1.0):
+        return {"divergence": "reverse_kl" if beta else "forward_kl"}
+    return {"divergence": "jsd", "beta": beta}
+
+
+def _tell(trainer: Any, target: Tensor, kept: Tensor, bytes_a_token: int) -> None:
+    """Tells the report of the trainer's model of a loss."""
+    shared = state_in(_model(trainer))
+    shared.size += target.numel() * bytes_a_token
+    shared.took(KIND, target.numel(), target.numel() - kept)
