@@ -24,6 +24,16 @@ LOWEST, LOWEST64 = tl.constexpr(-3.4028234663852886e38), tl.constexpr(-1.7976931
 
 
 @triton.jit
+def inputs_of(start, stride_v, v_end):
+    """What a program reads of a row."""
+    NOTHING: tl.constexpr = None
+    return RowInputs(
+        x=start, stride_xv=stride_v, probs=NOTHING, stride_pv=0, weight=NOTHING, keep=tl.full((), True, tl.int1),
+        v_end=v_end,
+    )  # fmt: skip
+
+
+@triton.jit
 def other_tile(
     inputs, curve, v, offs, ACC: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr, WHOLE: tl.constexpr
 ):
@@ -89,16 +99,12 @@ def others_kernel(
     TWO: tl.constexpr,  # whether there are two temperatures
 ):
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
-    NOTHING: tl.constexpr = None
     LANES: tl.constexpr = TILE.LANES
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
     row = tl.program_id(0).to(tl.int64)
     if tl.load(target_ptr + row) == ignore_index:
         return
-    inputs = RowInputs(
-        x=logits.x + row * stride_xn // TILE.WIDTH * TILE.WIDTH, stride_xv=stride_xv, probs=NOTHING, stride_pv=0,
-        weight=NOTHING, keep=tl.full((), True, tl.int1), v_end=V,
-    )  # fmt: skip
+    inputs = inputs_of(logits.x + row * stride_xn // TILE.WIDTH * TILE.WIDTH, stride_xv, V)
     curve = scaling(scale, ACC)
     height, height_two = number(cap * LOG2E, ACC), number(cap_two * LOG2E, ACC)
     offs = tile_offsets(TILE, TILE.CHUNKS)
@@ -176,7 +182,6 @@ def others_backward_kernel(
     TWO: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if logits.x.dtype.element_ty == tl.float64 else tl.float32
-    NOTHING: tl.constexpr = None
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
     offs = tile_offsets(TILE, TILE.CHUNKS)
     pid = tl.program_id(0)
@@ -187,10 +192,7 @@ def others_backward_kernel(
     if tl.load(target_ptr + row) == ignore_index:
         write_zeros(dx, stride_dxv, v_start, v_end, offs, TILE)
         return
-    inputs = RowInputs(
-        x=logits.x + row * stride_xn // TILE.WIDTH * TILE.WIDTH, stride_xv=stride_xv, probs=NOTHING, stride_pv=0,
-        weight=NOTHING, keep=tl.full((), True, tl.int1), v_end=v_end,
-    )  # fmt: skip
+    inputs = inputs_of(logits.x + row * stride_xn // TILE.WIDTH * TILE.WIDTH, stride_xv, v_end)
     curve = scaling(scale, ACC)
     height, height_two = number(cap * LOG2E, ACC), number(cap_two * LOG2E, ACC)
     best = tl.load(saved_ptr + row)

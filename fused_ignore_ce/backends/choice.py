@@ -28,12 +28,12 @@ def implementation(backend: str, device: torch.device) -> Backend:
 
 
 def distiller(backend: str, device: torch.device, tail: str = "") -> Distiller:
-    """The backend's module for distillation on this device; with a `tail`, of a teacher's likeliest classes."""
+    """The backend's functions for distillation on this device; with a `tail`, of a teacher's likeliest classes."""
     if backend == "torch":
-        return divergences
+        return divergences.ByRows(divergences.rows)
     _triton(device.type)
     if tail:
-        return top_k
+        return divergences.ByRows(top_k.rows)
     from ..kernels import distillation
 
     kernels: Any = distillation

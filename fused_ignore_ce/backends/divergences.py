@@ -13,6 +13,7 @@ With g, the derivative with respect to log q, the gradient with respect to the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,25 +75,28 @@ def saved_like(loss: Tensor, backend: str) -> Tensor:
     return loss.new_empty((7, len(loss)) if backend == "triton" else 0)
 
 
-def forward(
-    x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
-) -> tuple[DistilledRows, Tensor]:
-    found = rows(x, teacher, target, options, with_stats=with_stats)
-    return found, saved_like(found.loss, "torch")
+class ByRows(NamedTuple):
+    """The functions of a backend for distillation, of which one computes losses and gradients."""
 
+    rows: Callable[..., DistilledRows]
 
-def backward(
-    dloss: Tensor, x: Tensor, teacher: Teacher, target: Tensor, saved: Tensor, options: DistillationOptions,
-    *, dx: Tensor,
-) -> None:  # fmt: skip
-    rows(x, teacher, target, options, with_stats=False, scale=dloss, dx=dx)
+    def forward(
+        self, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
+    ) -> tuple[DistilledRows, Tensor]:
+        found = self.rows(x, teacher, target, options, with_stats=with_stats)
+        return found, saved_like(found.loss, "torch")
 
+    def backward(
+        self, dloss: Tensor, x: Tensor, teacher: Teacher, target: Tensor, saved: Tensor, options: DistillationOptions,
+        *, dx: Tensor,
+    ) -> None:  # fmt: skip
+        self.rows(x, teacher, target, options, with_stats=False, scale=dloss, dx=dx)
 
-def forward_backward(
-    scale: Tensor, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions,
-    *, dx: Tensor, with_stats: bool,
-) -> DistilledRows:  # fmt: skip
-    return rows(x, teacher, target, options, with_stats=with_stats, scale=scale, dx=dx)
+    def forward_backward(
+        self, scale: Tensor, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions,
+        *, dx: Tensor, with_stats: bool,
+    ) -> DistilledRows:  # fmt: skip
+        return self.rows(x, teacher, target, options, with_stats=with_stats, scale=scale, dx=dx)
 
 
 def rows(

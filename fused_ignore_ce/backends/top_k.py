@@ -13,28 +13,7 @@ from torch import Tensor
 
 from ..core.distillation import DistillationOptions
 from ..core.rows import acc_dtype
-from .divergences import DistilledRows, Teacher, entropy_of, of_likeliest, saved_like, used_
-
-
-def forward(
-    x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
-) -> tuple[DistilledRows, Tensor]:
-    found = rows(x, teacher, target, options, with_stats=with_stats)
-    return found, saved_like(found.loss, "torch")
-
-
-def backward(
-    dloss: Tensor, x: Tensor, teacher: Teacher, target: Tensor, saved: Tensor, options: DistillationOptions,
-    *, dx: Tensor,
-) -> None:  # fmt: skip
-    rows(x, teacher, target, options, with_stats=False, scale=dloss, dx=dx)
-
-
-def forward_backward(
-    scale: Tensor, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions,
-    *, dx: Tensor, with_stats: bool,
-) -> DistilledRows:  # fmt: skip
-    return rows(x, teacher, target, options, with_stats=with_stats, scale=scale, dx=dx)
+from .divergences import DistilledRows, Teacher, entropy_of, of_likeliest, used_
 
 
 def rows(

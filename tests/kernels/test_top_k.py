@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from bench.proofs.meter import Traffic
 from fused_ignore_ce import fused_top_k_distillation_loss
 from fused_ignore_ce.backends import divergences, top_k
-from fused_ignore_ce.backends.divergences import Teacher
+from fused_ignore_ce.backends.divergences import ByRows, Teacher
 from fused_ignore_ce.core.distillation import DistillationOptions
 from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.kernels import top_k as launchers
@@ -54,7 +54,7 @@ def problem(N, V, dtype, device, size=3.0, classes=K):
 
 def by(backend, x, teacher, target, scale, options, with_stats=False):
     """(losses, gradient, statistics) by a forward, and by a forward and backward that overwrites the logits."""
-    given = x.clone()
+    given, backend = x.clone(), ByRows(backend.rows)
     rows, _ = backend.forward(given, teacher, target, options, with_stats=with_stats)
     assert torch.equal(given.nan_to_num(), x.nan_to_num())
     again = backend.forward_backward(scale, given, teacher, target, options, dx=given, with_stats=with_stats)
@@ -175,7 +175,7 @@ def test_gradients_in_memory_of_their_own(device):
     x, teacher, target, scale = problem(4, 1000, torch.float64, device)
     options = options_of(alpha=0.5, softcap=2.0)
     before, dx = x.clone(), torch.empty(4, 1200, dtype=x.dtype, device=device)[:, 100:1100]
-    top_k.backward(scale, x, teacher, target, x, options, dx=dx)
+    ByRows(top_k.rows).backward(scale, x, teacher, target, x, options, dx=dx)
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
     torch.testing.assert_close(dx, exact(x, teacher, target, scale, options)[1])
 
@@ -189,7 +189,7 @@ def test_each_logit_is_read_twice_and_written_once(device):
     kept, row = (target != -100).numpy(), V * x.element_size()
     for mix in ({}, {"temperature": 2.0, "alpha": 0.5}):
         with Traffic() as traffic:
-            top_k.forward_backward(scale, x.clone(), teacher, target, options_of(**mix), dx=x.clone(), with_stats=False)
+            top_k.rows(x.clone(), teacher, target, options_of(**mix), with_stats=False, scale=scale, dx=x.clone())
         forward, backward = traffic.launches
         assert (forward.row_bytes("load", "logits.x") == row * kept).all()
         assert (backward.row_bytes("load", "logits.x") == row * kept).all()
@@ -197,9 +197,8 @@ def test_each_logit_is_read_twice_and_written_once(device):
         rest = sum(launch.bytes("load") + launch.bytes("store") for launch in (forward, backward))
         assert rest - (2 * kept.sum() + N) * row <= N * 150
     with Traffic() as traffic:
-        top_k.forward_backward(
-            scale, x.clone(), teacher, target, options_of(tail="renormalise"), dx=x.clone(), with_stats=False
-        )  # fmt: skip
+        options = options_of(tail="renormalise")
+        top_k.rows(x.clone(), teacher, target, options, with_stats=False, scale=scale, dx=x.clone())
     assert not traffic.launches
 
 
