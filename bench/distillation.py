@@ -34,7 +34,7 @@ from .speed.workload import DEVICE
 Loss = Callable[..., Tensor]
 
 #: The rounds in which losses take turns.
-ROUNDS = 7
+ROUNDS = 5
 
 
 class Case(NamedTuple):
@@ -107,8 +107,8 @@ LOSSES: dict[str, tuple[str | None, Loss]] = {
 }
 
 #: The comparison of all losses, and the vocabularies at which the first and the last are drawn.
-COMPARED = [Case(512, 32000, 512, ignored, 0.5) for ignored in (0.0, 0.75)]
-DRAWN = [Case(256, V, 256, 0.0, 0.0) for V in (32000, 128256, 256000)]
+COMPARED = [Case(256, 32000, 256, ignored, 0.5) for ignored in (0.0, 0.75)]
+DRAWN = [Case(128, V, 256, 0.0, 0.0) for V in (32000, 128256, 256000)]
 
 
 def installed() -> dict[str, Loss]:
@@ -164,7 +164,7 @@ def main() -> int:
         losses = {name: loss for name, loss in installed().items() if case in COMPARED or name in (first, last)}
         ms = milliseconds(losses, case)
         for name, loss in losses.items():
-            error, *gradients = errors(loss, case._replace(N=64)) if case in COMPARED else (None, 0.0)
+            error, *gradients = errors(loss, case._replace(N=32)) if case in COMPARED else (None, 0.0)
             rows.append(case._asdict() | {
                 "compared": case in COMPARED, "loss": name, "ms": ms[name], "ratio": ms[name] / ms[first],
                 "bytes": machine.in_processes(peak, name, case)[0], "error": error, "gradient error": max(gradients),
