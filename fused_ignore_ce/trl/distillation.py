@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -90,53 +92,57 @@ class _Divergence:
     """Takes the place of TRL's `_chunked_divergence_loss`, and calls it for trainers that are not patched."""
 
     def __init__(self, own: Any) -> None:
-        self.own = own
+        self.own, self.signature = own, inspect.signature(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.own if _running.trainer is None else _of_hidden_states)(*args, **kwargs)
+        if _running.trainer is None:
+            return self.own(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _of_hidden_states(bound.arguments)
 
 
-def _of_hidden_states(
-    student_hidden_states: Tensor,
-    teacher_hidden_states: Tensor,
-    student_lm_head_weight: Any,
-    teacher_lm_head_weight: Any,
-    completion_mask: Tensor,
-    beta: float,
-    num_items_in_batch: Tensor | int | None = None,
-    student_lm_head_bias: Any = None,
-    teacher_lm_head_bias: Any = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_final_logit_softcapping: float | None = None,
-    teacher_final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _of_hidden_states(given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """What TRL's function returns for these arguments: loss, sum of the student's entropies, number of tokens.
 
     The temperature is a part of the scales and the caps, so that the entropies are those at this temperature.
     """
-    student = _head(student_hidden_states, student_lm_head_weight, student_lm_head_bias)
-    teacher = _head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
-    caps = [
-        None if cap is None else cap / temperature
-        for cap in (student_final_logit_softcapping, teacher_final_logit_softcapping)
-    ]
-    target = torch.where(completion_mask != 0, 0, -100)
+    hidden, weight, bias, scale, cap = _side("student", given)
+    teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_cap = _side("teacher", given)
+    target = torch.where(given["completion_mask"] != 0, 0, -100)
     loss, stats = fused_linear_distillation_loss(
-        student_hidden_states, student[0], teacher_hidden_states, teacher[0], target, linear_bias=student[1],
-        teacher_bias=teacher[1], reduction="sum", softcap=caps[0], logit_scale=student_logit_scale / temperature,
-        teacher_softcap=caps[1], teacher_logit_scale=teacher_logit_scale / temperature, return_stats=True,
-        loss_dtype=torch.float32, **_divergence(beta), **_running.options,
+        hidden, weight, teacher_hidden, teacher_weight, target, linear_bias=bias, teacher_bias=teacher_bias,
+        reduction="sum", softcap=cap, logit_scale=scale, teacher_softcap=teacher_cap,
+        teacher_logit_scale=teacher_scale, return_stats=True, loss_dtype=torch.float32, **_divergence(given["beta"]),
+        **_running.options,
     )  # fmt: skip
-    _tell(_running.trainer, target, stats.num_tokens, 2 * student[0].shape[0] * student_hidden_states.element_size())
-    divisor = stats.num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    _tell(_running.trainer, target, stats.num_tokens, 2 * weight.shape[0] * hidden.element_size())
+    divisor = given["num_items_in_batch"]
+    divisor = stats.num_tokens.clamp(min=1) if divisor is None else divisor
     divisor = divisor.to(loss.device) if isinstance(divisor, Tensor) else divisor
     return loss / divisor, stats.entropy.sum(), stats.num_tokens
 
 
+def _side(side: str, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
+    """Hidden states, head, scale and cap of one side, with the temperature in the last two."""
+    hidden, temperature, cap = (
+        given[name] for name in (f"{side}_hidden_states", "temperature", f"{side}_final_logit_softcapping")
+    )
+    weight, bias = _head(hidden, given[f"{side}_lm_head_weight"], given[f"{side}_lm_head_bias"])
+    return hidden, weight, bias, given[f"{side}_logit_scale"] / temperature, None if cap is None else cap / temperature
+
+
+def refuse_partitioned(weight: Any) -> None:
+    if hasattr(weight, "ds_id"):
+        raise RuntimeError(
+            "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
+            "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
+        )
+
+
 def _head(hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
     """A head's whole weight and bias, in the dtype of its hidden states, as TRL has them."""
+    refuse_partitioned(weight)
     weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (weight, bias))
     if not autocasts(hidden.device):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)

@@ -25,7 +25,7 @@ from ..deferred.product import product_of
 from ..deferred.replaced import forward_of
 from ..hf.forward import recorder_of, state_in
 from ..hf.patching import patch_model, unpatch_model
-from .distillation import patch_distillation, unpatch_distillation
+from .distillation import patch_distillation, refuse_partitioned, unpatch_distillation
 from .per_token import Head, PerToken, per_token
 
 #: Releases of TRL whose head is known, by "major.minor".
@@ -194,11 +194,7 @@ def _per_token(
     outputs: tuple[str, ...],
 ) -> PerToken:
     """What TRL's function returns for these arguments."""
-    if hasattr(weight, "ds_id"):
-        raise RuntimeError(
-            "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
-            "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
-        )
+    refuse_partitioned(weight)
     if not autocasts(hidden.device):  # as TRL's function, which computes in hidden's dtype
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature)

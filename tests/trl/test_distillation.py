@@ -5,7 +5,7 @@ import torch
 
 from fused_ignore_ce.hf import fusion_report
 from fused_ignore_ce.trl import patch_trainer, unpatch_trainer
-from fused_ignore_ce.trl.distillation import KIND, _divergence, _of_hidden_states, _running
+from fused_ignore_ce.trl.distillation import KIND, _Divergence, _divergence, _running
 
 from ..helpers.trl_runs import assert_same_runs, trainer_of
 
@@ -59,12 +59,13 @@ def test_every_argument_of_the_loss(beta, monkeypatch):
     b, tb = torch.randn(11), torch.randn(11)
     mask = torch.tensor([[0, 1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0]])
     leaves = [t.requires_grad_() for t in (h, w, b)]
+    monkeypatch.setattr(_running, "trainer", "one")
     monkeypatch.setattr(_running, "options", {"memory_budget": None, "backend": "torch"})
     monkeypatch.setattr("fused_ignore_ce.trl.distillation._tell", lambda *_: None)
     for divisor in (None, torch.tensor(9)):
         given = (h, th, w, tw, mask, beta, divisor, b, tb, 1.3, 0.6, 2.0, 4.0, 0.7)
         results = []
-        for function in (_of_hidden_states, module._chunked_divergence_loss):
+        for function in (_Divergence(module._chunked_divergence_loss), module._chunked_divergence_loss):
             loss, entropy, count = function(*given)
             results.append([loss, entropy.detach(), count, *torch.autograd.grad(loss, leaves)])
         for mine, theirs in zip(*results, strict=True):
