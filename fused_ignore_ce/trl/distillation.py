@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..core.eager import autocasts
-from ..core.optional_packages import needed
 from ..hf.forward import recorder_of, state_in
 from ..losses.distillation import fused_distillation_loss, fused_linear_distillation_loss
 
 #: The module and the name of the function that DistillationTrainer takes its loss from.
 _MODULE, _NAME = "trl.trainer.distillation_trainer", "_chunked_divergence_loss"
+#: The module of GKDTrainer. A module that nobody has imported has no trainer.
+_GKD = "trl.experimental.gkd.gkd_trainer"
 #: The kind of loss in a report.
 KIND = "divergence of TRL"
 
@@ -36,12 +38,17 @@ _patched: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def patch_distillation(trainer: Any, options: dict[str, Any]) -> bool:
     """Patches a DistillationTrainer or a GKDTrainer; returns False for another one, and leaves that as it is."""
-    module = needed(_MODULE, "trl")
-    if isinstance(trainer, module.DistillationTrainer):
+    module, nothing = sys.modules.get(_MODULE), ()
+    classes: Any = (
+        getattr(module, "DistillationTrainer", nothing),
+        getattr(sys.modules.get(_GKD), "GKDTrainer", nothing),
+    )
+    distils, has_logits = (isinstance(trainer, each) for each in classes)
+    if distils:
         trainer._compute_loss = MethodType(_computing(type(trainer)._compute_loss, options), trainer)
         if not isinstance(getattr(module, _NAME), _Divergence):
             setattr(module, _NAME, _Divergence(getattr(module, _NAME)))
-    elif isinstance(trainer, _gkd()):
+    elif has_logits:
         trainer.generalized_jsd_loss = _of_logits(trainer, options)
     else:
         return False
@@ -52,13 +59,14 @@ def patch_distillation(trainer: Any, options: dict[str, Any]) -> bool:
 
 def unpatch_distillation(trainer: Any) -> bool:
     """Undoes `patch_distillation`; returns False for a trainer that it did not patch."""
-    if trainer not in _patched:
+    names = {"_compute_loss", "generalized_jsd_loss"} & set(getattr(trainer, "__dict__", ()))
+    if not names:
         return False
-    _patched.remove(trainer)
-    for name in ("_compute_loss", "generalized_jsd_loss"):
-        trainer.__dict__.pop(name, None)
-    module = needed(_MODULE, "trl")
-    own = getattr(module, _NAME)
+    _patched.discard(trainer)
+    for name in names:
+        delattr(trainer, name)
+    module = sys.modules.get(_MODULE)
+    own = getattr(module, _NAME, None)
     if not _patched and isinstance(own, _Divergence):
         setattr(module, _NAME, own.own)
     return True
@@ -68,10 +76,6 @@ def _model(trainer: Any) -> Any:
     """The model that is trained, without PEFT's wrapper."""
     model = trainer.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _gkd() -> Any:
-    return needed("trl.experimental.gkd", "trl").GKDTrainer
 
 
 def _computing(compute: Any, options: dict[str, Any]) -> Any:
