@@ -54,7 +54,7 @@ def rows(
     if temperatures:
         others = kernels.forward(x, target, own, temperatures, with_stats=with_stats)
         top = others.saved[0].to(torch.float64).unsqueeze(1) * (own.softcap or 1.0)
-        log_sums = others.saved[[1, -1]].to(torch.float64).log().unsqueeze(2)
+        log_sums = torch.stack([others.saved[1], others.saved[-1]]).to(torch.float64).log().unsqueeze(2)
     largest = torch.maximum(z[:, :-1].amax(1, keepdim=True), top)
     largest = largest.masked_fill(largest == -torch.inf, 0.0)
     z, top = z - largest, top - largest
