@@ -2,9 +2,10 @@
 
     python -m bench.distillation [--out DIR]
 
-All losses start from the hidden states of student and teacher. They are first compared with float64; then they take
-turns, and each figure of peak memory comes from a fresh process. It writes DIR/distillation-<date>.json, from which
-`bench.figures` writes a table and draws a picture. Leave the machine alone while it runs: a few minutes on two cores.
+All losses start from the hidden states of student and teacher. They take turns, on a CPU on one thread, whose processor
+time is counted, so that other processes disturb less. Each figure of peak memory comes from a fresh process. It writes
+DIR/distillation-<date>.json, from which `bench.figures` writes a table and draws a picture, in a few minutes on two
+idle cores.
 """
 
 from __future__ import annotations
@@ -125,11 +126,11 @@ def errors(loss: Loss, case: Case) -> list[float]:
     true = [total := rows.sum() / (y != -100).sum(), *torch.autograd.grad(total, (h, w))]
     value = loss(*operands, y, case.beta)
     found = [value, *torch.autograd.grad(value, operands[:2])]
-    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, true, strict=True)]
+    return [float((a.detach().double() - b).abs().max() / b.abs().max()) for a, b in zip(found, true, strict=True)]
 
 
 def milliseconds(losses: dict[str, Loss], case: Case, rounds: int = ROUNDS) -> dict[str, float]:
-    """The median time of forward and backward of losses that take turns."""
+    """The median time of forward and backward of losses that take turns; on a CPU, processor time."""
     *operands, y = case.tensors()
     found: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(rounds + 1):
@@ -141,8 +142,9 @@ def milliseconds(losses: dict[str, Loss], case: Case, rounds: int = ROUNDS) -> d
 
 
 def _clock() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -158,6 +160,7 @@ def peak(_: int, name: str, case: Case) -> int:
 
 def main() -> int:
     options = machine.parser("bench.distillation", __doc__).parse_args()
+    torch.set_num_threads(1)
     header, rows = machine.header(sys.argv[1:], "bench.distillation"), []
     first, *_, last = LOSSES
     for case in tqdm([*COMPARED, *DRAWN], unit="case"):

@@ -255,8 +255,9 @@ def distillation(results: Results) -> str:
     N, V, D = rows[["N", "V", "D"]].max()
     text = (
         f"The Jensen-Shannon divergence, forward and backward, N={N} tokens, V={V} classes, D={D} features (the "
-        f"teacher {2 * D}), bfloat16. Medians of turns; peak memory above the operands and their gradients; errors are "
-        f"relative to the largest value of float64 of the same operands. Measured on "
+        f"teacher {2 * D}), bfloat16. Medians of turns, on a CPU of one thread's processor time; peak memory above the "
+        "operands and their gradients; errors are relative to the largest value of float64 of the same operands. "
+        "Measured on "
         f"{where(found['header'])}: {link(name)}."
     )
     return f"{text}\n\n{drawn}\n\n{embedded('distillation', 'Time and peak memory of distillation, plain and fused')}"
