@@ -245,18 +245,19 @@ def distillation(results: Results) -> str:
     name, found = results.newest("distillation", "rows")
     rows = DataFrame(found["rows"]).query("compared")
     rows["peak"] = rows["bytes"].map(size)
-    for column, form in (("ms", "{:.0f}"), ("ratio", "{:.2f}"), ("error", "{:.0e}"), ("gradient error", "{:.0e}")):
+    for column, form in (("ratio", "{:.2f}"), ("error", "{:.0e}"), ("gradient error", "{:.0e}")):
         rows[column] = rows[column].map(form.format)
     shares = rows["ignored"].unique()
-    cells = [rows[rows["ignored"] == share].set_index("loss")[["ms", "ratio", "peak"]] for share in shares]
+    cells = [rows[rows["ignored"] == share].set_index("loss")[["ratio", "peak"]] for share in shares]
     of_first = rows[rows["ignored"] == shares[0]].set_index("loss")[["error", "gradient error"]]
-    head = [f"{what}, {share:.0%} ignored" for share in shares for what in ("ms", "ratio", "peak memory")]
-    drawn = table(pandas.concat([*cells, of_first], axis=1), [*head, "error of the loss", "of its gradients"])
+    head = [f"{what}, {share:.0%} ignored" for share in shares for what in ("time", "memory")]
+    drawn = table(pandas.concat([*cells, of_first], axis=1), [*head, "loss off by", "gradients"])
     N, V, D = rows[["N", "V", "D"]].max()
     text = (
         f"The Jensen-Shannon divergence, forward and backward, N={N} tokens, V={V} classes, D={D} features (the "
-        f"teacher {2 * D}), bfloat16. Medians of turns, on a CPU of one thread's processor time; peak memory above the "
-        "operands and their gradients; errors are relative to the largest value of float64 of the same operands. "
+        f"teacher {2 * D}), bfloat16. Times are ratios of medians, on a CPU of one thread's processor time; memory is "
+        "the peak above the operands and their gradients; errors are relative to the largest value of float64 of the "
+        "same operands. "
         "Measured on "
         f"{where(found['header'])}: {link(name)}."
     )
