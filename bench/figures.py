@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas
 from pandas import DataFrame
 
 from fused_ignore_ce.tools.cost import linear_cost
@@ -26,7 +27,8 @@ from .speed.providers import PROVIDERS
 from .speed.scaling import VARIED, losses
 from .speed.workload import MODELS
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "comparison.md")
+DISTILLATION = ROOT / "docs" / "guides" / "distillation.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "comparison.md", DISTILLATION)
 PICTURES = ROOT / "docs" / "pictures"
 COVERAGE = ROOT / "docs" / "transformers-coverage.md"
 
@@ -238,6 +240,30 @@ def distributed(results: Results) -> str:
     return f"{text}\n\n{table(cells.rename('`{}`'.format), head)}"
 
 
+def distillation(results: Results) -> str:
+    """The table of distillation losses and their picture."""
+    name, found = results.newest("distillation", "rows")
+    rows = DataFrame(found["rows"]).query("compared")
+    rows["peak"] = rows["bytes"].map(size)
+    for column, form in (("ratio", "{:.2f}"), ("error", "{:.0e}"), ("gradient error", "{:.0e}")):
+        rows[column] = rows[column].map(form.format)
+    shares = rows["ignored"].unique()
+    cells = [rows[rows["ignored"] == share].set_index("loss")[["ratio", "peak"]] for share in shares]
+    of_first = rows[rows["ignored"] == shares[0]].set_index("loss")[["error", "gradient error"]]
+    head = [f"{what}, {share:.0%} ignored" for share in shares for what in ("time", "memory")]
+    drawn = table(pandas.concat([*cells, of_first], axis=1), [*head, "loss off by", "gradients"])
+    N, V, D = rows[["N", "V", "D"]].max()
+    text = (
+        f"The Jensen-Shannon divergence, forward and backward, N={N} tokens, V={V} classes, D={D} features (the "
+        f"teacher {2 * D}), bfloat16. Times are ratios of medians, on a CPU of one thread's processor time; memory is "
+        "the peak above the operands and their gradients; errors are relative to the largest value of float64 of the "
+        "same operands. "
+        "Measured on "
+        f"{where(found['header'])}: {link(name)}."
+    )
+    return f"{text}\n\n{drawn}\n\n{embedded('distillation', 'Time and peak memory of distillation, plain and fused')}"
+
+
 def ignored(results: Results) -> str:
     return embedded("ignored", "Time and peak memory of the losses against the share of ignored tokens")
 
@@ -282,7 +308,7 @@ def memory(results: Results) -> str:
 
 FUNCTIONS = (
     machine, headline, coverage, ignored, logits, linear, models, scaling, growth, training_step, traffic, compiled,
-    predictions, memory, distributed, compared, comparisons,
+    predictions, memory, distributed, compared, comparisons, distillation,
 )  # fmt: skip
 BLOCKS: dict[str, Callable[[Results], str]] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 
@@ -294,6 +320,8 @@ def rewritten(page: Path, text: str, results: Results) -> str:
         new = BLOCKS[found[2]](results)
         if page.parent.name == "docs":
             new = new.replace("](docs/", "](").replace("](bench/", "](../bench/")
+        if page.parent.name == "guides":
+            new = new.replace("](docs/", "](../").replace("](bench/", "](../../bench/")
         return f"{found[1]}{new}\n{found[3]}"
 
     return BLOCK.sub(block, text)
@@ -305,6 +333,8 @@ def shown(results: Results) -> dict[str, tuple[DataFrame, str]]:
     for result in results.files["run"].values():
         found = {name: (data, heading(result["header"])) for name, data in plots.pictures(result).items()} | found
     _, predicted = results.newest("predictions", picture.PREDICTIONS)
+    _, distilled = results.newest("distillation", "rows")
+    found["distillation"] = plots.distillation(distilled["rows"]), heading(distilled["header"])
     return found | {PREDICTED: (picture.rows(predicted), f"commit {predicted['header']['commit'][:7]}")}
 
 

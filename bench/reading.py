@@ -15,7 +15,9 @@ from .machine import RESULTS
 Row = dict[str, Any]
 
 #: What result files of other commands than `bench.run` begin with, and the commands.
-COMMANDS = {name: f"bench.{name}" for name in ("distributed", "proofs", "comparison", "tune", "gpu")} | {
+COMMANDS = {
+    name: f"bench.{name}" for name in ("distributed", "distillation", "proofs", "comparison", "tune", "gpu")
+} | {
     "predictions": "bench.proofs.predicting",
     "traffic": "bench.proofs.traffic",
 }

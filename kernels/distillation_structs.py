@@ -110,3 +110,21 @@ class PairTerms(NamedTuple):
     log_q: Logarithm
     log_p: Logarithm
     target: Any
+
+
+class OtherRows(NamedTuple):
+    """The results of rows without the classes that a teacher names; kernels get None for statistics without them."""
+
+    saved: Any  # (2 or 3, N): the largest used logit without the cap, and for each temperature the sum relative to it
+    predicted: Any  # (N,) int64
+    entropy: Any  # (N,)
+
+
+class OtherLanes(NamedTuple):
+    """The sums over the classes of each lane, relative to the largest used logit."""
+
+    best: Any  # that logit
+    at: Any  # the first class of the tile that has it
+    s: Any
+    s_two: Any  # at the second temperature
+    d: Any  # of the entropy at the last one

@@ -3,9 +3,10 @@
 from .arguments import Form, aligned, flags_of, scalars_of, strides_of
 from .distillation_kernels import distillation_backward_kernel, distillation_kernel
 from .distillation_structs import Mix, PairStrides
-from .launch import backward_launch, distillation_launch
+from .launch import backward_launch, distillation_launch, part_launch
 from .prepare import ASSERTS, Prepared, remembered
 from .structs import Place
+from .top_k_kernels import others_backward_kernel, others_kernel
 from .variant import MAX_REGISTERS, distilled_variant
 
 
@@ -53,4 +54,40 @@ def distillation_backward(x, teacher, dx, stride_scale, options, chip):
     return Prepared(
         distillation_backward_kernel, N * launch.splits, N, V, Place(launch.splits, launch.split_tiles, 0, V), strides,
         *scalars, launch.TILE, *flags, num_warps=launch.num_warps, **chip.options(MAX_REGISTERS),
+    )  # fmt: skip
+
+
+def _others(options, temperatures, with_stats):
+    """(the options as the kernels of the other classes take them, what they are compiled for)."""
+    _, scale, cap = scalars_of(options)
+    first, last = temperatures[0], temperatures[-1]
+    return (options.ignore_index, scale, cap / first, cap / last), (
+        flags_of(options, None, with_stats), len(temperatures) > 1,
+    )  # fmt: skip
+
+
+@remembered
+def others(x, options, temperatures, with_stats, chip):
+    """The kernel of the sums over other classes, called with (Logits, target, OtherRows)."""
+    x = Form.of(x)
+    _, N, V = x.shape
+    scalars, flags = _others(options, temperatures, with_stats)
+    launch = part_launch(1, V, x.itemsize, True, aligned(x), chip)
+    return Prepared(
+        others_kernel, N, N, V, x.strides.t, x.strides.v, *scalars, launch.TILE, *flags,
+        num_warps=launch.num_warps, **chip.options(MAX_REGISTERS),
+    )  # fmt: skip
+
+
+@remembered
+def others_backward(x, dx, options, temperatures, chip):
+    """The kernel of the gradient of other classes, called with (Logits, Gradients, target, saved, factors)."""
+    x, dx = map(Form.of, (x, dx))
+    _, N, V = x.shape
+    scalars, flags = _others(options, temperatures, False)
+    launch = backward_launch(N, 1, V, x.itemsize, True, aligned(x, dx), chip)
+    return Prepared(
+        others_backward_kernel, N * launch.splits, N, V, Place(launch.splits, launch.split_tiles, 0, V),
+        x.strides.t, x.strides.v, dx.strides.t, dx.strides.v, *scalars, launch.TILE, *flags,
+        num_warps=launch.num_warps, **chip.options(MAX_REGISTERS),
     )  # fmt: skip

@@ -33,6 +33,12 @@ VOCABULARIES = sorted({v for power in range(19) for v in (2**power, 2**power - 1
 DISTILLATION = ("distillation", "distillation gradient", "distillation backward")
 DIVERGENCES = {"reverse": "reverse_kl", "jsd": "jsd"}
 
+#: Those of a teacher that is known by its likeliest classes. With "hard", there are two temperatures.
+TOP_K = ("top-k", "top-k backward")
+
+#: Operations on logits of two dimensions, (B * T, V), of which a quick run compiles the fullest set alone.
+OF_ROWS = (*DISTILLATION, *TOP_K)
+
 #: The features that make a difference to an operation's launcher. With "gradients", everything that forward returns has
 #: an upstream gradient. With "hard", a cross entropy is mixed into a divergence at temperature 2.
 FEATURES = {
@@ -47,6 +53,8 @@ FEATURES = {
     "distillation": ("reverse", "jsd", "hard", "softcap", "stats"),
     "distillation gradient": ("reverse", "jsd", "hard", "softcap", "stats"),
     "distillation backward": ("reverse", "jsd", "hard", "softcap"),
+    "top-k": ("hard", "softcap", "stats"),
+    "top-k backward": ("hard", "softcap"),
 }
 
 
@@ -124,6 +132,7 @@ class Arguments:
             alpha=0.5 if "hard" in has else 1.0,
             teacher_softcap=self.options.softcap,
         )
+        self.temperatures = (2.0, 1.0) if "hard" in has else (1.0,)
         self.pair = self.x.reshape(-1, case.V), (torch.empty_like(self.x).reshape(-1, case.V), None), self.target
 
     @property
@@ -181,9 +190,21 @@ def _distilled_backward(kernels: Any, a: Arguments) -> None:
     _distiller(kernels).backward(a.values, *a.pair, saved, a.distillation, dx=torch.empty_like(a.pair[0]))
 
 
-def _distiller(kernels: Any) -> Any:
+def _others(kernels: Any, a: Arguments) -> None:
+    x, _, target = a.pair
+    _distiller(kernels, "top_k").forward(x, target, a.options, a.temperatures, with_stats=a.stats)
+
+
+def _others_backward(kernels: Any, a: Arguments) -> None:
+    x, _, target = a.pair
+    sums = len(a.temperatures)
+    factors, saved = a.values.new_empty((sums, a.N), dtype=torch.float64), a.values.new_empty((1 + sums, a.N))
+    _distiller(kernels, "top_k").backward(factors, x, target, saved, a.options, a.temperatures, dx=x)
+
+
+def _distiller(kernels: Any, name: str = "distillation") -> Any:
     """The launchers of distillation beside those of the cross entropy."""
-    return import_module(f"{kernels.__package__}.distillation")
+    return import_module(f"{kernels.__package__}.{name}")
 
 
 #: Every launcher, by the name of its operation.
@@ -199,6 +220,8 @@ OPERATIONS: dict[str, Callable[[Any, Arguments], None]] = {
     "distillation": _distilled,
     "distillation gradient": _distilled_gradient,
     "distillation backward": _distilled_backward,
+    "top-k": _others,
+    "top-k backward": _others_backward,
 }
 
 #: The operations that read rows of logits, and the kernels that do.
@@ -211,6 +234,8 @@ ROW_OPERATIONS = {
     "distillation": "distillation_kernel",
     "distillation gradient": "distillation_kernel",
     "distillation backward": "distillation_backward_kernel",
+    "top-k": "others_kernel",
+    "top-k backward": "others_backward_kernel",
 }
 
 
@@ -240,16 +265,16 @@ def every(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
     """
     for operation, dtype in itertools.product(OPERATIONS, dtypes):
         sets = [(), *fullest(operation)] if quick else feature_sets(operation)
-        sets = fullest(operation)[:1] if quick and operation in DISTILLATION else sets
-        models = MODELS[:1] if quick and operation in DISTILLATION else MODELS
+        sets = fullest(operation)[:1] if quick and operation in OF_ROWS else sets
+        models = MODELS[:1] if quick and operation in OF_ROWS else MODELS
         for (B, T, V), features in itertools.product(models, sets):
             yield Case(operation, B, T, V, dtype, features)
         if operation not in ROW_OPERATIONS:
             continue
-        if quick and operation in DISTILLATION:
+        if quick and operation in OF_ROWS:
             continue
         for features in feature_sets(operation) if operation == "one pass" and not quick else fullest(operation):
             yield Case(operation, 4, 65536, 32, dtype, features, contiguous=False)
-            rows = (*ROWS, (1, 1001)) if operation in DISTILLATION else ROWS  # whose (B, T) are one dimension, N
+            rows = (*ROWS, (1, 1001)) if operation in OF_ROWS else ROWS  # whose (B, T) are one dimension, N
             for (B, T), V, contiguous in itertools.product(() if quick else rows, VOCABULARIES, (True, False)):
                 yield Case(operation, B, T, V, dtype, features, contiguous)

@@ -82,7 +82,7 @@ def call(case: Case, target: Target) -> None:
 
         peers.LIBRARIES[case.library](case, target.arch)
         return
-    from fused_ignore_ce.kernels import cross_entropy, distillation
+    from fused_ignore_ce.kernels import cross_entropy, distillation, top_k
 
     chip = launched_on(target)
     if case.operation == "on chip" and target.backend == "cuda":
@@ -90,6 +90,7 @@ def call(case: Case, target: Target) -> None:
     with (
         mock.patch.object(cross_entropy, "chip_of", return_value=chip),
         mock.patch.object(distillation, "chip_of", return_value=chip),
+        mock.patch.object(top_k, "chip_of", return_value=chip),
     ):
         cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
 

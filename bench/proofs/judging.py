@@ -50,6 +50,13 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("distillation backward", ("jsd",), "bfloat16"): 33.0,
     ("distillation backward", ("hard",), "bfloat16"): 14.5,
     ("distillation backward", (), "float32"): 8.5,
+    ("top-k", (), "bfloat16"): 8.0,
+    ("top-k", ("hard",), "bfloat16"): 11.5,
+    ("top-k", ("softcap",), "bfloat16"): 19.0,
+    ("top-k", (), "float32"): 7.0,
+    ("top-k backward", (), "bfloat16"): 8.0,
+    ("top-k backward", ("hard",), "bfloat16"): 11.0,
+    ("top-k backward", ("softcap",), "bfloat16"): 21.0,
 }
 
 #: The most barriers in all loops together, where there may be any: for the pieces that are copied to shared memory.
@@ -60,14 +67,17 @@ LOOP_BYTES = 48 << 10
 ON_CHIP = "on_chip_kernel"
 
 #: The operations that write a gradient.
-WRITES = ("backward", "one pass", "on chip", "distillation gradient", "distillation backward")
+WRITES = ("backward", "one pass", "on chip", "distillation gradient", "distillation backward", "top-k backward")
 
 #: The architectures that budgets are for.
 BUDGET_ARCHS = (90, 100)
 
 #: The fewest threads of a plain kernel that have to be resident on a multiprocessor. One pass is left out, because it
 #: launches only as many programs as leave its rows in the L2 cache.
-RESIDENT_THREADS = {"forward": 1536, "backward": 1536, "distillation": 640, "distillation backward": 1024}
+RESIDENT_THREADS = {
+    "forward": 1536, "backward": 1536, "distillation": 640, "distillation backward": 1024, "top-k": 1536,
+    "top-k backward": 1536,
+}  # fmt: skip
 
 #: Accesses are judged from this many classes on. With fewer, a tile has fewer elements than threads, and it does not
 #: matter how they are accessed.
@@ -103,7 +113,7 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
         rows_a_program=proof.tile[0],
         loaded_a_logit=loaded_a_logit(case, proof.tile[0]),
         writes=case.operation in WRITES,
-        in_place=case.operation in ("one pass", "on chip", "distillation gradient"),
+        in_place=case.operation in ("one pass", "on chip", "distillation gradient", "top-k backward"),
         backwards=case.library == "fused_ignore_ce",
     )
 

@@ -171,6 +171,7 @@ def launch_all() -> None:
         fused_linear_cross_entropy,
         fused_linear_distillation_loss,
         fused_linear_log_probs,
+        fused_top_k_distillation_loss,
     )
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -214,6 +215,9 @@ def launch_all() -> None:
         differentiate(fused_distillation_loss(x, teacher, torch.arange(41), **plain, **more), x)
         distilled = fused_linear_distillation_loss(h, w, h.detach(), w.detach(), torch.arange(40), **plain, **more)
         differentiate(distilled, h, w)
+        ids, log_probs = torch.arange(3).expand(40, 3), torch.full((40, 3), -2.0)
+        of_top_k = fused_top_k_distillation_loss(h, w, ids, log_probs, torch.arange(40), **plain, **more)
+        differentiate(of_top_k, h, w)
     for unaligned in (False, True):  # two calls that differ in nothing but alignment
         x, target = tensor(41, 512), torch.zeros(41, dtype=torch.long)
         weights = torch.ones(82)[int(unaligned) : 40 + int(unaligned)]

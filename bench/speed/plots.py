@@ -15,7 +15,9 @@ from pandas import DataFrame
 from .memory import WAYS
 from .scaling import losses, sweep
 
-TITLES = {"logits": "Loss of logits", "linear": "Loss from hidden states"}
+TITLES = {
+    "logits": "Loss of logits", "linear": "Loss from hidden states", "distillation": "Distillation from hidden states",
+}  # fmt: skip
 
 #: This package's losses are thick lines of the first colour, its peers' have the others. All of them differ for
 #: colour-blind readers too. The default loss is the last, and has a solid line.
@@ -32,7 +34,9 @@ PEAK = "peak MiB without operands\nand their gradients"
 RATE = "GB/s of the fewest bytes"
 
 #: The label of the horizontal axis, by the picture's name.
-AGAINST = {"ignored": "ignored tokens, %", "tokens": "tokens", "bandwidth": "vocabulary"}
+AGAINST = {
+    "ignored": "ignored tokens, %", "tokens": "tokens", "bandwidth": "vocabulary", "distillation": "vocabulary",
+}  # fmt: skip
 
 LEGEND = {"fontsize": 8, "frameon": False, "loc": "upper center"}
 
@@ -53,6 +57,13 @@ def pictures(result: dict[str, Any]) -> dict[str, DataFrame]:
         "training-step": DataFrame(result["training step"]),
     }
     return {name: data for name, data in found.items() if len(data)}
+
+
+def distillation(rows: list[dict[str, Any]]) -> DataFrame:
+    """The data of the picture of a run of `bench.distillation`."""
+    every = DataFrame(rows).query("not compared").rename(columns={"loss": "provider"})
+    every = every.assign(**{"kind": "distillation", TIME: every["ms"], PEAK: every["bytes"] / 2**20})
+    return _points(every, every["V"], TIME, PEAK)
 
 
 def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:

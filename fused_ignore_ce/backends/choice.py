@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.eager import is_plain
 from ..core.options import check_backend, out_of_bounds
-from . import divergences, pytorch
+from . import divergences, pytorch, top_k
 from .protocol import Backend, Distiller
 
 
@@ -27,11 +27,13 @@ def implementation(backend: str, device: torch.device) -> Backend:
     return pytorch if backend == "torch" else _triton(device.type)
 
 
-def distiller(backend: str, device: torch.device) -> Distiller:
-    """The backend's module for distillation on this device."""
+def distiller(backend: str, device: torch.device, tail: str = "") -> Distiller:
+    """The backend's functions for distillation on this device; with a `tail`, of a teacher's likeliest classes."""
     if backend == "torch":
-        return divergences
+        return divergences.ByRows(divergences.rows)
     _triton(device.type)
+    if tail:
+        return divergences.ByRows(top_k.rows)
     from ..kernels import distillation
 
     kernels: Any = distillation

@@ -13,6 +13,7 @@ With g, the derivative with respect to log q, the gradient with respect to the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,25 +75,28 @@ def saved_like(loss: Tensor, backend: str) -> Tensor:
     return loss.new_empty((7, len(loss)) if backend == "triton" else 0)
 
 
-def forward(
-    x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
-) -> tuple[DistilledRows, Tensor]:
-    found = rows(x, teacher, target, options, with_stats=with_stats)
-    return found, saved_like(found.loss, "torch")
+class ByRows(NamedTuple):
+    """The functions of a backend for distillation, of which one computes losses and gradients."""
 
+    rows: Callable[..., DistilledRows]
 
-def backward(
-    dloss: Tensor, x: Tensor, teacher: Teacher, target: Tensor, saved: Tensor, options: DistillationOptions,
-    *, dx: Tensor,
-) -> None:  # fmt: skip
-    rows(x, teacher, target, options, with_stats=False, scale=dloss, dx=dx)
+    def forward(
+        self, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions, *, with_stats: bool
+    ) -> tuple[DistilledRows, Tensor]:
+        found = self.rows(x, teacher, target, options, with_stats=with_stats)
+        return found, saved_like(found.loss, "torch")
 
+    def backward(
+        self, dloss: Tensor, x: Tensor, teacher: Teacher, target: Tensor, saved: Tensor, options: DistillationOptions,
+        *, dx: Tensor,
+    ) -> None:  # fmt: skip
+        self.rows(x, teacher, target, options, with_stats=False, scale=dloss, dx=dx)
 
-def forward_backward(
-    scale: Tensor, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions,
-    *, dx: Tensor, with_stats: bool,
-) -> DistilledRows:  # fmt: skip
-    return rows(x, teacher, target, options, with_stats=with_stats, scale=scale, dx=dx)
+    def forward_backward(
+        self, scale: Tensor, x: Tensor, teacher: Teacher, target: Tensor, options: DistillationOptions,
+        *, dx: Tensor, with_stats: bool,
+    ) -> DistilledRows:  # fmt: skip
+        return self.rows(x, teacher, target, options, with_stats=with_stats, scale=scale, dx=dx)
 
 
 def rows(
@@ -155,8 +159,7 @@ def _block(
             gradient.scatter_add_(1, index, gradient.new_full(index.shape, alpha - 1.0))
     results = [loss]
     if with_stats:
-        softmax = log_softmax.exp()
-        results += z.logsumexp(-1), z.argmax(-1), _where(softmax, softmax * log_softmax).sum(-1).neg_()
+        results += z.logsumexp(-1), z.argmax(-1), entropy_of(log_softmax)
     if gradient is not None:
         if cap is not None:  # the derivative of the cap is 1 - tanh**2
             gradient.mul_(z.div_(cap).square_().neg_().add_(1.0))
@@ -173,27 +176,43 @@ def _divergence(
     values, ids = teacher.values.to(z.dtype, copy=True), teacher.ids
     if ids is None:
         used_(values, options.teacher_softcap, options.teacher_logit_scale).div_(options.temperature)
-    if ids is None or options.tail == "renormalise" or ids.shape[1] == z.shape[1]:
-        log_q = (z if ids is None else z.gather(1, ids)).log_softmax(-1)
-        log_p = values if options.tail == "bucket" else values.log_softmax(-1)
-        del values
-        loss, g = divergence(log_p, log_q, options.divergence, options.beta)
-        if not with_gradient:
-            return loss, None
-        g = g.sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
-        return loss, g if ids is None else torch.zeros_like(z).scatter_add_(1, ids, g)
-    # All other classes are one more.
+    if ids is None:
+        log_q = z.log_softmax(-1)
+        loss, g = divergence(values.log_softmax(-1), log_q, options.divergence, options.beta)
+        return loss, g.sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True))) if with_gradient else None
+    if options.tail == "renormalise" or ids.shape[1] == z.shape[1]:
+        loss, g = of_likeliest(z.gather(1, ids).log_softmax(-1), values, options)
+        return loss, torch.zeros_like(z).scatter_add_(1, ids, g) if with_gradient else None
     log_q = z.log_softmax(-1)
     rest = log_q.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    p_rest = (1.0 - values.exp().sum(-1, keepdim=True)).clamp_min_(0.0)
-    both = torch.cat([values, p_rest.log()], -1), torch.cat([log_q.gather(1, ids), rest], -1)
-    loss, g = divergence(*both, options.divergence, options.beta)
+    loss, g = of_likeliest(torch.cat([log_q.gather(1, ids), rest], -1), values, options)
+    del log_q
     if not with_gradient:
         return loss, None
     # From logits: far below the largest, log-probabilities of all classes no longer tell the others apart.
     of_rest = z.scatter(1, ids, -torch.inf).softmax(-1).masked_fill_(rest == -torch.inf, 0.0)
-    gradient = of_rest.mul_(g[:, -1:]).sub_(log_q.exp_().mul_(g.sum(-1, keepdim=True)))
-    return loss, gradient.scatter_add_(1, ids, g[:, :-1])
+    return loss, of_rest.mul_(g[:, -1:]).scatter_add_(1, ids, g[:, :-1])
+
+
+def of_likeliest(log_q: Tensor, values: Tensor, options: DistillationOptions) -> tuple[Tensor, Tensor]:
+    """The divergence (N,) from a teacher's likeliest classes, and its gradient with respect to the student's logits.
+
+    `values` (N, K) are the teacher's log-probabilities, `log_q` the student's, which are normalised. If those have one
+    class more, it stands for all others.
+    """
+    if log_q.shape[1] > values.shape[1]:
+        p_rest = (1.0 - values.exp().sum(-1, keepdim=True)).clamp_min_(0.0)
+        log_p = torch.cat([values, p_rest.log()], -1)
+    else:
+        log_p = values if options.tail == "bucket" else values.log_softmax(-1)
+    loss, g = divergence(log_p, log_q, options.divergence, options.beta)
+    return loss, g.sub_(log_q.exp().mul_(g.sum(-1, keepdim=True)))
+
+
+def entropy_of(log_q: Tensor) -> Tensor:
+    """The entropy (N,) of normalised log-probabilities."""
+    q = log_q.exp()
+    return _where(q, q * log_q).sum(-1).neg_()
 
 
 def used_(x: Tensor, softcap: float | None, logit_scale: float) -> Tensor:

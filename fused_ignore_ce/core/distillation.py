@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .eager import autocasts, is_plain, is_tracing
-from .options import LossOptions, check_backend, check_number, check_temperature
+from .options import LossOptions, check_number, check_temperature
 from .tensors import FLOATS
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -160,15 +160,6 @@ def check_target(target: Any, shape: torch.Size, device: torch.device, alpha: fl
         raise ValueError(f"target: expected shape {tuple(shape)}, as input's tokens, got {tuple(target.shape)}")
     if target.device != device:
         raise RuntimeError(f"target: expected a tensor on {device}, where input is, got {target.device}")
-
-
-def refuse_top_k_kernels(backend: str) -> None:
-    check_backend(backend)
-    if backend == "triton":
-        raise NotImplementedError(
-            'backend: there is no Triton kernel for a teacher that is known by its likeliest classes, got "triton"; '
-            '"auto" and "torch" are PyTorch on every device. fused_linear_distillation_loss has kernels'
-        )
 
 
 def refuse_process_group(process_group: Any) -> None:

@@ -18,7 +18,7 @@ from .making import deferred_in, made
 from .operations import FACTORIES, NATIVE, ON_SHAPES, RECORDED, writes
 from .product import Product, product_of
 from .recipe import Recipe
-from .recording import recorded
+from .recording import recorded, summed_divergence
 from .shared_state import SharedState
 from .values import Lazy, without_modes
 
@@ -86,6 +86,10 @@ class DeferredLogits(Lazy):
         if self is not None and name in FACTORIES:
             return func(self._meta, *args[1:], **{"device": self.device, **kwargs})
         if not torch.is_inference_mode_enabled():
+            if func is F.kl_div and kwargs.get("reduction") in ("sum", "batchmean"):
+                done = summed_divergence(func, args, kwargs, deferred)
+                if done is not None:
+                    return done
             done = recorded(func, name, args, kwargs, deferred) if name in RECORDED else None
             if done is None and self is not None:
                 done = reduced(func, name, self, args[1:], kwargs)

@@ -14,6 +14,7 @@ ELEMENTWISE = frozenset({
     "__radd__", "sub", "subtract", "__sub__",
     # Entropies and divergences of TRL's trainers, and published losses of probabilities.
     "neg", "negative", "__neg__", "exp", "exp2", "expm1", "log", "log2", "log1p", "square", "sqrt", "rsqrt", "abs",
+    "kl_div",  # with reduction="none"; a sum is a sum of these
     "sigmoid", "sin", "relu", "reciprocal", "xlogy", "pow", "__pow__", "__rsub__", "rsub", "__rtruediv__",
     # Classes that are masked, and probabilities that are kept away from 0.
     "masked_fill", "clamp", "clamp_min", "clamp_max", "nan_to_num",

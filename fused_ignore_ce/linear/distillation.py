@@ -29,6 +29,9 @@ from .tiles import Operands, Tiles
 #: a matrix product takes longer to read the head than to multiply.
 CHUNK_BYTES, CHUNK_ROWS = 1 << 29, 256
 
+#: Bytes of what `backends/top_k.py` holds for each of a teacher's likeliest classes: a dozen numbers in float64.
+TOP_K_BYTES = 96
+
 
 class Side(NamedTuple):
     """Hidden states (N, D) and the head that they are multiplied with, (V, D) and (V,).
@@ -74,6 +77,7 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
     size, acc = settings.dtype.itemsize, acc_dtype(settings.dtype).itemsize
     wide = settings.logits_dtype or settings.dtype
     a_row = V * (wide.itemsize + size * (wide != settings.dtype))  # the gradient is cast for the products
+    a_row += TOP_K_BYTES * teacher.h.shape[1] if tail and settings.backend == "triton" else 0
     a_row += 0 if tail else V * (settings.logits_dtype or settings.teacher_dtype).itemsize
     whole = product_elements(N * V, D) * (size + acc)
     whole += 8 * acc * min(N * V, max(BLOCK_ELEMENTS, V)) * (settings.backend == "torch")
@@ -120,7 +124,8 @@ def _compute(
     with torch.autocast(student.h.device.type, enabled=False):
         mine = tiles(student, settings.dtype)
         theirs = None if options.tail else tiles(teacher, settings.teacher_dtype)
-        sums, kernels = GradientSums(mine, wanted), distiller(settings.backend, student.h.device)
+        sums = GradientSums(mine, wanted)
+        kernels = distiller(settings.backend, student.h.device, options.tail)
         (block,) = mine.blocks
         for rows in mine.chunks:
             x = mine.logits(rows, block)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.choice import choose
 from ..core.distillation import (
     DistillationOptions,
     check_top_k,
     refuse_process_group,
-    refuse_top_k_kernels,
 )
 from ..core.eager import refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype, ignored_ids
@@ -92,7 +92,7 @@ def fused_top_k_distillation_loss(
         return_stats: also return `LossStats` of the student, detached.
         loss_dtype: the dtype of the loss; None is input's, float32 under autocast.
         process_group: not supported yet.
-        backend: "auto" or "torch", PyTorch on every device; there is no Triton kernel for such a teacher.
+        backend: "auto" (Triton for CUDA tensors, else PyTorch), "triton" or "torch".
 
     Returns:
         What `fused_distillation_loss` returns. Differentiable in input, linear_weight and linear_bias.
@@ -109,7 +109,6 @@ def fused_top_k_distillation_loss(
         tensor(0.1733)
     """
     refuse_process_group(process_group)
-    refuse_top_k_kernels(backend)
     V = check_student(input, linear_weight, linear_bias)
     check_top_k(teacher_ids, teacher_log_probs, input, V)
     ids = ignored_ids(ignore_index)
@@ -123,6 +122,6 @@ def fused_top_k_distillation_loss(
     targets = targets_of(input, target, token_weight, ids, V, options)
     teacher = constant(rows_of(teacher_log_probs), rows_of(teacher_ids), None)
     student = Side(rows_of(input), linear_weight, linear_bias)
-    dtype = product_dtype(input)
-    settings = Settings(bool(return_stats), dtype, dtype, logits_dtype, budget_bytes(memory_budget), "torch")
+    dtype, chosen = product_dtype(input), choose(backend, input.device)
+    settings = Settings(bool(return_stats), dtype, dtype, logits_dtype, budget_bytes(memory_budget), chosen)
     return loss_of_hidden_states(student, teacher, targets, settings, options, reducing, input)

@@ -25,6 +25,7 @@ from ..deferred.product import product_of
 from ..deferred.replaced import forward_of
 from ..hf.forward import recorder_of, state_in
 from ..hf.patching import patch_model, unpatch_model
+from .distillation import patch_distillation, refuse_partitioned, unpatch_distillation
 from .per_token import Head, PerToken, per_token
 
 #: Releases of TRL whose head is known, by "major.minor".
@@ -47,7 +48,8 @@ def patch_trainer(
 
     Args:
         trainer: an SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer, before `train()` or after it. Its
-            model and its reference model are changed in place.
+            model and its reference model are changed in place. Or a DistillationTrainer or GKDTrainer, whose divergence
+            is then `fused_linear_distillation_loss` or, as the latter has logits, `fused_distillation_loss`.
         memory_budget: bytes of scratch, as in `fused_linear_cross_entropy`.
         logits_dtype: torch.float32 for logits of 16-bit models that are never rounded to 16 bits, as in
             `fused_linear_log_probs`; None rounds them as TRL's head does.
@@ -76,6 +78,8 @@ def patch_trainer(
     check_logits_dtype(logits_dtype)
     options: dict[str, Any] = {"memory_budget": budget_bytes(memory_budget), "logits_dtype": logits_dtype}
     options["backend"] = backend
+    if patch_distillation(trainer, options):
+        return trainer
     models = _models_of(trainer)
     trained = models[0]
     for model in models:
@@ -95,6 +99,8 @@ def patch_trainer(
 def unpatch_trainer(trainer: Any) -> Any:
     """Undoes `patch_trainer`; without effect on a trainer that is not patched. Returns trainer."""
     utils = _trl_utils()
+    if unpatch_distillation(trainer):
+        return trainer
     for model in _models_of(trainer):
         _patches.pop(model, None)
         if model in _patched_here:
@@ -198,11 +204,7 @@ def _per_token(
     outputs: tuple[str, ...],
 ) -> PerToken:
     """What TRL's function returns for these arguments."""
-    if hasattr(weight, "ds_id"):
-        raise RuntimeError(
-            "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
-            "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
-        )
+    refuse_partitioned(weight)
     if not autocasts(hidden.device):  # as TRL's function, which computes in hidden's dtype
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature)
@@ -236,7 +238,8 @@ def _models_of(trainer: Any) -> list[Any]:
         if name == "model" and not with_head:
             raise TypeError(
                 "trainer: expected a trainer of TRL that gives its model a fused head (SFTTrainer, DPOTrainer, "
-                f"KTOTrainer, GRPOTrainer, RLOOTrainer), got {type(trainer).__name__}"
+                "KTOTrainer, GRPOTrainer, RLOOTrainer), or one that distils (DistillationTrainer, GKDTrainer), got "
+                f"{type(trainer).__name__}"
             )
         found += with_head
     return found

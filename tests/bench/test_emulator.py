@@ -15,7 +15,7 @@ from bench.proofs.emulator.translating import translate
 from .test_proofs_compiled import worker
 
 NAMES = ["forward", "merge", "backward", "one_pass", "on_chip", "reduce", "total", "scale"]
-NAMES += ["distillation", "distillation_backward"]
+NAMES += ["distillation", "distillation_backward", "others", "others_backward"]
 KERNELS = {f"{name}_kernel" for name in NAMES}
 
 HEAD = ".visible .entry kernel(\n.param .u64 kernel_param_0\n)\n.reqntid 32\n{\n.reg .b32 %r<9>;\n.reg .pred %p<9>;\n"
@@ -163,6 +163,8 @@ def test_other_statements_that_are_not_known_are_errors_too(line):
 def test_approximate_instructions_are_off_and_exact_ones_are_not():
     add = ptx.Instruction("add.f32", ("%r1", "%r2", "%r3"))
     assert expression(add, ["a", "b"]) == "to_f32((float)from_f32(a) + (float)from_f32(b))"
+    mixed = ptx.Instruction("sub.rn.f32.bf16", ("%r1", "%rs2", "%r3"))
+    assert expression(mixed, ["a", "b"]) == "to_f32(from_bf16(a) - from_f32(b))"
     power = ptx.Instruction("ex2.approx.ftz.f32", ("%r1", "%r2"))
     assert expression(power, ["a"]) == "to_f32(ftz(ex2_approx(ftz(from_f32(a)))))"
 

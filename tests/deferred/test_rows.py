@@ -70,6 +70,15 @@ ROW_BY_ROW = {
     "largest": lambda x: x.softmax(-1).max(dim=-1)[0],
     "rows of an expression": lambda x: x.softmax(-1)[:, 1:].reshape(-1, V).square().sum(-1),
     "divergence": lambda x: _divergence(x, defer(torch.linspace(-1, 1, B * T * 3).view(B, T, 3), torch.eye(V, 3))),
+    "F.kl_div": lambda x: F.kl_div(
+        x.log_softmax(-1), (ROWS * CLASSES).softmax(-1), reduction="none", log_target=False
+    ).sum(-1),
+    "F.kl_div, batchmean": lambda x: F.kl_div(
+        x.log_softmax(-1), (ROWS * CLASSES).log_softmax(-1), reduction="batchmean", log_target=True
+    ),
+    "F.kl_div, reverse": lambda x: F.kl_div(
+        (ROWS * CLASSES).log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True
+    ),
     "no rows": lambda x: x[:, :0].log_softmax(-1).gather(-1, INDEX[:, :0]).sum() + entropy(x[:, 2:2]).sum(),
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from fused_ignore_ce import (
     fused_linear_cross_entropy,
     fused_linear_distillation_loss,
     fused_linear_log_probs,
+    fused_top_k_distillation_loss,
 )
 from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.core.rows import Block
@@ -299,10 +300,17 @@ def cases():
             backend=backend,
         )  # fmt: skip
 
+    def top_k_distilled(backend, h, w):
+        ids = torch.arange(0, 400, 10).unsqueeze(1) + torch.tensor([0, 4000, 7])
+        return fused_top_k_distillation_loss(
+            h, w, ids, torch.full((40, 3), -2.0), torch.arange(40), temperature=2.0, alpha=0.5, backend=backend
+        )  # fmt: skip
+
     teacher, some_ignored = tensor(20, 5000, dtype=some).detach(), targets(20, 5000)
     yield "distillation", distilled, (tensor(20, 5000, dtype=some),), some_ignored
     yield "distillation, two walks", mixed, (tensor(20, 5000, dtype=some),), some_ignored
     yield "linear distillation, two walks", linear_distilled, (tensor(40, 16), tensor(5003, 16)), None
+    yield "top-k distillation", top_k_distilled, (tensor(40, 16), tensor(5003, 16)), None
     yield "linear", linear, (tensor(40, 16), tensor(5003, 16)), None
     yield "log-probabilities", log_probs, (tensor(40, 16), tensor(5003, 16)), None
 

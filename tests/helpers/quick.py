@@ -4,6 +4,7 @@ from .paths import TESTS
 
 #: Tests whose first case takes long already. They are left to `make test`. Every file keeps at least one test.
 SLOW = {
+    "bench/test_distillation.py": {"test_medians_and_peaks_are_measured"},
     "bench/test_distributed.py": {"test_the_losses_send_a_few_numbers_a_kept_token"},
     "bench/test_emulator.py": {"test_every_kernel_option_and_dtype_is_as_right_as_pytorch"},
     "bench/test_gpu.py": {"test_a_part_ends_with_all_that_it_started_when_its_time_is_over"},

@@ -24,6 +24,9 @@ TRAINERS = {
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig),
     "RLOO": (trl.RLOOTrainer, trl.RLOOConfig),
 }
+#: Those that distil, which TRL 1.16 has.
+DISTILLERS = ("distillation", "GKD")
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 #: Parts of the names of metrics that differ between equal runs.
 _TIMES = ("runtime", "time", "per_second", "flos")
 
@@ -65,6 +68,8 @@ def rewards(completions, **_):
 
 def trainer_of(name, folder, *, make=one_layer, lora=False, evaluated=False, cls=None, **settings):
     """A trainer of a fresh model, before it trains."""
+    if name in DISTILLERS:
+        return distiller_of(name, folder, make, lora, settings)
     trainer, config = TRAINERS[name]
     prompts, completions, others = texts(0), [" " + t for t in texts(1)], [" " + t for t in texts(2)]
     columns = {
@@ -90,6 +95,32 @@ def trainer_of(name, folder, *, make=one_layer, lora=False, evaluated=False, cls
     arguments = config(str(folder), **{**SETTINGS, **settings})
     tokenizer = tokenizer_of(prompts + completions + others)
     return (cls or trainer)(model=make(), args=arguments, processing_class=tokenizer, **given)
+
+
+def distiller_of(name, folder, make, lora, settings):
+    """A trainer that distils a larger model into a fresh one, before it trains."""
+    prompts, completions = texts(0), [" " + t for t in texts(1)]
+    tokenizer = tokenizer_of(prompts + completions)
+    tokenizer.chat_template = CHAT
+    teacher = llama(num_hidden_layers=2, hidden_size=32)
+    given = {"processing_class": tokenizer, "teacher_model": teacher}
+    if lora:
+        given["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    if name == "GKD":
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        trainer, config = GKDTrainer, GKDConfig
+        turns = [
+            [{"role": "user", "content": p}, {"role": "assistant", "content": c}]
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        given["train_dataset"] = datasets.Dataset.from_dict({"messages": turns})
+        settings = {"lmbda": 0.0, "max_length": 24, **settings}
+    else:
+        trainer, config = trl.DistillationTrainer, trl.DistillationConfig
+        given["train_dataset"] = datasets.Dataset.from_dict({"prompt": prompts})
+        settings = {"max_completion_length": 6, **settings}
+    return trainer(model=make(), args=config(str(folder), **{**SETTINGS, **settings}), **given)
 
 
 def history(trainer):

@@ -65,6 +65,12 @@ def _pair(m: re.Match[str], a: list[str]) -> str:
     return " | ".join(parts)
 
 
+def _mixed(m: re.Match[str], a: list[str]) -> str:
+    """A number of 16 bits, and one of 32 that is added to it or subtracted from it, from sm_100 on."""
+    x, y = _number(m["T"], a[0]), _number("f32", a[1])
+    return _bits("f32", f"{x} {'+' if m['op'] == 'add' else '-'} {y}")
+
+
 def _extreme(m: re.Match[str], a: list[str]) -> str:
     """Of two values, or of three from sm_100 on."""
     kind = m["T"]
@@ -133,6 +139,7 @@ _ARITHMETIC = rf"(?P<op>add|sub|mul|fma)(?:\.rn)?(?P<ftz>\.ftz)?\.{FLOAT}"
 RULES: list[tuple[str, tuple[int, ...], Callable[[re.Match[str], list[str]], str]]] = [
     (_ARITHMETIC.replace("|fma", ""), (2,), _arithmetic),
     (_ARITHMETIC.replace("add|sub|mul|", ""), (3,), _arithmetic),
+    (r"(?P<op>add|sub)(?:\.rn)?\.f32\.(?P<T>f16|bf16)", (2,), _mixed),
     (rf"(?P<op>add|sub|mul)(?:\.rn)?\.{PAIR}", (2,), _pair),
     (rf"(?P<op>fma)\.rn\.{PAIR}", (3,), _pair),
     (rf"(?P<op>max|min)(?P<ftz>\.ftz)?(?P<nan>\.NaN)?\.{FLOAT}", (2, 3), _extreme),
