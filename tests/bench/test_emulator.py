@@ -41,6 +41,7 @@ def test_a_copy_without_a_fault_is_right_in_all_orders_of_warps(faults):
         ("mask", "outside of every tensor passed (24000 bytes after the first element of a 6x1000 torch.float32"),
         ("stride", "outside of every tensor passed"),
         ("barrier", "a race in shared memory"),
+        ("stores", "stores another value there: no barrier between the two"),
         ("target", "DeviceAssertion: forward_kernel"),
     ],
 )  # fmt: skip

@@ -33,6 +33,10 @@ from fused_ignore_ce.core.options import LossOptions
 
 ROOT = Path(__file__).parents[2]
 
+# The kernels' test cases: by path, because this file is a program.
+sys.path.insert(0, str(Path(__file__).parent))
+import on_chip  # noqa: E402
+
 #: Faults that are put into a copy of the kernels: (file, what is there, what takes its place).
 FAULTS = {
     "none": ("tiles.py", "import triton\n", "import triton\n"),
@@ -100,6 +104,10 @@ def faults():
     kernels = copy_of_kernels("barrier", *FAULTS["none"])
     with Emulator(90), mock.patch.object(building.ptx, "read", without_barriers):
         found["barrier"] = outcome(loss_and_gradient, kernels)
+    before_store = "        barrier()\n        gl.store(dx + target"
+    kernels = copy_of_kernels("stores", "on_chip.py", before_store, before_store.partition("\n")[2])
+    with Emulator(90):
+        found["stores"] = outcome(on_chip.check, on_chip.Case(33000, N=4), "cpu", kernels)
     kernels = copy_of_kernels("target", *FAULTS["none"])
     with Emulator(90):
         found["target"] = outcome(loss_and_gradient, kernels, torch.tensor([0, 999, -100, 5, 1000, 1]))
