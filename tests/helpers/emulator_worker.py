@@ -30,12 +30,9 @@ from fused_ignore_ce import (
     fused_linear_log_probs,
 )
 from fused_ignore_ce.core.options import LossOptions
+from tests.helpers import on_chip
 
 ROOT = Path(__file__).parents[2]
-
-# The kernels' test cases: by path, because this file is a program.
-sys.path.insert(0, str(Path(__file__).parent))
-import on_chip  # noqa: E402
 
 #: Faults that are put into a copy of the kernels: (file, what is there, what takes its place).
 FAULTS = {

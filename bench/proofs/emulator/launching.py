@@ -55,23 +55,26 @@ class Emulator(NullDriver):
         arch: 90 for sm_90.
         all_orders: whether to run every launch in each of three orders of warps and programs, and to compare the
             results, unless the tensors are larger than LARGE. Otherwise, all threads of a program run in lockstep.
+        assembled: whether Triton also runs the assembler, and kernels lie in its own cache.
         errors: how far approximate instructions are off, as a share of what the PTX manual allows.
     """
 
     launcher_cls = EmulatingLauncher
 
-    def __init__(self, arch: int, *, all_orders: bool = False, errors: float = 1.0) -> None:
+    def __init__(self, arch: int, *, all_orders: bool = False, assembled: bool = False, errors: float = 1.0) -> None:
         super().__init__("cuda", arch)
-        self.all_orders, self.errors = all_orders, errors
+        self.all_orders, self.assembled, self.errors = all_orders, assembled, errors
         self.kernels: dict[str, list[Compiled]] = {}
 
     def __enter__(self) -> Emulator:
-        """Leaves out the assembler, which takes a fifth of the time. So what is compiled has a folder of its own."""
+        """Without the assembler, compiling takes a fifth less time; what is compiled then has a folder of its own."""
         from triton import knobs
         from triton.backends.nvidia.compiler import CUDABackend
 
         super().__enter__()
         self._stack = ExitStack()
+        if self.assembled:
+            return self
         self._stack.enter_context(knobs.cache.scope())
         knobs.cache.dir = str(Path(knobs.cache.dir, "emulated"))
         no_assembler = mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode())
