@@ -15,8 +15,9 @@ from .machine import RESULTS
 Row = dict[str, Any]
 
 #: What result files of other commands than `bench.run` begin with, and the commands.
-COMMANDS = {name: f"bench.{name}" for name in ("distributed", "proofs", "comparison", "tune", "gpu")} | {
-    "predictions": "bench.proofs.predicting"
+COMMANDS = {name: f"bench.{name}" for name in ("distributed", "proofs", "comparison", "tune", "gpu", "budgets")} | {
+    "predictions": "bench.proofs.predicting",
+    "one_passes": "bench.proofs.one_passes",
 }
 
 

@@ -1,4 +1,7 @@
-"""Pictures of a run of `bench.run`: time and peak memory against ignored tokens and sizes, and of a training step."""
+"""Pictures of a run of `bench.run`: time and peak memory against ignored tokens and sizes, and of a training step.
+
+And one of a run of `bench.budgets`: time against peak memory.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,16 @@ def pictures(result: dict[str, Any]) -> dict[str, DataFrame]:
     return {name: data for name, data in found.items() if len(data)}
 
 
+def budgets(result: dict[str, Any]) -> DataFrame:
+    """The points of the picture of a run of `bench.budgets`. Times are relative to the largest budget's."""
+    rows, curve = DataFrame(result["rows"]), DataFrame(result["predicted curve"])
+    times = DataFrame(rows["ms of the processor"].tolist())
+    measured = DataFrame({"MiB": rows["bytes"] / 2**20, "ratio": rows["ratio"]})
+    measured = measured.join(times[["p20", "p80"]] / times["p50"].iloc[0]).assign(what="measured")
+    predicted = DataFrame({"MiB": curve["bytes"] / 2**20, "ratio": curve["ratio"]}).assign(what="predicted")
+    return pandas.concat([predicted, measured]).fillna(0.0)
+
+
 def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
     """The points (x, measure, value) of every line that has at least two."""
     of = ["kind", "N", "V", "D", "provider", "x"]
@@ -64,7 +77,8 @@ def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
 
 def draw(name: str, data: DataFrame, about: str, path: Path) -> None:
     """Draws and saves the picture of a name, with its data from `pictures`."""
-    save(_training_step(data, about) if name == "training-step" else _lines(name, data, about), path, data)
+    own = {"training-step": _training_step, "budgets": _budgets}.get(name)
+    save(own(data, about) if own else _lines(name, data, about), path, data)
 
 
 def save(figure: Figure, path: Path, data: DataFrame) -> None:
@@ -137,4 +151,22 @@ def _training_step(steps: DataFrame, about: str) -> Figure:
     logits = 4 * T * V / 2**20
     axes.axhline(logits, color="black", linestyle=":", label=f"the logits alone, {logits:.0f} MiB")
     axes.legend(bbox_to_anchor=(0.5, -0.12), ncols=3, **LEGEND)
+    return figure
+
+
+def _budgets(data: DataFrame, about: str) -> Figure:
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure.suptitle(f"The loss from hidden states at five memory budgets\n{about}", fontsize=10)
+    axes = figure.subplots()
+    predicted, measured = (data[data["what"] == what].sort_values("MiB") for what in ("predicted", "measured"))
+    axes.plot(predicted["MiB"], predicted["ratio"], color=PEERS[0], linewidth=1.5, label="predicted by the planner")
+    spread = [measured["ratio"] - measured["p20"], measured["p80"] - measured["ratio"]]
+    axes.errorbar(
+        measured["MiB"], measured["ratio"], yerr=spread, color=OURS, fmt="o", capsize=3,
+        label="measured: median, and from the 20th to the 80th percentile",
+    )  # fmt: skip
+    axes.set(xlabel=PEAK.replace("\n", " "), ylabel="time of the processor, relative to one block")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(bbox_to_anchor=(0.5, -0.16), ncols=2, **LEGEND)
     return figure
