@@ -197,7 +197,10 @@ def of_all(function: Callable[[Job], Result], todo: list[Job]) -> Iterator[Resul
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
         ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
     ):
-        yield from pool.map(function, todo, chunksize=2)
+        try:
+            yield from pool.map(function, todo, chunksize=2)
+        finally:
+            pool.shutdown(cancel_futures=True)  # where the caller has taken enough of them
 
 
 def keep(proofs: Iterable[Proof], folder: Path) -> None:

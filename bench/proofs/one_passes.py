@@ -1,6 +1,6 @@
 """Compares the one pass that keeps its row on the chip with the one before it, which reads it again from the cache.
 
-    python -m bench.proofs.one_passes [--out DIR]
+    python -m bench.proofs.one_passes [--minutes 60] [--out DIR]
 
 Both are compiled and counted; a few rows are executed by the emulator, which counts what they read and write; and
 their times are predicted, see `bench.proofs.predicting`. Nothing is measured on a GPU. Beside the predictions stand the
@@ -10,6 +10,7 @@ times that others published for their kernels of the same sizes.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -81,12 +82,12 @@ class Row:
 
 
 def jobs() -> list[Job]:
-    """Every kernel once: two chips that have the same architecture and shared memory share it."""
+    """Every kernel once: two chips that have the same architecture and shared memory share it. The first come first."""
     archs = {chips.chip(name).arch: name for name in reversed(CHIPS)}
     return [
         Job(replace(case, operation=operation), Target("cuda", arch, name))
-        for arch, name in sorted(archs.items())
         for case in CASES
+        for arch, name in sorted(archs.items())
         for operation in (BEFORE, AFTER)
     ]
 
@@ -150,14 +151,21 @@ def others() -> list[dict[str, Any]]:
 
 def main() -> None:
     machine.compile_kernels("bench.proofs.one_passes")
-    options = machine.parser("bench.proofs.one_passes", __doc__).parse_args()
+    parser = machine.parser("bench.proofs.one_passes", __doc__)
+    parser.add_argument("--minutes", type=float, default=60.0, help="leave out what is not ready by then (60)")
+    options = parser.parse_args()
     header = machine.header(sys.argv[1:], "bench.proofs.one_passes")
-    todo = jobs()
-    found = list(tqdm(compiling.of_all(examined, todo), total=len(todo), unit="kernel", disable=None))
+    todo, deadline = jobs(), time.monotonic() + 60 * options.minutes
+    every = iter(tqdm(compiling.of_all(examined, todo), total=len(todo), unit="kernel"))
+    found: list[tuple[Proof, Executed]] = []
+    while len(found) < len(todo) and time.monotonic() < deadline:
+        found += [next(every), next(every)]  # what was, and what is
+    left_out = [f"{job.case}, {job.target}" for job in todo[len(found) :]]
     result = [asdict(row) for row in rows(found)]
     print(predicting.NOTE, tabulate(result, "keys", maxheadercolwidths=12), tabulate(others(), "keys"), sep="\n\n")
     path = options.out / f"one_passes-{header['date']}.json"
-    machine.write(path, {"header": header, "note": predicting.NOTE, "rows": result, "published": others()})
+    more = {"published": others(), "left out": left_out}
+    machine.write(path, {"header": header, "note": predicting.NOTE, "rows": result} | more)
 
 
 if __name__ == "__main__":

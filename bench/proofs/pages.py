@@ -68,8 +68,8 @@ def one_passes(results: Results) -> str:
     head = ("instructions", "registers", "reads", "writes", "predicted ms", "published ms of others")
     text = (
         "Each pair is the one pass that reads its rows again from the L2 cache / the one that keeps them on the chip, "
-        "which has taken its place. Instructions a logit are those in loops. Reads and writes of a logit in device memory "
-        "are those of the executed code, as if there were no cache. Times are predictions, with the errors above, and "
-        f"not measurements: nothing ran on a GPU ({link(name)})."
+        "which has taken its place. Instructions a logit are those in loops. Reads and writes of a logit in device "
+        "memory are those of the executed code, as if there were no cache. Times are predictions, with the errors "
+        f"above, and not measurements: nothing ran on a GPU ({link(name)})."
     )
     return f"{text}\n\n{table(DataFrame.from_dict(lines, orient='index'), head)}"
