@@ -15,6 +15,7 @@ from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.core.rows import Upstream
 from fused_ignore_ce.kernels import chip as chips
 from fused_ignore_ce.kernels import cross_entropy
+from fused_ignore_ce.kernels.tables import ARITHMETIC, Program
 
 #: Shared memory of a multiprocessor, in bytes, by architecture.
 SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -38,6 +39,7 @@ class Case:
     arch: int = 90
     shared: int = 0
     multiprocessors: int = 1
+    program: Program | None = None  # that a launch table has for such rows
 
     def __str__(self):
         names = [*self.given, *(name for name in ("weight", "stats", "z_loss") if getattr(self, name))]
@@ -49,7 +51,10 @@ class Case:
     @property
     def chip(self):
         shared = self.shared or SHARED[self.arch]
-        return replace(chips.EMULATED, arch=self.arch, multiprocessors=self.multiprocessors, shared_bytes=shared)
+        table = ARITHMETIC if self.program is None else replace(ARITHMETIC, on_chip=((None, self.program),))
+        return replace(
+            chips.EMULATED, arch=self.arch, multiprocessors=self.multiprocessors, shared_bytes=shared, table=table
+        )  # fmt: skip
 
 
 #: What every run executes, and what only `make test-compiled` does, or a GPU.
@@ -64,6 +69,9 @@ MORE = [
     for dtype in (HALF, torch.float16, SINGLE)
     for given, stats in (({}, False), ({"label_smoothing": 0.1}, False), ({"softcap": 5.0}, True), (EVERYTHING, True))
 ]
+
+#: Programs that the tuner may choose.
+TUNED = [Case(40000, program=Program(*each), N=4) for each in ((8, 32, 2), (16, 8, 4), (32, 8, 1))]
 
 
 def problem(case, device):
