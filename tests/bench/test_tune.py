@@ -163,6 +163,9 @@ def test_a_chip_that_keeps_rows_tunes_that_one_pass(tmp_path):
         own = launch.on_chip_launch(8192, point.V, 2, True, plain, chip)
         assert own == search.launch_of(best[point.V], point, EMULATED)
         assert clock(point, own) == 1e-6
+        chunks = best[point.V].thread_logits // 8
+        assert (own.CHUNKS, own.piece.CHUNKS) == (chunks, best[point.V].tiles * chunks)
+        assert own.num_warps * (own.programs // chip.multiprocessors) == best[point.V].num_warps
         assert own.registers * own.num_warps * 32 * (own.programs // chip.multiprocessors) <= launch.REGISTERS
         for other in (False, plain), (True, ON_CHIP["one"]):
             given = (8192, point.V, 2, *other)
