@@ -216,8 +216,9 @@ def budgets(results: Results) -> str:
     text = (
         f"N={case['N']}, V={case['V']}, D={case['D']}, {case['dtype']}, forward and backward. Times are those of the "
         f"processor on one thread, relative to the first, medians of {found['rounds']} rounds in which budgets took "
-        f"turns; peaks are medians of {found['processes']} fresh processes. {where(found['header'])}; the machine's "
-        f"load was {found['header']['load']:.0f}: {link(name)}."
+        f"turns. Peaks are medians of {found['processes']} fresh processes, less the gradients; they are below what is "
+        "predicted, because temporaries are gone before all gradients are written. "
+        f"{where(found['header'])}; the machine's load was {found['header']['load']:.0f}: {link(name)}."
     )
     drawn = embedded(BUDGETS, "Time against peak memory at five memory budgets, measured and predicted")
     return f"{table(DataFrame.from_dict(lines, orient='index'), head)}\n\n{text}\n\n{drawn}"

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -62,10 +63,13 @@ def budgets(result: dict[str, Any]) -> DataFrame:
     """The points of the picture of a run of `bench.budgets`. Times are relative to the largest budget's."""
     rows, curve = DataFrame(result["rows"]), DataFrame(result["predicted curve"])
     times = DataFrame(rows["ms of the processor"].tolist())
-    measured = DataFrame({"MiB": rows["bytes"] / 2**20, "ratio": rows["ratio"]})
-    measured = measured.join(times[["p20", "p80"]] / times["p50"].iloc[0]).assign(what="measured")
-    predicted = DataFrame({"MiB": curve["bytes"] / 2**20, "ratio": curve["ratio"]}).assign(what="predicted")
-    return pandas.concat([predicted, measured]).fillna(0.0)
+    measured = rows[["budget", "bytes", "ratio"]].assign(what="measured")
+    measured = measured.join(times[["p20", "p80"]] / times["p50"].iloc[0])
+    # The curve's budgets are evenly spaced.
+    first, *_, last = rows["budget"].tolist()
+    predicted = curve.assign(budget=numpy.linspace(first, last, len(curve)), what="predicted")
+    every = pandas.concat([predicted, measured]).fillna(0.0)
+    return every.assign(budget=every["budget"] / 2**20, bytes=every["bytes"] / 2**20)
 
 
 def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
@@ -155,18 +159,25 @@ def _training_step(steps: DataFrame, about: str) -> Figure:
 
 
 def _budgets(data: DataFrame, about: str) -> Figure:
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    """Time above peak memory, against the budget."""
+    figure = Figure(figsize=(6.5, 6.2), layout="constrained")
     figure.suptitle(f"The loss from hidden states at five memory budgets\n{about}", fontsize=10)
-    axes = figure.subplots()
-    predicted, measured = (data[data["what"] == what].sort_values("MiB") for what in ("predicted", "measured"))
-    axes.plot(predicted["MiB"], predicted["ratio"], color=PEERS[0], linewidth=1.5, label="predicted by the planner")
+    predicted, measured = (data[data["what"] == what] for what in ("predicted", "measured"))
+    time, peak = figure.subplots(2, 1, sharex=True)
     spread = [measured["ratio"] - measured["p20"], measured["p80"] - measured["ratio"]]
-    axes.errorbar(
-        measured["MiB"], measured["ratio"], yerr=spread, color=OURS, fmt="o", capsize=3,
-        label="measured: median, and from the 20th to the 80th percentile",
-    )  # fmt: skip
-    axes.set(xlabel=PEAK.replace("\n", " "), ylabel="time of the processor, relative to one block")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend(bbox_to_anchor=(0.5, -0.16), ncols=2, **LEGEND)
+    dots: dict[str, Any] = {
+        "color": OURS,
+        "fmt": "o",
+        "capsize": 3,
+        "label": "measured: median, 20th to 80th percentile",
+    }
+    for axes, value, error in ((time, "ratio", spread), (peak, "bytes", None)):
+        line = "predicted by the planner"
+        axes.step(predicted["budget"], predicted[value], where="mid", color=PEERS[0], linewidth=1.5, label=line)
+        axes.errorbar(measured["budget"], measured[value], yerr=error, **dots)
+        axes.grid(alpha=0.3)
+    time.set(ylabel="time of the processor,\nrelative to one block")
+    peak.set(xlabel="memory budget, MiB", ylabel=PEAK)
+    peak.set_ylim(bottom=0)
+    peak.legend(*time.get_legend_handles_labels(), bbox_to_anchor=(0.5, -0.18), ncols=2, **LEGEND)
     return figure
