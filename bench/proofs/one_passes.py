@@ -70,7 +70,7 @@ class Row:
     N: int
     V: int
     kernel: str
-    instructions_a_logit: float  # in the loops
+    instructions_a_logit: float  # of machine code, in the loops; too few where the assembler unrolled one completely
     registers: int
     threads: int  # on a multiprocessor
     reads: float

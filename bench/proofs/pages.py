@@ -62,7 +62,8 @@ def one_passes(results: Results) -> str:
         before, after = (both[both["kernel"] == kernel].iloc[0] for kernel in ("one pass", "on chip"))
         options, dtype, N, V, chip, arch = key
         pairs = [f"{before[name]:{form}} / {after[name]:{form}}" for name, form in PAIRS.items()]
-        same = others.query("N == @N and V == @V and dtype == @dtype and chip == @chip and @options == 'plain'")
+        same = others.query("N == @N and V == @V and dtype == @dtype and chip == @chip")
+        same = same if options == "plain" else same[:0]
         known = [f"{each.kernel} {each.milliseconds:.2f} ({each.source})" for each in same.itertuples()]
         lines[f"{options}, {dtype}, {N} x {V}; {chip}, {arch}"] = [*pairs, "; ".join(known) or "-"]
     head = ("instructions", "registers", "reads", "writes", "predicted ms", "published ms of others")

@@ -8,13 +8,13 @@ pytest.importorskip("pytest_benchmark")
 
 from bench import budgets
 
-CASE = budgets.CASE._replace(N=256, V=8192, D=64)
+CASE = budgets.CASE._replace(N=512, V=16384)
 
 
-def test_less_memory_takes_more_products_and_time_is_that_of_each_round():
+def test_less_memory_is_held_and_takes_more_products():
     rows = budgets.measure(CASE, rounds=2, processes=1)
     assert [row["budget"] for row in rows] == budgets.budgets(CASE)
-    assert [row["products"] for row in rows] == sorted(row["products"] for row in rows)
+    assert rows[0]["products"] == 3 < rows[-1]["products"]
     assert all(row["predicted bytes"] <= row["budget"] for row in rows)
     assert all(0 < row["ms of the processor"]["p20"] <= row["ms of the processor"]["p80"] for row in rows)
     assert rows[0]["bytes"] > rows[-1]["bytes"]
