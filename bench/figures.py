@@ -7,6 +7,7 @@ functions below. They write links relative to the README; in the pages of docs/,
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from fused_ignore_ce.tools.cost import linear_cost
 from .comparison import tables as comparison
 from .machine import ROOT
 from .proofs import picture
+from .proofs.pages import PREDICTED, one_passes, predictions
 from .reading import Results, Row, code, embedded, heading, link, size, table, where, written
 from .speed import plots
 from .speed.memory import WAYS
@@ -27,22 +29,27 @@ from .speed.providers import PROVIDERS
 from .speed.scaling import VARIED, losses
 from .speed.workload import MODELS
 
-DISTILLATION = ROOT / "docs" / "guides" / "distillation.md"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "comparison.md", DISTILLATION)
+PAGES = (
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / name
+        for name in ("measured.md", "comparison.md", "concepts/memory.md", "guides/distillation.md")
+    ),
+)
 PICTURES = ROOT / "docs" / "pictures"
 COVERAGE = ROOT / "docs" / "transformers-coverage.md"
 
-#: The vocabulary at which the pages have predictions.
-PREDICTED_V = 128256
-
-#: The name of the picture of predictions.
-PREDICTED = "predicted-roof"
+#: The name of the picture of memory budgets.
+BUDGETS = "budgets"
 
 #: This package's losses, of logits and from hidden states.
 OURS = [providers[-1].name for providers in PROVIDERS.values()]
 
 #: The share of ignored tokens in the README's table of time and memory.
 SHARE = 0.75
+
+#: The target of a link from the README to a file of the repository.
+LINK = re.compile(r"(?<=\]\()(?:docs|bench)/[^)#\s]+")
 
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -200,33 +207,28 @@ def compiled(results: Results) -> str:
     )
 
 
-def predictions(results: Results) -> str:
-    """Shares of the memory roof, and how far the model is off for published times of other kernels."""
-    name, found = results.newest("predictions", picture.PREDICTIONS)
-    rows = DataFrame(found[picture.PREDICTIONS]).query("V == @PREDICTED_V")
-    rows["cell"] = rows[picture.SHARE].map("{:.2f}, ".format) + rows["bound"]
-    cells = rows.pivot_table("cell", "chip", "kernel", aggfunc="first", sort=False).fillna("-")
-    head = [kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in cells.columns]
-    text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them most ({link(name)}):"
-    drawn = embedded(PREDICTED, "A prediction, not a measurement: shares of the memory roof")
-    return "\n\n".join([text, table(cells, head), drawn, _published(DataFrame(found["published"]))])
-
-
-def _published(every: DataFrame) -> str:
-    """The table of published times, and a sentence about those that it leaves out."""
-    rows = every[every["shown"]].set_index("chip")
-    cells = rows[["N x V", "kernel", "published by"]].copy()
-    for column in ("published ms", "predicted ms"):
-        cells[column] = rows[column].map("{:.3f}".format)
-    for column in ("error", "error if left out"):
-        cells[column] = rows[column].map("{:+.1%}".format)
-    sizes = every[["error", "error if left out"]].abs()
-    (half, half_left), (most, most_left) = sizes.median(), sizes.max()
-    return (
-        f"The same model, for times that others measured and published:\n\n{table(cells, list(cells.columns))}\n\n"
-        f"Of all {len(every)} published times that it was fitted to, the model is off by {half:.1%} at the median and "
-        f"{most:.1%} at most; by {half_left:.1%} and {most_left:.1%} where each series was left out of the fit in turn."
+def budgets(results: Results) -> str:
+    """Time and peak memory of the linear loss at five budgets, and a picture of them."""
+    name, found = results.newest("budgets", "rows")
+    case = found["case"]
+    lines = {
+        size(row["budget"]): [
+            f"{row['plan']}, {row['kept blocks']} of {row['blocks']} kept" if row["blocks"] > 1 else row["plan"],
+            *map("{:.2f}".format, (row["products"], row["predicted ratio"], row["ratio"])),
+            *map(size, (row["predicted bytes"], row["bytes"])),
+        ]
+        for row in found["rows"]
+    }
+    head = ("plan", "products", "predicted time", "measured time", "predicted peak", "measured peak")
+    text = (
+        f"N={case['N']}, V={case['V']}, D={case['D']}, {case['dtype']}, forward and backward. Times are those of the "
+        f"processor on one thread, relative to the first, medians of {found['rounds']} rounds in which budgets took "
+        f"turns. Peaks are medians of {found['processes']} fresh processes, less the gradients; they are below what is "
+        "predicted, because temporaries are gone before all gradients are written. "
+        f"{where(found['header'])}; the machine's load was {found['header']['load']:.0f}: {link(name)}."
     )
+    drawn = embedded(BUDGETS, "Time against peak memory at five memory budgets, measured and predicted")
+    return f"{table(DataFrame.from_dict(lines, orient='index'), head)}\n\n{text}\n\n{drawn}"
 
 
 def distributed(results: Results) -> str:
@@ -308,7 +310,7 @@ def memory(results: Results) -> str:
 
 FUNCTIONS = (
     machine, headline, coverage, ignored, logits, linear, models, scaling, growth, training_step, traffic, compiled,
-    predictions, memory, distributed, compared, comparisons, distillation,
+    predictions, one_passes, memory, budgets, distributed, compared, comparisons, distillation,
 )  # fmt: skip
 BLOCKS: dict[str, Callable[[Results], str]] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 
@@ -317,11 +319,7 @@ def rewritten(page: Path, text: str, results: Results) -> str:
     """A page's text with every block generated anew."""
 
     def block(found: re.Match[str]) -> str:
-        new = BLOCKS[found[2]](results)
-        if page.parent.name == "docs":
-            new = new.replace("](docs/", "](").replace("](bench/", "](../bench/")
-        if page.parent.name == "guides":
-            new = new.replace("](docs/", "](../").replace("](bench/", "](../../bench/")
+        new = LINK.sub(lambda target: os.path.relpath(ROOT / target[0], page.parent), BLOCKS[found[2]](results))
         return f"{found[1]}{new}\n{found[3]}"
 
     return BLOCK.sub(block, text)
@@ -335,6 +333,8 @@ def shown(results: Results) -> dict[str, tuple[DataFrame, str]]:
     _, predicted = results.newest("predictions", picture.PREDICTIONS)
     _, distilled = results.newest("distillation", "rows")
     found["distillation"] = plots.distillation(distilled["rows"]), heading(distilled["header"])
+    _, budgeted = results.newest("budgets", "rows")
+    found[BUDGETS] = plots.budgets(budgeted), heading(budgeted["header"])
     return found | {PREDICTED: (picture.rows(predicted), f"commit {predicted['header']['commit'][:7]}")}
 
 

@@ -35,7 +35,7 @@ MINUTES = 25.0
 KEPT_CHARACTERS = 20_000
 
 #: Tests of the kernels themselves.
-KERNELS = ("tests/kernels/test_cross_entropy.py", "tests/kernels/test_one_pass.py")
+KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in ("cross_entropy", "one_pass", "on_chip"))
 
 #: Tests that run the compiled kernels where there is a CUDA device. The tests of the kernels themselves come first.
 TESTS = (

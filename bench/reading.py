@@ -16,10 +16,11 @@ Row = dict[str, Any]
 
 #: What result files of other commands than `bench.run` begin with, and the commands.
 COMMANDS = {
-    name: f"bench.{name}" for name in ("distributed", "distillation", "proofs", "comparison", "tune", "gpu")
+    name: f"bench.{name}" for name in ("distributed", "distillation", "proofs", "comparison", "tune", "gpu", "budgets")
 } | {
     "predictions": "bench.proofs.predicting",
     "traffic": "bench.proofs.traffic",
+    "one_passes": "bench.proofs.one_passes",
 }
 
 

@@ -3,8 +3,10 @@
     python -m bench.tune [--minutes 8] [--table FILE] [--out DIR]
 
 It varies the number of warps, logits per thread, tiles per program and programs per multiprocessor, for forward,
-backward and one pass, over vocabularies of 1k to 256k and 256 to 32k rows of bfloat16 logits. The device's entry goes
-into kernels/tables.json, which the launchers read when they are imported; every time that was measured goes into DIR.
+backward and the one pass that the device runs; where that keeps rows on the chip, the size of their pieces. Shapes have
+vocabularies of 1k to 256k and 256 to 32k rows of bfloat16 logits. The device's entry goes into kernels/tables.json,
+which the launchers read when they are imported; every time that was measured goes into DIR.
+
 When the time is up, shapes that were measured are used, and all others keep the program that `kernels/launch.py`
 computes.
 """
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("bench.tune: TRITON_INTERPRET is set, so kernels would be interpreted. Unset it.")
     device = torch.device("cuda", torch.cuda.current_device())
     chip = chip_of(device)
-    todo = search.points(int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]))
+    todo = search.points(int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]), chip)
     about = machine.header(arguments, "bench.tune", minutes=options.minutes)
     found = tuned(todo, chip, Trials(device, cuda_timer), 60 * options.minutes, about, time.time)
     write(options.table, torch.cuda.get_device_name(device), found["table"])
@@ -111,7 +113,7 @@ def write(path: Path, device: str, entry: dict[str, Any]) -> None:
 def summary(found: dict[str, Any]) -> str:
     """What the table gains at every point that decided about it."""
     lines = []
-    for operation in ("forward", "backward", "one_pass"):
+    for operation in tables.WARPS:
         for step in found["table"][operation]:
             program = f"{step['num_warps']} warps, {step['thread_logits']} logits, {step['tiles']} tiles"
             lines += [

@@ -7,7 +7,7 @@ import triton
 from .chip import Chip
 from .structs import Held, Tile
 from .tables import Program, fitting
-from .variant import ONE_PASS_PLAIN, OnChip, OnePass
+from .variant import MAX_REGISTERS, ON_CHIP, ONE_PASS_PLAIN, OnChip, OnePass
 
 #: Bytes of one memory access of a thread.
 ACCESS = 16
@@ -23,6 +23,9 @@ STRIDED_ROWS, STRIDED_CLASSES = 16, 32
 #: The one-pass kernel's second read of a row hits the cache if all that is read and written since the first read fits
 #: into it. That is at most this many times the bytes of the rows in flight.
 REUSE = 3
+
+#: Registers of a multiprocessor.
+REGISTERS = 65536
 
 #: Shared memory that the system takes of every program, and that a program needs to merge the sums of its warps.
 RESERVED, SCRATCH = 1024, 512
@@ -54,6 +57,7 @@ class Launch:
     programs: int = 0  # of the one-pass and scale kernels, whose programs loop over rows
     piece: Tile | None = None  # of a row that stays on the chip
     held: Held | None = None
+    registers: int = 0  # of a thread, where a row stays on the chip
 
     @property
     def TILE(self) -> Tile:
@@ -132,16 +136,23 @@ def one_pass_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnePa
     return replace(launch, programs=max(1, min(N, chip.multiprocessors * program.programs)))
 
 
-def on_chip_launch(
-    N: int, V: int, itemsize: int, aligned: bool, variants: tuple[OnChip, OnChip], chip: Chip
-) -> tuple[Launch, OnChip]:
-    """The launch of the one pass that keeps its row on the chip, and its variant."""
+def on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variants: tuple[OnChip, OnChip], chip: Chip) -> Launch:
+    """The launch of the one pass that keeps its row on the chip."""
     for_whole, for_others = variants
     aligned = aligned and V * itemsize % ACCESS == 0
+    if aligned and chip.table.on_chip and variants is ON_CHIP["plain"]:
+        return _on_chip_launch(N, V, itemsize, aligned, _tuned(fitting(chip.table.on_chip, V * itemsize), chip), chip)
     launch = _on_chip_launch(N, V, itemsize, aligned, for_whole, chip)
     if aligned and not launch.held.HAS_REST:
-        return launch, for_whole
-    return _on_chip_launch(N, V, itemsize, aligned, for_others, chip), for_others
+        return launch
+    return _on_chip_launch(N, V, itemsize, aligned, for_others, chip)
+
+
+def _tuned(program: Program, chip: Chip) -> OnChip:
+    """The variant of a table's program, whose threads have all registers of a multiprocessor."""
+    chunks = program.thread_logits // 8  # accesses of logits of 16 bits
+    registers = min(MAX_REGISTERS, REGISTERS // (program.num_warps * chip.warp_size))
+    return OnChip(program.num_warps, registers, chunks, chunks * program.tiles)
 
 
 def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChip, chip: Chip) -> Launch:
@@ -160,7 +171,7 @@ def _on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variant: OnChi
     held = Held(min(room, missing), missing > room, not aligned)
     return Launch(
         1, variant.chunks, LANES, WIDTH, variant.warps // programs, piece=piece, held=held,
-        programs=max(1, min(N, chip.multiprocessors * programs)),
+        programs=max(1, min(N, chip.multiprocessors * programs)), registers=variant.registers,
     )  # fmt: skip
 
 

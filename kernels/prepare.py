@@ -233,15 +233,15 @@ def one_pass(x, dx, weight, row_strides, options, with_stats, launch, chip):
     flags = flags._replace(ONE_CLASS=V == 1)
     strides = OnePassStrides(x.strides, dx.strides, OnePassUpstream(*row_strides))
     numbers = (*scalars_of(options), options.z_loss)
-    if launch is None and stays_on_chip(x, dx, chip):
-        launch, on_chip = on_chip_launch(
+    if stays_on_chip(x, dx, chip) and (launch is None or launch.held is not None):
+        launch = launch or on_chip_launch(
             B * T, V, x.itemsize, aligned(x, dx), on_chip_variants(weight, flags), chip
         )  # fmt: skip
         return Prepared(
             on_chip_kernel, launch.programs, B * T, T, V, strides, options.ignore_index, *numbers,
             launch.TILE, launch.piece, Tile(1, 1, launch.LANES, launch.WIDTH, launch.LANES * launch.WIDTH),
             Tile(1, 1, launch.LANES, 1, launch.LANES), launch.held, flags,
-            num_warps=launch.num_warps, **ASSERTS, **chip.options(on_chip.registers),
+            num_warps=launch.num_warps, **ASSERTS, **chip.options(launch.registers),
         )  # fmt: skip
     launch = launch or one_pass_launch(B * T, V, x.itemsize, aligned(weight, x, dx), variant, chip)
     registers = one_pass_registers(variant, launch.CHUNKS * launch.WIDTH)

@@ -13,8 +13,17 @@ FILE = Path(__file__).with_name("tables.json")
 
 #: Numbers of warps that a program may have. A kernel with many features takes up to 255 registers per thread, which a
 #: multiprocessor has for 8 warps. The table of the one pass is for its plain variant, which takes 64 registers, or 128
-#: with 32 logits or more.
-WARPS = {"forward": (1, 2, 4, 8), "backward": (1, 2, 4, 8), "one_pass": (1, 2, 4, 8, 16, 32)}
+#: with 32 logits or more. That of the one pass that keeps its row on the chip is for its plain variant too, for aligned
+#: rows, and its warps are those of all programs of a multiprocessor.
+WARPS = {
+    "forward": (1, 2, 4, 8),
+    "backward": (1, 2, 4, 8),
+    "one_pass": (1, 2, 4, 8, 16, 32),
+    "on_chip": (8, 16, 32),
+}
+
+#: The kernels that do without a ladder.
+ARITHMETIC_ALONE = ("one_pass", "on_chip")
 
 #: Logits that a thread may read at a time: whole accesses of 16 bytes, of any dtype.
 THREAD_LOGITS = (8, 16, 32, 64)
@@ -30,7 +39,7 @@ class Program:
 
     num_warps: int
     thread_logits: int = 16
-    tiles: int | None = None  # of backward; None for a whole row
+    tiles: int | None = None  # of backward, None for a whole row; on the chip, of a piece that is copied
     programs: int = 1
 
 
@@ -42,8 +51,9 @@ Ladder = tuple[tuple[int | None, Program], ...]
 class Table:
     """A ladder for every kernel; `arch` is the architecture that it was measured on, `reason` says how.
 
-    Without a ladder for the one pass, its programs follow from the size of the L2 cache. Tables are equal only to
-    themselves: launches are cached by table, so its hash, which every call takes, has to be cheap.
+    Without a ladder for the one pass, its programs follow from the size of the L2 cache; without one for the one pass
+    on the chip, from registers and shared memory. Tables are equal only to themselves: launches are cached by table, so
+    its hash, which every call takes, has to be cheap.
     """
 
     forward: Ladder
@@ -51,6 +61,7 @@ class Table:
     one_pass: Ladder
     reason: str
     arch: int | str | None = None
+    on_chip: Ladder = ()
 
 
 ARITHMETIC = Table(
@@ -90,8 +101,9 @@ def _table(path: Path, device: str, entry: dict) -> Table:
             fits = operation != "one_pass" or program.thread_logits <= 16 or program.num_warps <= 16
             check(fits, f"{operation} has {program}, for which a multiprocessor has too few registers")
             check(program.programs > 0 and program.tiles != 0, f"{operation} has {program}")
+            check(operation != "on_chip" or program.tiles in (1, 2, 4, 8), f"{operation} has tiles={program.tiles}")
             steps.append((step["row_bytes"], program))
-        check(bool(steps) or operation == "one_pass", f"{operation} has no step")
+        check(bool(steps) or operation in ARITHMETIC_ALONE, f"{operation} has no step")
         if steps:
             *limits, last = [limit for limit, _ in steps]
             ascending = limits == sorted(set(limits) - {None})

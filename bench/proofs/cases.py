@@ -89,23 +89,23 @@ class Case:
         return f"{self.library} {self.name} {self.dtype} {self.B}x{self.T}x{self.V}{layout}"
 
 
-def empty(case: Case) -> torch.Tensor:
+def empty(case: Case, device: str) -> torch.Tensor:
     """Logits (B, T, V)."""
     dtype = getattr(torch, case.dtype)
     if case.contiguous:
-        return torch.empty(case.B, case.T, case.V, dtype=dtype, device="meta")
+        return torch.empty(case.B, case.T, case.V, dtype=dtype, device=device)
     # At least two rows wide, because with one row, classes would be contiguous.
-    return torch.empty(case.B, case.V, max(case.T, 2), dtype=dtype, device="meta")[..., : case.T].movedim(1, 2)
+    return torch.empty(case.B, case.V, max(case.T, 2), dtype=dtype, device=device)[..., : case.T].movedim(1, 2)
 
 
 class Arguments:
-    """The tensors and options of a call, as launchers take them."""
+    """The tensors and options of a call, as launchers take them. On the device "meta", tensors have no memory."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "meta") -> None:
         has = set(case.features)
         self.N = case.B * case.T
-        self.x = empty(case)
-        self.target = torch.empty(self.N, dtype=torch.int64, device="meta")
+        self.x = empty(case, device)
+        self.target = torch.empty(self.N, dtype=torch.int64, device=device)
         self.weight = self.x.new_empty(case.V) if "weight" in has else None
         self.probs = torch.empty_like(self.x) if "probs" in has else None
         self.stats = "stats" in has

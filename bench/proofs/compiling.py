@@ -6,18 +6,20 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from . import cases, chips, machine_code
 from .accesses import access_widths, rows_together
 from .cases import Case
 from .null_driver import Kernel, NullDriver
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Proof:
     num_warps: int = 0
     shared: int = 0  # bytes of shared memory
     tile: tuple[int, ...] = ()  # rows first
+    held: tuple[int, int, int] | None = None  # pieces in shared memory, logits of a piece, whether more are read again
     code: machine_code.MachineCode | None = None
     widths: dict[str, int] = field(default_factory=dict)
     rows_together: bool | None = None
@@ -75,8 +78,8 @@ CUDA_TARGETS = tuple(Target("cuda", chip.arch, chip.name) for chip in map(chips.
 HIP_TARGETS = tuple(Target("hip", arch, "") for arch in AMD_CHIPS)
 
 
-def call(case: Case, target: Target) -> None:
-    """Calls the launcher of a case. The null driver of the target has to be active."""
+def call(case: Case, target: Target, arguments: cases.Arguments | None = None) -> None:
+    """Calls the launcher of a case. A driver of the target has to be active. By default, tensors have no memory."""
     if case.library != "fused_ignore_ce":
         from . import peers
 
@@ -92,7 +95,7 @@ def call(case: Case, target: Target) -> None:
         mock.patch.object(distillation, "chip_of", return_value=chip),
         mock.patch.object(top_k, "chip_of", return_value=chip),
     ):
-        cases.OPERATIONS[case.operation](cross_entropy, cases.Arguments(case))
+        cases.OPERATIONS[case.operation](cross_entropy, arguments or cases.Arguments(case))
 
 
 def launched_on(target: Target) -> Any:
@@ -153,6 +156,9 @@ def _proof(job: Job, kernel: Kernel, grid: tuple[int, int, int]) -> Proof:
     facts: dict[str, Any] = {"kernel": kernel.name, "grid": grid, "binary": kernel.binary}
     metadata = kernel.metadata
     facts |= {"num_warps": metadata.num_warps, "shared": metadata.shared, "tile": tile(kernel.constants)}
+    if "HELD" in kernel.constants:
+        pieces, rest, _ = kernel.constants["HELD"]
+        facts |= {"held": (pieces, kernel.constants["PIECE"][-1], rest)}
     if job.target.backend == "hip":
         return Proof(job, amd=amd_usage(kernel.stage("amdgcn")), **facts)
     widths = access_widths(kernel.stage("ptx"), kernel.pointers, several_rows=facts["tile"][0] > 1)
@@ -181,13 +187,21 @@ def amd_usage(assembly: str) -> dict[str, int]:
 
 def compile_all(todo: list[Job]) -> Iterator[Proof]:
     """Compiles all jobs, and returns the results in the order of the jobs."""
+    return of_all(compiled, todo)
+
+
+def of_all(function: Callable[[Job], Result], todo: list[Job]) -> Iterator[Result]:
+    """The results of a function that compiles a job, in the order of the jobs."""
     # Thousands of kernels that are looked at once do not belong in the user's cache.
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
         ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
     ):
-        yield from pool.map(compiled, todo, chunksize=2)
+        try:
+            yield from pool.map(function, todo, chunksize=2)
+        finally:
+            pool.shutdown(cancel_futures=True)  # where the caller has taken enough of them
 
 
 def keep(proofs: Iterable[Proof], folder: Path) -> None:

@@ -104,6 +104,7 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
     case = proof.job.case
     launched = case.B * case.T
     rows = rows or launched
+    pieces, size, rest = proof.held or (0, 0, True)
     return roof.Work(
         rows=rows,
         classes=case.V,
@@ -115,6 +116,9 @@ def work(proof: Proof, rows: int | None = None) -> roof.Work:
         writes=case.operation in WRITES,
         in_place=case.operation in ("one pass", "on chip", "distillation gradient", "top-k backward"),
         backwards=case.library == "fused_ignore_ce",
+        shared=pieces * size,
+        kept=size if rest else case.V - pieces * size,
+        pieces=pieces,
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from functools import cache
+from math import ceil
 
 
 class Cache:
@@ -34,27 +35,34 @@ class Cache:
         return hit
 
 
-def accesses(row: int, blocks: int, in_place: bool, backwards: bool) -> Iterator[tuple[tuple[int | str, ...], bool]]:
-    """The accesses of one pass to a row, in order: (block, whether it is read)."""
+def accesses(
+    row: int, blocks: int, in_place: bool, backwards: bool, kept: int = 0
+) -> Iterator[tuple[tuple[int | str, ...], bool]]:
+    """The accesses of one pass to a row, in order: (block, whether it is read). The first `kept` stay on the chip."""
     for block in range(blocks):
         yield (row, block), True
     for block in reversed(range(blocks)) if backwards else range(blocks):
-        yield (row, block), True
+        if block >= kept:
+            yield (row, block), True
         yield ((row, block) if in_place else (row, block, "gradient")), False
 
 
 @cache
-def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards: bool, blocks: int = 32) -> float:
+def reads(
+    rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards: bool, again: float = 1.0, blocks: int = 32
+) -> float:
     """Reads of every logit from device memory, between 1 and 2, with `rows` rows in flight.
 
-    `in_place`: the gradient overwrites the logits. `backwards`: the second walk starts at the last class.
+    `in_place`: the gradient overwrites the logits. `backwards`: the second walk starts at the last class. `again`: the
+    share of a row that is read a second time; the rest stays on the chip.
     """
+    twice = ceil(again * blocks)
     cache = Cache(int(cache_bytes * blocks / row_bytes))
     numbers = iter(range(4 * rows))
-    length = len(list(accesses(0, blocks, in_place, backwards)))
+    length = len(list(accesses(0, blocks, in_place, backwards, blocks - twice)))
     walks = []
     for slot in range(rows):
-        walk = accesses(next(numbers), blocks, in_place, backwards)
+        walk = accesses(next(numbers), blocks, in_place, backwards, blocks - twice)
         for _ in range(length * slot // rows):
             next(walk)  # so that rows are in every phase
         walks.append(walk)
@@ -67,9 +75,9 @@ def reads(rows: int, row_bytes: int, cache_bytes: int, in_place: bool, backwards
             step = next(walk, None)
             if step is None:
                 finished += 1
-                walks[slot] = accesses(next(numbers, -1), blocks, in_place, backwards)
+                walks[slot] = accesses(next(numbers, -1), blocks, in_place, backwards, blocks - twice)
                 continue
             block, read = step
             hit = cache.access(block)
             missed += read and not hit and block[0] in counted
-    return missed / (len(counted) * blocks)
+    return 1 + (missed / len(counted) - blocks) * again / twice

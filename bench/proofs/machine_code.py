@@ -119,7 +119,8 @@ class Usage:
 class MachineCode:
     """`loops` has the innermost loops that load from global memory, `held` those that load from shared memory alone.
 
-    `outside` is all code but these and `clears`.
+    `pieces` is the code of loops around `held`, except the loop over rows: a row's pieces in shared memory take a round
+    each. `outside` is all code but these and `clears`.
     """
 
     usage: Usage
@@ -128,13 +129,15 @@ class MachineCode:
     clears: tuple[Block, ...]  # loops that only store: they write zeros where the others do not go
     rounds: int  # how often loads wait for earlier loads, with one iteration of every loop
     held: tuple[Block, ...] = ()
+    pieces: Block = Block(())
     loop_bytes: int = 0  # of the longest loop, inner ones included
 
     @property
     def spills(self) -> int:
         """Bytes of stack per thread or the number of instructions that spill, whichever is larger; 0 without spills."""
         return max(
-            self.usage.stack, sum(block.spills for block in (self.outside, *self.loops, *self.held, *self.clears))
+            self.usage.stack,
+            sum(block.spills for block in (self.outside, *self.loops, *self.held, *self.clears, self.pieces)),
         )
 
 
@@ -225,12 +228,15 @@ def analyse(listing: str, usage: Usage) -> MachineCode:
         if block.loaded or block.loaded_shared or block.stored:
             (loops if block.loaded else held if block.loaded_shared else clears).append(block)
             inside |= body
-    outside = set(range(len(code))) - inside
+    longest = max(map(len, every), default=0)
+    reads = [body for body in innermost if _block(code, body).loaded_shared]
+    around = [body for body in every if len(body) < longest and any(inner < body for inner in reads)]
+    pieces = set().union(*around) - inside
+    outside = set(range(len(code))) - inside - pieces
     outside -= {i for body in every for i in body if len(body) == 1}  # the trap after the end of the code
-    loop_bytes = INSTRUCTION * max(map(len, every), default=0)
     return MachineCode(
         usage, _block(code, outside), tuple(loops), tuple(clears), rounds(code, GLOBAL_LOADS), tuple(held),
-        loop_bytes,
+        _block(code, pieces), INSTRUCTION * longest,
     )  # fmt: skip
 
 

@@ -26,6 +26,10 @@ class Stretch(NamedTuple):
     stored: int
     in_flight: int
     masked: bool = True
+    loaded_shared: int = 0
+
+
+NOTHING = Stretch(0, 0, 0, 0, 0)
 
 
 class Usage(NamedTuple):
@@ -42,6 +46,8 @@ class Counts:
     outside: Stretch
     loops: tuple[Stretch, ...]
     rounds: int = 2
+    held: tuple[Stretch, ...] = ()
+    pieces: Stretch = NOTHING
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,8 @@ class Stretch(Protocol):
     @property
     def loaded(self) -> int: ...
     @property
+    def loaded_shared(self) -> int: ...
+    @property
     def stored(self) -> int: ...
     @property
     def in_flight(self) -> int: ...
@@ -68,6 +70,10 @@ class Code(Protocol):
     @property
     def loops(self) -> Sequence[Stretch]: ...
     @property
+    def held(self) -> Sequence[Stretch]: ...
+    @property
+    def pieces(self) -> Stretch: ...
+    @property
     def rounds(self) -> int: ...
 
 
@@ -85,11 +91,19 @@ class Work:
     writes: bool = False  # whether the kernel writes a gradient
     in_place: bool = False  # whether the gradient overwrites the logits
     backwards: bool = True  # whether a second walk over a row starts at its end
+    shared: int = 0  # logits of a row that shared memory keeps from its first walk to its second
+    kept: int = 0  # and that registers keep
+    pieces: int = 0  # in which those in shared memory are copied there
 
     @property
     def logits_a_program(self) -> float:
         """The logits that a program handles between two executions of the code outside of the loops."""
         return min(self.rows * self.classes / self.programs, self.classes * self.rows_a_program)
+
+    @property
+    def again(self) -> float:
+        """The share of a row that a second walk reads from global memory."""
+        return max(0.0, 1 - (self.shared + self.kept) / self.classes)
 
     @property
     def bytes_a_logit(self) -> int:
@@ -169,9 +183,15 @@ def cost(code: Code, work: Work) -> Cost:
     logits = work.logits_a_program / work.threads
     loaded_a_logit = work.loaded_a_logit or work.itemsize
     total, rounds = executed(code.outside), float(code.rounds)
+    loops = [loop for loop in code.loops if not (work.kept and loop.loaded_shared)]
+    if work.kept:
+        # Nobody waits for the copies to shared memory, which are made while another row's gradient is written.
+        for loop in (loop for loop in (*code.held, *code.loops) if loop.loaded_shared):
+            total += executed(loop) * work.shared * work.itemsize / work.threads / loop.loaded_shared
+        total += executed(code.pieces) * work.pieces
     # In one pass, loops that store belong to the second walk over the row, loops that only load to the first.
     for stores in (False, True):
-        walk = trips((b for b in code.loops if bool(b.stored) == stores), logits, loaded_a_logit)
+        walk = trips((b for b in loops if bool(b.stored) == stores), logits * work.again, loaded_a_logit)
         for loop, n in walk:
             total += n * executed(loop)
             rounds += max(0.0, n * loop.loaded / loop.in_flight - 1)
@@ -179,7 +199,7 @@ def cost(code: Code, work: Work) -> Cost:
             # The tail is a copy of the loop's body, under a mask. It is skipped.
             total -= executed(walk[-1][0])
     # No load of the second walk is asked for before the sums of the first are there.
-    rounds += is_one_pass(code)
+    rounds += is_one_pass(code) and work.again > 0
     instructions, special, loaded = (total / logits).tolist()
     return Cost(instructions, special, loaded, rounds / logits)
 
@@ -214,7 +234,7 @@ def demand(code: Code, work: Work, chip: Chip) -> Demand:
         programs=programs,
         multiprocessors=chip.multiprocessors,
         rows=min(work.rows, programs * chip.multiprocessors * work.rows_a_program),
-        reads=2 if is_one_pass(code) else 1,
+        reads=2 if is_one_pass(code) and work.again > 0 else 1,
     )
 
 
@@ -222,7 +242,9 @@ def hbm_reads(needed: Demand, work: Work, chip: Chip, cache: float) -> float:
     """How often a logit is read from device memory, the first time and where the L2 cache has lost it."""
     if needed.reads == 1:
         return 1.0
-    return lru.reads(needed.rows, work.classes * work.itemsize, int(cache * chip.l2), work.in_place, work.backwards)
+    return lru.reads(
+        needed.rows, work.classes * work.itemsize, int(cache * chip.l2), work.in_place, work.backwards, work.again
+    )  # fmt: skip
 
 
 def seconds(needed: Demand, work: Work, chip: Chip, constants: Constants) -> float:

@@ -1,4 +1,7 @@
-"""Pictures of a run of `bench.run`: time and peak memory against ignored tokens and sizes, and of a training step."""
+"""Pictures of a run of `bench.run`: time and peak memory against ignored tokens and sizes, and of a training step.
+
+And one of a run of `bench.budgets`: time against peak memory.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,6 +70,19 @@ def distillation(rows: list[dict[str, Any]]) -> DataFrame:
     return _points(every, every["V"], TIME, PEAK)
 
 
+def budgets(result: dict[str, Any]) -> DataFrame:
+    """The points of the picture of a run of `bench.budgets`. Times are relative to the largest budget's."""
+    rows, curve = DataFrame(result["rows"]), DataFrame(result["predicted curve"])
+    times = DataFrame(rows["ms of the processor"].tolist())
+    measured = rows[["budget", "bytes", "ratio"]].assign(what="measured")
+    measured = measured.join(times[["p20", "p80"]] / times["p50"].iloc[0])
+    # The curve's budgets are evenly spaced.
+    first, *_, last = rows["budget"].tolist()
+    predicted = curve.assign(budget=numpy.linspace(first, last, len(curve)), what="predicted")
+    every = pandas.concat([predicted, measured]).fillna(0.0)
+    return every.assign(budget=every["budget"] / 2**20, bytes=every["bytes"] / 2**20)
+
+
 def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
     """The points (x, measure, value) of every line that has at least two."""
     of = ["kind", "N", "V", "D", "provider", "x"]
@@ -75,7 +92,8 @@ def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
 
 def draw(name: str, data: DataFrame, about: str, path: Path) -> None:
     """Draws and saves the picture of a name, with its data from `pictures`."""
-    save(_training_step(data, about) if name == "training-step" else _lines(name, data, about), path, data)
+    own = {"training-step": _training_step, "budgets": _budgets}.get(name)
+    save(own(data, about) if own else _lines(name, data, about), path, data)
 
 
 def save(figure: Figure, path: Path, data: DataFrame) -> None:
@@ -148,4 +166,29 @@ def _training_step(steps: DataFrame, about: str) -> Figure:
     logits = 4 * T * V / 2**20
     axes.axhline(logits, color="black", linestyle=":", label=f"the logits alone, {logits:.0f} MiB")
     axes.legend(bbox_to_anchor=(0.5, -0.12), ncols=3, **LEGEND)
+    return figure
+
+
+def _budgets(data: DataFrame, about: str) -> Figure:
+    """Time above peak memory, against the budget."""
+    figure = Figure(figsize=(6.5, 6.2), layout="constrained")
+    figure.suptitle(f"The loss from hidden states at five memory budgets\n{about}", fontsize=10)
+    predicted, measured = (data[data["what"] == what] for what in ("predicted", "measured"))
+    time, peak = figure.subplots(2, 1, sharex=True)
+    spread = [measured["ratio"] - measured["p20"], measured["p80"] - measured["ratio"]]
+    dots: dict[str, Any] = {
+        "color": OURS,
+        "fmt": "o",
+        "capsize": 3,
+        "label": "measured: median, 20th to 80th percentile",
+    }
+    for axes, value, error in ((time, "ratio", spread), (peak, "bytes", None)):
+        line = "predicted by the planner"
+        axes.step(predicted["budget"], predicted[value], where="mid", color=PEERS[0], linewidth=1.5, label=line)
+        axes.errorbar(measured["budget"], measured[value], yerr=error, **dots)
+        axes.grid(alpha=0.3)
+    time.set(ylabel="time of the processor,\nrelative to one block")
+    peak.set(xlabel="memory budget, MiB", ylabel=PEAK)
+    peak.set_ylim(bottom=0)
+    peak.legend(*time.get_legend_handles_labels(), bbox_to_anchor=(0.5, -0.18), ncols=2, **LEGEND)
     return figure

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from fused_ignore_ce.kernels import launch as launches
+from fused_ignore_ce.kernels import tables
 from fused_ignore_ce.kernels.chip import Chip
 from fused_ignore_ce.kernels.launch import Launch
 from fused_ignore_ce.kernels.tables import ARITHMETIC, Program, Table, fitting
-from fused_ignore_ce.kernels.variant import ONE_PASS_PLAIN, one_pass_registers
+from fused_ignore_ce.kernels.variant import ON_CHIP, ONE_PASS_PLAIN, one_pass_registers
 
 #: Logits are bfloat16. Tables count bytes, so they serve other dtypes, too.
 ITEMSIZE = 2
@@ -26,9 +27,6 @@ ITEMSIZE = 2
 #: The most important first: vocabularies of models, and numbers of rows as in a training step.
 VOCABULARIES = (128256, 32000, 151936, 256000, 65536, 16384, 4096, 1024)
 ROWS = (8192, 32768, 2048, 256)
-
-#: Registers of a multiprocessor.
-REGISTERS = 65536
 
 #: A program replaces the arithmetic one if it saves at least this share of the time. Less than that is noise.
 WORTH = 0.02
@@ -70,21 +68,37 @@ class Measured:
 Clock = Callable[[Point, Launch], "float | str"]
 
 
-def points(free_bytes: int) -> list[Point]:
+def operations(chip: Chip) -> tuple[str, ...]:
+    """The kernels to tune: of the two one passes, the one that the chip runs."""
+    return "forward", "backward", "on_chip" if chip.shared_bytes else "one_pass"
+
+
+def points(free_bytes: int, chip: Chip) -> list[Point]:
     """The points whose logits and gradient fit, the most important first. All points of a shape follow each other."""
     shapes = [(N, V) for N, V in itertools.product(ROWS, VOCABULARIES) if 2 * N * V * ITEMSIZE <= free_bytes]
-    return [Point(operation, *shape) for shape in shapes for operation in ("forward", "backward", "one_pass")]
+    return [Point(operation, *shape) for shape in shapes for operation in operations(chip)]
 
 
 def arithmetic(operation: str, V: int, chip: Chip) -> Program:
     """The program of a device without a table, which arithmetic chooses."""
     if operation == "one_pass":
         return launches.one_pass_program(V, ITEMSIZE, ONE_PASS_PLAIN, replace(chip, table=ARITHMETIC))
+    if operation == "on_chip":
+        chosen = launches.on_chip_launch(1, V, ITEMSIZE, True, ON_CHIP["plain"], replace(chip, table=ARITHMETIC))
+        assert chosen.held is not None
+        variant = ON_CHIP["plain"][chosen.held.HAS_REST or chosen.held.HAS_EDGES]
+        return Program(variant.warps, variant.chunks * 8, variant.kept // variant.chunks)
     return fitting(getattr(ARITHMETIC, operation), V * ITEMSIZE)
 
 
 def candidates(operation: str, V: int, chip: Chip) -> list[Program]:
     """Every program that is tried, the arithmetic one first."""
+    if operation == "on_chip":
+        # What registers keep of a row is a piece: from 8 logits to 64 a thread.
+        found = [
+            Program(*each) for each in itertools.product((8, 16, 32), (8, 16, 32), (1, 2, 4)) if each[1] * each[2] <= 64
+        ]
+        return list(dict.fromkeys([arithmetic(operation, V, chip), *found]))
     warps = (2, 4, 8) if operation != "one_pass" else (4, 8, 16, 32)
     tiles = (1, 2, 4, 8, None) if operation == "backward" else (None,)
     found = [Program(*each) for each in itertools.product(warps, (8, 16, 32), tiles, (1, 2, 4, 8))]
@@ -96,16 +110,18 @@ def candidates(operation: str, V: int, chip: Chip) -> list[Program]:
 def _has_room(program: Program, chip: Chip) -> bool:
     """Whether a multiprocessor has the registers for all threads of the one pass."""
     registers = one_pass_registers(ONE_PASS_PLAIN, program.thread_logits)
-    return program.num_warps * chip.warp_size * program.programs * registers <= REGISTERS
+    return program.num_warps * chip.warp_size * program.programs * registers <= launches.REGISTERS
 
 
 def launch_of(program: Program, point: Point, chip: Chip) -> Launch:
     """How the launchers would launch the kernel if their table had only this program."""
     ladder = ((None, program),)
-    on = replace(chip, table=Table(ladder, ladder, ladder, "a candidate"))
+    on = replace(chip, table=Table(ladder, ladder, ladder, "a candidate", on_chip=ladder))
     aligned = point.V % 8 == 0
     if point.operation == "one_pass":
         return launches.one_pass_launch(point.N, point.V, ITEMSIZE, aligned, ONE_PASS_PLAIN, on)
+    if point.operation == "on_chip":
+        return launches.on_chip_launch(point.N, point.V, ITEMSIZE, aligned, ON_CHIP["plain"], on)
     choose = launches.forward_launch if point.operation == "forward" else launches.backward_launch
     return choose(1, point.N, point.V, ITEMSIZE, True, aligned, on)
 
@@ -173,7 +189,7 @@ def _reason(program: Program, measured: Measured, chip: Chip) -> dict[str, Any]:
 def entry(measured: list[Measured], chip: Chip, reason: str) -> dict[str, Any]:
     """A device's entry in `tables.json`. A kernel that was not measured keeps the arithmetic ladder."""
     found: dict[str, Any] = {"reason": reason, "arch": chip.arch}
-    for operation in ("forward", "backward", "one_pass"):
+    for operation in tables.WARPS:
         kept = [
             {"row_bytes": limit, **asdict(program), "measured": []}
             for limit, program in getattr(ARITHMETIC, operation)

@@ -41,6 +41,7 @@ def test_a_copy_without_a_fault_is_right_in_all_orders_of_warps(faults):
         ("mask", "outside of every tensor passed (24000 bytes after the first element of a 6x1000 torch.float32"),
         ("stride", "outside of every tensor passed"),
         ("barrier", "a race in shared memory"),
+        ("stores", "stores another value there: no barrier between the two"),
         ("target", "DeviceAssertion: forward_kernel"),
     ],
 )  # fmt: skip
@@ -204,3 +205,6 @@ def test_sectors_and_bank_conflicts_are_counted(code, device, shared, tmp_path):
     assert (counts.read.requests, counts.read.sectors) == device
     assert (counts.shared_parts, counts.shared_wavefronts) == shared
     assert counts.bank_conflicts == shared[1] - shared[0]
+    again = Compiled(f"{head}{statements}\nret;\n}}", 8192, tmp_path)  # the same library, which has counted already
+    again.run((1, 1, 1), [x.data_ptr().to_bytes(8, "little")], Memory([x]), LOCKSTEP, 0.0)
+    assert again.counts() == counts

@@ -146,6 +146,55 @@ def test_predictions_say_that_they_are_none_of_a_gpu_and_how_far_they_are_off(tm
         figures.predictions(reading.Results(tmp_path))
 
 
+def one_pass(kernel, options="plain", V=128256, **figures):
+    row = {
+        "chip": "H100",
+        "arch": "sm_90",
+        "options": options,
+        "dtype": "bfloat16",
+        "N": 8192,
+        "V": V,
+        "kernel": kernel,
+    }
+    row |= {"instructions_a_logit": 12.5, "registers": 128, "reads": 1.004, "writes": 1.0}
+    return row | {"predicted_milliseconds": 1.5} | figures
+
+
+def test_both_one_passes_stand_side_by_side_with_what_others_published(tmp_path):
+    other = {"chip": "H100", "N": 8192, "V": 128256, "dtype": "bfloat16", "kernel": "Other", "source": "Other#1"}
+    rows = [one_pass(kernel, options) for options in ("plain", "softcap") for kernel in ("one pass", "on chip")]
+    rows[0] |= {"reads": 2.004, "predicted_milliseconds": 2.0}
+    found = {"header": HEADER, "rows": rows, "published": [other | {"milliseconds": 2.209}]}
+    (tmp_path / "one_passes-2026-01-01.json").write_text(json.dumps(found))
+    text = figures.one_passes(reading.Results(tmp_path))
+    assert "not measurements: nothing ran on a GPU" in text
+    [plain, softcap] = [line for line in text.splitlines() if "H100, sm_90" in line]
+    assert all(cell in plain for cell in ("2.00 / 1.00", "2.00 / 1.50", "Other 2.21 (Other#1)"))
+    assert "Other" not in softcap
+
+
+def budget(share, ratio):
+    row = {"budget": share * 2**27, "plan": "vocabulary blocks", "kept blocks": 3, "blocks": 8, "products": 3.5}
+    row |= {"predicted bytes": share * 2**27, "bytes": share * 2**27, "predicted ratio": 1.2, "ratio": ratio}
+    return row | {"ms of the processor": {"p20": 90.0, "p50": 100.0 * ratio, "p80": 200.0}}
+
+
+def test_budgets_are_written_and_drawn(tmp_path):
+    found = {"header": HEADER | {"load": 3.2, "versions": {"torch": "2"}}, "rounds": 9, "processes": 3}
+    found |= {"case": {"N": 1, "V": 2, "D": 3, "dtype": "bfloat16"}, "rows": [budget(1, 1.0), budget(0.5, 1.25)]}
+    found["predicted curve"] = [{"bytes": 2**27, "ratio": 1.0}, {"bytes": 2**26, "ratio": 1.2}]
+    (tmp_path / "budgets-2026-01-01.json").write_text(json.dumps(found))
+    text = figures.budgets(reading.Results(tmp_path))
+    assert "load was 3" in text
+    assert all(cell in text for cell in ("vocabulary blocks, 3 of 8 kept", "128 MiB", "64 MiB", "1.25", "3.50"))
+    data = plots.budgets(found)
+    assert list(data.query("what == 'measured'")["ratio"]) == [1.0, 1.25]
+    assert list(data.query("what == 'measured'")["p20"]) == [0.9, 0.9]
+    assert list(data.query("what == 'predicted'")["budget"]) == [128.0, 64.0]
+    plots.draw("budgets", data, "about", tmp_path / "budgets.png")
+    assert Image.open(tmp_path / "budgets.png").text["Data"] == plots.digest(data)
+
+
 def run(**tables):
     return {"header": HEADER, "rows": [], "memory": [], "training step": []} | tables
 

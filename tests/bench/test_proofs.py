@@ -281,6 +281,35 @@ def test_loops_over_shared_memory_count():
     assert judging.faults(dataclasses.replace(proof, shared=1 << 20)) == ["1048576 bytes of shared memory"]
 
 
+def test_a_row_on_the_chip_by_hand():
+    """Half of a row is in shared memory, in four pieces, an eighth in registers, and the rest is walked twice.
+
+    A thread has 512 of its logits, and 8 of them an iteration, in every loop.
+    """
+    held = Instruction("", "LDS.128", ("R0", "[R8]"))
+    sums, gradient = (Block((*block(count).code, held)) for count in (79, 119))
+    walks = block(100, loads=1, guard="@!P0"), block(200, loads=1, stores=1, guard="@!P0")
+    kernel = MachineCode(Usage(128, 0, 0), block(600), walks, (), 1, (sums, gradient), block(30))
+    of_row = {"shared": 2**16, "kept": 2**14, "pieces": 4, "in_place": True, "rows_a_program": 1}
+    chip = work(writes=True, threads=256, **of_row)
+    assert chip.again == 3 / 8
+    cost = roof.cost(kernel, chip)
+    assert cost.instructions * 512 == 600 + 4 * 30 + 256 / 8 * (80 + 120) + 192 / 8 * (100 + 200)
+    # A load, the rounds of both walks over what is read again, and one in between.
+    assert cost.rounds * 512 == 1 + 2 * (192 / 8 - 1) + 1
+    assert roof.demand(kernel, chip, H200).reads == 2
+    whole = dataclasses.replace(chip, shared=2**17 - 2**14)
+    assert roof.demand(kernel, whole, H200).reads == 1
+    assert roof.cost(kernel, whole).instructions * 512 == 600 + 4 * 30 + 448 / 8 * (80 + 120)
+
+
+def test_what_the_chip_keeps_is_read_once():
+    MB = 2**20
+    reads = [lru.reads(8, MB, MB // 32, in_place=True, backwards=True, again=again) for again in (1.0, 0.5, 0.1)]
+    assert reads == pytest.approx([2.0, 1.5, 1.1], abs=0.03)
+    assert lru.reads(8, MB, 3 * MB, in_place=True, backwards=True, again=0.1) == 1.0
+
+
 def test_kernels_of_other_shapes_and_launches_have_no_budget():
     slow = code(block(400, loads=2), registers=40)
     for proof in (changed(job(V=1024), code=slow), changed(kernel="merge_kernel", code=slow, widths={})):

@@ -51,6 +51,28 @@ def test_loops():
     assert found.spills == 0
 
 
+def test_code_around_loops_over_shared_memory_belongs_to_pieces():
+    """A loop of rows, in which a loop of pieces has one of tiles. The first and the last are no pieces' code."""
+    listing = """
+        /*0000*/                   IADD3 R5, R5, 0x1, RZ ;
+.L_x_1:
+        /*0010*/                   IADD3 R5, R5, 0x1, RZ ;
+.L_x_2:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR12][R20.64] ;
+        /*0030*/                   IADD3 R5, R5, 0x1, RZ ;
+.L_x_3:
+        /*0040*/                   LDS.128 R8, [R4] ;
+        /*0050*/              @!P1 BRA `(.L_x_3) ;
+        /*0060*/              @!P2 BRA `(.L_x_2) ;
+        /*0070*/                   IADD3 R5, R5, 0x1, RZ ;
+        /*0080*/              @!P3 BRA `(.L_x_1) ;
+        /*0090*/                   EXIT ;
+"""
+    found = analyse(listing, USAGE)
+    assert [(loop.instructions, loop.loaded_shared) for loop in found.held] == [(2, 16)]
+    assert (found.pieces.instructions, found.outside.instructions, found.loop_bytes) == (3, 5, 8 * 16)
+
+
 def test_a_predicated_load_is_masked_and_an_unguarded_one_is_not():
     masked = analyse(LISTING.replace("                   LDG.E.128 R8", "              @!P4 LDG.E.128 R8"), USAGE)
     assert masked.loops[0].masked

@@ -20,9 +20,9 @@ from bench.tuning import search
 from bench.tuning.search import Measured, Point
 from bench.tuning.trial import Trials
 from fused_ignore_ce.kernels import cross_entropy, launch, tables
-from fused_ignore_ce.kernels.chip import INTERPRETED
+from fused_ignore_ce.kernels.chip import EMULATED, INTERPRETED
 from fused_ignore_ce.kernels.tables import ARITHMETIC, Program
-from fused_ignore_ce.kernels.variant import ONE_PASS_PLAIN
+from fused_ignore_ce.kernels.variant import ON_CHIP, ONE_PASS_PLAIN
 
 ABOUT = {"device": "Chip", "date": "2026-01-01", "command": "python -m bench.tune", "versions": {}, "commit": "abc"}
 
@@ -141,19 +141,50 @@ def test_a_launch_that_fails_is_not_chosen():
     assert search.choose("backward", 32000, [], INTERPRETED) is None
 
 
+def test_a_chip_that_keeps_rows_tunes_that_one_pass(tmp_path):
+    """What the tuner writes for it is what the launcher takes, for plain aligned rows."""
+    plain, best = ON_CHIP["plain"], {32000: Program(8, 32, tiles=2), 128256: Program(32, 8, tiles=2)}
+    assert {point.operation for point in search.points(2**40, EMULATED)} == {"forward", "backward", "on_chip"}
+    todo = [Point("on_chip", 8192, V) for V in best]
+
+    def clock(point, own):
+        wanted = search.launch_of(best[point.V], point, EMULATED)
+        return 1e-6 * (1 + (own != wanted))
+
+    for point in todo:  # the first that is tried is what is launched without a table
+        first, *_ = search.candidates("on_chip", point.V, EMULATED)
+        without = launch.on_chip_launch(8192, point.V, 2, True, plain, EMULATED)
+        assert search.launch_of(first, point, EMULATED) == without
+    found = tune.tuned(todo, EMULATED, clock, 1.0, ABOUT, now=lambda: 0.0)
+    path = tmp_path / "tables.json"
+    tune.write(path, "Chip", found["table"])
+    chip = replace(EMULATED, table=tables.read(path)["Chip"])
+    for point in todo:
+        own = launch.on_chip_launch(8192, point.V, 2, True, plain, chip)
+        assert own == search.launch_of(best[point.V], point, EMULATED)
+        assert clock(point, own) == 1e-6
+        chunks = best[point.V].thread_logits // 8
+        assert (own.CHUNKS, own.piece.CHUNKS) == (chunks, best[point.V].tiles * chunks)
+        assert own.num_warps * (own.programs // chip.multiprocessors) == best[point.V].num_warps
+        assert own.registers * own.num_warps * 32 * (own.programs // chip.multiprocessors) <= launch.REGISTERS
+        for other in (False, plain), (True, ON_CHIP["one"]):
+            given = (8192, point.V, 2, *other)
+            assert launch.on_chip_launch(*given, chip) == launch.on_chip_launch(*given, EMULATED)
+
+
 def test_every_candidate_is_a_valid_step_of_a_table(tmp_path):
     for operation, V in itertools.product(tables.WARPS, search.VOCABULARIES):
-        for program in search.candidates(operation, V, INTERPRETED):
+        for program in search.candidates(operation, V, EMULATED):
             assert program.num_warps in tables.WARPS[operation]
             assert program.thread_logits in tables.THREAD_LOGITS
 
 
 def test_points_that_do_not_fit_are_left_out():
-    every = search.points(2**40)
+    every = search.points(2**40, INTERPRETED)
     assert len(every) == 3 * len(search.ROWS) * len(search.VOCABULARIES)
     assert every[:3] == [Point(operation, 8192, 128256) for operation in ("forward", "backward", "one_pass")]
-    assert max(2 * 2 * N * V for _, N, V in search.points(2**33)) <= 2**33
-    assert {V for _, _, V in search.points(2**33)} == set(search.VOCABULARIES)
+    assert max(2 * 2 * N * V for _, N, V in search.points(2**33, INTERPRETED)) <= 2**33
+    assert {V for _, _, V in search.points(2**33, EMULATED)} == set(search.VOCABULARIES)
 
 
 def test_a_faulty_entry_leaves_the_file_alone(tmp_path):

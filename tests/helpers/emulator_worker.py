@@ -36,6 +36,7 @@ from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.core.rows import Block
 from fused_ignore_ce.kernels import cross_entropy
 from fused_ignore_ce.kernels.chip import chip_of
+from tests.helpers import on_chip
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +107,10 @@ def faults():
     kernels = copy_of_kernels("barrier", *FAULTS["none"])
     with Emulator(90), mock.patch.object(building.ptx, "read", without_barriers):
         found["barrier"] = outcome(loss_and_gradient, kernels)
+    before_store = "        barrier()\n        gl.store(dx + target"
+    kernels = copy_of_kernels("stores", "on_chip.py", before_store, before_store.partition("\n")[2])
+    with Emulator(90):
+        found["stores"] = outcome(on_chip.check, on_chip.Case(33000, N=4), "cpu", kernels)
     kernels = copy_of_kernels("target", *FAULTS["none"])
     with Emulator(90):
         found["target"] = outcome(loss_and_gradient, kernels, torch.tensor([0, 999, -100, 5, 1000, 1]))

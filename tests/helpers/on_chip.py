@@ -16,6 +16,7 @@ from fused_ignore_ce.core.options import LossOptions
 from fused_ignore_ce.core.rows import Upstream
 from fused_ignore_ce.kernels import chip as chips
 from fused_ignore_ce.kernels import cross_entropy
+from fused_ignore_ce.kernels.tables import ARITHMETIC, Program
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 EVERYTHING = {"label_smoothing": 0.1, "softcap": 5.0, "logit_scale": -1.5}
@@ -36,6 +37,7 @@ class Case:
     arch: int = 90
     shared: int = 0
     multiprocessors: int = 1
+    program: Program | None = None  # that a launch table has for such rows
 
     def __str__(self):
         names = [*self.given, *(name for name in ("weight", "stats", "z_loss") if getattr(self, name))]
@@ -47,7 +49,10 @@ class Case:
     @property
     def chip(self):
         shared = self.shared or SHARED[self.arch]
-        return replace(chips.EMULATED, arch=self.arch, multiprocessors=self.multiprocessors, shared_bytes=shared)
+        table = ARITHMETIC if self.program is None else replace(ARITHMETIC, on_chip=((None, self.program),))
+        return replace(
+            chips.EMULATED, arch=self.arch, multiprocessors=self.multiprocessors, shared_bytes=shared, table=table
+        )  # fmt: skip
 
 
 #: What every run executes, and what only `make test-compiled` does, or a GPU.
@@ -63,18 +68,22 @@ MORE = [
     for given, stats in (({}, False), ({"label_smoothing": 0.1}, False), ({"softcap": 5.0}, True), (EVERYTHING, True))
 ]
 
+#: Programs that the tuner may choose.
+TUNED = [Case(40000, program=Program(*each), N=4) for each in ((8, 32, 2), (16, 8, 4), (32, 8, 1))]
+
 
 def problem(case, device):
     x = torch.randn(1, case.N, case.V, dtype=torch.float64, device=device).mul_(3).to(case.dtype)
     x[0, 0, : case.V // 3] = -1e4
     target = torch.randint(case.V, (case.N,), device=device)
+    target[-1] = 3 * case.V // 4  # often in the piece that is written last
     target[1], target[0] = -100, case.V - 1
     x[0, 1] = float("nan")
     weight = (torch.rand(case.V, device=device) + 0.5).to(case.dtype) if case.weight else None
     return x, target, weight, torch.randn(case.N, device=device), torch.randn(case.N, device=device)
 
 
-def check(case, device="cpu"):
+def check(case, device="cpu", kernels=cross_entropy):
     """Raises an AssertionError where rows or gradients are not what the reference says, rounded to the dtype."""
     x, target, weight, g, dz = problem(case, device)
     leaf = x.double().requires_grad_()
@@ -85,8 +94,8 @@ def check(case, device="cpu"):
     (gradient,) = torch.autograd.grad(total, leaf)
     before, dx = x.clone(), x if case.inplace else torch.empty_like(x)
     options = LossOptions(**case.given, z_loss=case.z_loss)
-    with mock.patch.object(cross_entropy, "chip_of", return_value=case.chip):
-        rows = cross_entropy.forward_backward(
+    with mock.patch.object(kernels, "chip_of", return_value=case.chip):
+        rows = kernels.forward_backward(
             Upstream(g, factor=None, token_weight=None), (x, target, weight, None), options, dx=dx,
             dz=dz if case.z_loss else None, with_stats=case.stats,
         )  # fmt: skip

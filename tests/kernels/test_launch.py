@@ -95,8 +95,11 @@ def test_a_row_on_the_chip_fits_and_is_covered(arch):
     chip, sizes = KEEPING[arch], [*range(1, 300), *range(3000, 300000, 1777), 2**31 - 8]
     for itemsize, aligned, pair in product((2, 4), (True, False), ON_CHIP.values()):
         for V in sizes:
-            chosen, variant = launch.on_chip_launch(10**6, V, itemsize, aligned, pair, chip)
-            assert variant is pair[chosen.held.HAS_REST or chosen.held.HAS_EDGES]
+            chosen = launch.on_chip_launch(10**6, V, itemsize, aligned, pair, chip)
+            variant = pair[chosen.held.HAS_REST or chosen.held.HAS_EDGES]
+            assert (chosen.CHUNKS, chosen.piece.CHUNKS, chosen.registers) == (
+                variant.chunks, variant.kept, variant.registers,
+            )  # fmt: skip
             resident = chosen.programs // chip.multiprocessors
             piece = chosen.piece.BLOCK_V * itemsize
             used = chosen.held.PIECES * piece + launch.RESERVED + launch.SCRATCH
@@ -120,7 +123,7 @@ def test_a_row_on_the_chip_fits_and_is_covered(arch):
 def test_logits_that_the_chip_keeps(arch, itemsize, kept):
     """The plain kernel reads rows of so many logits once, and of longer ones only what is left."""
     for V, again in ((kept, False), (kept + 16, True)):
-        chosen, _ = launch.on_chip_launch(8192, V, itemsize, True, ON_CHIP["plain"], KEEPING[arch])
+        chosen = launch.on_chip_launch(8192, V, itemsize, True, ON_CHIP["plain"], KEEPING[arch])
         assert chosen.held.HAS_REST == again
         assert (chosen.held.PIECES + 1) * chosen.piece.BLOCK_V == kept
 
@@ -185,7 +188,14 @@ STEP: dict[str, Any] = {
 
 
 def written(tmp_path, **changes):
-    entry = {"forward": [STEP], "backward": [STEP], "one_pass": [], "reason": "a test", "arch": 90} | changes
+    entry = {
+        "forward": [STEP],
+        "backward": [STEP],
+        "one_pass": [],
+        "on_chip": [],
+        "reason": "a test",
+        "arch": 90,
+    } | changes
     (tmp_path / "tables.json").write_text(json.dumps({"Device": entry}))
     return tmp_path / "tables.json"
 
@@ -201,18 +211,19 @@ def test_a_table_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"other": 1}, "expected forward, backward, one_pass, reason and arch"),
+        ({"other": 1}, "expected forward, backward, one_pass, on_chip, reason and arch"),
         ({"forward": []}, "forward has no step"),
         ({"forward": [STEP | {"num_warps": 16}]}, "num_warps=16"),
         ({"forward": [STEP | {"thread_logits": 4}]}, "thread_logits=4"),
         ({"one_pass": [STEP | {"num_warps": 32, "thread_logits": 32}]}, "too few registers"),
+        ({"on_chip": [STEP | {"num_warps": 16, "tiles": 3}]}, "tiles=3"),
         ({"forward": [STEP | {"programs": 0}]}, "programs=0"),
         ({"forward": [STEP | {"waves": 1}]}, "waves"),
         ({"forward": [STEP | {"row_bytes": 4096}]}, "row_bytes"),
         ({"forward": [STEP | {"row_bytes": 8}, STEP | {"row_bytes": 4}, STEP]}, "row_bytes"),
         ({"forward": [STEP, STEP]}, "row_bytes"),
     ],
-    ids=["key", "empty", "warps", "logits", "registers", "programs", "field", "no-last", "order", "two-last"],
+    ids=["key", "empty", "warps", "logits", "registers", "tiles", "programs", "field", "no-last", "order", "two-last"],
 )
 def test_a_table_that_is_wrong_says_where(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said) as caught:

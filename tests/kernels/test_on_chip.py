@@ -44,3 +44,9 @@ def test_a_long_row_is_read_once(tmp_path):
 @pytest.mark.parametrize("case", on_chip.MORE, ids=str)
 def test_every_option_whatever_the_row(case, device):
     on_chip.check(case, device)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not run Gluon")
+@pytest.mark.parametrize("case", on_chip.TUNED, ids=lambda case: "-".join(map(str, case.program.__dict__.values())))
+def test_programs_of_a_table(case, device):
+    on_chip.check(case, device)

@@ -47,11 +47,23 @@ class Compiled:
     def __init__(self, text: str, shared: int, folder: Path) -> None:
         self.translation: Translation = translate(ptx.read(text), shared)
         self.library: Any = ctypes.CDLL(str(_built(self.translation, folder)))
+        #: What was counted before: another object may have run the same library in this process.
+        self._before: dict[str, list[int]] = {}
         self.library.launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_double]
         #: Bytes read and written in the memory that starts at an address, by all launches.
         self.moved: defaultdict[int, np.ndarray] = defaultdict(lambda: np.zeros(2, dtype=np.int64))
         for name in ("where", "threads_counted", "warps_counted", "memory_counted"):
             getattr(self.library, name).restype = ctypes.c_void_p
+        for name, number in self._counters().items():
+            self._before[name] = self._counted(name, number)
+
+    def _counters(self) -> dict[str, int]:
+        """How many numbers each function of the library counts."""
+        segments = len(self.translation.segments)
+        return {"threads_counted": segments, "warps_counted": segments, "memory_counted": 8}
+
+    def _counted(self, function: str, number: int) -> list[int]:
+        return list((ctypes.c_uint64 * number).from_address(getattr(self.library, function)()))
 
     def run(
         self, grid: tuple[int, int, int], arguments: list[bytes], memory: Memory, order: Order, errors: float
@@ -81,19 +93,19 @@ class Compiled:
     def counts(self) -> Counts:
         """What all launches so far have executed."""
         segments = self.translation.segments
-
-        def counted(function: str, number: int) -> list[int]:
-            return list((ctypes.c_uint64 * number).from_address(getattr(self.library, function)()))
-
+        counted = {
+            name: [now - before for now, before in zip(self._counted(name, number), self._before[name], strict=True)]
+            for name, number in self._counters().items()
+        }
         by_name: list[Counter[str]] = []
         for function in ("threads_counted", "warps_counted"):
             total: Counter[str] = Counter()
-            for times, instructions in zip(counted(function, len(segments)), segments, strict=True):
+            for times, instructions in zip(counted[function], segments, strict=True):
                 for number in instructions:
                     total[self.translation.instructions[number].name] += times
             by_name.append(total)
         threads, warps = by_name
-        *device, parts, wavefronts = counted("memory_counted", 8)
+        *device, parts, wavefronts = counted["memory_counted"]
         return Counts(threads, warps, Moved(*device[::2]), Moved(*device[1::2]), parts, wavefronts)
 
 

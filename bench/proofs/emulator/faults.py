@@ -37,6 +37,7 @@ MEANINGS = (
     "an access of {bytes} bytes that is outside of every tensor passed{nearest}",
     "an access of {bytes} bytes whose address is no multiple of that{nearest}",
     "a race in shared memory with thread {other}: no barrier between two accesses, one of which writes",
+    "a race with thread {other}, which stores another value there: no barrier between the two{nearest}",
     "a race with program {other}, which reads or writes the same memory of a tensor{nearest}",
     "the assertion failed: {message}",
     "a trap",

@@ -61,6 +61,7 @@ class Emulator(NullDriver):
         arch: 90 for sm_90.
         all_orders: whether to run every launch in each of three orders of warps and programs, and to compare the
             results, unless the tensors are larger than LARGE. Otherwise, all threads of a program run in lockstep.
+        assembled: whether Triton also runs the assembler, and kernels lie in its own cache.
         errors: how far approximate instructions are off, as a share of what the PTX manual allows.
         by_element: whether to keep the memory of every launch in `moved`, which then tells how often each element was
             read and written.
@@ -69,20 +70,29 @@ class Emulator(NullDriver):
     launcher_cls = EmulatingLauncher
 
     def __init__(
-        self, arch: int, *, all_orders: bool = False, errors: float = 1.0, by_element: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        arch: int,
+        *,
+        all_orders: bool = False,
+        assembled: bool = False,
+        errors: float = 1.0,
+        by_element: bool = False,
+    ) -> None:
         super().__init__("cuda", arch)
-        self.all_orders, self.errors, self.by_element = all_orders, errors, by_element
+        self.all_orders, self.assembled, self.errors = all_orders, assembled, errors
+        self.by_element = by_element
         self.kernels: dict[str, list[Compiled]] = {}
         self.moved: list[tuple[str, Memory]] = []  # by launch, (kernel, memory)
 
     def __enter__(self) -> Emulator:
-        """Leaves out the assembler, which takes a fifth of the time. So what is compiled has a folder of its own."""
+        """Without the assembler, compiling takes a fifth less time; what is compiled then has a folder of its own."""
         from triton import knobs
         from triton.backends.nvidia.compiler import CUDABackend
 
         super().__enter__()
         self._stack = ExitStack()
+        if self.assembled:
+            return self
         self._stack.enter_context(knobs.cache.scope())
         knobs.cache.dir = str(Path(knobs.cache.dir, "emulated"))
         no_assembler = mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode())

@@ -1,6 +1,6 @@
 // Memory of a launch, and the checks of every access to it. Included after the constants of a kernel are defined.
 
-enum Fault { NONE, OUTSIDE, MISALIGNED, RACE, PROGRAMS_RACE, ASSERTED, TRAPPED, WARP_DIVERGED, BARRIERS_DIVERGED, UNKNOWN };
+enum Fault { NONE, OUTSIDE, MISALIGNED, RACE, STORES_RACE, PROGRAMS_RACE, ASSERTED, TRAPPED, WARP_DIVERGED, BARRIERS_DIVERGED, UNKNOWN };
 
 // What went wrong first: where (an instruction, a thread of a program), and with which bytes.
 static struct { s32 fault, instruction, thread, other, program[3], bytes; u64 address, message; } failure;
@@ -52,7 +52,8 @@ static inline void ask_shared(u32 address, int bytes, int id, int t) {
 
 // ---- Device memory. A block is memory of tensors that were passed; `allowed` marks its bytes that belong to elements.
 
-typedef struct { u32 writer, reader; } Touched;  // programs, counted from 1; SEVERAL for more than one
+typedef struct { u32 epoch, warp_epoch; u16 thread; } Access;
+typedef struct { u32 writer, reader; Access write; } Touched;  // programs, counted from 1; SEVERAL for more than one
 enum { SEVERAL = 0xffffffff };
 typedef struct { u32 request, times; } Asked;  // the last request that accessed an element, and how many have
 typedef struct { u64 start, end; const u8 *allowed; u64 grain; Touched *touched; u64 moved[2]; Asked (*asked)[2]; } Block;
@@ -88,6 +89,11 @@ static inline void ask_global(u64 address, int bytes, int kind, int id, int t) {
   }
 }
 
+// Whether there is no barrier between an earlier access and one of thread t, which another thread made.
+static inline int unordered(const Access *a, int t) {
+  return a->epoch == epoch && a->thread != t && (a->thread / 32 != t / 32 || a->warp_epoch == warp_epoch[t / 32]);
+}
+
 // Programs run in any order. So none may read or write what another one writes, unless it writes the same value.
 static const u8 *read_global(u64 address, int bytes, int id, int t) {
   Block *block = block_of(address, bytes, id, t);
@@ -108,18 +114,24 @@ static inline const u8 *load_global(u64 address, int bytes, int id, int t) {
   return value;
 }
 
+// Nor may a thread store another value where another thread of its program stored one, without a barrier in between.
 static void store_global(u64 address, const void *value, int bytes, int id, int t) {
   Block *block = block_of(address, bytes, id, t);
   ask_global(address, bytes, WRITTEN, id, t);
   block->moved[WRITTEN] += bytes;
-  u64 last = (address - block->start + bytes - 1) / block->grain;
-  for (u64 i = (address - block->start) / block->grain; i <= last; i++) {
+  u64 first = (address - block->start) / block->grain, last = (address - block->start + bytes - 1) / block->grain;
+  for (u64 i = first; i <= last; i++) {
     Touched *touched = block->touched + i;
+    u64 from = i == first ? 0 : block->start + i * block->grain - address;
+    u64 to = i == last ? bytes : block->start + (i + 1) * block->grain - address;
+    if (unordered(&touched->write, t) && memcmp((u8 *)address + from, (const u8 *)value + from, to - from))
+      fail(STORES_RACE, id, t, touched->write.thread, address, bytes);
     if (touched->writer && touched->writer != program_number && memcmp((void *)address, value, bytes))
       fail(PROGRAMS_RACE, id, t, touched->writer - 1, address, bytes);
     if (touched->reader && touched->reader != program_number)
       fail(PROGRAMS_RACE, id, t, (int)touched->reader - 1, address, bytes);
     touched->writer = program_number;
+    touched->write = (Access){epoch, warp_epoch[t / 32], t};
   }
   memcpy((void *)address, value, bytes);
 }
@@ -128,14 +140,9 @@ static void store_global(u64 address, const void *value, int bytes, int id, int 
 // same value. A barrier of a warp suffices for threads of the same warp.
 
 enum { SHARED_START = 1024 };  // so that the address 0 is never right
-typedef struct { u32 epoch, warp_epoch; u16 thread; } Access;
 typedef struct { Access write, read, read_elsewhere; u8 several; } Shadow;  // read_elsewhere: in a warp that is not read's
 static u8 shared[SHARED_BYTES + 1] __attribute__((aligned(128)));
 static Shadow shadow[SHARED_BYTES + 1];
-
-static inline int unordered(const Access *a, int t) {
-  return a->epoch == epoch && a->thread != t && (a->thread / 32 != t / 32 || a->warp_epoch == warp_epoch[t / 32]);
-}
 
 static inline u8 *shared_at(u32 address, int bytes, int id, int t) {
   if (address < SHARED_START || address + (u64)bytes > SHARED_START + SHARED_BYTES)

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+#: 32-bit words of a `Touched` of `memory.h`.
+TOUCHED = 5
+
 
 class Block(ctypes.Structure):
     """A stretch of memory, as `memory.h` takes it."""
@@ -17,7 +20,7 @@ class Block(ctypes.Structure):
         ("end", ctypes.c_uint64),
         ("allowed", ctypes.c_void_p),  # a byte for every byte, 1 where it belongs to an element; NULL if all do
         ("grain", ctypes.c_uint64),  # bytes of the smallest element
-        ("touched", ctypes.c_void_p),  # two 32-bit words for every grain, which note the programs that were there
+        ("touched", ctypes.c_void_p),  # TOUCHED words for every grain, which note the programs that were there
         ("read", ctypes.c_uint64),  # bytes that threads read of it
         ("written", ctypes.c_uint64),
         ("asked", ctypes.c_void_p),  # for every grain, two pairs of 32-bit words, see `Memory.times`; or NULL
@@ -56,7 +59,7 @@ class Memory:
                 first = mask[tensor.data_ptr() - start :]
                 np.lib.stride_tricks.as_strided(first, (*tensor.shape, tensor.itemsize), (*strides, 1))[...] = 1
             allowed = self._keep(mask)
-        touched = self._keep(np.zeros(2 * (-(-(end - start) // grain) + 1), dtype=np.uint32))
+        touched = self._keep(np.zeros(TOUCHED * (-(-(end - start) // grain) + 1), dtype=np.uint32))
         asked = None
         if self._asked is not None:
             self._asked.append(np.zeros((-(-(end - start) // grain), 2, 2), dtype=np.uint32))
