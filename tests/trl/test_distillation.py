@@ -91,3 +91,9 @@ def test_betas():
     assert _divergence(1.0) == {"divergence": "reverse_kl"}
     assert _divergence(0) == {"divergence": "forward_kl"}
     assert _divergence(0.5) == {"divergence": "jsd", "beta": 0.5}
+
+
+def test_logits_that_are_rounded_already_are_refused(tmp_path):
+    trainer = prepared("GKD", tmp_path)
+    with pytest.raises(ValueError, match="logits_dtype: expected None for a GKDTrainer"):
+        patch_trainer(trainer, logits_dtype=torch.float32)
