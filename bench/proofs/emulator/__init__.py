@@ -25,8 +25,8 @@ width. Between two barriers, no thread reads or writes in shared memory what ano
 copies of the same elements may store the same value. Nor do two threads store different values at one place of a tensor
 without a barrier between them. No program reads or writes what another program writes. The results are the same, bit
 for bit, whether the warps of a program run in lockstep, one after the other, or from the last to the first
-(`all_orders`). So threads whose results go nowhere may read what another one stores in place. An assertion on the device
-is an error with its message.
+(`all_orders`). So threads whose results go nowhere may read what another one stores in place. An assertion on the
+device is an error with its message.
 
 **What is as bad as it may be.** Registers and shared memory that nobody wrote are NaN. A copy that nobody waits for
 arrives when it is waited for, and its place is NaN until then. Approximate instructions are off by as much as the PTX
