@@ -23,10 +23,10 @@ barrier all wait for each other, and at a shuffle those of a warp.
 **What is checked.** Every access lies in an element of a tensor that was passed, and its address is a multiple of its
 width. Between two barriers, no thread reads or writes in shared memory what another one writes; threads that hold
 copies of the same elements may store the same value. Nor do two threads store different values at one place of a tensor
-without a barrier between them. No program reads or writes what another program writes. The
-results are the same, bit for bit, whether the warps of a program run in lockstep, one after the other, or from the last
-to the first (`all_orders`). So threads whose results go nowhere may read what another one stores in place. An assertion
-on the device is an error with its message.
+without a barrier between them. No program reads or writes what another program writes. The results are the same, bit
+for bit, whether the warps of a program run in lockstep, one after the other, or from the last to the first
+(`all_orders`). So threads whose results go nowhere may read what another one stores in place. An assertion on the
+device is an error with its message.
 
 **What is as bad as it may be.** Registers and shared memory that nobody wrote are NaN. A copy that nobody waits for
 arrives when it is waited for, and its place is NaN until then. Approximate instructions are off by as much as the PTX
