@@ -26,8 +26,13 @@ LABELS = {
         "QuACK": "`cross_entropy`",
     },
     "linear": {
-        "fused_ignore_ce": "`fused_linear_cross_entropy`", "PyTorch": "`F.linear_cross_entropy(options=...)`",
-        "Liger": "`liger_fused_linear_cross_entropy`", "TRL": "`ChunkedLogProbFunction`, as its trainers call it",
+        "fused_ignore_ce":
+            "`fused_linear_cross_entropy`, `fused_linear_log_probs` (entropy), `fused_linear_distillation_loss`",
+        "PyTorch": "`F.linear_cross_entropy(options=...)`",
+        "Liger":
+            "`liger_fused_linear_cross_entropy`, `LigerFusedLinearScaledCrossEntropyFunction` (entropy), "
+            "`liger_fused_linear_jsd` (with hard labels, that of `chunked_loss`)",
+        "TRL": "`ChunkedLogProbFunction` and `ChunkedDivergenceFunction`, as its trainers call them on a GPU",
         "CCE": "`linear_cross_entropy`", "QuACK": "`chunked_linear_cross_entropy`",
     },
     "models": {
