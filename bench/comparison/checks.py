@@ -6,6 +6,7 @@ numbers uses float32 operands unless it says otherwise, and allows for rounding 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,10 @@ def ignored_nan(peer: Peer, kind: str) -> None:
 
 
 def skipped(peer: Peer, kind: str) -> None:
+    skips(peer.call, kind)
+
+
+def skips(call: Callable[..., Tensor], kind: str) -> None:
     """Counts the operations of all matrix products, forward and backward, with and without ignored tokens."""
     counted = []
     for share in (0.0, 0.75):
@@ -79,7 +84,7 @@ def skipped(peer: Peer, kind: str) -> None:
         target = torch.arange(N)
         target[: round(N * share)] = -100
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
-            peer.call(*inputs, target).backward()
+            call(*inputs, target).backward()
         counted.append(sum(event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm")))
     assert counted[0] > 0, "no matrix product was counted"
     left = counted[1] / counted[0]
@@ -171,6 +176,74 @@ def entropy(peer: Peer, kind: str) -> None:
     close("the entropy", found, wanted[0])
     for ours, value in zip(torch.autograd.grad(found.sum(), inputs), wanted[1:], strict=True):
         close("the gradient of the entropy", ours, value)
+
+
+def token_loss(peer: Peer, kind: str) -> None:
+    if peer.token_loss is None:
+        raise NotOfferedError('`reduction="none"` only, and the mean by hand')
+    inputs, target = operands(kind)
+    each = expected(inputs, target, lambda x, y: F.cross_entropy(x, y, reduction="none"))[0]
+    mean, found = peer.token_loss(*inputs, target)
+    close("the mean", mean, each[target != -100].mean())
+    close("the loss of a token", _kept(found, target), each[target != -100])
+
+
+def unrounded(peer: Peer, kind: str) -> None:
+    """Losses are small here and logits large, so that rounding these to bfloat16 changes a loss by several percent."""
+    inputs, _ = operands(kind)
+    h, w = (inputs[0].detach() * 4).bfloat16(), inputs[1].detach().bfloat16()
+    logits = F.linear(h.double(), w.double())
+    target = logits.argmax(-1)
+    wanted = F.cross_entropy(logits, target, reduction="none")
+    call = peer.unrounded or peer.call
+    with torch.no_grad():
+        found = torch.stack([call(h[i : i + 1], w, target[i : i + 1]).double() for i in range(N)])
+    worst = (found / wanted - 1).abs().max().item()
+    assert worst < 0.01, f"losses are off by up to {worst:.0%} of their value"
+
+
+def one_pass(peer: Peer, kind: str) -> None:
+    """The gradient is right although nothing is left of the logits when backward starts."""
+    if peer.one_pass is None:
+        raise NotOfferedError("not offered")
+    inputs, target = operands(kind)
+    wanted = expected(inputs, target)
+    loss = peer.one_pass(*inputs, target)
+    inputs[0].data.fill_(float("nan"))
+    compare(loss, inputs, wanted)
+
+
+def _distils(peer: Peer, alpha: float, beta: float = 0.3) -> None:
+    if peer.distil is None:
+        raise NotOfferedError("not offered")
+    inputs, target = operands("linear")
+    generator = torch.Generator().manual_seed(1)
+    teacher = [torch.randn(N, D // 2, generator=generator), torch.randn(V, D // 2, generator=generator) * 0.2]
+    p = F.linear(*(tensor.double() for tensor in teacher)).log_softmax(-1)[target != -100]
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        q = x.log_softmax(-1)[y != -100]
+        m = (beta * p.exp() + (1 - beta) * q.exp()).log()
+        sides = beta * (p.exp() * (p - m)).sum(-1) + (1 - beta) * (q.exp() * (q - m)).sum(-1)
+        return alpha * sides.mean() + (1 - alpha) * F.cross_entropy(x, y)
+
+    compare(peer.distil(*inputs, *teacher, target, beta=beta, alpha=alpha), inputs, expected(inputs, target, loss))
+
+
+def distillation(peer: Peer, kind: str) -> None:
+    _distils(peer, 1.0)
+
+
+def hard_labels(peer: Peer, kind: str) -> None:
+    _distils(peer, 0.25)
+
+
+def skipped_in_distillation(peer: Peer, kind: str) -> None:
+    if peer.distil is None:
+        raise NotOfferedError("not offered")
+    distil = functools.partial(peer.distil, beta=0.3, alpha=1.0)
+    teacher = [torch.randn(N, D), torch.randn(V, D)]
+    skips(lambda h, w, y: distil(h, w, *teacher, y), kind)
 
 
 def masked_vocabulary(peer: Peer, kind: str) -> None:

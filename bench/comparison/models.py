@@ -25,6 +25,8 @@ class Patcher:
     package: str
     patch: Callable[..., Any]
     unpatch: Callable[[Any], Any] | None = None
+    #: Gives one output projection of any model a fused loss.
+    defer: Callable[[torch.nn.Module], Any] | None = None
 
 
 def _liger(model: Any, **options: Any) -> Any:
@@ -44,9 +46,10 @@ def _liger(model: Any, **options: Any) -> Any:
 
 
 def patchers() -> Iterator[Patcher]:
+    from fused_ignore_ce import defer_logits
     from fused_ignore_ce.hf import patch_model, unpatch_model
 
-    yield Patcher("fused_ignore_ce", patch_model, unpatch_model)
+    yield Patcher("fused_ignore_ce", patch_model, unpatch_model, defer_logits)
     if version("liger-kernel"):
         yield Patcher("Liger", _liger)
 
@@ -138,3 +141,25 @@ def unpatched(patcher: Patcher) -> None:
     forward = type(model).forward
     patcher.unpatch(patcher.patch(model))
     assert type(model).forward is forward, "the model's forward is another one"
+
+
+def several_heads(patcher: Patcher) -> None:
+    """Two heads of a model of one's own, as for multi-token prediction, whose losses the model's code takes itself."""
+    if patcher.defer is None:
+        raise NotOfferedError("models of transformers only; the loss has to be called by hand")
+    torch.manual_seed(0)
+    body = torch.nn.Embedding(V, D)
+    heads = torch.nn.ModuleList(torch.nn.Linear(D, V) for _ in range(2))
+    ids = batch()["input_ids"]
+
+    def gradients(heads: Any) -> list[torch.Tensor]:
+        hidden = body(ids)
+        loss = torch.zeros(())
+        for depth, head in enumerate(heads, 1):
+            logits = head(hidden)[:, :-depth]
+            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, depth:].flatten())
+        return [loss, *torch.autograd.grad(loss, [body.weight, *heads.parameters()])]
+
+    plain = gradients(heads)
+    for found, wanted in zip(gradients(torch.nn.ModuleList(map(patcher.defer, heads))), plain, strict=True):
+        close("the loss or a gradient", found, wanted.double())

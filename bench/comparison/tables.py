@@ -26,8 +26,13 @@ LABELS = {
         "QuACK": "`cross_entropy`",
     },
     "linear": {
-        "fused_ignore_ce": "`fused_linear_cross_entropy`", "PyTorch": "`F.linear_cross_entropy(options=...)`",
-        "Liger": "`liger_fused_linear_cross_entropy`", "TRL": "`ChunkedLogProbFunction`, as its trainers call it",
+        "fused_ignore_ce":
+            "`fused_linear_cross_entropy`, `fused_linear_log_probs` (entropy), `fused_linear_distillation_loss`",
+        "PyTorch": "`F.linear_cross_entropy(options=...)`",
+        "Liger":
+            "`liger_fused_linear_cross_entropy`, `LigerFusedLinearScaledCrossEntropyFunction` (entropy), "
+            "`liger_fused_linear_jsd` (with hard labels, that of `chunked_loss`)",
+        "TRL": "`ChunkedLogProbFunction` and `ChunkedDivergenceFunction`, as its trainers call them on a GPU",
         "CCE": "`linear_cross_entropy`", "QuACK": "`chunked_linear_cross_entropy`",
     },
     "models": {
@@ -39,34 +44,56 @@ LABELS = {
 MARK = "†"
 
 
-def cell(result: Result, row: Row, kind: str, package: str) -> dict[str, str] | None:
+def cell(result: Result, row: Row, kind: str, package: str, torch: str | None = None) -> dict[str, str] | None:
+    """What was found, with the release of PyTorch that all packages were run with or with another one."""
     keys = {"question": row.question, "kind": kind, "package": package}
-    return next((cell for cell in result["cells"] if keys.items() <= cell.items()), None)
+    asked = [found for found in result["other torch"] if found["torch"].partition("+")[0] == torch]
+    cells: list[dict[str, str]] = (asked or [result])[0]["cells"]
+    return next((cell for cell in cells if keys.items() <= cell.items()), None)
 
 
-def _text(found: dict[str, str] | None) -> str:
-    if found is None:
-        return "-"
-    return found["answer"] + (f" {MARK}" if found["basis"] == "stated" else "")
+def releases(result: Result) -> list[str]:
+    """The releases of PyTorch that were asked."""
+    every = [result["header"]["versions"], *result["other torch"]]
+    return [found["torch"].partition("+")[0] for found in every]
+
+
+def _cells(result: Result, row: Row, kind: str, package: str) -> dict[str, dict[str, str]]:
+    """The cells of a package by its version."""
+    asked = releases(result) if package == "PyTorch" and row.check and package not in row.stated[kind] else [""]
+    found = {version: cell(result, row, kind, package, version) for version in asked}
+    return {version: answer for version, answer in found.items() if answer}
+
+
+def _text(found: dict[str, dict[str, str]]) -> str:
+    texts = [answer["answer"] + (f" {MARK}" if answer["basis"] == "stated" else "") for answer in found.values()]
+    return " / ".join(texts if len(set(texts)) > 1 else texts[:1]) or "-"
 
 
 def _table(result: Result, rows: Sequence[tuple[Row, str]], packages: Sequence[str]) -> str:
-    lines = [(row.question, *(_text(cell(result, row, kind, package)) for package in packages)) for row, kind in rows]
-    return tabulate(lines, ("", *map(_head, packages)), tablefmt="github", disable_numparse=True)
+    lines = [(row.question, *(_text(_cells(result, row, kind, name)) for name in packages)) for row, kind in rows]
+    heads = (_head(package, result) for package in packages)
+    return tabulate(lines, ("", *heads), tablefmt="github", disable_numparse=True)
 
 
-def _head(package: str) -> str:
-    return "this package" if package == "fused_ignore_ce" else package
+def _head(package: str, result: Result | None = None) -> str:
+    """A package's name, with its version if a result is given."""
+    if package == "fused_ignore_ce":
+        return "this package"
+    if result is None:
+        return package
+    own = " / ".join(releases(result)) if package == "PyTorch" else result["sources"][package][0]
+    return f"{package} {own}"
 
 
 def versions(result: Result) -> str:
     found = result["header"]["versions"]
-    checked = [f"{package} {found[name]}" for package, name in PACKAGES.items() if found.get(name)]
-    stated = [f"{name} {result['sources'][name][0]}" for name in ("CCE", "QuACK")]
     return (
-        f"Checked by code on a CPU, {result['header']['date']}: {', '.join(checked)}; with transformers "
-        f"{found['transformers']}; Triton kernels in Triton's interpreter. {MARK} From documentation or "
-        f"source, not run: {', '.join(stated)}, and every {MARK} of the others. -: not offered, or not stated."
+        f"Checked by code on a CPU, {result['header']['date']}, with fused_ignore_ce {found['fused_ignore_ce']} and "
+        f"transformers {found['transformers']}; Triton kernels in Triton's interpreter. A slash separates the answers "
+        f"of releases of PyTorch that differ; the other packages ran with {releases(result)[0]}. CCE is its "
+        f"repository, of which the code in PyTorch was run. {MARK} From documentation or source, not run: all of "
+        f"QuACK, and every {MARK} of the others. -: not offered, or not stated."
     )
 
 
@@ -92,11 +119,17 @@ def long(name: str, result: Result) -> str:
 
 
 def _reasons(result: Result, row: Row, kind: str, packages: Sequence[str]) -> str:
-    found = {package: cell(result, row, kind, package) for package in packages}
-    told = [f"{_head(package)}: {_why(answer)}" for package, answer in found.items() if answer and answer["why"]]
+    told = []
+    for package in packages:
+        found = {version: _why(answer) for version, answer in _cells(result, row, kind, package).items()}
+        same = len(set(found.values())) == 1
+        whys = found.items() if not same else [("", next(iter(found.values())))]
+        told += [f"{' '.join(filter(None, [_head(package), version]))}: {why}" for version, why in whys if why]
     return f"- **{row.question}.** {' · '.join(told)}." if told else ""
 
 
 def _why(found: dict[str, str]) -> str:
     """The reason for an answer. What a check found, an error or a value, is set as code."""
-    return found["why"] if found["basis"] == "stated" else f"`{found['why'].rstrip('.')}`"
+    if found["basis"] == "stated" or "`" in found["why"]:
+        return found["why"]
+    return f"`{found['why'].rstrip('.')}`" if found["why"] else ""
