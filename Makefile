@@ -10,11 +10,7 @@ NEED_TRANSFORMERS := tests/hf tests/deferred/test_operations.py tests/losses/tes
 # Material for MkDocs prints a notice about MkDocs 2 otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-<<<<<<< HEAD
-.PHONY: demo test test-compiled test-architectures test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-trainers test-deepspeed check format bench readme-figures traffic proofs sweep docs gpu kernels-hub release clean
-=======
-.PHONY: demo test test-compiled test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-deepspeed check format bench readme-figures traffic proofs comparison sweep docs gpu kernels-hub release clean
->>>>>>> comparison
+.PHONY: demo test test-compiled test-architectures test-quick test-transformers-4 test-oldest test-newest test-kernels-hub test-other-libraries test-trainers test-deepspeed check format bench readme-figures traffic proofs comparison sweep docs gpu kernels-hub release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fused_ignore_ce demo
@@ -116,11 +112,7 @@ docs: $(VENV)/.ready
 	@if [ -t 1 ]; then $(MKDOCS) serve --strict; fi
 
 clean:
-<<<<<<< HEAD
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-newest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-trainers $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-=======
-	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-newest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-deepspeed $(VENV)-comparison build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
->>>>>>> comparison
+	rm -rf $(VENV) $(VENV)-transformers-4 $(VENV)-oldest $(VENV)-newest $(VENV)-kernels-hub $(VENV)-other-libraries $(VENV)-trainers $(VENV)-deepspeed $(VENV)-comparison build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -168,8 +160,6 @@ $(VENV)-deepspeed/.ready: $(VENV)/.ready
 	CC=gcc $(@D)/bin/python -m pip install -c constraints.txt deepspeed
 	touch $@
 
-<<<<<<< HEAD
-=======
 # CCE's releases are older than its repository, and ask for other versions of packages.
 CCE ?= git+https://github.com/apple/ml-cross-entropy.git@d42911f9b1a1f98289bb601c35c8151562603d74
 $(VENV)-comparison/.ready: $(VENV)/.ready
@@ -177,8 +167,6 @@ $(VENV)-comparison/.ready: $(VENV)/.ready
 	$(@D)/bin/python -m pip install --no-deps '$(CCE)'
 	touch $@
 
-# constraints-NAME.txt takes the place of lines of constraints.txt.
->>>>>>> comparison
 $(VENV)-%/.ready: pyproject.toml constraints.txt constraints-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(call merged,$*)
