@@ -51,8 +51,8 @@ def patch_distillation(trainer: Any, options: dict[str, Any]) -> bool:
     elif has_logits:
         if options["logits_dtype"] is not None:
             raise ValueError(
-                f"logits_dtype: expected None for a GKDTrainer, got {options['logits_dtype']}: its loss is given logits "
-                "that the model has rounded already; a DistillationTrainer's is computed from hidden states"
+                f"logits_dtype: expected None for a GKDTrainer, got {options['logits_dtype']}: its loss is given "
+                "logits that the model has rounded already; a DistillationTrainer's is computed from hidden states"
             )
         trainer.generalized_jsd_loss = _of_logits(trainer, options)
     else:
