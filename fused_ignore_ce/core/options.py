@@ -165,8 +165,8 @@ class ReductionOptions(NamedTuple):
 def _check_normalizer(reduction: str, normalizer: Any) -> None:
     if reduction != "mean":
         raise ValueError(
-            f'normalizer: expected None with reduction="{reduction}", got {normalizer!r}; it divides the sum of '
-            'reduction="mean" only'
+            'normalizer: expected None, as it divides the sum of reduction="mean" only, got '
+            f'{normalizer!r} with reduction="{reduction}"'
         )
     of_tensor = isinstance(normalizer, Tensor)
     if of_tensor and normalizer.dim() == 0:

@@ -140,7 +140,7 @@ def wrong_dtype(name: str, expected: torch.dtype, t: Tensor, where: str = "input
 
 def check_floating(name: str, t: Tensor, hint: str = "") -> None:
     if t.dtype not in FLOATS:
-        raise NotImplementedError(f"{name}: expected a tensor of one of {FLOATS}, got {t.dtype}{hint}")
+        raise NotImplementedError(f"{name}: expected one of {FLOATS}, got {t.dtype}{hint}")
 
 
 def _check_floats(input: Tensor, target: Tensor) -> None:
