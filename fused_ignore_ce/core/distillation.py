@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from .eager import autocasts, is_plain, is_tracing
-from .options import LossOptions, check_number, check_temperature
-from .tensors import FLOATS
+from .options import (
+    LossOptions,
+    check_above_zero,
+    check_choice,
+    check_flag,
+    check_number,
+    check_temperature,
+)
+from .tensors import check_device, check_floating, check_indices, check_tensor, wrong_dtype, wrong_shape
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 Tail = Literal["bucket", "renormalise"]
@@ -37,8 +44,7 @@ class DistillationOptions(NamedTuple):
 
     def checked(self) -> DistillationOptions:
         """The same options as plain numbers, or an error that names the one that is wrong."""
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {self.divergence!r}")
+        check_choice("divergence", self.divergence, DIVERGENCES)
         check_temperature(self.temperature)
         check_number("beta", self.beta)
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
@@ -49,16 +55,14 @@ class DistillationOptions(NamedTuple):
         check_number("alpha", self.alpha)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
-        if not isinstance(self.scale_by_temperature, bool):
-            raise TypeError(f"scale_by_temperature: expected True or False, got {self.scale_by_temperature!r}")
-        if self.tail and self.tail not in TAILS:
-            raise ValueError(f"tail: expected one of {TAILS}, got {self.tail!r}")
+        check_flag("scale_by_temperature", self.scale_by_temperature)
+        if self.tail:
+            check_choice("tail", self.tail, TAILS)
         softcap = self.teacher_softcap
         check_number("teacher_logit_scale", self.teacher_logit_scale)
         if softcap is not None:
             check_number("teacher_softcap", softcap)
-            if not softcap > 0.0:
-                raise ValueError(f"teacher_softcap: expected a number above 0 or None, got {softcap!r}")
+            check_above_zero("teacher_softcap", softcap)
         return DistillationOptions(
             self.options.checked(),
             self.divergence,
@@ -74,19 +78,12 @@ class DistillationOptions(NamedTuple):
 
 def check_teacher(name: str, teacher: Any, input: Tensor) -> None:
     """Raises an error for a tensor of the teacher whose tokens are not those of the student."""
-    if not isinstance(teacher, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(teacher).__name__}")
-    if teacher.device != input.device:
-        raise RuntimeError(f"{name}: expected a tensor on {input.device}, where input is, got {teacher.device}")
+    check_tensor(name, teacher)
+    check_device(name, teacher, input.device)
     if teacher.dim() == 0 or teacher.shape[:-1] != input.shape[:-1]:
         raise ValueError(
             f"{name}: expected the tokens of input, whose shape is {tuple(input.shape)}, got {tuple(teacher.shape)}"
         )
-
-
-def check_floating(name: str, teacher: Tensor) -> None:
-    if teacher.dtype not in FLOATS:
-        raise NotImplementedError(f"{name}: expected one of {FLOATS}, got {teacher.dtype}")
 
 
 def check_same_classes(name: str, classes: int, teacher_classes: int) -> None:
@@ -104,17 +101,14 @@ def check_teacher_head(teacher_input: Tensor, teacher_weight: Any, teacher_bias:
     for name, t, dims in (("teacher_weight", teacher_weight, 2), ("teacher_bias", teacher_bias, 1)):
         if t is None and dims == 1:
             continue
-        if not isinstance(t, Tensor):
-            hint = "; pass its weight" if isinstance(t, torch.nn.Module) else ""
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}{hint}")
+        check_tensor(name, t)
         if t.dim() != dims:
-            raise RuntimeError(f"{name}: expected shape {'(V, E)' if dims == 2 else '(V,)'}, got {tuple(t.shape)}")
+            raise wrong_shape(name, "(V, E)" if dims == 2 else "(V,)", t)
         check_same_classes(name, classes, t.shape[0])
         casts = autocasts(t.device) and t.is_floating_point()
         if t.dtype != teacher_input.dtype and not casts:
-            raise RuntimeError(f"{name}: expected dtype {teacher_input.dtype}, as teacher_input has, got {t.dtype}")
-        if t.device != teacher_input.device:
-            raise RuntimeError(f"{name}: expected a tensor on {teacher_input.device}, got {t.device}")
+            raise wrong_dtype(name, teacher_input.dtype, t, "teacher_input")
+        check_device(name, t, teacher_input.device, "teacher_input")
     if teacher_weight.shape[1] != teacher_input.shape[-1]:
         raise RuntimeError(
             f"teacher_weight: expected shape (V, {teacher_input.shape[-1]}), as teacher_input has this size, got "
@@ -154,12 +148,10 @@ def check_target(target: Any, shape: torch.Size, device: torch.device, alpha: fl
         return
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor of class indices or None, got {type(target).__name__}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"target: expected dtype int64 or uint8 for class indices, got {target.dtype}")
+    check_indices(target)
     if target.shape != shape:
         raise ValueError(f"target: expected shape {tuple(shape)}, as input's tokens, got {tuple(target.shape)}")
-    if target.device != device:
-        raise RuntimeError(f"target: expected a tensor on {device}, where input is, got {target.device}")
+    check_device("target", target, device)
 
 
 def refuse_process_group(process_group: Any) -> None:

@@ -84,14 +84,15 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     if is_tracing():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "torch.func transforms are not supported by fused_ignore_ce: use torch.autograd, or F.cross_entropy there. "
-            "A patched model needs unpatch_model(model) for them, a head undefer_logits(head)"
-        )
+        raise _not_supported("torch.func transforms", "torch.autograd")
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError(
-            "forward-mode differentiation is not supported by fused_ignore_ce: use reverse mode, or F.cross_entropy. "
-            "A patched model needs unpatch_model(model) for it, a head undefer_logits(head)"
-        )
+        raise _not_supported("forward-mode differentiation", "reverse mode")
+
+
+def _not_supported(what: str, instead: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{what}: not supported by fused_ignore_ce; use {instead}, or F.cross_entropy there. A patched model needs "
+        "unpatch_model(model) for it, a head undefer_logits(head)"
+    )

@@ -100,8 +100,7 @@ class LossOptions(NamedTuple):
         check_number("z_loss", z_loss)
         if not 0.0 <= label_smoothing <= 1.0:
             raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-        if softcap is not None and not softcap > 0.0:
-            raise ValueError(f"softcap: expected a number above 0 or None, got {softcap!r}")
+        check_above_zero("softcap", softcap)
         return LossOptions(
             self.ignore_index,
             float(label_smoothing),
@@ -120,6 +119,23 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if math.isinf(value) or (math.isnan(value) and name in ("logit_scale", "z_loss")):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def check_above_zero(name: str, value: float | None) -> None:
+    """Raises an error for a number that is not positive. A softcap may be None."""
+    if value is not None and not value > 0.0:
+        or_none = " or None" if name.endswith("softcap") else ""
+        raise ValueError(f"{name}: expected a number above 0{or_none}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 class ReductionOptions(NamedTuple):
@@ -142,19 +158,23 @@ class ReductionOptions(NamedTuple):
             raise ValueError(f'return_stats: expected False, True or "differentiable", got {return_stats!r}')
         if loss_dtype is not None and not (isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point):
             raise TypeError(f"loss_dtype: expected a floating-point torch.dtype or None, got {loss_dtype!r}")
-        if not isinstance(zero_if_all_ignored, bool):
-            raise TypeError(f"zero_if_all_ignored: expected True or False, got {zero_if_all_ignored!r}")
+        check_flag("zero_if_all_ignored", zero_if_all_ignored)
         return self
 
 
 def _check_normalizer(reduction: str, normalizer: Any) -> None:
     if reduction != "mean":
-        raise ValueError(f'normalizer: divides the sum of reduction="mean" only, got reduction="{reduction}"')
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-    elif not is_tracing() and (not hasattr(normalizer, "__float__") or isinstance(normalizer, bool)):
-        raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
+        raise ValueError(
+            'normalizer: expected None, as it divides the sum of reduction="mean" only, got '
+            f'{normalizer!r} with reduction="{reduction}"'
+        )
+    of_tensor = isinstance(normalizer, Tensor)
+    if of_tensor and normalizer.dim() == 0:
+        return
+    if of_tensor or (not is_tracing() and (not hasattr(normalizer, "__float__") or isinstance(normalizer, bool))):
+        got = f"shape {tuple(normalizer.shape)}" if of_tensor else repr(normalizer)
+        kind = ValueError if of_tensor else TypeError
+        raise kind(f"normalizer: expected a number or a 0-d tensor, got {got}")
 
 
 def ignored_ids(ignore_index: int | Collection[int] | None) -> tuple[int, ...]:
@@ -178,8 +198,7 @@ def ignored_ids(ignore_index: int | Collection[int] | None) -> tuple[int, ...]:
 
 def check_temperature(temperature: float) -> None:
     check_number("temperature", temperature)
-    if not temperature > 0.0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+    check_above_zero("temperature", temperature)
 
 
 def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype | None = None) -> None:
@@ -191,8 +210,7 @@ def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype | None = None) -> N
 
 
 def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
 
 
 #: MB is 10^6 bytes, MiB is 2^20.

@@ -96,9 +96,7 @@ def check_linear(
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (D) or (..., D), got a 0-d tensor")
     if linear_weight.dim() < 2:
-        raise RuntimeError(
-            f"linear_weight: expected shape (C, D) or (C, d1, ..., dK, D), got {tuple(linear_weight.shape)}"
-        )
+        raise wrong_shape("linear_weight", "(C, D) or (C, d1, ..., dK, D)", linear_weight)
     C, *positions, D = linear_weight.shape
     if input.shape[-1] != D:
         transposed = linear_weight.dim() == 2 and input.shape[-1] == C
@@ -114,7 +112,7 @@ def check_linear(
     _check_target(sizes, target, input, linear_weight)
     if linear_bias is not None:
         if linear_bias.shape != (C, *positions):
-            raise RuntimeError(f"linear_bias: expected shape {(C, *positions)}, got {tuple(linear_bias.shape)}")
+            raise wrong_shape("linear_bias", (C, *positions), linear_bias)
         _check_operand("linear_bias", linear_bias, input)
     _check_weight(weight, input, C, holds_probabilities(target))
     return sizes
@@ -122,21 +120,48 @@ def check_linear(
 
 def _check_tensors(**tensors: Any) -> None:
     for name, t in tensors.items():
-        if not isinstance(t, Tensor) and not (t is None and name in ("linear_bias", "weight")):
-            hint = "; pass its weight" if isinstance(t, torch.nn.Module) else ""
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}{hint}")
+        if not (t is None and name in ("linear_bias", "weight")):
+            check_tensor(name, t)
+
+
+def check_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        hint = "; pass its weight" if isinstance(t, torch.nn.Module) else ""
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}{hint}")
+
+
+def wrong_shape(name: str, expected: object, t: Tensor) -> RuntimeError:
+    return RuntimeError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
+
+
+def wrong_dtype(name: str, expected: torch.dtype, t: Tensor, where: str = "input") -> RuntimeError:
+    return RuntimeError(f"{name}: expected dtype {expected}, as {where} has, got {t.dtype}")
+
+
+def check_floating(name: str, t: Tensor, hint: str = "") -> None:
+    if t.dtype not in FLOATS:
+        raise NotImplementedError(f"{name}: expected one of {FLOATS}, got {t.dtype}{hint}")
 
 
 def _check_floats(input: Tensor, target: Tensor) -> None:
-    if input.dtype not in FLOATS:
-        hint = "; input and target seem to be swapped" if target.is_floating_point() else ""
-        raise NotImplementedError(f"input: expected one of {FLOATS}, got {input.dtype}{hint}")
+    check_floating("input", input, "; input and target seem to be swapped" if target.is_floating_point() else "")
 
 
 def _check_devices(input: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
-        if other is not None and other.device != input.device:
-            raise RuntimeError(f"{name}: expected a tensor on {input.device}, where input is, got {other.device}")
+        if other is not None:
+            check_device(name, other, input.device)
+
+
+def check_device(name: str, t: Tensor, device: torch.device, where: str = "input") -> None:
+    if t.device != device:
+        raise RuntimeError(f"{name}: expected a tensor on {device}, where {where} is, got {t.device}")
+
+
+def check_indices(target: Tensor, error: type[Exception] = TypeError) -> None:
+    if target.dtype not in (torch.int64, torch.uint8):
+        cast = "" if target.is_floating_point() else "; pass target.long()"
+        raise error(f"target: expected dtype int64 or uint8 for class indices, got {target.dtype}{cast}")
 
 
 def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
@@ -145,7 +170,7 @@ def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
         return
     casts = autocasts(input.device) and torch.float64 not in (input.dtype, operand.dtype)
     if not (casts and operand.is_floating_point()):
-        raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {operand.dtype}")
+        raise wrong_dtype(name, input.dtype, operand)
 
 
 def _check_target(sizes: Sizes, target: Tensor, input: Tensor, linear_weight: Tensor | None = None) -> None:
@@ -157,11 +182,11 @@ def _check_target(sizes: Sizes, target: Tensor, input: Tensor, linear_weight: Te
             )
         return
     if target.shape == sizes.logits:
-        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
-    if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
-            f"target: expected dtype int64 or uint8 for class indices, got {target.dtype}; pass target.long()"
+            f"Expected floating point type for target with class probabilities, got {target.dtype}; pass "
+            "target.to(input.dtype), or class indices without the dimension of classes"
         )
+    check_indices(target, RuntimeError)
     if target.shape == sizes.rows or (not sizes.batch and target.dim() == 1 and target.numel() == 1):
         return
     if sizes.batch and target.dim() and target.shape[0] != sizes.batch[0]:
@@ -203,7 +228,7 @@ def _check_weight(weight: Tensor | None, input: Tensor, classes: int, any_dtype:
     any_dtype = any_dtype or autocasts(input.device)
     wide_weight = weight.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
     if not weight.is_floating_point() or not (any_dtype or wide_weight or weight.dtype == input.dtype):
-        raise RuntimeError(f"weight: expected scalar type {input.dtype}, as input has, got {weight.dtype}")
+        raise wrong_dtype("weight", input.dtype, weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weight: no gradient with respect to class weights is defined; pass weight.detach()")
 
@@ -212,7 +237,8 @@ def check_ignored(ids: tuple[int, ...], target: Tensor) -> None:
     """Refuses an ignored id of the vocabulary for probability targets, which have no class to compare it with."""
     if holds_probabilities(target) and any(i >= 0 for i in ids):
         raise RuntimeError(
-            f"ignore_index is not supported for floating point target: expected it below 0, got {max(ids)}"
+            f"ignore_index is not supported for floating point target: expected it below 0, got {max(ids)}; leave it "
+            "out, and give rows that count for nothing a token_weight of 0"
         )
 
 
@@ -223,8 +249,7 @@ def check_token_weight(token_weight: Tensor | None, shape: torch.Size, device: t
         raise ValueError(f"token_weight: expected shape {tuple(shape)}, as target, got {tuple(token_weight.shape)}")
     if not token_weight.is_floating_point():
         raise TypeError(f"token_weight: expected a floating-point dtype, got {token_weight.dtype}")
-    if token_weight.device != device:
-        raise RuntimeError(f"token_weight: expected a tensor on {device}, where input is, got {token_weight.device}")
+    check_device("token_weight", token_weight, device)
 
 
 def check_inplace(x: Tensor) -> None:

@@ -46,8 +46,10 @@ class _InParameter:
 
 def _check_version(t: Tensor, version: object) -> None:
     if version_of(t) != version:
-        raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
-                           "operation")  # fmt: skip
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(t.shape)} that a loss of the logits keeps; write to it after backward, or to a clone"
+        )
 
 
 def shares_memory(out: object, value: Tensor) -> bool:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from ..core.eager import is_tracing
-from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, check_logits_dtype, ignored_ids
+from ..core.options import (
+    LossOptions,
+    ReductionOptions,
+    budget_bytes,
+    check_backend,
+    check_flag,
+    check_logits_dtype,
+    ignored_ids,
+)
 from ..core.unknown_keywords import unknown_keyword
 
 
@@ -32,7 +40,9 @@ class Settings(NamedTuple):
         given = dict(self.options)
         if "weight" in given:
             if options.get("weight") is not None:
-                raise ValueError("weight: given to patch_model, but the model's own cross entropy has class weights")
+                raise ValueError(
+                    "weight: given to patch_model, but the model's own cross entropy has class weights; leave out one"
+                )
             given["weight"] = given["weight"].to(target.device)
         if self.ignore_index:
             own = ignored_ids(options.get("ignore_index", -100))
@@ -90,8 +100,7 @@ def settings_of(
 ) -> Settings:
     """The settings for the arguments that a function was given, checked."""
     for name, value in (("return_stats", return_stats), ("keep_logits", keep_logits)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
+        check_flag(name, value)
     for name in loss_options:
         if name not in _OPTIONS:
             known = ("ignore_index", "memory_budget", "return_stats", "keep_logits", *_OPTIONS)

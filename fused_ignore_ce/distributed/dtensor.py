@@ -12,6 +12,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ..core.tensors import LinearTensors, LogitsTensors, class_dimension, holds_probabilities
 from .ranks import FailingTogether
 
+#: What an error about a placement advises.
+_TOKENS = (
+    "for tokens that are sharded and a vocabulary that is not, pass to_local() of every tensor and "
+    "normalizer=distributed.global_token_count(target, group)"
+)
+
 
 class LocalTensors:
     """A context that gives (group, tensors of this rank); an error inside it becomes the error of all ranks.
@@ -91,8 +97,7 @@ class _Layout:
         if len(sharded) > 1 or any(not _is_shard(t.placements[i], dim, t.dim()) for i in sharded):
             raise NotImplementedError(
                 f"{name}: expected a DTensor that is sharded on its vocabulary dimension {dim} over one dimension of "
-                f"the mesh and replicated over the others, got {t.placements}; for tokens that are sharded, pass "
-                "to_local() of every tensor and normalizer=distributed.global_token_count(target, group)"
+                f"the mesh and replicated over the others, got {t.placements}; {_TOKENS}"
             )
         if sharded:
             self.mesh_dim = sharded[0]
@@ -119,8 +124,7 @@ class _Layout:
         if self.group is None or t.device_mesh != self.mesh or any(isinstance(p, Partial) for p in t.placements):
             raise NotImplementedError(
                 f"input: expected a tensor that all ranks hold, or one sharded over the mesh that {self.name} is "
-                f"sharded over, got {t.placements}; for tokens that are sharded and a {self.name} that is not, pass "
-                "to_local() of every tensor and normalizer=distributed.global_token_count(target, group)"
+                f"sharded over, got {t.placements}; {_TOKENS}"
             )
         partial = [Partial() if i == self.mesh_dim else Replicate() for i in range(t.device_mesh.ndim)]
         whole = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)

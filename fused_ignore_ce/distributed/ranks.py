@@ -22,6 +22,7 @@ from ..backends.protocol import Backend, Parts
 from ..core.eager import PACKAGE, is_tracing
 from ..core.options import LossOptions, ignored_ids, out_of_bounds
 from ..core.rows import Block, Logits, Rows
+from ..core.tensors import check_indices
 
 # Renamed in torch 2.13.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -259,7 +260,7 @@ def global_token_count(
         TypeError: a target that holds no class indices.
     """
     if target.is_floating_point():
-        raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype}")
+        check_indices(target)
     kept = torch.ones_like(target, dtype=torch.bool)
     for ignored in ignored_ids(ignore_index):
         kept &= target != ignored

@@ -175,8 +175,8 @@ def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, or
         raise RuntimeError(
             f"{given}: given to patch_model, but {type(model).__name__} is trained without labels: its loss is taken "
             "after the forward (as by Trainer's label_smoothing_factor and compute_loss_func) of logits that do not "
-            "know of these options; its head is no matrix product, or patch without them and give them to the loss "
-            "yourself"
+            "know of these options, as where its head is no matrix product; patch without them and give them to the "
+            "loss yourself"
         )
     if not labels or shared.fused or running.forwards:
         return
@@ -276,7 +276,10 @@ def _weights(model: Any, head: Any) -> list[Any] | None:
 def _with_stats(outputs: Any, stats: Any) -> Any:
     if stats is not None:
         if not isinstance(outputs, dict):
-            raise ValueError("return_stats: the forward returned a tuple, which has no place; pass return_dict=True")
+            raise ValueError(
+                f"return_stats: expected a forward that returns a ModelOutput, got {type(outputs).__name__}; pass "
+                "return_dict=True"
+            )
         object.__setattr__(outputs, "loss_stats", stats)
     return outputs
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..core.optional_packages import needed
+from ..core.options import check_flag
 from ..deferred.heads import PATCH, Patch, make_head, unmake
 from ..deferred.replaced import REPLACED, replace_class, with_forward
 from ..deferred.report import FusionReport
@@ -168,8 +169,7 @@ def unpatch_transformers() -> None:
 
 def _needless(without_labels: Any) -> None:
     if without_labels is not None:
-        if not isinstance(without_labels, bool):
-            raise TypeError(f"without_labels: expected True or False, got {without_labels!r}")
+        check_flag("without_labels", without_labels)
         warnings.warn(
             "without_labels: leave it out; logits of all forwards with gradients are deferred, with labels or without",
             DeprecationWarning,
@@ -183,12 +183,12 @@ def _transformers_models(model: Any) -> list[Any]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     models = [module for module in modules if isinstance(module, base)]
     if not models:
-        what, hint = f"got {type(model).__name__}", ""
+        got, hint = type(model).__name__, ""
         if isinstance(model, type):
-            what, hint = f"got the class {model.__name__}", "; pass an instance, or call patch_transformers()"
+            got, hint = f"the class {model.__name__}", "; pass an instance, or call patch_transformers()"
         elif isinstance(getattr(model, "model", None), base):
             hint = "; pass its .model"
-        raise TypeError(f"model: expected a transformers PreTrainedModel or a module that holds one, {what}{hint}")
+        raise TypeError(f"model: expected a transformers PreTrainedModel or a module that holds one, got {got}{hint}")
     return models[:1] + [m for m in models[1:] if _takes_labels(m)]
 
 

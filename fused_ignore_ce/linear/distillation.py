@@ -22,7 +22,7 @@ from ..core.eager import PACKAGE, is_plain
 from ..core.options import flatten, schema_of, unflatten
 from ..core.rows import acc_dtype
 from .gradients import GradientSums, Wanted
-from .plan import ONE_BLOCK, TOKEN_CHUNKS, LinearPlan, accumulates, product_elements
+from .plan import ONE_BLOCK, TOKEN_CHUNKS, LinearPlan, accumulates, product_elements, too_little
 from .tiles import Operands, Tiles
 
 #: Bytes of a chunk's logits of both sides, unless `memory_budget` is given, and the fewest rows of a chunk: with fewer,
@@ -93,10 +93,7 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
         rows = (settings.memory_budget - whole - sums) // max(a_row, 1)
         if rows < 1:
             least = whole + sums + a_row
-            raise ValueError(
-                f"memory_budget: expected at least {least} bytes ({least / 2**20:.3g} MiB) for {N} kept tokens, {V} "
-                f"classes and {D} features in {settings.dtype}, got {settings.memory_budget}"
-            )
+            raise too_little(least, N, V, D, settings.dtype, settings.memory_budget)
     rows = max(1, min(rows, N))
     several = rows < N
     return LinearPlan(TOKEN_CHUNKS if several else ONE_BLOCK, rows, whole + sums * several + rows * a_row)

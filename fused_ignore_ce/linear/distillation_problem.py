@@ -23,7 +23,7 @@ from ..core.reduction import (
     statistics,
 )
 from ..core.rows import acc_dtype
-from ..core.tensors import Sizes, check_linear, check_token_weight
+from ..core.tensors import Sizes, check_linear, check_token_weight, wrong_shape
 from . import distillation
 from .distillation import Settings, Side
 from .plan import operand_dtype
@@ -34,7 +34,7 @@ def check_student(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
     rows = torch.empty(input.shape[:-1], dtype=torch.int64, device=input.device) if isinstance(input, Tensor) else input
     V = check_linear(input, linear_weight, rows, linear_bias, None).classes
     if linear_weight.dim() != 2:
-        raise RuntimeError(f"linear_weight: expected shape (V, D), got {tuple(linear_weight.shape)}")
+        raise wrong_shape("linear_weight", "(V, D)", linear_weight)
     return V
 
 

@@ -182,6 +182,13 @@ def _part(size: int, count: int) -> int:
 
 
 @lru_cache(maxsize=64)  # called by the loss, and again by its operators
+def too_little(least: int, N: int, V: int, D: int, dtype: torch.dtype, memory_budget: int | None) -> ValueError:
+    return ValueError(
+        f"memory_budget: expected at least {least} bytes ({least / 2**20:.3g} MiB) for {N} kept tokens, {V} classes "
+        f"and {D} features in {dtype}, got {memory_budget}"
+    )
+
+
 def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
     """Takes the leanest of all plans whose predicted time is near the fastest's, within the budget if there is one."""
     N, V = max(sizes.N, 1), max(sizes.V, 1)
@@ -194,10 +201,7 @@ def choose(sizes: Sizes, memory_budget: int | None) -> LinearPlan:
     fitting = [tile for tile in known if memory_budget is None or tile[-1] <= memory_budget]
     if not fitting:
         least = min(size for *_, size in known)
-        raise ValueError(
-            f"memory_budget: expected at least {least} bytes ({least / 2**20:.3g} MiB) for {sizes.N} kept tokens, "
-            f"{sizes.V} classes and {sizes.D} features in {sizes.dtype}, got {memory_budget}"
-        )
+        raise too_little(least, sizes.N, sizes.V, sizes.D, sizes.dtype, memory_budget)
     times = [sizes.seconds(*tile) for _, *tile, _ in fitting]
     limit = min(times) * (NEAR_ENOUGH if memory_budget is None else NEAR_ENOUGH_WITHIN_BUDGET)
     near = [tile for tile, time in zip(fitting, times, strict=True) if time <= limit]

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..backends.choice import choose
 from ..core.distillation import (
     DistillationOptions,
-    check_floating,
     check_same_classes,
     check_teacher,
     check_teacher_head,
@@ -20,7 +19,7 @@ from ..core.distillation import (
 from ..core.eager import refuse_transforms
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_logits_dtype, ignored_ids
 from ..core.reduction import LossStats, row_losses, scales
-from ..core.tensors import rows_of
+from ..core.tensors import check_floating, rows_of
 from ..core.unknown_keywords import explains_keywords
 from ..linear.distillation import Settings, Side
 from ..linear.distillation_problem import (

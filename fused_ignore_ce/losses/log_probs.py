@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.options import LossOptions, ReductionOptions, check_temperature, ignored_ids
-from ..core.tensors import LinearTensors, holds_probabilities
+from ..core.tensors import LinearTensors, check_indices, holds_probabilities
 from ..core.unknown_keywords import explains_keywords
 from ..distributed.shards import local_linear
 from ..linear.problem import linear_problem
@@ -76,7 +76,7 @@ def fused_linear_log_probs(
     tensors = LinearTensors(input, linear_weight, target, linear_bias, None, token_weight)
     with local_linear(process_group, tensors) as (group, tensors):
         if isinstance(target, Tensor) and holds_probabilities(target):
-            raise TypeError(f"target: expected class indices, int64 or uint8, got {target.dtype} probabilities")
+            check_indices(target)
         check_temperature(temperature)
         ids = ignored_ids(ignore_index)
         cap = None if softcap is None else softcap / temperature

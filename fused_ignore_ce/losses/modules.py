@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.options import LossOptions, ReductionOptions, budget_bytes, check_backend, check_logits_dtype, ignored_ids
-from ..core.tensors import check_process_group
+from ..core.tensors import check_process_group, wrong_shape
 from ..core.unknown_keywords import explains_keywords
 from .cross_entropy import fused_cross_entropy
 from .linear_cross_entropy import fused_linear_cross_entropy
@@ -156,9 +156,9 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         if options is not None:
             raise ValueError(f"options: expected None, since chunks follow from memory_budget, got {options!r}")
         if weight is not None and weight.shape != (num_classes,):
-            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+            raise wrong_shape("weight", (num_classes,), weight)
         if external_weight and bias:
-            raise ValueError("bias: expected False with external_weight=True; pass linear_bias to each call")
+            raise ValueError("bias: expected False with external_weight=True, got True; pass linear_bias to each call")
         self.in_features = in_features
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
@@ -215,8 +215,8 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         if self.linear is not None:
             if linear_weight is not None or linear_bias is not None:
                 raise ValueError(
-                    "linear_weight, linear_bias: expected None, since this module owns its linear layer; build it with "
-                    "external_weight=True to give it the head's weight in each call"
+                    "linear_weight, linear_bias: expected None, since this module owns its linear layer, got a head; "
+                    "build it with external_weight=True to give it the head's weight in each call"
                 )
             return self.linear.weight, self.linear.bias
         rows = math.prod(self.out_features, start=self.num_classes)

@@ -31,7 +31,7 @@ BAD = {
     "target dtype": ({"target": torch.zeros(4, dtype=torch.int32)}, RuntimeError, "target: expected dtype int64"),
     "integer probabilities": ({"target": torch.ones(4, 9).long()}, RuntimeError, "Expected floating point type"),
     "class weights": ({"weight": torch.ones(8)}, RuntimeError, "all 9 classes"),
-    "class weights' dtype": ({"weight": torch.ones(9).double()}, RuntimeError, "weight: expected scalar type"),
+    "class weights' dtype": ({"weight": torch.ones(9).double()}, RuntimeError, "weight: expected dtype"),
     "reduction": ({"reduction": "avg"}, ValueError, "avg is not a valid value for reduction"),
     "normalizer": ({"reduction": "sum", "normalizer": 3}, ValueError, "normalizer"),
     "smoothing": ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing must be between"),

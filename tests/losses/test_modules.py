@@ -96,7 +96,7 @@ def test_a_head_s_weight_is_either_the_module_s_or_from_outside(device):
         outside(h, y, linear_weight=torch.randn(19, 8))
     with pytest.raises(ValueError, match="linear_weight, linear_bias: expected None.*external_weight=True"):
         FusedLinearCrossEntropyLoss(8, 20)(h, y, linear_weight=torch.randn(20, 8))
-    with pytest.raises(ValueError, match="bias: expected False with external_weight=True; pass linear_bias"):
+    with pytest.raises(ValueError, match="bias: expected False with external_weight=True, got True; pass linear_bias"):
         FusedLinearCrossEntropyLoss(8, 20, bias=True, external_weight=True)
 
 

@@ -101,5 +101,5 @@ def test_float32_class_weights_with_hidden_states(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_of_class_weights_remain_an_error(dtype, device):
     x, y = torch.randn(3, 5, device=device).bfloat16(), torch.tensor([1, 2, 3], device=device)
-    with pytest.raises(RuntimeError, match="weight: expected scalar type torch.bfloat16"):
+    with pytest.raises(RuntimeError, match="weight: expected dtype torch.bfloat16"):
         fused_cross_entropy(x, y, torch.ones(5, dtype=dtype, device=device))
