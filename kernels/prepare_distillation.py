@@ -60,7 +60,7 @@ def distillation_backward(x, teacher, dx, stride_scale, options, chip):
 def _others(options, temperatures, with_stats):
     """(the options as the kernels of the other classes take them, what they are compiled for)."""
     _, scale, cap = scalars_of(options)
-    first, last = temperatures[0], temperatures[-1]
+    first, *_, last = (*temperatures, *temperatures)  # one temperature is both
     return (options.ignore_index, scale, cap / first, cap / last), (
         flags_of(options, None, with_stats), len(temperatures) > 1,
     )  # fmt: skip

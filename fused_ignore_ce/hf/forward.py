@@ -276,8 +276,8 @@ def _weights(model: Any, head: Any) -> list[Any] | None:
 def _with_stats(outputs: Any, stats: Any) -> Any:
     if stats is not None:
         if not isinstance(outputs, dict):
-            found = type(outputs).__name__
-            raise ValueError(f"return_stats: expected a forward's ModelOutput, got {found}; pass return_dict=True")
+            got = type(outputs).__name__
+            raise ValueError(f"return_stats: expected a forward with a ModelOutput, got {got}; pass return_dict=True")
         object.__setattr__(outputs, "loss_stats", stats)
     return outputs
 

@@ -17,6 +17,7 @@ import fused_ignore_ce.__main__ as command_line
 from ..helpers.hf_worker import batches, llama
 from ..helpers.paths import ROOT
 from ..helpers.snippets import DOCS, PAGES, blocks, links, name_of
+from ..helpers.trl_patches import unpatch_trainers
 
 README = ROOT / "README.md"
 #: Packages that the code of a page needs beside those that the package itself needs.
@@ -78,6 +79,7 @@ def _as_a_reader(precision_of_its_own, monkeypatch, tmp_path):
         torch.distributed.destroy_process_group()
     if "fused_ignore_ce.hf" in sys.modules:
         sys.modules["fused_ignore_ce.hf"].unpatch_transformers()
+    unpatch_trainers()
 
 
 @pytest.mark.usefixtures("_as_a_reader")

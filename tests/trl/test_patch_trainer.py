@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
@@ -14,6 +13,7 @@ from fused_ignore_ce.trl import patch_trainer, unpatch_trainer
 from fused_ignore_ce.trl import patching as ours
 
 from ..helpers.hf_worker import V
+from ..helpers.trl_patches import unpatch_trainers
 from ..helpers.trl_runs import assert_same_runs, mixtral, one_layer, trainer_of, trl
 
 ChunkedLogProbFunction = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
@@ -61,8 +61,7 @@ def _unpatched():
     """Every test begins and ends with TRL as it is."""
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction, "a test did not unpatch its trainer"
     yield
-    for patched in list(ours._patches):
-        unpatch_trainer(types.SimpleNamespace(model=patched))
+    unpatch_trainers()
 
 
 @pytest.fixture
