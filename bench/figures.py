@@ -81,11 +81,11 @@ def headline(results: Results) -> str:
     lines["training step of a model: peak memory"] = [plain, "not measured", fused]
     N, V, D = base[["N", "V", "D"]].max()
     text = (
-        f"{SHARE:.0%} of the tokens are ignored. The losses were measured forward and backward, with N={N} tokens, V={V} "
-        f"classes, D={D} features, in bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. The training step is "
-        f"that of {_model(steps[0])}, in float32; its time was not measured. Memory does not include inputs, parameters "
-        "and their gradients. So 0 MiB means that a loss writes almost nothing but the gradient of its input. Measured "
-        f"on {where(result['header'])}: {link(name)}."
+        f"{SHARE:.0%} of the tokens are ignored. The losses were measured forward and backward, with N={N} tokens, "
+        f"V={V} classes, D={D} features, in bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. The training "
+        f"step is that of {_model(steps[0])}, in float32; its time was not measured. Memory does not include inputs, "
+        "parameters and their gradients. So 0 MiB means that a loss writes almost nothing but the gradient of its "
+        f"input. Measured on {where(result['header'])}: {link(name)}."
     )
     cells = DataFrame.from_dict(lines, orient="index")
     return f"{table(cells, ['plain', 'torch.compile of it', 'this package'])}\n\n{text}"
@@ -102,10 +102,10 @@ def coverage(results: Results) -> str:
     _, _, causal, same = next(row for row in rows if row[0] == "CAUSAL_LM")
     missing = len(re.findall(r"^\|[^|]+\| +\| not built \| ImportError", text, re.MULTILINE))
     return (
-        f"**{same} of {causal} causal language models, and {equal} of {run} classes in all, have the same loss and the "
-        f"same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}). {named - run} more classes "
-        f"of transformers could not be trained, patched or not: {missing} need a package that was not installed, and "
-        f"{named - run - missing} take no labels or run only beside another model. [The "
+        f"**{same} of {causal} causal language models, and {equal} of {run} model classes in all, have the same loss "
+        f"and the same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}). {named - run} more "
+        f"classes of transformers could not be trained, patched or not: {missing} need a package that was not "
+        f"installed, and {named - run - missing} take no labels or run only beside another model. [The "
         "list](docs/transformers-coverage.md) has every class, with the reason where it was not trained."
     )
 
@@ -262,9 +262,8 @@ def distillation(results: Results) -> str:
     text = (
         f"The Jensen-Shannon divergence, forward and backward, N={N} tokens, V={V} classes, D={D} features (the "
         f"teacher {2 * D}), bfloat16. Times are processor times of one thread, as ratios of medians to the first line. "
-        "Memory is the peak above the inputs and their gradients. Errors are relative to the largest value that float64 "
-        "gives for the same inputs. Measured on "
-        f"{where(found['header'])}: {link(name)}."
+        "Memory is the peak above the inputs and their gradients. Errors are relative to the largest value that "
+        f"float64 gives for the same inputs. Measured on {where(found['header'])}: {link(name)}."
     )
     return f"{text}\n\n{drawn}\n\n{embedded('distillation', 'Time and peak memory of distillation, plain and fused')}"
 

@@ -92,9 +92,9 @@ def versions(result: Result) -> str:
         f"Checked by code on a CPU, {result['header']['date']}, with fused_ignore_ce {found['fused_ignore_ce']} and "
         f"transformers {found['transformers']}. Triton kernels ran in Triton's interpreter. Where releases of "
         f"PyTorch differ, a slash separates their answers; all other packages ran with PyTorch {releases(result)[0]}. "
-        f"CCE's code is that of its repository, which is newer than its release; its implementation in PyTorch was run. An answer "
-        f"with {MARK} was read in documentation or source and not run, as all of QuACK's were. A dash means: not "
-        "offered, or not stated."
+        "CCE's code is that of its repository, which is newer than its release; its implementation in PyTorch was run. "
+        f"An answer with {MARK} was read in documentation or source and not run, as all of QuACK's were. A dash means: "
+        "not offered, or not stated."
     )
 
 
@@ -102,8 +102,8 @@ def short(result: Result) -> str:
     """The rows that the README shows."""
     rows = [(row, row.short) for row in ALL if row.short]
     torch = (
-        "PyTorch stands for `F.cross_entropy` in the row about overwritten logits, and for `F.linear_cross_entropy` with "
-        "`options` in all others."
+        "PyTorch stands for `F.cross_entropy` in the row about overwritten logits, and for `F.linear_cross_entropy` "
+        "with `options` in all others."
     )
     return f"{_table(result, rows, list(PACKAGES))}\n\n{versions(result)} {torch}"
 
