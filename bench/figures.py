@@ -81,10 +81,11 @@ def headline(results: Results) -> str:
     lines["training step of a model: peak memory"] = [plain, "not measured", fused]
     N, V, D = base[["N", "V", "D"]].max()
     text = (
-        f"{SHARE:.0%} of the tokens are ignored. The losses: forward and backward, N={N} tokens, V={V} classes, "
-        f"D={D} features, bfloat16; plain is `F.cross_entropy(logits.float(), labels)`. The training step: "
-        f"{_model(steps[0])}, float32. Memory does not include inputs, parameters and their gradients. Measured on "
-        f"{where(result['header'])}: {link(name)}."
+        f"{SHARE:.0%} of the tokens are ignored. The losses were measured forward and backward, with N={N} tokens, "
+        f"V={V} classes, D={D} features, in bfloat16. Plain is `F.cross_entropy(logits.float(), labels)`. The training "
+        f"step is that of {_model(steps[0])}, in float32; its time was not measured. Memory does not include inputs, "
+        "parameters and their gradients. So 0 MiB means that a loss writes almost nothing but the gradient of its "
+        f"input. Measured on {where(result['header'])}: {link(name)}."
     )
     cells = DataFrame.from_dict(lines, orient="index")
     return f"{table(cells, ['plain', 'torch.compile of it', 'this package'])}\n\n{text}"
@@ -99,10 +100,13 @@ def coverage(results: Results) -> str:
         raise SystemExit(f"{COVERAGE.name} has no table of classes: make sweep")
     named, run, equal = (sum(int(row[column]) for row in rows) for column in (1, 2, 3))
     _, _, causal, same = next(row for row in rows if row[0] == "CAUSAL_LM")
+    missing = len(re.findall(r"^\|[^|]+\| +\| not built \| ImportError", text, re.MULTILINE))
     return (
-        f"**{same} of {causal} causal language models, and {equal} of {run} classes in all, have the same loss and the "
-        f"same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}; another {named - run} "
-        f"could not be run even unpatched): [the list](docs/transformers-coverage.md)."
+        f"**{same} of {causal} causal language models, and {equal} of {run} model classes in all, have the same loss "
+        f"and the same gradients after `patch_model`** ({written[2]}, {written[1]}, {written[3]}). {named - run} more "
+        f"classes of transformers could not be trained, patched or not: {missing} need a package that was not "
+        f"installed, and {named - run - missing} take no labels or run only beside another model. [The "
+        "list](docs/transformers-coverage.md) has every class, with the reason where it was not trained."
     )
 
 
@@ -168,8 +172,8 @@ def scaling(results: Results) -> str:
 def training_step(results: Results) -> str:
     rows = results.newest("run", "training step")[1]["training step"]
     text = (
-        f"{_model(rows[0])}, float32, forward and backward; peak memory above the model and its gradients. The logits "
-        f"alone would be {size(4 * rows[0]['T'] * rows[0]['V'])}."
+        f"{_model(rows[0])}, float32, forward and backward; peak memory above the model and its gradients. Time was "
+        f"not measured. The logits alone would be {size(4 * rows[0]['T'] * rows[0]['V'])}."
     )
     held = DataFrame(rows).pivot(index="way", columns="ignored", values="bytes").reindex(WAYS)
     cells = written(held, size).set_axis(["transformers", "`patch_model(model)`"])
@@ -192,8 +196,8 @@ def compiled(results: Results) -> str:
     name, found = results.newest_proofs()
     which = "shapes of models" if found["quick"] else "every tile size that a launch can choose"
     judged = (
-        "No kernel spills registers to memory. On NVIDIA's targets, long aligned rows are read by wide loads, and the "
-        "main kernels keep their budgets of instructions."
+        "No kernel spills registers to memory. On NVIDIA's targets, long aligned rows are read by wide loads, and no "
+        "main kernel has more instructions than its limit allows."
     )
     if found["faults"]:
         judged = (
@@ -253,15 +257,13 @@ def distillation(results: Results) -> str:
     cells = [rows[rows["ignored"] == share].set_index("loss")[["ratio", "peak"]] for share in shares]
     of_first = rows[rows["ignored"] == shares[0]].set_index("loss")[["error", "gradient error"]]
     head = [f"{what}, {share:.0%} ignored" for share in shares for what in ("time", "memory")]
-    drawn = table(pandas.concat([*cells, of_first], axis=1), [*head, "loss off by", "gradients"])
+    drawn = table(pandas.concat([*cells, of_first], axis=1), [*head, "error of the loss", "error of the gradients"])
     N, V, D = rows[["N", "V", "D"]].max()
     text = (
         f"The Jensen-Shannon divergence, forward and backward, N={N} tokens, V={V} classes, D={D} features (the "
-        f"teacher {2 * D}), bfloat16. Times are ratios of medians, on a CPU of one thread's processor time; memory is "
-        "the peak above the operands and their gradients; errors are relative to the largest value of float64 of the "
-        "same operands. "
-        "Measured on "
-        f"{where(found['header'])}: {link(name)}."
+        f"teacher {2 * D}), bfloat16. Times are processor times of one thread, as ratios of medians to the first line. "
+        "Memory is the peak above the inputs and their gradients. Errors are relative to the largest value that "
+        f"float64 gives for the same inputs. Measured on {where(found['header'])}: {link(name)}."
     )
     return f"{text}\n\n{drawn}\n\n{embedded('distillation', 'Time and peak memory of distillation, plain and fused')}"
 

@@ -90,17 +90,21 @@ def versions(result: Result) -> str:
     found = result["header"]["versions"]
     return (
         f"Checked by code on a CPU, {result['header']['date']}, with fused_ignore_ce {found['fused_ignore_ce']} and "
-        f"transformers {found['transformers']}; Triton kernels in Triton's interpreter. A slash separates the answers "
-        f"of releases of PyTorch that differ; the other packages ran with {releases(result)[0]}. CCE is its "
-        f"repository, of which the code in PyTorch was run. {MARK} From documentation or source, not run: all of "
-        f"QuACK, and every {MARK} of the others. -: not offered, or not stated."
+        f"transformers {found['transformers']}. Triton kernels ran in Triton's interpreter. Where releases of "
+        f"PyTorch differ, a slash separates their answers; all other packages ran with PyTorch {releases(result)[0]}. "
+        "CCE's code is that of its repository, which is newer than its release; its implementation in PyTorch was run. "
+        f"An answer with {MARK} was read in documentation or source and not run, as all of QuACK's were. A dash means: "
+        "not offered, or not stated."
     )
 
 
 def short(result: Result) -> str:
     """The rows that the README shows."""
     rows = [(row, row.short) for row in ALL if row.short]
-    torch = "PyTorch is `F.cross_entropy` in the row about logits, else `F.linear_cross_entropy` with `options`."
+    torch = (
+        "PyTorch stands for `F.cross_entropy` in the row about overwritten logits, and for `F.linear_cross_entropy` "
+        "with `options` in all others."
+    )
     return f"{_table(result, rows, list(PACKAGES))}\n\n{versions(result)} {torch}"
 
 
