@@ -106,11 +106,15 @@ def row_max(x, TILE: tl.constexpr):
 
 @triton.jit
 def row_sum(x, TILE: tl.constexpr):
-    """The sum over each row's lanes; a scalar where there is one row."""
+    """The sum over each row's lanes; a scalar where there is one row.
+
+    Adding 0 rounds a product before the sum. Otherwise, each of two lanes would fuse its own product into the sum with
+    the other one's, and they would come to different sums. Triton 3.9 lets all lanes of a warp store that sum.
+    """
     if TILE.BLOCK_N == 1:
-        return tl.sum(x)
+        return tl.sum(x + 0.0)
     else:
-        return tl.sum(x, 2)
+        return tl.sum(x + 0.0, 2)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
     ("distillation", (), "float32"): 17.0,
     ("distillation gradient", (), "bfloat16"): 32.5,
     ("distillation gradient", ("reverse",), "bfloat16"): 37.0,
-    ("distillation gradient", ("jsd",), "bfloat16"): 84.0,
+    ("distillation gradient", ("jsd",), "bfloat16"): 85.0,
     ("distillation backward", (), "bfloat16"): 11.0,
     ("distillation backward", ("reverse",), "bfloat16"): 16.0,
     ("distillation backward", ("jsd",), "bfloat16"): 33.0,
@@ -60,7 +60,8 @@ BUDGETS: dict[tuple[str, tuple[str, ...], str], float] = {
 }
 
 #: The most barriers in all loops together, where there may be any: for the pieces that are copied to shared memory.
-BARRIERS = {"on chip": 3}
+#: Triton 3.9 needs 5 of them, 3.7 needs 3.
+BARRIERS = {"on chip": 5}
 
 #: The most bytes of code in that kernel's loop over rows: a multiprocessor's cache of instructions has 128 KB.
 LOOP_BYTES = 48 << 10

@@ -110,4 +110,6 @@ def test_memory(two_ranks, name, loss, frozen, gradients):
         two_ranks.run("fsdp_worker.memory", [{"rank": rank, "patched": patched, **case} for rank in range(2)])
         for patched in (False, True)
     )
-    assert_gathered_no_longer(ours, plain, gradients, gathers=loss == "cross_entropy")
+    # From PyTorch 2.15 on, the backward of the plain model takes half a head less, as measured.
+    scattered = 0.5 if name == "head alone" and torch.__version__ >= "2.15" else 0.0
+    assert_gathered_no_longer(ours, plain, gradients, gathers=loss == "cross_entropy", backward=scattered * gradients)

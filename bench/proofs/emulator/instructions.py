@@ -151,7 +151,7 @@ RULES: list[tuple[str, tuple[int, ...], Callable[[re.Match[str], list[str]], str
     ),
     (r"cvt\.rn\.(?P<D>f16|bf16)x2\.f32", (2,), _convert_pair),
     (r"(?P<op>ex2|lg2|rcp|sqrt|rsqrt|tanh)\.(?P<how>approx)(?P<ftz>\.ftz)?\.f32", (1,), _approximate),
-    (r"(?P<op>div)\.(?P<how>full)(?P<ftz>\.ftz)?\.f32", (2,), _approximate),
+    (r"(?P<op>div)\.(?P<how>full|approx)(?P<ftz>\.ftz)?\.f32", (2,), _approximate),
     (r"rcp\.approx\.ftz\.f64", (1,), _c("to_f64(rcp_approx_f64(from_f64({0})))")),
     (r"rcp\.rn\.(?P<T>f32|f64)", (1,), _c("to_{T}(1 / from_{T}({0}))")),
     (r"div\.rn\.(?P<T>f32|f64)", (2,), _c("to_{T}(from_{T}({0}) / from_{T}({1}))")),

@@ -96,6 +96,10 @@ static inline float tanh_approx(float x) { return RELATIVE(tanh(x), to_f32(x), 0
 static inline float div_full(float x, float y) {
   return is_power(y) ? x / y : two_units_off(x / y, (u64)to_f32(x) << 32 | to_f32(y));
 }
+// Also 9.7.3.8: 2 units, but 0 for divisors from 2^126.
+static inline float div_approx(float x, float y) {
+  return fabsf(y) > 0x1p126f && fabsf(y) < INFINITY ? (isinf(x) ? NAN : copysignf(0, x) * copysignf(1, y)) : div_full(x, y);
+}
 // 9.7.3.14: of 20 bits of the operand, to 20 bits; no bound is given.
 static inline double rcp_approx_f64(double x) {
   u64 high = 0xffffffff00000000ull;
