@@ -69,8 +69,10 @@ def elementwise(func: Any, name: str, args: Any, kwargs: dict[str, Any], state: 
     first = next((a for a in args if is_form(a)), None)
     if first is None or not all(type(value) in _CONSTANTS for value in kwargs.values()):
         return None
-    if name == "kl_div" and kwargs.get("reduction") != "none":
-        return None
+    if name == "kl_div":
+        old = [*args[2:4], kwargs.get("size_average"), kwargs.get("reduce")]  # deprecated; they win over `reduction`
+        if kwargs.get("reduction") != "none" or any(a is not None for a in old):
+            return None
     operands = tuple([a if a is first or type(a) in _CONSTANTS else _operand(a, first) for a in args])
     if any(a is _NOT for a in operands):
         return None

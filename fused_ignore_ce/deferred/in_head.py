@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import forms
+from . import divergences, forms
 from .affine import describe
 from .graph import Fused, Work, connected
 from .head_call import in_call_of_head
 from .recipe import autocast, autocast_state, of_graph
+from .recording import recorded
 from .reductions import reduction
 from .saving import saving_parameters
 from .values import Lazy
@@ -63,3 +64,24 @@ def reduced(func: Any, name: str, t: Lazy, args: tuple[Any, ...], kwargs: dict[s
     for value in found if isinstance(found, tuple) else (found,):
         shared.guard(value)
     return getattr(torch.return_types, name)(found) if isinstance(found, tuple) else found
+
+
+def summed_divergence(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Lazy]) -> Any:
+    """`F.kl_div` with a reduction to a scalar, without logits; None if it cannot be recorded or is asked for rows."""
+    reduction = kwargs.get("reduction")
+    if reduction not in ("sum", "batchmean"):
+        return None
+    terms = recorded(func, "kl_div", args, {**kwargs, "reduction": "none"}, operands)
+    if terms is None:
+        return None
+    total = None
+    if not terms._is_there():
+        shared = terms._shared
+        options = shared.settings.of_rows
+        total = take([terms], [], lambda form: divergences.loss(form, "sum", options), Tensor.sum)
+        if total is not None:
+            shared.took(f"sum({describe(terms._form)})", terms._form.product.rows)
+            shared.guard(total)
+    if total is None:
+        total = terms.sum(-1).sum()
+    return total / len(terms) if reduction == "batchmean" else total

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .computed import differentiated, of_values, replaced, written
 from .expression import Form, products_of, substitute
-from .in_head import reduced, take
+from .in_head import reduced, summed_divergence, take
 from .loss import LOSSES
 from .making import deferred_in, made
 from .operations import FACTORIES, NATIVE, ON_SHAPES, RECORDED, writes
 from .product import Product, product_of
 from .recipe import Recipe
-from .recording import recorded, summed_divergence
+from .recording import recorded
 from .shared_state import SharedState
 from .values import Lazy, without_modes
 
@@ -86,11 +86,9 @@ class DeferredLogits(Lazy):
         if self is not None and name in FACTORIES:
             return func(self._meta, *args[1:], **{"device": self.device, **kwargs})
         if not torch.is_inference_mode_enabled():
-            if func is F.kl_div and kwargs.get("reduction") in ("sum", "batchmean"):
-                done = summed_divergence(func, args, kwargs, deferred)
-                if done is not None:
-                    return done
-            done = recorded(func, name, args, kwargs, deferred) if name in RECORDED else None
+            done = summed_divergence(func, args, kwargs, deferred) if func is F.kl_div else None
+            if done is None and name in RECORDED:
+                done = recorded(func, name, args, kwargs, deferred)
             if done is None and self is not None:
                 done = reduced(func, name, self, args[1:], kwargs)
             if done is not None:

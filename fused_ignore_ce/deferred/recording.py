@@ -52,15 +52,6 @@ def recorded(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     return tuple(parts)
 
 
-def summed_divergence(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Lazy]) -> Any:
-    """`F.kl_div` with reduction="sum" or "batchmean", summed row by row; None if it is not recorded."""
-    rows = recorded(func, "kl_div", args, {**kwargs, "reduction": "none"}, operands)
-    if rows is None:
-        return None
-    total = rows.sum(-1).sum()
-    return total / len(rows) if kwargs["reduction"] == "batchmean" else total
-
-
 def _detached(func: Any, t: Lazy) -> Lazy:
     with torch.no_grad():
         recipe = Recipe(func, "detach", (t,), {})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import affine
+from . import affine, divergences
 from .expression import Expression, Form, is_form, is_of_classes, log_softmax_of, products_of
 from .operations import ELEMENTWISE
 from .recipe import autocast_state
@@ -38,6 +38,9 @@ class Reduction(NamedTuple):
     def of(self, form: Form, shared: SharedState) -> Any:
         """The result, computed tile by tile."""
         budget = shared.settings.options.get("memory_budget")
+        divergence = divergences.loss(form, "none", shared.settings.of_rows) if self._is_sum else None
+        if divergence is not None:
+            return self._like_a_sum(divergence, form)
         rest = form.dtype, form.product, autocast_state(form.product.hidden.device.type)
         if self.of_index is not None:
             one_each, rows = self.of_index.shape[-1] == 1, form.product.rows
@@ -49,6 +52,16 @@ class Reduction(NamedTuple):
         args: Any = (form, -1) if self.k is None else (form, self.k, -1)
         found = by_tiles(Expression(self.func, self.name, args, self.kwargs, *rest), budget)
         return getattr(torch.return_types, self.name)(found) if isinstance(found, tuple) else found
+
+    @property
+    def _is_sum(self) -> bool:
+        return self.name in ("sum", "mean") and self.kwargs.keys() <= {"keepdim", "dtype"}
+
+    def _like_a_sum(self, rows: Tensor, form: Form) -> Tensor:
+        """Sums over the classes as this operation gives them."""
+        rows = rows / form.shape[-1] if self.name == "mean" else rows
+        rows = rows.to(self.kwargs.get("dtype") or form.dtype)
+        return rows.unsqueeze(-1) if self.kwargs.get("keepdim") else rows
 
     def dense(self, values: Tensor) -> Any:
         """The result, computed from all values."""
@@ -114,5 +127,4 @@ def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
 
 
 def _log_probs(logits: Form, index: Tensor, shared: SharedState) -> Any:
-    given = {k: v for k, v in shared.settings.options.items() if k in ("memory_budget", "logits_dtype", "backend")}
-    return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **given})
+    return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **shared.settings.of_rows})

@@ -246,6 +246,8 @@ other loss, weight 3, moded
     {new_loss} = F.mse_loss({x}, {like})
     {new_loss} = F.kl_div({x}.log_softmax(-1), {like}.log_softmax(-1), log_target=True, reduction='batchmean')
     {new_loss} = F.kl_div({x}.log_softmax(-1), {like}.softmax(-1), reduction='batchmean')
+    {new_loss} = F.kl_div({like}.detach().log_softmax(-1), {x}.log_softmax(-1), log_target=True, reduction='sum')
+    {new_loss} = F.kl_div(({x} / 2).log_softmax(-1), ({like}.detach() / 2).softmax(-1), reduction='none').sum(-1).mean()
     {new_loss} = (picked({x}) - picked({x}).detach()).exp().mean()
     {new_loss} = -({x}.softmax(-1) * {like}.log_softmax(-1)).sum(-1).mean()
     {new_loss} = F.multi_margin_loss({sharp}.flatten(0, -2), index_of({sharp}).flatten())
