@@ -211,14 +211,14 @@ def measured(*more, shapes=(("base", 8, 8, 0.0), ("base", 8, 8, 0.5), ("N", 16, 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert plots.pictures(run()) == {}
     rows = measured(ms={"p50": 1.0}, rate=1.0, roof=2.0)
-    assert plots.pictures(run(memory=measured(bytes=2**20))).keys() == {"ignored", "tokens"}
+    assert plots.pictures(run(memory=measured(bytes=2**20))).keys() == {"ignored", "gain", "tokens"}
     steps = [
         {"way": way, "ignored": share, "bytes": 2**30, "V": 8, "T": 8, "D": 8, "layers": 1}
         for way in ("plain", "patched")
         for share in (0.0, 0.75)
     ]
     every = plots.pictures(run(rows=rows, memory=measured(bytes=2**20), **{"training step": steps}))
-    assert list(every) == ["ignored", "tokens", "bandwidth", "training-step"]
+    assert list(every) == ["ignored", "gain", "tokens", "bandwidth", "training-step"]
     for name, data in every.items():
         plots.draw(name, data, "here", tmp_path / f"{name}.png")
     kernels = ("fused_ignore_ce forward", "other forward")
