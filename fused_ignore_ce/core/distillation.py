@@ -165,6 +165,6 @@ def refuse_process_group(process_group: Any) -> None:
 def refuse_create_graph() -> None:
     if torch.is_grad_enabled() and not is_tracing():
         raise RuntimeError(
-            "create_graph=True is not supported by the distillation losses of this package: write the divergence with "
-            "torch.nn.functional.kl_div where a second derivative is needed"
+            "create_graph: expected False, as distillation losses have no second derivative here, got True; where you "
+            "need one, write the divergence with torch.nn.functional.kl_div"
         )

@@ -40,9 +40,9 @@ def in_call_of_head(recipe: Recipe, compute: Callable[[], Any]) -> Any:
     flat = torch.utils._pytree.tree_leaves
     if found is not computed and not all(map(_is_same, flat(found), flat(computed))):
         raise RuntimeError(
-            "head: a forward hook on it changed a loss, which was taken in a call of the head because the head's "
-            "weights are freed after each call. Do in the model's forward what the hook does, or call "
-            "unpatch_model(model)"
+            "head: expected forward hooks that leave a loss as it is, got one that changed it; the loss was taken in a "
+            "call of the head because the head's weights are freed after each call. Do in the model's forward what the "
+            "hook does, or call unpatch_model(model)"
         )
     return found
 

@@ -144,8 +144,8 @@ def _side(side: str, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor |
 def refuse_partitioned(weight: Any) -> None:
     if hasattr(weight, "ds_id"):
         raise RuntimeError(
-            "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
-            "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
+            "trainer: expected a model whose head has its weight until backward, got one whose head DeepSpeed ZeRO-3 "
+            "partitions, so that its weight is gone by then; use ZeRO-2 or FSDP2, or call unpatch_trainer(trainer)"
         )
 
 
