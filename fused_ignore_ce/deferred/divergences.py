@@ -24,7 +24,7 @@ def divergence(form: Form) -> Divergence | None:
 
     None if it has others.
     """
-    if not isinstance(form, Expression):
+    if not isinstance(form, Expression) or len(form.args) < 2:  # an operand that is given by its name is a number
         return None
     if form.name == "kl_div":
         log_q, target, *_ = form.args
@@ -32,9 +32,10 @@ def divergence(form: Form) -> Divergence | None:
         return _of(p, log_softmax_of(log_q))
     if form.name in ("mul", "multiply"):
         for p, difference in (form.args, form.args[::-1]):
-            if isinstance(difference, Expression) and difference.name in ("sub", "subtract"):
+            is_difference = isinstance(difference, Expression) and difference.name in ("sub", "subtract")
+            if is_difference and not difference.kwargs:
                 log_p, log_q = map(log_softmax_of, difference.args[:2])
-                if not difference.kwargs and _is_same(_softmax_of(p), log_p):
+                if _is_same(_softmax_of(p), log_p):
                     return _of(log_p, log_q)
     return None
 
@@ -81,6 +82,8 @@ def loss(form: Form, reduction: str, options: dict[str, Any]) -> Tensor | None:
         return None
     (h, w, b, *_), scale, cap = student
     (teacher_h, teacher_w, teacher_b, *_), teacher_scale, teacher_cap = teacher
+    if student.product.dtype == torch.float64:
+        options = {k: v for k, v in options.items() if k != "logits_dtype"}  # its products are never rounded
     with student.product.autocast(casts):
         value = fused_linear_distillation_loss(
             h, w, teacher_h, teacher_w, linear_bias=b, teacher_bias=teacher_b, reduction=reduction,
