@@ -35,7 +35,7 @@ class DistillationOptions(NamedTuple):
     scale_by_temperature: bool = False
     teacher_softcap: float | None = None
     teacher_logit_scale: float = 1.0
-    tail: str = ""  # what becomes of the other classes if the teacher is given by its likeliest ones
+    tail: str = ""  # what becomes of all other classes where the teacher names the likeliest ones; else ""
 
     @property
     def share(self) -> float:

@@ -1,4 +1,4 @@
-"""What a loss computes deferred logits from: their form, a `Product` or an `Expression`, which follows from recipes."""
+"""The form of deferred logits, a `Product` or an `Expression`: losses are computed from it. Recipes say what it is."""
 
 from __future__ import annotations
 

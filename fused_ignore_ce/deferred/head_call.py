@@ -1,6 +1,7 @@
 """Calls of a head's module that compute something else than its logits.
 
-Whoever gathers the head's weights around calls of the module has them there in such a call.
+A wrapper that gathers the head's weights for each call of the module, as FSDP and DeepSpeed do, gathers them for such a
+call, too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def with_weights(recipe: Recipe, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def in_call_of_head(recipe: Recipe, compute: Callable[[], Any]) -> Any:
-    """The same, with the place in the graph that hooks give it that bring the weights back for a backward."""
+    """As `with_weights`, but the result has passed the head's hooks, which bring the weights back for backward."""
     computed, found = _with_weights(recipe, compute)
     flat = torch.utils._pytree.tree_leaves
     if found is not computed and not all(map(_is_same, flat(found), flat(computed))):

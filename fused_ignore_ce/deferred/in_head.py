@@ -21,7 +21,7 @@ from .values import Lazy
 def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> Any:
     """`dense(*values of inputs, *operands)`, computed by `lean(*forms of inputs, *operands)`; None if that gives None.
 
-    It runs in a call of the head's module, so that whoever gathers its weights around calls has them there.
+    If the head's weights are not there, it runs in a call of the head's module, for which they are gathered.
     """
     if not all(t._can_be_fused() for t in inputs):
         return None

@@ -103,9 +103,9 @@ def _picks_classes(index: Any, form: Form, others: dict[str, Any]) -> bool:
 def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
     """`form.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
-    It is for logits of more than one tile. In one tile, a gather is a part of what others see, to the last bit. Here,
-    log-probabilities are the fused function's. Elementwise operations commute with gather: they are applied to numbers
-    that were gathered. Logits themselves are gathered from the tiles that every reader of them sees.
+    It is for logits of more than one tile; a single tile is computed, and gathered from. Log-probabilities come from
+    `fused_linear_log_probs`. Elementwise operations are applied to the gathered numbers, which gives the same. Logits
+    themselves are gathered from the tiles that every other reader gets, so that all see the same bits.
     """
     if isinstance(form, Tensor) and form.dim() > 0:
         if form.shape[-1] == 1:

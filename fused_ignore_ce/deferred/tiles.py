@@ -12,7 +12,7 @@ from .expression import Expression, Form, evaluate, leaves, substitute
 from .recipe import autocast
 from .saving import without_memory
 
-#: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
+#: Bytes of a tile's logits in float32 without a `memory_budget`; and how many tensors of that size share a budget.
 TILE_BYTES, TENSORS = 2**26, 8
 
 

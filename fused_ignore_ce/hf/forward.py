@@ -88,7 +88,7 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OfModel(SetForward):
-    """That of a model."""
+    """A forward that other code has set on a model."""
 
     def __init__(self, module: nn.Module, theirs: Any) -> None:
         super().__init__(module, theirs)
