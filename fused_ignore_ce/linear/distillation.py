@@ -99,6 +99,12 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
     return LinearPlan(TOKEN_CHUNKS if several else ONE_BLOCK, rows, whole + sums * several + rows * a_row)
 
 
+def check_budget(student: Side, teacher: Side, settings: Settings, tail: str) -> None:
+    """Raises an error if the budget is too small for the loss and those gradients that the student's operands want."""
+    wanted = Wanted(*(t is not None and t.requires_grad and torch.is_grad_enabled() for t in student))
+    plan(student, teacher, settings, wanted, tail)
+
+
 def _compute(
     student: Side,
     teacher: Side,
@@ -229,5 +235,7 @@ def distilled(
 
     Rows that are ignored have hidden states of 0, or are left out.
     """
+    if settings.memory_budget is not None and is_plain(student.h):
+        check_budget(student, teacher, settings, options.tail)  # now, and not in backward
     value, *rows = _Function.apply(at_once, (*settings, *flatten(options)), *student, *teacher, target, scale)
     return value, DistilledRows(*rows)

@@ -211,6 +211,21 @@ def test_options_of_patch_model_reach_the_loss(name, given_to, taken, without_lo
     assert options.items() <= call.items()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["rows", "batchmean", "reverse, sum"])
+def test_a_budget_that_is_too_small_for_the_loss(name, dtype, taken):
+    """It is computed by tiles, which need less."""
+    student, teacher = heads(dtype)
+    shared = SharedState(Settings(options={"memory_budget": 5000}))
+    value, _ = FUSED[name]
+    ours, plain = value(defer(*student, shared=shared), defer(*teacher)), value(F.linear(*student), F.linear(*teacher))
+    assert not taken
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(*(torch.autograd.grad(v.sum(), student) for v in (ours, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=8 * tolerance, atol=8 * tolerance)
+
+
 def test_logits_dtype_of_a_teacher_beside_a_float64_student(taken, without_logits):
     student, teacher = heads(torch.float64, torch.bfloat16)
     shared = SharedState(Settings(options={"logits_dtype": torch.float32}))
