@@ -92,7 +92,7 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
     else:
         rows = (settings.memory_budget - whole - sums) // max(a_row, 1)
         if rows < 1:
-            least = whole + sums + a_row
+            least = whole + min(N * a_row, sums + a_row)
             raise too_little(least, N, V, D, settings.dtype, settings.memory_budget)
     rows = max(1, min(rows, N))
     several = rows < N

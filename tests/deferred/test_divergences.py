@@ -216,7 +216,7 @@ def test_options_of_patch_model_reach_the_loss(name, given_to, taken, without_lo
 def test_a_budget_that_is_too_small_for_the_loss(name, dtype, taken):
     """It is computed by tiles, which need less."""
     student, teacher = heads(dtype)
-    shared = SharedState(Settings(options={"memory_budget": 5000}))
+    shared = SharedState(Settings(options={"memory_budget": 500}))
     value, _ = FUSED[name]
     ours, plain = value(defer(*student, shared=shared), defer(*teacher)), value(F.linear(*student), F.linear(*teacher))
     assert not taken
@@ -232,7 +232,7 @@ def test_logits_dtype_of_a_teacher_beside_a_float64_student(taken, without_logit
     value, _ = FUSED["rows"]
     ours, plain = value(defer(*student), defer(*teacher, shared=shared)), value(F.linear(*student), F.linear(*teacher))
     assert taken
-    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(ours, plain, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("value", [
