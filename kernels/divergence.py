@@ -100,7 +100,7 @@ def add_pair(
 
 @triton.jit
 def sound(c, s):
-    """Whether a sum of powers is what it should be, see `row_sums`."""
+    """Whether a sum of powers can be relied on: nothing overflowed, and nothing was NaN. Else it is computed again."""
     return (s > 2.0**-100) & (s < 2.0**100) & (tl.abs(c) < -lowest(c))
 
 

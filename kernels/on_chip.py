@@ -240,7 +240,7 @@ def on_chip_kernel(
             )  # fmt: skip
             lanes = in_layout(lanes, FIRST)
         for piece in range(HELD.PIECES):
-            commit_group()  # an empty one, so that of every piece the same number of groups is younger
+            commit_group()  # an empty group, so that `wait_group` counts as many younger groups for each piece
             wait_group(HELD.PIECES)
             barrier()  # Without it, the compiler would put one into the loop.
             for i in range(piece * TILES, (piece + 1) * TILES):

@@ -37,7 +37,7 @@ class Options(NamedTuple):
     HAS_SCALE: bool
     HAS_SOFTCAP: bool  # it absorbs the scale
     HAS_STATS: bool = False  # forward also stores predicted classes and entropies
-    ONE_CLASS: bool = False  # its probability is 1, whatever its logit is; only gradients ask
+    ONE_CLASS: bool = False  # there is but one, of probability 1, whatever its logit is; only gradients need this
 
 
 class Reduction(NamedTuple):

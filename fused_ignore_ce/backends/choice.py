@@ -46,18 +46,22 @@ def _triton(device_type: str) -> Backend:
     try:
         from ..kernels import cross_entropy as module
     except ImportError as error:
+        got = '"triton" or "auto"' if device_type == "cuda" else '"triton"'
         raise RuntimeError(
-            f'backend="triton" for {device_type} tensors needs Triton, which cannot be imported ({error}): install it, '
-            f'or pass backend="torch"'
+            f'backend: expected "torch" for {device_type} tensors, as Triton cannot be imported ({error}), got {got}; '
+            'install Triton, or pass backend="torch"'
         ) from error
     kernels: Any = module
     if device_type == "cpu" and not kernels.interpreted():
         raise RuntimeError(
-            'backend="triton" on a CPU tensor runs in Triton\'s interpreter only: set TRITON_INTERPRET=1 before '
-            'fused_ignore_ce is first used, or pass backend="torch"'
+            'backend: expected "torch" for CPU tensors, got "triton", which takes them in Triton\'s interpreter only; '
+            'set TRITON_INTERPRET=1 before fused_ignore_ce is first used, or pass backend="torch"'
         )
     if device_type not in ("cuda", "cpu"):
-        raise RuntimeError(f'backend="triton" expects CUDA tensors, got {device_type} ones; pass backend="torch"')
+        raise RuntimeError(
+            f'backend: expected "torch" for {device_type} tensors, got "triton", whose kernels take CUDA tensors; pass '
+            'backend="torch"'
+        )
     backend: Backend = kernels
     return backend
 

@@ -76,7 +76,7 @@ def saved_like(loss: Tensor, backend: str) -> Tensor:
 
 
 class ByRows(NamedTuple):
-    """The functions of a backend for distillation, of which one computes losses and gradients."""
+    """The functions of a backend for distillation, all made of one that computes losses and, if wanted, gradients."""
 
     rows: Callable[..., DistilledRows]
 

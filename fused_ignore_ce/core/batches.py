@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,13 +22,14 @@ def loops_over_batches(backward: Callable[..., Any]) -> Callable[..., Any]:
     def looping(ctx: Any, *gradients: Any) -> Any:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not any(map(_is_batch, gradients)):
             return backward(ctx, *gradients)
-        add, remove, level = _current_batch()
+        add, remove, level, outside = _current_batch()
         batches = [remove(g, level, 0, 0) if _is_batch(g) else None for g in gradients]
         once = _BatchedContext(ctx)
         found = []
-        for i in range(max(len(batch) for batch in batches if batch is not None)):
-            one = (g if batch is None else batch[i] for g, batch in zip(gradients, batches, strict=True))
-            found.append(looping(once, *one))
+        with outside():
+            for i in range(max(len(batch) for batch in batches if batch is not None)):
+                one = (g if batch is None else batch[i] for g, batch in zip(gradients, batches, strict=True))
+                found.append(looping(once, *one))
         stacked = (None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True))
         return tuple(None if each is None else add(each, 0, level) for each in stacked)
 
@@ -46,14 +48,19 @@ def _is_batch(gradient: Any) -> bool:
 
 
 def _current_batch() -> Any:
-    """(what makes a batch of a tensor, its inverse, the level), of `torch.vmap` or else of `torch.autograd`."""
+    """What makes a batch of a tensor, its inverse, the level, and a context outside of it.
+
+    Of `torch.vmap`, or else of `torch.autograd`.
+    """
     functorch: Any = torch._C._functorch
     interpreter = functorch.peek_interpreter_stack()
     if interpreter is not None:
-        return functorch._add_batch_dim, functorch._remove_batch_dim, interpreter.level()
+        from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as outside
+
+        return functorch._add_batch_dim, functorch._remove_batch_dim, interpreter.level(), outside
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    return torch._add_batch_dim, torch._remove_batch_dim, level
+    return torch._add_batch_dim, torch._remove_batch_dim, level, contextlib.nullcontext
 
 
 class _BatchedContext:

@@ -35,7 +35,7 @@ class DistillationOptions(NamedTuple):
     scale_by_temperature: bool = False
     teacher_softcap: float | None = None
     teacher_logit_scale: float = 1.0
-    tail: str = ""  # what becomes of the other classes if the teacher is given by its likeliest ones
+    tail: str = ""  # what becomes of all other classes where the teacher names the likeliest ones; else ""
 
     @property
     def share(self) -> float:
@@ -165,6 +165,6 @@ def refuse_process_group(process_group: Any) -> None:
 def refuse_create_graph() -> None:
     if torch.is_grad_enabled() and not is_tracing():
         raise RuntimeError(
-            "create_graph=True is not supported by the distillation losses of this package: write the divergence with "
-            "torch.nn.functional.kl_div where a second derivative is needed"
+            "create_graph: expected False, as distillation losses have no second derivative here, got True; where you "
+            "need one, write the divergence with torch.nn.functional.kl_div"
         )

@@ -90,9 +90,9 @@ def of_values(func: Any, name: str, args: Any, kwargs: Any, deferred: list[Lazy]
 
 
 def _with_options(value: Any, shared: SharedState, cls: Any) -> Any:
-    """A tensor that was made of the logits, for code whose loss the options have to reach.
+    """A tensor that was computed from logits of a model with options that its losses must take.
 
-    If it may be logits itself, it still takes losses. Else, a gradient that arrives at it is an error.
+    If it may be logits itself, cross entropies of it take the options. Else, a gradient that arrives at it is an error.
     """
     if type(value) is not Tensor or not value.is_floating_point():
         return value
@@ -103,7 +103,7 @@ def _with_options(value: Any, shared: SharedState, cls: Any) -> Any:
 
 
 def _as_deferred(value: Tensor, shared: SharedState, cls: Any, view: View | None = None) -> Any:
-    """A computed tensor as deferred logits. If it is a view of others and is written to, those have to hear of it."""
+    """A computed tensor as deferred logits; `view` says of which others it is a part, as a write to it changes them."""
     made: Lazy = connected(Adopt, wrapped(cls, value, value.device, shared), value)
     made._value, made._is_written, made._is_moved = value, True, True
     if view is not None:

@@ -1,4 +1,4 @@
-"""Divergences of the softmax of deferred logits from that of others, as the loss from the hidden states of both sides."""
+"""Divergences between the distributions of two deferred logits, computed from the hidden states of both sides."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.choice import choose
+from ..core.tensors import rows_of
+from ..linear.distillation import Settings, Side, check_budget
+from ..linear.plan import operand_dtype
 from ..losses.distillation import fused_linear_distillation_loss
 from .affine import Affine, affine
 from .expression import Expression, Form, is_form, leaves, log_softmax_of
@@ -24,7 +28,7 @@ def divergence(form: Form) -> Divergence | None:
 
     None if it has others.
     """
-    if not isinstance(form, Expression):
+    if not isinstance(form, Expression) or len(form.args) < 2:  # an operand that is given by its name is a number
         return None
     if form.name == "kl_div":
         log_q, target, *_ = form.args
@@ -32,9 +36,10 @@ def divergence(form: Form) -> Divergence | None:
         return _of(p, log_softmax_of(log_q))
     if form.name in ("mul", "multiply"):
         for p, difference in (form.args, form.args[::-1]):
-            if isinstance(difference, Expression) and difference.name in ("sub", "subtract"):
+            is_difference = isinstance(difference, Expression) and difference.name in ("sub", "subtract")
+            if is_difference and not difference.kwargs:
                 log_p, log_q = map(log_softmax_of, difference.args[:2])
-                if not difference.kwargs and _is_same(_softmax_of(p), log_p):
+                if _is_same(_softmax_of(p), log_p):
                     return _of(log_p, log_q)
     return None
 
@@ -65,7 +70,8 @@ def loss(form: Form, reduction: str, options: dict[str, Any]) -> Tensor | None:
     """The divergence that a form has, of every row or summed over them, by `fused_linear_distillation_loss`.
 
     Its `options` are those that say how it is computed. None where it cannot express this divergence: where none of the
-    two sides is constant, or where the logits of one are no product with scales and a softcap.
+    two sides is constant, or where the logits of one are no product with scales and a softcap; and where the memory
+    budget is too small for it, as tiles can always be smaller.
     """
     found = divergence(form)
     if found is None or form.classes_second or any(p.product.layout != "plain" for p in found):
@@ -81,6 +87,10 @@ def loss(form: Form, reduction: str, options: dict[str, Any]) -> Tensor | None:
         return None
     (h, w, b, *_), scale, cap = student
     (teacher_h, teacher_w, teacher_b, *_), teacher_scale, teacher_cap = teacher
+    if student.product.dtype == torch.float64:
+        options = {k: v for k, v in options.items() if k != "logits_dtype"}  # its products are never rounded
+    if options.get("memory_budget") is not None and not _fits(student, teacher, **options):
+        return None
     with student.product.autocast(casts):
         value = fused_linear_distillation_loss(
             h, w, teacher_h, teacher_w, linear_bias=b, teacher_bias=teacher_b, reduction=reduction,
@@ -94,6 +104,21 @@ def loss(form: Form, reduction: str, options: dict[str, Any]) -> Tensor | None:
 
 def _needs_gradient(form: Form) -> bool:
     return any(t.requires_grad for t, _ in leaves(form))
+
+
+def _fits(
+    student: Affine, teacher: Affine, *, memory_budget: int, logits_dtype: Any = None, backend: str = "auto"
+) -> bool:
+    """Whether the loss and its gradients fit the memory budget."""
+    device = student.product.hidden.device
+    dtype, teacher_dtype = (operand_dtype(side.product.dtype, device) for side in (student, teacher))
+    settings = Settings(False, dtype, teacher_dtype, logits_dtype, memory_budget, choose(backend, device))
+    mine, theirs = (Side(rows_of(h), w, b) for h, w, b, *_ in (student.product, teacher.product))
+    try:
+        check_budget(mine, theirs, settings, tail="")
+    except ValueError:
+        return False
+    return True
 
 
 def _casts(student: Affine, teacher: Affine) -> bool | None:

@@ -1,4 +1,4 @@
-"""What a loss computes deferred logits from: their form, a `Product` or an `Expression`, which follows from recipes."""
+"""The form of deferred logits, a `Product` or an `Expression`: losses are computed from it. Recipes say what it is."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class Leaves:
                 if is_deferred(x):
                     values.append(self.form(x, needed and need))
                 else:
-                    values.append(x.detach())
+                    # What a backward may save is no tensor of inference mode.
+                    values.append(x.clone() if x.is_inference() and torch.is_grad_enabled() else x.detach())
                     if type(x) is torch.nn.Parameter:
                         self.parameters.append((x, values[-1]))
                     if needed and need:

@@ -65,7 +65,7 @@ class Ticket:
     def _settle(self) -> None:
         for reference in self.made:
             if (gradient := reference()) is not None:
-                gradient.dense()
+                gradient.settle()
 
     def _add(self, recipe: Recipe, number: int, recipes: dict[int, Recipe]) -> None:
         recipes[recipe.serial] = self.recipes[recipe.serial] = recipe
@@ -116,6 +116,10 @@ class Gradient(Tensor):
                 self._computed = found.clone() if found is extra else found
             self._version_computed = self._computed._version
         return self._computed
+
+    def settle(self) -> None:
+        """Computes the values, and lets go of what they come from: logits, if this is kept as their `.grad`."""
+        self._extra, self._flows = self.dense(), {}
 
     @property
     def is_changed(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.batches import is_batched, loops_over_batches
 from .gradient import MODULUS, Flow, Gradient, Ticket, dense_of, handed_to, number_of, total
 from .recipe import Recipe, is_deferred, value_of
 
@@ -83,6 +84,7 @@ class Node(torch.autograd.Function):
         return make()
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, gradient: Any) -> Any:
         nothing = (None,) * (len(ctx.needs_input_grad) - 2)
         if gradient is None:
@@ -187,11 +189,12 @@ class Work(NamedTuple):
         of_operands = iter(found[len(self.leaves) :])
         ticket = Ticket(parts, self.inputs, self.needs[: len(self.inputs)])
         memo: list[Any] = []
+        of_inputs = [n and i < len(self.inputs) for i, n in enumerate(self.needs)]
 
         def value(i: int) -> Callable[[], Tensor]:
             def dense() -> Tensor:
                 if not memo:
-                    memo.extend(self._dense_gradients(upstream))
+                    memo.extend(self.dense_gradients(upstream, of_inputs))
                 gradient: Tensor = memo[i]
                 return gradient
 
@@ -207,11 +210,12 @@ class Work(NamedTuple):
                 out.append(next(of_operands))
         return out
 
-    def _dense_gradients(self, upstream: tuple[Any, ...]) -> list[Tensor | None]:
-        needs = self.needs[: len(self.inputs)]
-        values = [value_of(t).detach().requires_grad_(n) for t, n in zip(self.inputs, needs, strict=True)]
+    def dense_gradients(self, upstream: tuple[Any, ...], needs: list[bool]) -> list[Tensor | None]:
+        """The gradients of those inputs and operands that `needs` says, from computed logits."""
+        tensors = [*self.inputs, *self.operands]
+        values = [value_of(t).detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
         with torch.enable_grad():
-            results, _ = torch.utils._pytree.tree_flatten(self.dense(*values, *(t.detach() for t in self.operands)))
+            results, _ = torch.utils._pytree.tree_flatten(self.dense(*values))
         pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad]
         wanted = [v for v, n in zip(values, needs, strict=True) if n]
         differentiated, given = zip(*pairs, strict=True)
@@ -232,6 +236,7 @@ class Fused(torch.autograd.Function):
         return results
 
     @staticmethod
+    @loops_over_batches
     def backward(ctx: Any, *upstream: Any) -> Any:
         token, *saved = ctx.saved_tensors
         work: Work = token.held
@@ -240,6 +245,8 @@ class Fused(torch.autograd.Function):
                 values = _with_graph(saved, [*work.inputs, *work.operands], work.needs)
                 results, _ = torch.utils._pytree.tree_flatten(work.dense(*values))
                 return None, *_differentiated(results, values, upstream, work.needs)
+            if is_batched(ctx):  # what comes back is stacked, as no `Gradient` can be
+                return None, *work.dense_gradients(upstream, work.needs)
             return None, *work.gradients(upstream)
 
 

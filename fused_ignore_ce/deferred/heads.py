@@ -29,7 +29,7 @@ PATCH = "_fused_ignore_ce"
 
 
 class Patch:
-    """What a model or a head was patched with. A copy counts for itself."""
+    """What a model or a head was patched with. A copy has a report of its own."""
 
     def __init__(self, settings: Settings, recorder: Recorder | None = None) -> None:
         self.settings = settings
@@ -148,7 +148,7 @@ def state_of(head: nn.Module) -> SharedState | None:
 
 
 def _deferring(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a head, given its own."""
+    """The forward that a patched head gets in place of its `original` one."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,7 @@ def _kind(t: Any) -> str:
 
 
 def classes_of(head: Any) -> int | None:
-    """The number of classes of a head: its own, or else that of its last layer that tells; None if none does.
+    """The number of classes of a head, or of its last layer that has a weight or `out_features`; None if none has.
 
     The weight comes first, because PEFT swaps the features of a tied copy of a head.
     """
@@ -216,9 +216,9 @@ def classes_of(head: Any) -> int | None:
 
 
 def weight_of(module: Any) -> Any:
-    """The weight of a module, None if it has none, or one that is computed whenever it is read.
+    """The weight of a module; None if it has none, or if its weight is computed whenever it is read.
 
-    DeepSpeed gathers a parameter for the rest of the model's forward if it is asked for as an attribute.
+    A parameter is not read as an attribute: DeepSpeed would gather it for the rest of the model's forward.
     """
     parameters = getattr(module, "_parameters", {})
     if "weight" in parameters or "parametrizations" in getattr(module, "_modules", {}):
@@ -232,7 +232,7 @@ def _whole_shape(weight: Tensor) -> Any:
 
 
 class _OfHead(SetForward):
-    """That of a head. It need not call the forward of the head's class."""
+    """A forward that other code has set on a head. It need not call the forward of the head's class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         theirs = self.__wrapped__

@@ -21,7 +21,7 @@ from .values import Lazy
 def take(inputs: list[Lazy], operands: list[Tensor], lean: Any, dense: Any) -> Any:
     """`dense(*values of inputs, *operands)`, computed by `lean(*forms of inputs, *operands)`; None if that gives None.
 
-    It runs in a call of the head's module, so that whoever gathers its weights around calls has them there.
+    If the head's weights are not there, it runs in a call of the head's module, for which they are gathered.
     """
     if not all(t._can_be_fused() for t in inputs):
         return None
@@ -75,13 +75,14 @@ def summed_divergence(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if terms is None:
         return None
     total = None
-    if not terms._is_there():
+    if divergences.divergence(terms._form) is not None and not terms._is_there():
         shared = terms._shared
-        options = shared.settings.of_rows
+        options = shared.of_rows
         total = take([terms], [], lambda form: divergences.loss(form, "sum", options), Tensor.sum)
         if total is not None:
             shared.took(f"sum({describe(terms._form)})", terms._form.product.rows)
             shared.guard(total)
     if total is None:
         total = terms.sum(-1).sum()
-    return total / len(terms) if reduction == "batchmean" else total
+    divided = reduction == "batchmean" and args[0].dim() > 0  # by the rows of the first operand, also if it has fewer
+    return total / args[0].shape[0] if divided else total

@@ -151,7 +151,7 @@ def defer(
 
 
 def deferred_product(form: Form, shared: SharedState | None = None, head: Any = None, cls: Any = DeferredLogits) -> Any:
-    """The logits of a form, deferred. Operations on them see its shapes, not its weights, which may be gathered."""
+    """The logits of a form, deferred. Operations see only shapes: weights may be gathered for this call alone."""
     shared = shared or SharedState()
     recipe, device = Recipe.root(form, head), form.product.hidden.device
     with without_modes():
@@ -192,12 +192,12 @@ def as_tensor(traced: Any, shared: SharedState) -> DeferredLogits:
     return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]  # is deferred
 
 
-#: The heads' logits that are alive, of models that were told to keep them, by the serials of their recipes.
+#: Logits that somebody still holds, of models with `keep_logits=True`, by the serial number of their recipe.
 _kept: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
 
 
 def _keep_until_step(logits: DeferredLogits) -> None:
-    """Lets logits that are alive when an optimizer steps be computed before it does."""
+    """Has these logits computed before an optimizer steps, if somebody still holds them then."""
     if not _kept:
         _watch_optimizers()
     _kept[logits._recipe.serial] = logits

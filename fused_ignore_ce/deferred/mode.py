@@ -69,7 +69,7 @@ class LossMode(TorchFunctionMode):
         return self._deferred(input, weight, bias)
 
     def _is_for_one_layer(self, weight: Any) -> bool:
-        """Whether DeepSpeed gathers a weight for the call of a layer inside the head only, not for one of the head."""
+        """Whether DeepSpeed gathers this weight for calls of a layer inside the head, and not for those of the head."""
         own = getattr(self.head, "_parameters", {}).values()
         return hasattr(weight, "ds_id") and all(weight is not each for each in own)
 
@@ -102,7 +102,7 @@ def _loss_of_deferred(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def can_defer(hidden: Any, weight: Any, bias: Any) -> bool:
-    """Whether the product of these can be deferred; an error where its derivatives would be another transform's."""
+    """Whether the product of these can be deferred; an error in transforms of `torch.func` and in forward mode."""
     plain = (Tensor, torch.nn.Parameter)
     tensors = [t for t in (hidden, weight, bias) if t is not None]
     can = (

@@ -42,7 +42,10 @@ def value_of(t: Any) -> Tensor:
 
 
 class Edge:
-    """A deferred input as the graph holds it: its recipe is the node's, and gone once a backward has freed that."""
+    """A deferred input as a node of autograd's graph holds it.
+
+    Its recipe is that of its own node, and gone once a backward has freed that node.
+    """
 
     def __init__(self, t: Any) -> None:
         self._meta, self._in_graph = t._meta, t._in_graph
@@ -135,9 +138,9 @@ class Recipe:
         return value
 
     def keep_operands(self) -> None:
-        """Lets go of plain inputs: keeps copies, which nobody writes to, or the tensors' memory, whose versions count.
+        """Replaces small plain inputs by copies, to which nobody writes, others by detached tensors of their memory.
 
-        Called once the recipe has its place in autograd's graph.
+        A write to that memory is noticed by its version. Called once the recipe has its place in autograd's graph.
         """
         for i, t in enumerate(self.inputs):
             if not is_deferred(t):
@@ -146,7 +149,7 @@ class Recipe:
         self.versions = [0 if is_deferred(t) else version_of(t) for t in self.inputs]
 
     def of_graph(self) -> Recipe:
-        """The recipe as a node of the graph holds it: what backward frees upstream is not held here."""
+        """The recipe as a node of the graph holds it. It keeps nothing alive that a backward frees in other nodes."""
         if not any(needed and is_deferred(t) for t, needed in zip(self.inputs, self.needs, strict=True)):
             return self
         other = Recipe.__new__(Recipe)

@@ -37,8 +37,8 @@ class Reduction(NamedTuple):
 
     def of(self, form: Form, shared: SharedState) -> Any:
         """The result, computed tile by tile."""
-        budget = shared.settings.options.get("memory_budget")
-        divergence = divergences.loss(form, "none", shared.settings.of_rows) if self._is_sum else None
+        budget = shared.of_rows.get("memory_budget")
+        divergence = divergences.loss(form, "none", shared.of_rows) if self._is_sum else None
         if divergence is not None:
             return self._like_a_sum(divergence, form)
         rest = form.dtype, form.product, autocast_state(form.product.hidden.device.type)
@@ -55,12 +55,14 @@ class Reduction(NamedTuple):
 
     @property
     def _is_sum(self) -> bool:
-        return self.name in ("sum", "mean") and self.kwargs.keys() <= {"keepdim", "dtype"}
+        dtype = self.kwargs.get("dtype")  # integers would be made of the terms, before they are summed
+        is_floating = dtype is None or dtype.is_floating_point
+        return self.name in ("sum", "mean") and self.kwargs.keys() <= {"keepdim", "dtype"} and is_floating
 
     def _like_a_sum(self, rows: Tensor, form: Form) -> Tensor:
         """Sums over the classes as this operation gives them."""
-        rows = rows / form.shape[-1] if self.name == "mean" else rows
-        rows = rows.to(self.kwargs.get("dtype") or form.dtype)
+        like = self.func(torch.empty(0, dtype=form.dtype, device=rows.device), -1, **self.kwargs)  # autocast decides
+        rows = (rows / form.shape[-1] if self.name == "mean" else rows).to(like.dtype)
         return rows.unsqueeze(-1) if self.kwargs.get("keepdim") else rows
 
     def dense(self, values: Tensor) -> Any:
@@ -101,9 +103,9 @@ def _picks_classes(index: Any, form: Form, others: dict[str, Any]) -> bool:
 def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
     """`form.gather(-1, index)` for one index per row (..., 1); None where it takes more than one number per row.
 
-    It is for logits of more than one tile. In one tile, a gather is a part of what others see, to the last bit. Here,
-    log-probabilities are the fused function's. Elementwise operations commute with gather: they are applied to numbers
-    that were gathered. Logits themselves are gathered from the tiles that every reader of them sees.
+    It is for logits of more than one tile; a single tile is computed, and gathered from. Log-probabilities come from
+    `fused_linear_log_probs`. Elementwise operations are applied to the gathered numbers, which gives the same. Logits
+    themselves are gathered from the tiles that every other reader gets, so that all see the same bits.
     """
     if isinstance(form, Tensor) and form.dim() > 0:
         if form.shape[-1] == 1:
@@ -127,4 +129,4 @@ def _at(form: Any, index: Tensor, shared: SharedState) -> Any:
 
 
 def _log_probs(logits: Form, index: Tensor, shared: SharedState) -> Any:
-    return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **shared.settings.of_rows})
+    return affine.log_probs(logits, index, {"ignore_index": _NO_ID, **shared.of_rows})

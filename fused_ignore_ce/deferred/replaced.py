@@ -61,7 +61,7 @@ class SetForward:
 
 
 def with_forward(forward: Callable[..., Any], keep: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """What a replaced class has: a forward. If other code sets one on an instance, `keep(instance, that)` is set."""
+    """The attributes of a class with this forward. For one that other code sets, `keep(instance, forward)` is set."""
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "forward" and getattr(value, "__func__", None) is not forward and not _is_kept(value, self):

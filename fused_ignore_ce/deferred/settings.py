@@ -35,11 +35,6 @@ class Settings(NamedTuple):
         names = [name for name in self.options if name not in others]
         return ", ".join(["ignore_index"] * bool(self.ignore_index) + names)
 
-    @property
-    def of_rows(self) -> dict[str, Any]:
-        """The options that say how log-probabilities and divergences of rows are computed."""
-        return {k: v for k, v in self.options.items() if k in ("memory_budget", "logits_dtype", "backend")}
-
     def extend(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
         """The options of a cross entropy that other code asks for, extended by those of `patch_model`."""
         given = dict(self.options)

@@ -39,6 +39,11 @@ class SharedState:
     def read(self) -> bool:
         return self._read
 
+    @property
+    def of_rows(self) -> dict[str, Any]:
+        """The options that say how log-probabilities and divergences of rows are computed."""
+        return {k: v for k, v in self.settings.options.items() if k in ("memory_budget", "logits_dtype", "backend")}
+
     def extended(self, options: dict[str, Any], target: Tensor) -> dict[str, Any]:
         """The options of a loss that takes those of `patch_model`."""
         self.used = True
@@ -109,6 +114,11 @@ class JointState(SharedState):
     @property
     def read(self) -> bool:
         return any(state.read for state in self.states)
+
+    @property
+    def of_rows(self) -> dict[str, Any]:
+        """Those of all models; the first one's, where they differ."""
+        return {k: v for state in reversed(self.states) for k, v in state.of_rows.items()}
 
     def was_read(self, operation: str) -> None:
         for state in self.states:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .expression import Expression, Form, evaluate, leaves, substitute
+from .recipe import autocast
 from .saving import without_memory
 
-#: Bytes of one float32 tensor of a tile, unless `memory_budget` is given, and how many of them that budget is for.
+#: Bytes of a tile's logits in float32 without a `memory_budget`; and how many tensors of that size share a budget.
 TILE_BYTES, TENSORS = 2**26, 8
 
 
@@ -88,7 +90,7 @@ class _Tiles(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         tiles = [work.value(work.tile_of(list(tensors), start)) for start in work.starts]
-        values = tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
+        values = tuple(_joined(parts) for parts in zip(*tiles, strict=True))
         ctx.mark_non_differentiable(*(v for v in values if not v.is_floating_point()))
         return values
 
@@ -112,9 +114,15 @@ class _Tiles(torch.autograd.Function):
         grads = []
         for t, n, total in zip(tensors, needed, sums, strict=True):
             if isinstance(total, list):
-                total = torch.cat(total) if total else None
+                total = _joined(total) if total else None
             grads.append(total.to(t.dtype) if n and total is not None else None)
         return None, *grads
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts of all tiles. Autocast's `cat` refuses some dtypes, such as float16 where it is for bfloat16."""
+    with autocast((parts[0].device.type, None)):
+        return torch.cat(tuple(parts))
 
 
 def _add(sums: list[Any], i: int, gradient: Tensor) -> None:

@@ -24,9 +24,9 @@ _OF_GRAPH = frozenset({"register_hook", "retain_grad", "requires_grad_", "regist
 class TracedLogits:
     """The counterpart of `DeferredLogits` while tracing: an ordinary object that has the methods of a tensor.
 
-    Operations that are recorded give traced logits again; all others are done on the computed logits. Those that share
-    memory are views of computed ones that share memory, too. Once one of them has been written to, the computed values
-    stand for all of them.
+    Operations that are recorded give traced logits again; all others are done on the computed logits. If traced logits
+    share memory, their computed values share memory, too. Once one of them has been written to, the computed values are
+    used for all of them.
     """
 
     def __init__(self, form: Form, view: View | None = None, is_constant: bool = False) -> None:
@@ -56,11 +56,11 @@ class TracedLogits:
             return values.movedim(-1, 1) if self._form.classes_second else values
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
-        """As of deferred logits; what a compiled graph saves, the compiler knows."""
+        """The counterpart of `DeferredLogits.saving`, with nothing to do: the compiler knows what its graph saves."""
         return contextlib.nullcontext()
 
     def _stands_alone(self, for_view: bool = False) -> bool:
-        """Whether the computed values stand for these logits, since the form says something else.
+        """Whether these logits are no longer what their form says: they were written to, or are a constant.
 
         A view of a constant is a constant, so its form may be used.
         """
@@ -205,7 +205,7 @@ _OPERATORS = [
     *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__setitem__"),
     *("__bool__", "__int__", "__float__", "__contains__"),
 ]
-#: The names of the functions that are recorded and of those that write, as Dynamo knows not each one's `__name__`.
+#: The names of the functions that are recorded and of those that write. Dynamo does not know the `__name__` of all.
 _NAMES = {
     getattr(where, name): name
     for where in (Tensor, torch, torch.nn.functional)
@@ -213,7 +213,8 @@ _NAMES = {
     if (name in RECORDED or writes(name, {}) or name in _OPERATORS) and callable(getattr(where, name))
 }
 _PYTHON_NAMES = {func.__name__: name for func, name in _NAMES.items() if isinstance(func, FunctionType)}
-#: What Dynamo calls for `logits += tensor` as for `logits + tensor`, with the tensor first, and so for other operators.
+#: Functions that Dynamo calls alike for `logits += tensor` and `logits + tensor`, and so for other operators. Which one
+#: was written cannot be told.
 _AMBIGUOUS = {"add", "mul", "__rsub__", "__rtruediv__", "__rfloordiv__", "__rmod__", "__rpow__"}
 for _name in (*RECORDED, *_OPERATORS):
     if hasattr(Tensor, _name):

@@ -28,22 +28,22 @@ without_modes = torch._C._DisableTorchDispatch
 class Lazy(Tensor):
     """A tensor whose values follow from a recipe; what operations do to it is in `DeferredLogits`."""
 
-    _in_graph: Any = None  # a reference to the recipe that the node holds; None of aliases, whose node is another
-    _recipe: Any = None  # None of logits that are there
+    _in_graph: Any = None  # a reference to the recipe that this tensor's node holds; None if that is not its own node
+    _recipe: Any = None  # None for tensors that were made with their values
     _form: Any = None  # a Product or an Expression, of which only shapes are used
     _meta: Tensor  # shape, strides and dtype
     _device: torch.device
     _shared: SharedState
     _value: Tensor | None = None
     _version_of_value = 0
-    _is_written = False  # the value stands for this tensor from now on
+    _is_written = False  # somebody wrote to it: what counts is the value, not the recipe
     _is_lent = False  # somebody was given the value's memory, and may write there without anybody's noticing
-    _is_moved = False  # and has its place in the graph
-    _is_detached = False  # in place
+    _is_moved = False  # the value has this tensor's place in autograd's graph
+    _is_detached = False  # by detach_()
     _is_leaf = False  # because somebody told detached logits to require a gradient
     _view: View | None = None
     _views: list[weakref.ref[Lazy]]
-    _saved: list[weakref.ref[Saved]]  # of the first of a family: what backward needs of its memory
+    _saved: list[weakref.ref[Saved]]  # of the first of those that share memory: what backward needs of that memory
 
     @property
     def is_materialized(self) -> bool:
@@ -61,9 +61,10 @@ class Lazy(Tensor):
         return self._connected(self._value)
 
     def _connected(self, value: Tensor) -> Tensor:
-        """The value, in the graph if this tensor is: an autograd.Function that returned it may have put it there since.
+        """The value, connected to autograd's graph if this tensor is.
 
-        Or the value is that of a view whose base was detached in place.
+        The value may have been computed before this tensor was in the graph: an autograd.Function that returns the
+        tensor puts it there. Or it was computed for a view whose base was then detached in place.
         """
         if not value.requires_grad and self._requires_grad():
             self._value = value = connected(Read, self, lambda: value)
@@ -87,7 +88,7 @@ class Lazy(Tensor):
         return no_view(found)
 
     def _take_over(self, values: Tensor) -> None:
-        """Writes what views of this tensor have been computed to into its values: a logit is one number."""
+        """Copies into these values what was computed for views of this tensor, so that no logit has two values."""
         for view in self._live_views():
             assert view._view is not None
             part = view._view.part_of(values)
@@ -135,7 +136,7 @@ class Lazy(Tensor):
     def _is_there(self) -> bool:
         """Whether the values are computed, or are a part of computed ones.
 
-        A checkpoint that runs a function again must find what it found the first time: to it, they are not.
+        To a checkpoint they never are: when it runs a function again, it must find what it found the first time.
         """
         if not self._shared.read or are_saved_tensors_packed():
             return False
@@ -162,9 +163,9 @@ class Lazy(Tensor):
         return torch.equal(self._value.detach(), self._anew("checkpoint"))
 
     def _aliased(self, reader: str) -> Tensor:
-        """The computed tensor, which shares memory with those of the tensors that this one is a view of.
+        """The computed tensor. It lies in the memory of the computed base, if this tensor is a view.
 
-        Autograd does not know it as their view, but as computed from this tensor, unless theirs were written to.
+        To autograd, it is no view of that base but computed from this tensor, unless the base was written to.
         """
         if self._view is None:
             return self.materialize(reader)
@@ -239,7 +240,7 @@ class Lazy(Tensor):
         return base is not None and (base._is_detached or base._is_of_detached())
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which what is saved for backward survives that somebody writes to these logits."""
+        """A context: what is saved for backward in it is copied before somebody writes to these logits."""
         first = self._family()[0]
 
         def pack(t: Tensor) -> Saved:
@@ -302,7 +303,7 @@ class Lazy(Tensor):
         return [view for reference in self._views if (view := reference()) is not None]
 
     def becomes(self, view: View) -> None:
-        """Takes this tensor for a view of another."""
+        """Notes that this tensor is a view of another one."""
         self._view = view
         view.base._views.append(weakref.ref(self))
 

@@ -88,7 +88,7 @@ def patched_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OfModel(SetForward):
-    """That of a model."""
+    """A forward that other code has set on a model."""
 
     def __init__(self, module: nn.Module, theirs: Any) -> None:
         super().__init__(module, theirs)
@@ -185,7 +185,7 @@ def _check_taken(model: Any, patch: Patch, shared: SharedState, labels: bool, or
     if shared.why_not not in patch.warned:
         patch.warned.add(shared.why_not)
         warnings.warn(
-            f"{type(model).__name__} is patched by fused_ignore_ce and was given labels, but nothing was fused: "
+            f"model: {type(model).__name__} is patched by fused_ignore_ce and was given labels, but nothing was fused: "
             f"{shared.why_not}",
             stacklevel=4,
         )

@@ -202,7 +202,7 @@ def _of_model(cls: Any) -> dict[str, Any]:
 
 
 def _kept_forward(model: Any, forward: Any) -> Any:
-    """What is set on a model for a forward of other code (accelerate, TRL). What is compiled calls the patched."""
+    """What is set on a model in place of a forward of other code (accelerate, TRL). A compiled one stays as it is."""
     if hasattr(forward, "_torchdynamo_orig_callable"):
         return forward
     if getattr(forward, "__self__", None) is not model:

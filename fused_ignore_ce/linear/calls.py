@@ -98,6 +98,6 @@ def _tiles(operands: Operands, call: LinearCall, shard: Shard | None, plan: Line
 def refuse_create_graph() -> None:
     if torch.is_grad_enabled() and not is_tracing():
         raise RuntimeError(
-            "create_graph=True is not supported by fused_linear_cross_entropy; call "
-            "fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target)"
+            "create_graph: expected False, as losses from hidden states have no second derivative, got True; where "
+            "you need one, call fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target)"
         )

@@ -92,11 +92,17 @@ def plan(student: Side, teacher: Side, settings: Settings, wanted: Wanted, tail:
     else:
         rows = (settings.memory_budget - whole - sums) // max(a_row, 1)
         if rows < 1:
-            least = whole + sums + a_row
+            least = whole + min(N * a_row, sums + a_row)
             raise too_little(least, N, V, D, settings.dtype, settings.memory_budget)
     rows = max(1, min(rows, N))
     several = rows < N
     return LinearPlan(TOKEN_CHUNKS if several else ONE_BLOCK, rows, whole + sums * several + rows * a_row)
+
+
+def check_budget(student: Side, teacher: Side, settings: Settings, tail: str) -> None:
+    """Raises an error if the budget is too small for the loss and those gradients that the student's operands want."""
+    wanted = Wanted(*(t is not None and t.requires_grad and torch.is_grad_enabled() for t in student))
+    plan(student, teacher, settings, wanted, tail)
 
 
 def _compute(
@@ -229,5 +235,7 @@ def distilled(
 
     Rows that are ignored have hidden states of 0, or are left out.
     """
+    if settings.memory_budget is not None and is_plain(student.h):
+        check_budget(student, teacher, settings, options.tail)  # now, and not in backward
     value, *rows = _Function.apply(at_once, (*settings, *flatten(options)), *student, *teacher, target, scale)
     return value, DistilledRows(*rows)

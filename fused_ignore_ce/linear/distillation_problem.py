@@ -95,7 +95,7 @@ def loss_of_hidden_states(
         kept = targets.kept.nonzero().squeeze(1)
         if len(kept) == len(target):
             kept = None
-    else:  # Inductor would not notice a write to a tensor of whom backward needs a view, which these copies are not
+    else:  # these are copies, as Inductor does not notice a write to a tensor of which backward needs a view
         student, teacher = (_zero_ignored(side, targets.kept) for side in (student, teacher))
         teacher = teacher._replace(w=torch.where(targets.kept.unsqueeze(1), teacher.w, 0)) if options.tail else teacher
     if kept is not None:

@@ -104,7 +104,7 @@ class Sizes:
         return rows * classes * (self.dtype.itemsize + acc)
 
     def most_kept(self, classes: int, memory_budget: int | None) -> int:
-        """How many blocks of the vocabulary can keep their logits within the budget, but for one."""
+        """How many blocks of the vocabulary can keep their logits within the budget, beside the one in work."""
         if memory_budget is None or self.recompute or self.ranks > 1 or not (self.dinput or self.dweight):
             return 0
         rest = (memory_budget - self.bytes(self.N, classes)) // max(self.tile(self.N, classes), 1)

@@ -70,7 +70,7 @@ class GradInForward(torch.autograd.Function):
             return None, None, None
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "create_graph=True is not supported with grad_in_forward=True: pass grad_in_forward=False"
+                "create_graph: expected False with grad_in_forward=True, got True; pass grad_in_forward=False"
             )
         dx, factor = ctx.saved_tensors
         return choice.scaled(dx.detach(), dtotal, ctx.backend, factor, keep=is_batched(ctx)), None, None

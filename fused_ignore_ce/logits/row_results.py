@@ -189,7 +189,7 @@ class CrossEntropyRows(torch.autograd.Function):
 def _refuse_create_graph(place: Tensor) -> None:
     if len(place):
         raise NotImplementedError(
-            "create_graph=True is not supported with a sharded vocabulary: gather the logits first, and pass "
+            "create_graph: expected False with a sharded vocabulary, got True; gather the logits first, and pass "
             "process_group=None"
         )
 

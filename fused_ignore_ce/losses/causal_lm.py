@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from ..core.eager import overridden
 from ..core.options import CausalLMKeywords, LinearCausalLMKeywords, LossOptions, ReductionOptions, ignored_ids
 from ..core.reduction import LossStats
-from ..core.tensors import LogitsTensors, check_token_weight
+from ..core.tensors import LogitsTensors, check_tensor, check_token_weight
 from ..core.unknown_keywords import explains_keywords, meaning, unknown_keyword
 from ..distributed.shards import local_logits
 from ..logits.problem import logits_problem
@@ -67,11 +67,8 @@ def fused_causal_lm_loss(
     """
     given = _known_options(loss_options)
     targets = shift_labels if shift_labels is not None else labels
-    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
-        raise TypeError(
-            f"logits and labels (or shift_labels): expected Tensors, got {type(logits).__name__} and "
-            f"{type(targets).__name__}"
-        )
+    check_tensor("logits", logits)
+    targets = _checked_labels(targets)
     if overridden(logits):
         return handle_torch_function(
             fused_causal_lm_loss, (logits,), logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels,
@@ -154,8 +151,7 @@ def fused_linear_causal_lm_loss(
         1.6094379425048828
     """
     targets = shift_labels if shift_labels is not None else labels
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"labels or shift_labels: expected a Tensor, got {type(targets).__name__}")
+    targets = _checked_labels(targets)
     ids = ignored_ids(ignore_index)
     targets = targets.to(hidden_states.device)
     if shift_labels is None:
@@ -173,6 +169,12 @@ def fused_linear_causal_lm_loss(
         return_stats=return_stats,
         **options,
     )
+
+
+def _checked_labels(labels: Any) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a Tensor, here or as shift_labels, got {type(labels).__name__}")
+    return labels
 
 
 def check_vocab_size(vocab_size: int | None, logits: Tensor) -> None:

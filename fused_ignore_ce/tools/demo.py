@@ -123,7 +123,9 @@ def run(options: Options) -> int:
 def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"The demo needs {', '.join(missing)}: pip install 'fused_ignore_ce[demo]'")
+        raise SystemExit(
+            f"{', '.join(missing)}: needed by the demo and not installed; pip install 'fused_ignore_ce[demo]'"
+        )
 
 
 def describe(batches: list[Batch], options: Options) -> str:

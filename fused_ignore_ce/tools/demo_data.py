@@ -82,7 +82,7 @@ def make_batches(
     rows = (encode(tokenizer, example, length) for example in examples)
     useful = [row for row in rows if any(label != IGNORED for label in row[1])]
     if not useful:
-        raise SystemExit(f"No function whose prompt is shorter than {length} tokens: raise --length")
+        raise SystemExit(f"--length: expected more tokens than the shortest prompt has, got {length}; raise it")
     wanted = [useful[i % len(useful)] for i in range(steps * batch)]
     pairs = torch.tensor(wanted, device=device).view(steps, batch, 2, length)
     return [(pair[:, 0], pair[:, 1]) for pair in pairs]

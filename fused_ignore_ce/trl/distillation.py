@@ -84,7 +84,7 @@ def _model(trainer: Any) -> Any:
 
 
 def _computing(compute: Any, options: dict[str, Any]) -> Any:
-    """A trainer's `_compute_loss`, which tells the loss whose it is."""
+    """A trainer's `_compute_loss`; while it runs, the divergence knows the trainer and its options."""
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         outer = _running.trainer, _running.options
@@ -144,8 +144,8 @@ def _side(side: str, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor |
 def refuse_partitioned(weight: Any) -> None:
     if hasattr(weight, "ds_id"):
         raise RuntimeError(
-            "patch_trainer: the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away again before "
-            "backward; use ZeRO-2 or FSDP2, or unpatch_trainer(trainer)"
+            "trainer: expected a model whose head has its weight until backward, got one whose head DeepSpeed ZeRO-3 "
+            "partitions, so that its weight is gone by then; use ZeRO-2 or FSDP2, or call unpatch_trainer(trainer)"
         )
 
 
@@ -201,7 +201,7 @@ def _divergence(beta: float) -> dict[str, Any]:
 
 
 def _tell(trainer: Any, target: Tensor, kept: Tensor, bytes_a_token: int) -> None:
-    """Tells the report of the trainer's model of a loss."""
+    """Adds a loss to the report of the trainer's model."""
     shared = state_in(_model(trainer))
     shared.size += target.numel() * bytes_a_token
     shared.took(KIND, target.numel(), target.numel() - kept)

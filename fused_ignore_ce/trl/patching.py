@@ -145,7 +145,7 @@ _running = _Running()
 
 
 def _with_head(model: nn.Module, forward: Any) -> Any:
-    """A model's forward that tells TRL's head, which it calls, whose head it is."""
+    """A model's forward; while it runs, TRL's head, which it calls, knows the model and its patch."""
     bound = getattr(forward, "__self__", None) is model
     function = forward.__func__ if bound else forward
 

@@ -199,11 +199,91 @@ def test_old_arguments_decide_the_reduction():
     torch.testing.assert_close(ours, plain)
 
 
-def test_options_of_patch_model_reach_the_loss(taken, without_logits):
+@pytest.mark.parametrize("name", ["rows", "batchmean", "reverse", "reverse, sum", "written out"])
+@pytest.mark.parametrize("given_to", ["student", "teacher"])
+def test_options_of_patch_model_reach_the_loss(name, given_to, taken, without_logits):
     student, teacher = heads(torch.bfloat16)
     options = {"logits_dtype": torch.float32, "memory_budget": 2**20, "backend": "torch"}
-    shared = SharedState(Settings(options=options))
-    value, _ = FUSED["rows"]
-    value(defer(*student, shared=shared), defer(*teacher))
+    shared = {given_to: SharedState(Settings(options=options))}
+    value, _ = FUSED[name]
+    value(defer(*student, shared=shared.get("student")), defer(*teacher, shared=shared.get("teacher")))
     (call,) = taken
     assert options.items() <= call.items()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["rows", "batchmean", "reverse, sum"])
+def test_a_budget_that_is_too_small_for_the_loss(name, dtype, taken):
+    """It is computed by tiles, which need less."""
+    student, teacher = heads(dtype)
+    shared = SharedState(Settings(options={"memory_budget": 500}))
+    value, _ = FUSED[name]
+    ours, plain = value(defer(*student, shared=shared), defer(*teacher)), value(F.linear(*student), F.linear(*teacher))
+    assert not taken
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(*(torch.autograd.grad(v.sum(), student) for v in (ours, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=8 * tolerance, atol=8 * tolerance)
+
+
+def test_logits_dtype_of_a_teacher_beside_a_float64_student(taken, without_logits):
+    student, teacher = heads(torch.float64, torch.bfloat16)
+    shared = SharedState(Settings(options={"logits_dtype": torch.float32}))
+    value, _ = FUSED["rows"]
+    ours, plain = value(defer(*student), defer(*teacher, shared=shared)), value(F.linear(*student), F.linear(*teacher))
+    assert taken
+    torch.testing.assert_close(ours, plain, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("value", [
+    lambda x, y: x.log_softmax(-1).mul(other=2.0).sum(-1),
+    lambda x, y: (y.softmax(-1) * y.log_softmax(-1).sub(other=2.0)).sum(-1) + x.sum(-1),
+    lambda x, y: y.softmax(-1).mul(other=2.0).sum(-1) * x.amax(-1),
+])  # fmt: skip
+def test_numbers_that_are_given_by_name(value, no_worse, taken):
+    check(value, no_worse, *heads())
+    assert not taken
+
+
+@pytest.mark.parametrize("shape", [(), (V,), (1, V), (1, 1)], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+def test_constant_log_probabilities_of_fewer_dimensions(shape, reduction, no_worse):
+    """ "batchmean" divides by the rows of its first argument, before that is broadcast."""
+    log_q = torch.randn(shape, dtype=torch.float64)
+    check(lambda x, y: F.kl_div(log_q.to(x.dtype), x.softmax(-1), reduction=reduction), no_worse, *heads())
+
+
+@pytest.mark.parametrize("name", ["sum", "mean"])
+def test_dtypes_of_sums(name, taken):
+    """A sum of integers is one of integer terms."""
+    student, teacher = heads()
+    terms = [
+        F.kl_div(linear(*student).log_softmax(-1), linear(*teacher).softmax(-1), reduction="none")
+        for linear in (defer, F.linear)
+    ]
+    for dtype in [torch.float64, torch.float32, *[torch.int64] * (name == "sum")]:
+        with torch.no_grad():
+            torch.testing.assert_close(*(getattr(each, name)(-1, dtype=dtype) for each in terms), rtol=1e-5, atol=1e-5)
+    assert len(taken) == 2
+
+
+def test_a_teacher_of_inference_mode(no_worse, taken):
+    student, teacher = heads()
+    with torch.inference_mode():
+        teacher = [t.clone() for t in teacher]
+    check(FUSED["rows"][0], no_worse, student, teacher)
+    assert taken
+
+
+def test_the_limit_where_plain_code_has_0_times_infinity(taken):
+    """Classes of probability 0 add 0 to a divergence; `F.kl_div` has NaN for classes that both sides exclude."""
+    student, teacher = heads(torch.float64)
+    for leaf in (student[2], teacher[2]):
+        with torch.no_grad():
+            leaf[:3] = -torch.inf
+    value, _ = FUSED["reverse"]
+    assert value(F.linear(*student), F.linear(*teacher)).isnan().all()
+    ours = value(defer(*student), defer(*teacher))
+    of_others = value(*(F.linear(h, w[3:], b[3:]) for h, w, b in (student, teacher)))
+    torch.testing.assert_close(ours, of_others)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), student) for each in (ours, of_others)))

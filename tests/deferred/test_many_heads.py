@@ -113,3 +113,42 @@ def test_a_backward_holds_one_gradient_of_the_head():
         (2 * loss).backward()
     of_head = 4 * V * features
     assert memory.peak < 2.5 * of_head  # the head itself, its gradient, and what is no more than a tile
+
+
+@pytest.mark.parametrize("freed", [(0,), (1,), (0, 1)], ids=["student", "teacher", "both"])
+@pytest.mark.parametrize("order", [1, -1], ids=["forward", "reverse"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_loss_of_two_heads_whose_weights_are_there_in_calls_only(freed, order, reduction):
+    """As sharding wrappers do: a hook before the call brings the weights, and one after it takes them away."""
+    classes = 11
+    heads = nn.Linear(D, classes), nn.Linear(2 * D, classes).requires_grad_(False)
+    hidden, teachers = torch.randn(3, D, requires_grad=True), torch.randn(3, 2 * D)
+
+    def divergence():
+        log_q, log_p = [x.log_softmax(-1) for x in (heads[0](hidden), heads[1](teachers))][::order]
+        return F.kl_div(log_q, log_p, reduction=reduction, log_target=True).sum(-1).sum()
+
+    inputs = hidden, *heads[0].parameters()
+    plain = divergence()
+    expected = torch.autograd.grad(plain, inputs)
+    wholes = {p: p.data for i in freed for p in heads[i].parameters()}
+
+    def gather(head, *_):
+        for p in head.parameters():
+            p.data = wholes[p]
+
+    def free(head, *_):
+        for p in head.parameters():
+            p.data = torch.empty(0)
+
+    for i in freed:
+        heads[i].register_forward_pre_hook(gather)
+        heads[i].register_forward_hook(free)
+        free(heads[i])
+    for head in heads:
+        defer_logits(head)
+    ours = divergence()
+    torch.testing.assert_close(ours, plain)
+    for i in freed:
+        gather(heads[i])
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs), expected)

@@ -356,3 +356,20 @@ def test_a_leaf_is_let_go():
     del x, leaf
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+def test_a_retained_gradient_does_not_keep_its_logits():
+    """The second one is added to the first, without being computed, and comes from a constant made of the logits."""
+    head = defer_logits(torch.nn.Linear(D, V, bias=False))
+
+    def gradient():
+        x = head(torch.randn(B, T, D, requires_grad=True))
+        x.retain_grad()
+        x.logsumexp(-1).mean().backward(retain_graph=True)
+        ((x / 2).detach().softmax(-1) * x.log_softmax(-1)).sum(-1).mean().backward()
+        return weakref.ref(x), x.grad
+
+    logits, kept = gradient()
+    gc.collect()
+    assert logits() is None
+    assert kept.shape == (B, T, V)

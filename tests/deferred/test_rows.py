@@ -164,6 +164,18 @@ def test_autocast(name):
         torch.testing.assert_close(mine, true, rtol=3e-2, atol=2e-1)
 
 
+def test_autocast_to_another_dtype_than_that_of_the_logits():
+    """Autocast's `cat` of the parts of tiles would refuse them."""
+    leaves = head(torch.float16)
+    found = []
+    for linear in (defer, F.linear):
+        x = linear(*leaves)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = x.amax(-1)
+            found.append([value, *torch.autograd.grad(value.sum(), leaves)])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
 def test_a_log_probability_is_the_fused_functions(monkeypatch):
     """Of logits that are more than a tile. In one tile, a gather has the bits that every other reader has."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * V * 2)

@@ -284,7 +284,7 @@ def test_a_budget_that_one_rank_cannot_meet(ranks):
 
 def test_create_graph_is_refused(ranks):
     found = ranks.run("second_derivative", [{"ranks": 2}] * 2)
-    assert all("create_graph=True is not supported with a sharded vocabulary" in f for f in found)
+    assert all("create_graph: expected False with a sharded vocabulary" in f for f in found)
 
 
 @pytest.mark.parametrize("plan_name", [None, "vocabulary blocks"])

@@ -61,7 +61,7 @@ UNFUSED = {
 def test_a_warning_says_once_why_nothing_was_fused_and_the_report_as_well(build, inputs, reason):
     model = patch_model(build())
     name = type(model).__name__
-    message = f"{name} is patched by fused_ignore_ce and was given labels, but nothing was fused: {reason}"
+    message = f"model: {name} is patched by fused_ignore_ce and was given labels, but nothing was fused: {reason}"
     with pytest.warns(UserWarning, match=message) as caught:
         model(**inputs)
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd.functional import jacobian
 
 from fused_ignore_ce import (
@@ -11,6 +12,7 @@ from fused_ignore_ce import (
     fused_linear_distillation_loss,
     fused_linear_log_probs,
 )
+from fused_ignore_ce.deferred import defer
 
 X, W = torch.randn(3, 4), torch.randn(5, 4)
 Y = torch.tensor([1, 2, -100])
@@ -71,3 +73,34 @@ def test_checkpoints(backend):
     loss = torch.utils.checkpoint.checkpoint(lambda x: LOSSES["none"](x * 2, backend=backend), x, use_reentrant=False)
     (batched,) = torch.autograd.grad(loss, x, torch.eye(3), is_grads_batched=True)
     torch.testing.assert_close(batched, jacobian(lambda x: LOSSES["none"](x * 2, backend=backend), X))
+
+
+#: Of the logits of hidden states x.
+DEFERRED = {
+    "mean": lambda x: F.cross_entropy(x, Y),
+    "none": lambda x: F.cross_entropy(x, Y, reduction="none"),
+    "probabilities that need a gradient": lambda x: F.cross_entropy(x, (x / 2).softmax(-1), reduction="none"),
+    "a reduction": lambda x: (x / 2).logsumexp(-1),
+    "rows of a divergence": lambda x: F.kl_div(x.log_softmax(-1), (x / 2).detach().softmax(-1), reduction="none").sum(
+        -1
+    ),
+    "a divergence": lambda x: F.kl_div(x.log_softmax(-1), (x / 2).detach().softmax(-1), reduction="batchmean"),
+    "read": lambda x: x.square().mean() + (x * 2).sum(-1),
+}
+
+
+@pytest.mark.parametrize("loss", DEFERRED.values(), ids=DEFERRED)
+def test_deferred_logits(loss):
+    found = []
+    for linear in (defer, F.linear):
+        x, w = (t.clone().requires_grad_() for t in (X, W))
+        value = loss(linear(x, w))
+        upstreams = torch.linspace(-1, 2, 3 * value.numel()).view(3, *value.shape)
+        gradients = torch.autograd.grad(value, [x, w], upstreams, retain_graph=True, is_grads_batched=True)
+
+        def gradient(each, value=value, w=w):
+            return torch.autograd.grad(value, w, each, retain_graph=True)[0]
+
+        vectorized = jacobian(lambda x, linear=linear: loss(linear(x, W)), X, vectorize=True)
+        found.append([*gradients, torch.vmap(gradient)(upstreams), vectorized])
+    torch.testing.assert_close(*found)

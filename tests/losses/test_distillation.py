@@ -207,6 +207,16 @@ def test_a_memory_budget_makes_chunks():
         fused_linear_distillation_loss(h, w, *teacher, memory_budget=1000)
 
 
+def test_a_budget_that_is_too_small_for_backward_is_an_error_in_forward():
+    h, w = torch.randn(8, 512, dtype=torch.bfloat16), torch.randn(1000, 512, dtype=torch.bfloat16)
+    options = {"reduction": "none", "memory_budget": 320_000, "backend": "torch"}
+    fused_linear_distillation_loss(h, w, h[:, :8], w[:, :8], **options)
+    operands = h.requires_grad_(), w.requires_grad_(), h[:, :8], w[:, :8]
+    with pytest.raises(ValueError, match="memory_budget: expected at least 336000 bytes"):
+        fused_linear_distillation_loss(*operands, **options)
+    fused_linear_distillation_loss(*operands, **options | {"memory_budget": 336_000}).sum().backward()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(reduction, backend):
     h, w, _b, *teacher = tensors(torch.float32)

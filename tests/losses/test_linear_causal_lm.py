@@ -74,7 +74,7 @@ def test_dtypes_and_mistakes(device):
     h, w, labels = problem(device)
     assert fused_linear_causal_lm_loss(h.bfloat16(), w.bfloat16(), labels).dtype == torch.float32
     assert fused_linear_causal_lm_loss(h, w, labels).dtype == torch.float64
-    with pytest.raises(TypeError, match="labels or shift_labels: expected a Tensor, got NoneType"):
+    with pytest.raises(TypeError, match="labels: expected a Tensor, here or as shift_labels, got NoneType"):
         fused_linear_causal_lm_loss(h, w, None)
     with pytest.raises((ValueError, RuntimeError), match="target"):
         fused_linear_causal_lm_loss(h, w, labels[:, 1:])

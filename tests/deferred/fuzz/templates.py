@@ -248,6 +248,9 @@ other loss, weight 3, moded
     {new_loss} = F.kl_div({x}.log_softmax(-1), {like}.softmax(-1), reduction='batchmean')
     {new_loss} = F.kl_div({like}.detach().log_softmax(-1), {x}.log_softmax(-1), log_target=True, reduction='sum')
     {new_loss} = F.kl_div(({x} / 2).log_softmax(-1), ({like}.detach() / 2).softmax(-1), reduction='none').sum(-1).mean()
+    {new_loss} = F.kl_div({x}.log_softmax(-1), ({x} * 2).detach().softmax(-1), reduction='batchmean')
+    {new_loss} = ({like}.softmax(-1).detach() * ({like}.log_softmax(-1).detach() - {x}.log_softmax(-1))).sum(-1).mean()
+    {new_loss} = ({x}.softmax(-1) * ({x}.log_softmax(-1) - {like}.detach().log_softmax(-1))).sum(-1, True).sum()
     {new_loss} = (picked({x}) - picked({x}).detach()).exp().mean()
     {new_loss} = -({x}.softmax(-1) * {like}.log_softmax(-1)).sum(-1).mean()
     {new_loss} = F.multi_margin_loss({sharp}.flatten(0, -2), index_of({sharp}).flatten())
@@ -262,6 +265,7 @@ reduction, weight 2, moded
     {new_value} = {x}.mean(-1)
     {new_value} = {x}.logsumexp(-1)
     {new_value} = {sharp}.amax(-1)
+    {new_value} = F.kl_div(({x} / temperature).log_softmax(-1), {like}.detach().softmax(-1), reduction='none').sum(-1)
     {new_value} = {x}.gather(-1, index_of({x}))
     {new_value} = {sharp}.max(-1).values
     {new_loss} = {x}.logsumexp(-1).mean()
