@@ -119,7 +119,7 @@ def _outside(model: Any, batch: dict[str, Any]) -> tuple[str, str]:
     except Exception as e:
         return f"not run: {_line(e)}", ""
     try:
-        fused = _run(patch_model(copy.deepcopy(model), without_labels=True), batch, outside=True)
+        fused = _run(patch_model(copy.deepcopy(model)), batch, outside=True)
     except Exception as e:
         return "no", f"raises with its loss outside: {_line(e)}"
     difference = _difference(plain, fused)
