@@ -1,4 +1,4 @@
-"""Divergences of the softmax of deferred logits from that of others, as the loss from the hidden states of both sides."""
+"""Divergences of the softmax of deferred logits from that of others, as the loss from hidden states of both sides."""
 
 from __future__ import annotations
 
