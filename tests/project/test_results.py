@@ -1,5 +1,6 @@
 """Results that pages show say on what they were measured: a commit of this history, without changes, and versions."""
 
+import functools
 import itertools
 import re
 import subprocess
@@ -28,53 +29,57 @@ README = ROOT / "README.md"
 
 
 class Recorded(reading.Results):
-    """Result files, with the names of those that were asked for."""
+    """Result files, with the names of those that a page asked for."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.asked = set()
 
     def newest(self, command, section):
         name, result = super().newest(command, section)
-        self.names.add(name)
+        self.asked.add(name)
         return name, result
 
     def newest_proofs(self):
         name, result = super().newest_proofs()
-        self.names.add(name)
+        self.asked.add(name)
         return name, result
 
 
-def of_pictures(text):
-    """The result files that the pictures of a page are of, found by the line that is drawn into them."""
-    results = reading.Results()
-    files = [(name, result["header"]) for every in results.files.values() for name, result in every.items()]
-    for picture, (_, about) in figures.shown(results).items():
-        if f"pictures/{picture}.png" in text:
-            drawn = [name for name, it in files if about in (reading.heading(it), f"commit {it['commit'][:7]}")]
-            assert drawn, f"{picture}.png is of no result file: {about}"
-            yield from drawn
+RESULTS = Recorded()
+FILES = {name: result for results in RESULTS.files.values() for name, result in results.items()}
 
 
+@functools.cache
+def drawn():
+    """The result files that each picture is of, found by the line that is drawn into it."""
+
+    def of(about):
+        return [name for name, it in FILES.items() if about in line_of(it["header"])]
+
+    def line_of(header):
+        return reading.heading(header), f"commit {header['commit'][:7]}"
+
+    return {f"{picture}.png": of(about) for picture, (_, about) in figures.shown(RESULTS).items()}
+
+
+@functools.cache
 def shown_by(page):
-    """The result files whose figures a page shows, linked or not."""
+    """The result files whose figures a page shows, in links, tables, sentences and pictures."""
     text = page.read_text()
     names = set(re.findall(r"bench/results/([\w-]+)\.json", text))
+    assert names <= FILES.keys(), f"{name_of(page)} names result files that are not there: {names - FILES.keys()}"
     if page in figures.PAGES:
-        asked = Recorded()
-        figures.rewritten(page, text, asked)
-        names |= asked.names | {*of_pictures(text)}
+        RESULTS.asked.clear()
+        figures.rewritten(page, text, RESULTS)
+        names |= RESULTS.asked
+        for picture in re.findall(r"pictures/([\w-]+\.png)", text):
+            assert drawn()[picture], f"{picture} is of no result file"
+            names |= {*drawn()[picture]}
     return names
 
 
-@pytest.fixture(scope="module")
-def shown():
-    """The result files that pages show, by name."""
-    names = set().union(*(shown_by(page) for page in PAGES))
-    assert len(names) > 5
-    files = {name: file for results in reading.Results().files.values() for name, file in results.items()}
-    assert names <= files.keys(), f"pages name result files that are not there: {names - files.keys()}"
-    return {name: files[name] for name in names}
+PAGE = pytest.mark.parametrize("page", [page for page in PAGES if page in figures.PAGES], ids=name_of)
 
 
 def headers(result):
@@ -86,36 +91,51 @@ def git(*arguments):
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
 
 
-def test_results_are_of_commits_of_this_history_and_of_clean_trees(shown):
-    for name, result in shown.items():
-        assert all(header["dirty"] is False for header in headers(result)), f"{name} was measured with changes"
+@functools.cache
+def history():
+    """The commits that led to the one that is checked out."""
+    return {*git("rev-list", "HEAD")}
+
+
+@PAGE
+def test_results_are_of_commits_of_this_history_and_of_clean_trees(page):
+    parts = [(name, header) for name in shown_by(page) for header in headers(FILES[name])]
+    assert parts
+    dirty = [name for name, header in parts if header["dirty"] is not False]
+    assert not dirty, f"{name_of(page)} shows what was measured with uncommitted changes: {dirty}"
     if not (ROOT / ".git").exists():
         pytest.skip("this copy of the project has no .git, so there is no history to look commits up in")
     if git("rev-parse", "--is-shallow-repository") == ["true"]:
         pytest.skip("this clone is shallow, so there is not enough history to look commits up in")
-    history = {*git("rev-list", "HEAD")}
-    for name, result in shown.items():
-        unknown = {header["commit"] for header in headers(result)} - history
-        assert not unknown, f"{name} was measured on {unknown}, which is no commit of this history"
+    unknown = {name: header["commit"] for name, header in parts if header["commit"] not in history()}
+    assert not unknown, f"{name_of(page)} shows what was measured on commits that are not in this history: {unknown}"
 
 
-def test_results_name_the_versions_of_packages(shown):
-    for name, result in shown.items():
+@PAGE
+def test_results_name_the_versions_of_packages(page):
+    for name in shown_by(page):
+        result = FILES[name]
+        ran = {"torch", "triton", "transformers"}
+        for row in [*result.get("rows", []), *result.get("predictions, not measurements", [])]:
+            words = re.findall(r"\w+", " ".join(str(row.get(key, "")) for key in ("provider", "loss", "kernel")))
+            ran |= {RUN[word] for word in words if word in RUN}
         for header in headers(result):
-            needed = {"torch", "triton", "transformers"}
-            for row in [*result.get("rows", []), *result.get("predictions, not measurements", [])]:
-                ran = " ".join(str(row.get(key, "")) for key in ("provider", "loss", "kernel"))
-                needed |= {RUN[word] for word in re.findall(r"\w+", ran) if word in RUN}
-            missing = {each for each in needed if not re.match(r"\d+\.\d", header["versions"].get(each, ""))}
+            missing = [each for each in sorted(ran) if not re.match(r"\d+\.\d", header["versions"].get(each, ""))]
             assert not missing, f"{name} names no version of {missing}"
 
 
-def test_the_front_page_shows_nothing_old(shown):
+def test_the_front_page_shows_nothing_old():
     """If this fails, renew the results that it names, and run `make readme-figures`."""
-    dates = {name: shown[name]["header"]["date"] for name in shown_by(README)}
+    dates = {name: FILES[name]["header"]["date"] for name in shown_by(README)}
     dates[figures.COVERAGE.name] = re.search(r", CPU, (\S+)\.$", figures.COVERAGE.read_text(), re.MULTILINE)[1]
     old = {name: date for name, date in dates.items() if date < FRONT_PAGE_SINCE}
     assert not old, f"the front page shows figures from before {FRONT_PAGE_SINCE}: {old}"
+
+
+def test_no_other_page_shows_results():
+    """The tests above look at the pages that `bench.figures` writes."""
+    others = [name_of(page) for page in PAGES if page not in figures.PAGES and shown_by(page)]
+    assert not others
 
 
 def columns(page):
@@ -125,9 +145,10 @@ def columns(page):
             yield from (cell.strip() for cell in head.strip("|").split("|"))
 
 
+@functools.cache
 def versions():
     """Other packages, and their versions in the newest comparison: of PyTorch several, with slashes between them."""
-    _, result = reading.Results().newest("comparison", "cells")
+    _, result = RESULTS.newest("comparison", "cells")
     return {package: version for package, (version, _) in result["sources"].items()} | {
         "PyTorch": " / ".join(tables.releases(result))
     }
