@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of
 STEPS = 4
 
 
-class Fused(trl.SFTTrainer):  # type: ignore[name-defined]  # TRL is not followed
+class Fused(trl.SFTTrainer):
     """Trains on the model's own loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
