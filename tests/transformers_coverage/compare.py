@@ -75,7 +75,7 @@ def compare(mapping: str, name: str) -> Outcome:
 
 
 def _compare(mapping: str, name: str) -> Outcome:
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of tiny configurations, and of what was not fused, which is in the row
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     if name in overrides.REASONS:

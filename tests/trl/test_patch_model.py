@@ -16,7 +16,8 @@ from ..helpers.trl_runs import datasets, texts, tokenizer_of, trl
 # TRL 1.16 gives each model a fused head, from which loss and metrics come. Earlier releases read logits.
 OWN_HEAD = hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers
+#: TRL uses names that transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 STEPS = 4
 
