@@ -16,7 +16,7 @@ from models import GPU, arguments, load
 DOMAINS = ["functions", "methods", "private methods"]
 
 
-class DomainTrainer(Trainer):  # type: ignore[misc]  # has no types
+class DomainTrainer(Trainer):
     """Logs the mean loss of the tokens of each domain since the last log; rows have a `domain`."""
 
     sums: Any = 0.0  # (2, domains): losses and tokens

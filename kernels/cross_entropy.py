@@ -246,7 +246,7 @@ def forward_backward(upstream, logits, options, *, dx, dz=None, with_stats=False
 
 def forward_backward_reduce(
     logits, token_weight, normalizer, options, *, dx, mean, divide=True, out_dtype=None, with_stats=False
-):  # fmt: skip
+):
     """(rows, what `reduce` returns); writes the gradient of the total into `dx`.
 
     With divide=False, that gradient is not divided as "mean" would: the caller multiplies it by the returned factor.

@@ -84,7 +84,7 @@ def forward_kernel(
     predicted = sums.predicted + place.first_class
     sums = RowSums(
         c=sums.c, s=sums.s, r=r, mass=mass, d=sums.d, largest=sums.largest, predicted=predicted, far=sums.far
-    )  # fmt: skip
+    )
     if part_out is None:
         store_kept(rows_out, row, N, inside, keep, sums, options.curve)
     else:

@@ -304,7 +304,7 @@ def bias(peer: Peer, kind: str) -> None:
     hidden, head, exact = (tensor.detach().double().requires_grad_() for tensor in (*inputs, added))
     F.cross_entropy(F.linear(hidden, head, exact), target).backward()
     peer.call(*inputs, target, linear_bias=added).backward()
-    close("the gradient of the bias", added.grad, exact.grad)  # type: ignore[arg-type]
+    close("the gradient of the bias", added.grad, exact.grad)  # type: ignore[arg-type]  # backward has set both
 
 
 def frozen_hidden(peer: Peer, kind: str) -> None:

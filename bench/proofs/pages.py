@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pandas import DataFrame
 
+from ..packages import PACKAGES
 from ..reading import Results, embedded, link, table
 from . import picture
 
@@ -12,6 +15,9 @@ PREDICTED_V = 128256
 
 #: The name of the picture of predictions.
 PREDICTED = "predicted-roof"
+
+#: The names of the modules that other packages' kernels come from, and of the packages in tables.
+LIBRARIES = {"liger_kernel": "Liger", "trl": "TRL"}
 
 #: Figures of both one passes, and how they are written.
 PAIRS = {
@@ -29,10 +35,19 @@ def predictions(results: Results) -> str:
     rows = DataFrame(found[picture.PREDICTIONS]).query("V == @PREDICTED_V")
     rows["cell"] = rows[picture.SHARE].map("{:.2f}, ".format) + rows["bound"]
     cells = rows.pivot_table("cell", "chip", "kernel", aggfunc="first", sort=False).fillna("-")
-    head = [kernel.replace("fused_ignore_ce ", "ours, ").replace("_kernel", ",") for kernel in cells.columns]
+    head = [_column(kernel, found["header"]) for kernel in cells.columns]
     text = f"{found['note']} Shares of the memory roof at V={PREDICTED_V}, and what bounds them most ({link(name)}):"
     drawn = embedded(PREDICTED, "A prediction, not a measurement: shares of the memory roof")
     return "\n\n".join([text, table(cells, head), drawn, _published(DataFrame(found["published"]))])
+
+
+def _column(kernel: str, header: dict[str, Any]) -> str:
+    """The head of a kernel's column: whose it is, with the version of another package, and what it does."""
+    library, _, operation = kernel.partition(" ")
+    if library not in LIBRARIES:
+        return f"ours, {operation}"
+    package = LIBRARIES[library]
+    return f"{package} {header['versions'][PACKAGES[package]]}, {operation}"
 
 
 def _published(every: DataFrame) -> str:

@@ -244,7 +244,7 @@ def hbm_reads(needed: Demand, work: Work, chip: Chip, cache: float) -> float:
         return 1.0
     return lru.reads(
         needed.rows, work.classes * work.itemsize, int(cache * chip.l2), work.in_place, work.backwards, work.again
-    )  # fmt: skip
+    )
 
 
 def seconds(needed: Demand, work: Work, chip: Chip, constants: Constants) -> float:

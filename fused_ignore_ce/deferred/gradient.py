@@ -134,7 +134,7 @@ class Gradient(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # a static method in PyTorch's stubs
         if func is torch.ops.aten.add.Tensor and not kwargs:
             a, b = args if isinstance(args[0], Gradient) else args[::-1]
             if not a.is_changed and (
@@ -152,7 +152,7 @@ class Gradient(Tensor):
                 flows[ticket] = flows[ticket].plus(flow) if ticket in flows else flow
         return Gradient.of(self, self._recipe_of, flows, total(self._extra, extra))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # Tensor's own has no annotations
         return repr(self.dense())
 
 

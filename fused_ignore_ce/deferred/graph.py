@@ -25,7 +25,7 @@ class _Token(Tensor):
         return token
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # a static method in PyTorch's stubs
         return _Token.of(args[0].held)  # detach, which autograd asks for where hooks pack what is saved
 
 
@@ -140,7 +140,7 @@ def _lazily(vjp: Callable[[Tensor], Any], flow: Flow, place: int) -> Callable[[]
         given = None
         for part in flow.values:
             given = total(given, part())
-        found: Tensor = vjp(given)[place]  # type: ignore[arg-type]  # there is at least one value
+        found: Tensor = vjp(given)[place]  # type: ignore[arg-type]  # not None: a flow has at least one value
         return found
 
     return value

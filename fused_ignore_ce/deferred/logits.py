@@ -96,7 +96,7 @@ class DeferredLogits(Lazy):
         return of_values(func, name, args, kwargs, deferred)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # static there
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # a static method in PyTorch's stubs
         """Computes the logits for code that bypasses __torch_function__ (C++, autograd.Function.apply)."""
         first = args[0] if args else None
         same = func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) or (
@@ -121,7 +121,7 @@ class DeferredLogits(Lazy):
             return None
         return take([self], operands, lean, dense)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # has no annotations there
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # Tensor's own has no annotations
         """Shows the computed logits; if they cannot be computed any more, the shape and why."""
         try:
             shown = repr(self._aliased("repr") if self._stands_alone() else self.materialize("repr"))
@@ -189,7 +189,7 @@ def as_tensor(traced: Any, shared: SharedState) -> DeferredLogits:
     """Turns traced logits into a tensor once tracing is over."""
     form = substitute(traced._form, {}, False)
     logits: DeferredLogits = deferred_product(form, shared)
-    return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]  # is deferred
+    return logits.movedim(-1, 1) if traced._form.classes_second else logits  # type: ignore[return-value]  # movedim of deferred logits is deferred
 
 
 #: Logits that somebody still holds, of models with `keep_logits=True`, by the serial number of their recipe.

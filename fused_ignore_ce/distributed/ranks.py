@@ -30,7 +30,7 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group of this name. Operators take groups by name."""
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]  # private, takes a str
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]  # private; it takes a str
 
 
 class Shard(NamedTuple):

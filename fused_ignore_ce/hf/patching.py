@@ -223,7 +223,7 @@ def _patch_classes() -> None:
         return
     define = PreTrainedModel.__dict__.get("__init_subclass__")
 
-    def init_subclass(cls: type, **kwargs: Any) -> None:
+    def init_subclass(cls: type, /, **kwargs: Any) -> None:
         if define is not None:
             define.__func__(cls, **kwargs)
         else:
@@ -232,7 +232,7 @@ def _patch_classes() -> None:
 
     if define is not None:
         _PATCHED_CLASSES.append((PreTrainedModel, "__init_subclass__", define))
-        PreTrainedModel.__init_subclass__ = classmethod(init_subclass)  # type: ignore[arg-type]  # a class is a type
+        PreTrainedModel.__init_subclass__ = classmethod(init_subclass)
     classes = [PreTrainedModel]
     for cls in classes:
         classes += cls.__subclasses__()

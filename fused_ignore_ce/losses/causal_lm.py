@@ -222,4 +222,4 @@ def _means_an_option(name: str) -> bool:
     return meaning(name, _KNOWN) is not None
 
 
-_means_an_option._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `unknown_keyword`
+_means_an_option._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark that Dynamo reads, as on `unknown_keyword`

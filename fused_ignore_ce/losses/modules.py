@@ -69,7 +69,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     ) -> None:
         super().__init__(weight, size_average, -100, reduce, reduction, label_smoothing)
         # A collection is an extension; None means -100, as in `nn.LinearCrossEntropyLoss`.
-        self.ignore_index = -100 if ignore_index is None else ignore_index  # type: ignore[assignment]  # an int there
+        self.ignore_index = -100 if ignore_index is None else ignore_index  # type: ignore[assignment]  # nn.CrossEntropyLoss declares an int
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.z_loss = z_loss

@@ -29,7 +29,7 @@ class _Running(threading.local):
     """The patched trainer whose loss is being computed, and the options of its patch."""
 
     trainer: Any = None
-    options: dict[str, Any] = {}  # noqa: RUF012 (threads replace it)
+    options: dict[str, Any] = {}  # noqa: RUF012 (a thread replaces it and never writes to it)
 
 
 _running = _Running()

@@ -21,13 +21,15 @@ SMALL = distillation.Case(12, 40, 8, 0.5, 0.3)
 @pytest.mark.parametrize("name", distillation.LOSSES)
 def test_losses_are_the_divergence_they_are_compared_by(name):
     if name not in distillation.installed():
-        pytest.skip("not installed")
+        pytest.skip(f"the package of {name} is not installed")
     for case in (SMALL, SMALL._replace(beta=0.0)):
         assert max(distillation.errors(distillation.LOSSES[name][1], case)) < 0.05  # some round to bfloat16 all along
 
 
-@pytest.mark.skipif(not version("liger-kernel"), reason="not installed")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Liger's kernel needs Triton's interpreter here")
+@pytest.mark.skipif(not version("liger-kernel"), reason="Liger is not installed")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="on CPU tensors, Liger's kernel needs Triton's interpreter"
+)
 def test_the_kernel_of_liger_has_the_same_value_and_gradient():
     from liger_kernel.ops.jsd import LigerJSDFunction
 

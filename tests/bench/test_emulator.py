@@ -44,7 +44,7 @@ def test_a_copy_without_a_fault_is_right_in_all_orders_of_warps(faults):
         ("stores", "stores another value there: no barrier between the two"),
         ("target", "DeviceAssertion: forward_kernel"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_of_memory_is_found(fault, said, faults):
     assert said in faults[fault]
 

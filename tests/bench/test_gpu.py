@@ -121,7 +121,7 @@ def test_the_parts_fit_their_time_and_name_what_exists():
             assert float(each.command[each.command.index("--minutes") + 1]) < each.minutes
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device, and this one has one")
 def test_without_a_device_nothing_is_started(tmp_path):
     with pytest.raises(SystemExit, match="PyTorch finds no CUDA device here") as caught:
         gpu.main(["--out", str(tmp_path / "out")])

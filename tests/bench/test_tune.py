@@ -195,7 +195,7 @@ def test_a_faulty_entry_leaves_the_file_alone(tmp_path):
     assert path.read_text() == "{}"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device, and this one has one")
 def test_without_a_device_it_says_so():
     with pytest.raises(SystemExit, match="measures on a CUDA device, and PyTorch finds none here"):
         tune.main([])
@@ -204,7 +204,7 @@ def test_without_a_device_it_says_so():
 @pytest.fixture
 def trials(triton_kernels):
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs in Triton's interpreter")
+        pytest.skip("the trials are on CPU tensors, for which kernels need Triton's interpreter")
     runs = []
 
     def timer(run):

@@ -41,7 +41,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("args", "kwargs"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
 def test_same_class_as_pytorch(args, kwargs, backend):
-    with pytest.raises(Exception) as theirs:  # noqa: PT011  whatever PyTorch raises
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 (whatever PyTorch raises is what we have to raise)
         F.cross_entropy(*args, **kwargs)
     with pytest.raises(theirs.type):
         fused_cross_entropy(*args, backend=backend, **kwargs)

@@ -55,7 +55,7 @@ FUSED = {
         lambda x, y: F.kl_div(y.log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True),
         "reverse_kl",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

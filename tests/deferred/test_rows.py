@@ -80,7 +80,7 @@ ROW_BY_ROW = {
         (ROWS * CLASSES).log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True
     ),
     "no rows": lambda x: x[:, :0].log_softmax(-1).gather(-1, INDEX[:, :0]).sum() + entropy(x[:, 2:2]).sum(),
-}  # fmt: skip
+}
 
 
 def _divergence(student, teacher):

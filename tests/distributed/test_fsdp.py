@@ -60,7 +60,7 @@ def plain(run):
 @pytest.mark.parametrize(("numbers", "name"), CASES)
 def test_training(run, plain, numbers, name, outside):
     if ("with the" in name or name == "tied") and release("torch") < (2, 13):
-        pytest.skip("FSDP2 of this PyTorch forgets a group of which one module was called by itself")
+        pytest.skip("before PyTorch 2.13, FSDP2 forgets a group of which one module was called by itself")
     expected, ours = plain(numbers), run(name, patched=True, outside=outside)
     tolerance = TOLERANCE.get(numbers, 1e-5)
     for mine, theirs in zip(ours, expected, strict=True):

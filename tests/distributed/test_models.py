@@ -85,7 +85,7 @@ def test_options(ranks):
 @pytest.mark.parametrize("vocab_size", [V, V + 3], ids=["uneven", "even"])
 def test_plan_of_transformers(ranks, tmp_path, vocab_size):
     if vocab_size % 4 and release("transformers") < UNEVEN_HEADS:
-        pytest.skip("this transformers gathers no head whose vocabulary the ranks do not divide")
+        pytest.skip("this transformers does not gather a head whose classes the ranks do not share evenly")
     model, batch = llama(vocab_size=vocab_size), batch_of()
     model.save_pretrained(tmp_path)
     expected = expected_of(model, batch)

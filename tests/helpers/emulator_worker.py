@@ -309,7 +309,7 @@ def cases():
         ids = torch.arange(0, 400, 10).unsqueeze(1) + torch.tensor([0, 4000, 7])
         return fused_top_k_distillation_loss(
             h, w, ids, torch.full((40, 3), -2.0), torch.arange(40), temperature=2.0, alpha=0.5, backend=backend
-        )  # fmt: skip
+        )
 
     teacher, some_ignored = tensor(20, 5000, dtype=some).detach(), targets(20, 5000)
     yield "distillation", distilled, (tensor(20, 5000, dtype=some),), some_ignored

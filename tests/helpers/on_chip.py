@@ -52,7 +52,7 @@ class Case:
         table = ARITHMETIC if self.program is None else replace(ARITHMETIC, on_chip=((None, self.program),))
         return replace(
             chips.EMULATED, arch=self.arch, multiprocessors=self.multiprocessors, shared_bytes=shared, table=table
-        )  # fmt: skip
+        )
 
 
 #: What every run executes, and what only `make test-compiled` does, or a GPU.

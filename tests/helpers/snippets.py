@@ -72,12 +72,22 @@ def blocks(page: Path, language: str = "python") -> list[Block]:
 
 
 def links(page: Path) -> list[str]:
-    """The targets of links and pictures that are files of the repository, without anchors."""
+    """The targets of links and pictures that are files of the repository or places in them, with their anchors."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = (match["target"] for match in _LINK.finditer(text))
-    return [
-        target.partition("#")[0] for target in targets if not target.startswith(("http:", "https:", "mailto:", "#"))
-    ]
+    return [target for target in targets if not target.startswith(("http:", "https:", "mailto:"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """What may follow the # of a link: headings, as GitHub and MkDocs name them, and names that the reference shows."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE):
+        shown = re.sub(r"\[([^\]]*)\](\([^)]*\))?", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\s-]", "", shown).replace(" ", "-")
+        number = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
+        found.add(f"{slug}-{number}" if number else slug)
+    return found | {*re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
 
 
 def names_of(page: str) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import torch
 from ..helpers.hf_worker import DISTRIBUTED, assert_same
 from ..helpers.paths import TESTS
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo, by which ranks talk on a CPU"
+)
 
 #: The way in which the head's weights are freed before a loss after the forward is taken.
 REFUSED = "FSDP2, root resharded"

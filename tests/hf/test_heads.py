@@ -23,7 +23,7 @@ from ..helpers.hf_tiny import (
 )
 
 
-class MatmulHead(transformers.LlamaForCausalLM):  # type: ignore[name-defined]  # transformers is not followed
+class MatmulHead(transformers.LlamaForCausalLM):
     """A model whose head is a product with the input embedding's weight. It calls no head module."""
 
     def forward(self, input_ids=None, labels=None, **kwargs):
@@ -46,7 +46,7 @@ class TransformHead(nn.Module):
         return self.decoder(torch.tanh(self.dense(hidden))) * 0.5
 
 
-class CriterionInForward(transformers.LlamaForCausalLM):  # type: ignore[name-defined]  # transformers is not followed
+class CriterionInForward(transformers.LlamaForCausalLM):
     def forward(self, input_ids=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, **kwargs)
         logits = outputs.logits[:, :-1].permute(0, 2, 1)

@@ -17,7 +17,7 @@ class SubclassWeight(torch.Tensor):
     """A weight whose values are computed, as torchao's are."""
 
 
-class WritesIntoLogits(transformers.LlamaForCausalLM):  # type: ignore[name-defined]  # transformers is not followed
+class WritesIntoLogits(transformers.LlamaForCausalLM):
     def forward(self, input_ids=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, **kwargs)
         outputs.logits[..., 5:9] = -1e4

@@ -1,6 +1,7 @@
 """The comparison of transformers' classes is right about known classes, and it detects what is broken."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 
 from fused_ignore_ce.deferred import affine, product
 
+from ..helpers.paths import ROOT
 from ..transformers_coverage import __main__ as sweep
 from ..transformers_coverage import compare, isolation
 from ..transformers_coverage.compare import APPLIED, FAILED, LINEAR, LOGITS, UNTOUCHED, Outcome
@@ -142,3 +144,23 @@ def test_what_fails_a_sweep():
     assert differs == "Bad (MASKED_LM) differs: loss 1, should be 2"
     (empty,) = sweep.failures([Outcome("CAUSAL_LM", "Unbuilt", FAILED, "")])
     assert "no class" in empty
+
+
+def test_the_page_is_what_a_sweep_with_its_rows_writes():
+    """All but the line with the versions. If this fails, change the text in `sweep.document` and in the page alike."""
+    page = (ROOT / "docs" / "transformers-coverage.md").read_text()
+    outcomes = []
+    for mapping, rows in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL):
+        for name, equal, *others in re.findall(
+            r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", rows, re.M
+        ):
+            if name != "class":
+                how, why, outside, option = (text.strip() for text in others)
+                difference = equal.removeprefix("no: ") if equal.startswith("no: ") else ""
+                outcomes.append(Outcome(mapping, name, how, why, difference, outside=outside, option=option))
+    assert len(outcomes) > 700
+
+    def without_versions(text):
+        return re.sub(r"^(Written by `[^`]*`) .*$", r"\1", text, flags=re.MULTILINE)
+
+    assert without_versions(sweep.document(outcomes, 0)) == without_versions(page)

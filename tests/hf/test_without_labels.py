@@ -10,7 +10,7 @@ from transformers import (
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
-)  # fmt: skip
+)
 
 from fused_ignore_ce import FusedCrossEntropyLoss, fused_causal_lm_loss, fused_cross_entropy
 from fused_ignore_ce.deferred import DeferredLogits

@@ -138,7 +138,7 @@ def frames_of_launches(call) -> list[list[str]]:
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.skipif(not cross_entropy.interpreted(), reason="the tensors are on the CPU")
+@pytest.mark.skipif(not cross_entropy.interpreted(), reason="on CPU tensors, kernels need Triton's interpreter")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_launch_is_one_call_away(name):
     """Between a function that the package calls and a kernel's launch stands `Prepared.__call__` alone."""
@@ -148,7 +148,7 @@ def test_a_launch_is_one_call_away(name):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.skipif(not cross_entropy.interpreted(), reason="the tensors are on the CPU")
+@pytest.mark.skipif(not cross_entropy.interpreted(), reason="on CPU tensors, kernels need Triton's interpreter")
 def test_two_passes_in_place_of_one_are_two_calls_away():
     probs = X, TARGET, None, torch.rand_like(X)
     launches = frames_of_launches(

@@ -172,7 +172,7 @@ def test_large_logits(size, device, no_worse):
     no_worse("dx", *dx, scale=1.5, terms=V)
 
 
-@pytest.mark.skipif(not cross_entropy.interpreted(), reason="breaks the kernels' arithmetic in the interpreter")
+@pytest.mark.skipif(not cross_entropy.interpreted(), reason="breaks the arithmetic of Triton's interpreter")
 def test_large_logits_need_the_fused_multiply_add(device, no_worse, monkeypatch):
     """The test above fails if the exponent is computed with two roundings."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -344,7 +344,7 @@ def test_layouts(layout, device):
     dx = torch.empty(x.shape, device=device, dtype=x.dtype)
     cross_entropy.backward(
         upstream, (x, target, None, None), cross_entropy.Saved(rows[2], rows[4]), Options(), dx=dx, dprobs=None
-    )  # fmt: skip
+    )
     torch.testing.assert_close(dx, dx_wanted)
 
 

@@ -66,7 +66,7 @@ def every_way(kernels, x, teacher, target, scale, options, with_stats=False):
     inplace = x.clone()
     again = kernels.forward_backward(
         scale, inplace, Teacher(teacher), target, options, dx=inplace, with_stats=with_stats
-    )  # fmt: skip
+    )
     return (rows[0], dx, rows[1:]), (again[0], inplace, again[1:])
 
 
@@ -227,7 +227,7 @@ def test_one_class_and_no_row(divergence, kernels, device):
             assert gradient.shape == (N, V)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="launches are seen in Triton's interpreter")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="watches launches by Triton's interpreter")
 def test_rows_that_are_few_are_split_in_backward(kernels, device):
     x, teacher, target, scale = problem(3, 20000, torch.float32, device)
     _, saved = kernels.forward(x, Teacher(teacher), target, options_of("jsd"), with_stats=False)

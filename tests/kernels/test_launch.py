@@ -135,7 +135,7 @@ def test_where_rows_stay_on_the_chip():
         strides = (0, 0, 0, 0)
         found = prepare.one_pass(
             arguments.form_of(x), arguments.form_of(dx), None, strides, LossOptions(), False, None, chip
-        )  # fmt: skip
+        )
         return found.kernel
 
     x = torch.empty(4, 1001, dtype=torch.bfloat16)

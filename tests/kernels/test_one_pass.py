@@ -24,7 +24,7 @@ CASES = [
 V = 1000
 
 interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="launches are seen in Triton's interpreter"
+    os.environ.get("TRITON_INTERPRET") != "1", reason="watches launches by Triton's interpreter"
 )
 
 

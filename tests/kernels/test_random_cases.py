@@ -25,7 +25,9 @@ from ..helpers import drawing
 from ..helpers.linear import gradients, problem
 from ..losses.test_properties import CALLS, DISTILLATIONS, call, distilled, finite_or_1, gradient, truth
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="others draw for the interpreter")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="test_properties draws for the interpreter"
+)
 
 #: Cases of a configuration.
 CASES = 10

@@ -76,7 +76,7 @@ def test_float16_with_a_loss_scale(backend, plan, device, no_worse):
 def test_bfloat16_upstream_is_not_rounded(backend, plan, device):
     """A float32 upstream gradient, as autocast's losses have, is not rounded to the weights' bfloat16."""
     if backend == "triton" and device == "cpu":
-        pytest.skip("Triton's interpreter truncates where it casts to bfloat16, as much as this would show")
+        pytest.skip("Triton's interpreter truncates casts to bfloat16, which is as wrong as what this test looks for")
     with torch.autocast(device, torch.bfloat16):
         h, w, y = problem(dtype=torch.bfloat16, device=device)
         loss = fused_linear_cross_entropy(h, w, y, backend=backend)

@@ -84,7 +84,7 @@ def test_all_classes_in_top_k_are_the_whole_loss(backend):
     for tail in ("bucket", "renormalise"):
         found = fused_top_k_distillation_loss(
             h, w, ids, log_p.gather(1, ids), TARGET, tail=tail, linear_bias=b, backend=backend
-        )  # fmt: skip
+        )
         torch.testing.assert_close(found, whole)
         for mine, right in zip(gradients(found, (h, w, b)), true, strict=True):
             torch.testing.assert_close(mine, right)
@@ -128,7 +128,7 @@ def test_ignored_tokens_reach_nothing(divergence, backend):
     x = F.linear(h, w, b).detach().requires_grad_()
     of_logits = fused_distillation_loss(
         x, F.linear(th, tw, tb), TARGET, divergence=divergence, alpha=0.5, backend=backend
-    )  # fmt: skip
+    )
     torch.testing.assert_close(of_logits, loss)
     assert not torch.autograd.grad(of_logits, x)[0][~kept].any()
 

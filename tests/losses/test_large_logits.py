@@ -24,7 +24,7 @@ ROWS = {
     "below the limit of one shift": lambda m: ([-1.48e9, -1.5e9, -1.48e9, -1.49e9], 2),
     "ties among large ones": lambda m: ([3e15, 3e15, 3e15 - 1e14], 0),
     "past the limit in float64": lambda m: ([4e18, 4e18, 3.2e18, -3e20], 1),
-}  # fmt: skip
+}
 FILLERS = {"0": 0.0, "-inf": -torch.inf, "lowest": None}
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"softcap": 1e12}, {"softcap": 30.0, "label_smoothing": 0.1}]
 

@@ -86,7 +86,8 @@ def test_never_in_silence(loss, backend, device):
         try:
             found = gradients(compiled, name)
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)  # noqa: PT017
+            if "modified by an inplace operation" not in str(error):
+                raise
         else:
             for ours, true in zip(found, expected, strict=True):
                 assert (ours is None) == (true is None)

@@ -42,9 +42,10 @@ def test_a_quantised_head_is_left_as_it_is(quantize, kind):
         quantize(model, kind)
         if patched:
             patch_model(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             loss = model(input_ids=ids, labels=ids.masked_fill(ids % 5 == 0, -100)).loss
+        assert patched == any("nothing was fused" in str(warning.message) for warning in caught)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     torch.testing.assert_close(found[1], found[0])

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ import fused_ignore_ce.__main__ as command_line
 
 from ..helpers.hf_worker import batches, llama
 from ..helpers.paths import ROOT
-from ..helpers.snippets import DOCS, PAGES, blocks, links, name_of
+from ..helpers.snippets import DOCS, PAGES, anchors, blocks, links, name_of
 from ..helpers.trl_patches import unpatch_trainers
 
 README = ROOT / "README.md"
@@ -133,9 +134,30 @@ def test_a_command_exists(block, line, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files(page):
-    missing = [target for target in links(page) if not (page.parent / target).exists()]
+def test_links_lead_to_files_and_to_places_in_them(page):
+    """Of other pages, too: that the site builds says nothing of pages outside of docs/, and needs MkDocs."""
+    missing = []
+    for link in links(page):
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(link)
     assert not missing, f"{name_of(page)} links to {missing}"
+
+
+def test_links_are_of_the_form_that_is_checked():
+    """Neither HTML nor references to a link that stands elsewhere."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+        others = re.findall(r"<(?:a|img)\b|\]\[|^\[[^\]]+\]:", text, re.MULTILINE)
+        assert not others, f"{name_of(page)} has {others}"
+
+
+def test_a_name_that_is_linked_to_is_one_of_the_package():
+    """Pages of the reference are made of docstrings; their anchors are the names."""
+    names = {anchor for page in PAGES for anchor in anchors(page) if anchor.startswith("fused_ignore_ce.")}
+    assert len(names) > 20
+    assert not [name for name in names if pydoc.locate(name) is None]
 
 
 def test_a_trainer_s_page_has_a_test_and_fits_on_a_screen():

@@ -54,7 +54,7 @@ def run(name, folder, *options):
     """What an example prints."""
     for package in NEEDS[name]:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}")
+            pytest.skip(f"the example needs {package}, which is not installed")
     launcher = ["-m", "torch.distributed.run", *TORCHRUN[name]] if name in TORCHRUN else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -51,7 +51,7 @@ def commands(job):
 def test_files_are_of_their_schema(schema, paths):
     """The package check-jsonschema contains the schemas, so that nothing is fetched."""
     if find_spec("check_jsonschema") is None:
-        pytest.skip("pip install 'fused_ignore_ce[dev]'")
+        pytest.skip("check-jsonschema, which has the schemas, is not installed")
     assert paths
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -150,7 +150,7 @@ def test_files_that_text_names_exist():
     """Docstrings, comments and pages name no file that has moved."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("needs the repository")
+        pytest.skip("this copy of the project is no git repository, whose files could be listed")
     paths = listed.stdout.split()
     ends = {"/".join(Path(path).parts[-n:]) for path in paths for n in range(1, len(Path(path).parts) + 1)}
     wrong = []

@@ -75,7 +75,7 @@ def compare(mapping: str, name: str) -> Outcome:
 
 
 def _compare(mapping: str, name: str) -> Outcome:
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of tiny configurations, and of what was not fused, which is in the row
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     if name in overrides.REASONS:
@@ -119,7 +119,7 @@ def _outside(model: Any, batch: dict[str, Any]) -> tuple[str, str]:
     except Exception as e:
         return f"not run: {_line(e)}", ""
     try:
-        fused = _run(patch_model(copy.deepcopy(model), without_labels=True), batch, outside=True)
+        fused = _run(patch_model(copy.deepcopy(model)), batch, outside=True)
     except Exception as e:
         return "no", f"raises with its loss outside: {_line(e)}"
     difference = _difference(plain, fused)

@@ -63,7 +63,7 @@ _MEANINGS: tuple[tuple[str | int, str], ...] = (
     (8, "latents|query_tokens|latent_query_num|landmarks|global_tokens|segment_means_seq_len"),
     ("hidden", "hidden_size|hidden_sizes|hidden_dim|d_model|n_embd|embed_dim|embedding_size|emb_dim|emb_size|embd"),
     ("hidden", "dim|width|size_global|d_latents|channels|filters|units|proj_size|embed_size"),
-)  # fmt: skip
+)
 _KEPT = re.compile(
     r"((num|in|image|audio|input)_)?channels|chunk_size_feed_forward|.*(groups|_ratio|kernel.*|stride.*)"
 )

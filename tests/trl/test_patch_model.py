@@ -16,12 +16,13 @@ from ..helpers.trl_runs import datasets, texts, tokenizer_of, trl
 # TRL 1.16 gives each model a fused head, from which loss and metrics come. Earlier releases read logits.
 OWN_HEAD = hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers
+#: TRL uses names that transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 STEPS = 4
 
 
-class Fused(trl.SFTTrainer):  # type: ignore[name-defined]  # TRL is not followed
+class Fused(trl.SFTTrainer):
     """Trains on the model's own loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

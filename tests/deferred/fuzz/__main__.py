@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--without", default="", help="kinds of statements to leave out, separated by commas")
     parser.add_argument("--only", type=int, help="run the program of one seed (as printed), and print it")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # programs make PyTorch warn, patched or not; that is not compared
     torch.set_num_threads(1)
     without = [kind.strip() for kind in args.without.split(",") if kind.strip()]
     if args.only is not None:

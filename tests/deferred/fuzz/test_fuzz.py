@@ -18,6 +18,7 @@ SLOW = ("compile",)
 
 @pytest.fixture(autouse=True)
 def _quiet():
+    """Drawn programs make PyTorch warn, patched or not. Values and errors are compared, warnings are not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
