@@ -27,14 +27,10 @@ WITH_PACKAGES = {path for path in PAGES if path.is_relative_to(DOCS / "guides" /
 WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page) and page not in WITH_PACKAGES]
 #: For each kind of user, the page that begins with the lines to paste and ends with the report.
 FIRST_PAGES = [
-    "trainer",
-    "trl",
-    "plain-pytorch",
-    "accelerate",
-    "sharded-heads",
-    "distillation",
-    "reinforcement-learning",
-]
+    "trainer", "trl", "plain-pytorch", "accelerate", "sharded-heads", "distillation", "reinforcement-learning",
+]  # fmt: skip
+#: The last lines of such a page.
+REPORT = r"```text\nfused: .*\nlogits read: never\nlogits not allocated: \d\.\d MiB\n```\s*$"
 #: Whole programs of the pages. tests/deepspeed runs those that need DeepSpeed.
 PROGRAMS = [program for page in PAGES for program in programs(page) if "import deepspeed" not in program.code]
 COMMANDS = [
@@ -132,9 +128,7 @@ def test_a_first_page_begins_with_lines_to_paste_and_ends_with_the_report(name):
     assert re.search(r"^patch_(model|trainer)\(", lines, re.MULTILINE)
     *_, last = re.split(r"^## ", text, flags=re.MULTILINE)
     assert last.startswith("What the report then prints\n")
-    assert re.search(
-        r"```text\nfused: .*\nlogits read: never\nlogits not allocated: \d\.\d MiB\n```\s*$", last, re.DOTALL
-    )
+    assert re.search(REPORT, last, re.DOTALL)
     output = last.rpartition("```text\n")[2].partition("```")[0]
     checked = [block.output for block in blocks(page)] + [program.output for program in programs(page)]
     assert output in checked, "no test compares the report with what is printed"
