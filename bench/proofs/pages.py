@@ -74,3 +74,33 @@ def one_passes(results: Results) -> str:
         f"above, and not measurements: nothing ran on a GPU ({link(name)})."
     )
     return f"{text}\n\n{table(DataFrame.from_dict(lines, orient='index'), head)}"
+
+
+def traffic(results: Results) -> str:
+    name, result = results.newest("traffic", "rows")
+    rows = DataFrame(result["rows"]).query("ignored == 0.5").set_index(["case", "passes"])
+    case = rows.index[0][0]
+    moved = rows.loc[[case, f"{case} grad_in_forward=True"], ["kept", "of ignored"]].droplevel("case")
+    cells = moved.map(lambda row: f"{row['read']:.3f} reads, {row['written']:.3f} writes")
+    drawn = table(cells, ["kept row", "ignored row"])
+    return f"{case}, half of the rows ignored, sm_{result['header']['arch']} ({link(name)}):\n\n{drawn}"
+
+
+def compiled(results: Results) -> str:
+    """What was compiled, and whether a fault was found in it."""
+    name, found = results.newest_proofs()
+    which = "shapes of models" if found["quick"] else "every tile size that a launch can choose"
+    judged = (
+        "No kernel spills registers to memory. On NVIDIA's targets, long aligned rows are read by wide loads, and no "
+        "main kernel has more instructions than its limit allows."
+    )
+    if found["faults"]:
+        judged = (
+            f"{found['spilling'] or 'None'} of them spill registers, {found['narrow'] or 'none'} use narrower loads "
+            f"than possible; the result file lists all {len(found['faults'])} that cost speed."
+        )
+    return (
+        f"{found['kernels']} kernels ({which}) were compiled for {', '.join(found['targets'])} in "
+        f"{', '.join(found['dtypes'])}, without a GPU. {judged} ({found['header']['date']}, commit "
+        f"{found['header']['commit'][:7]}, {link(name)})."
+    )

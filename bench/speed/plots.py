@@ -32,6 +32,12 @@ OUR_LINES = ("-", "--", ":")
 
 ROOF = "copy of memory, the roof"
 
+#: The lines of a page's first picture, and how they are named there.
+GAIN = {
+    "F.cross_entropy(F.linear(h, w).float(), y)": "plain PyTorch", "torch.compile of the first": "torch.compile of it",
+    "TRL": "TRL's head", "Liger": "Liger", "fused_linear_cross_entropy(h, w, y)": "this package",
+}  # fmt: skip
+
 #: What is measured, as the label of an axis.
 TIME = "milliseconds"
 PEAK = "peak MiB without operands\nand their gradients"
@@ -54,8 +60,11 @@ def pictures(result: dict[str, Any]) -> dict[str, DataFrame]:
     every = every.assign(**{TIME: every["ms.p50"], PEAK: every["bytes"] / 2**20, RATE: every["rate"]})
     logits = sweep(every, "V").query("kind == 'logits'")
     roof = logits.assign(**{"provider": ROOF, RATE: logits["roof"]}).drop_duplicates("V")
+    ignored = _points(sweep(every, "kept"), 100 * every["ignored"], TIME, PEAK)
+    gain = ignored[(ignored["kind"] == "linear") & ignored["provider"].isin(GAIN.keys())]
     found = {
-        "ignored": _points(sweep(every, "kept"), 100 * every["ignored"], TIME, PEAK),
+        "ignored": ignored,
+        "gain": gain.assign(provider=gain["provider"].map(GAIN)),
         "tokens": _points(sweep(every, "N"), every["N"], TIME, PEAK),
         "bandwidth": _points(pandas.concat([logits, roof]), every["V"], RATE),
         "training-step": DataFrame(result["training step"]),
@@ -92,12 +101,12 @@ def _points(rows: DataFrame, x: pandas.Series, *measures: str) -> DataFrame:
 
 def draw(name: str, data: DataFrame, about: str, path: Path) -> None:
     """Draws and saves the picture of a name, with its data from `pictures`."""
-    own = {"training-step": _training_step, "budgets": _budgets}.get(name)
+    own = {"training-step": _training_step, "budgets": _budgets, "gain": _gain}.get(name)
     save(own(data, about) if own else _lines(name, data, about), path, data)
 
 
 def save(figure: Figure, path: Path, data: DataFrame) -> None:
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Data": digest(data), "Software": None})
+    figure.savefig(path, dpi=figure.dpi, facecolor="white", metadata={"Data": digest(data), "Software": None})
 
 
 def digest(data: DataFrame) -> str:
@@ -108,7 +117,7 @@ def digest(data: DataFrame) -> str:
 def _lines(name: str, data: DataFrame, about: str) -> Figure:
     """A column of panels for each kind of loss, times above peak memory."""
     measures, kinds = data["measure"].unique(), [kind for kind in TITLES if kind in set(data["kind"])]
-    figure = Figure(figsize=(max(5.2 * len(kinds), 6.5), 3.1 * len(measures) + 1.3), layout="constrained")
+    figure = Figure(dpi=110, figsize=(max(5.2 * len(kinds), 6.5), 3.1 * len(measures) + 1.3), layout="constrained")
     better = "Higher" if RATE in measures else "Lower"
     figure.suptitle(f"Forward and backward, bfloat16. {better} is better.\n{about}", fontsize=10)
     for kind, column in zip(kinds, figure.subplots(len(measures), len(kinds), squeeze=False).T, strict=True):
@@ -122,6 +131,33 @@ def _lines(name: str, data: DataFrame, about: str) -> Figure:
         column[0].set_title(f"{TITLES[kind]}: {', '.join(sizes)}", fontsize=11)
         # The panels of a column have the same lines.
         column[-1].legend(*column[0].get_legend_handles_labels(), bbox_to_anchor=(0.5, -0.2), **LEGEND)
+    return figure
+
+
+def _gain(data: DataFrame, about: str) -> Figure:
+    """One column of two panels, narrow and with large letters, as most visitors come with a phone."""
+    figure = Figure(figsize=(4.2, 6.4), dpi=200, layout="constrained")
+    N, V, D = data[["N", "V", "D"]].iloc[0]
+    figure.suptitle(
+        f"The loss from hidden states,\nforward and backward, bfloat16\nN={N}, V={V}, D={D}. Lower is better.",
+        fontsize=11,
+    )
+    panels = figure.subplots(2, 1, sharex=True)
+    for (measure, label), axes in zip({TIME: "milliseconds", PEAK: "peak MiB"}.items(), panels, strict=True):
+        for provider, line in data[data["measure"] == measure].groupby("provider", sort=False):
+            place = list(GAIN.values()).index(str(provider))
+            style: dict[str, Any] = {"color": PEERS[place], "marker": MARKERS[place], "markersize": 5}
+            if provider == "this package":
+                style = {"color": OURS, "marker": "o", "linewidth": 3, "zorder": 3}
+            axes.plot(line["x"], line["value"], label=provider, **style)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(label, fontsize=11)
+        axes.tick_params(labelsize=10)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("ignored tokens, %", fontsize=11)
+    legend: dict[str, Any] = LEGEND | {"fontsize": 10, "loc": "outside lower center"}
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=2, **legend)
+    panels[0].set_title(about.replace(", PyTorch", ",\nPyTorch", 1), fontsize=8)
     return figure
 
 
@@ -149,7 +185,7 @@ def _panel(axes: Axes, points: DataFrame, logarithmic: bool) -> None:
 
 def _training_step(steps: DataFrame, about: str) -> Figure:
     V, T, D, layers = steps.loc[0, ["V", "T", "D", "layers"]]
-    figure = Figure(figsize=(6.5, 3.9), layout="constrained")
+    figure = Figure(dpi=110, figsize=(6.5, 3.9), layout="constrained")
     figure.suptitle(
         f"Peak memory of a training step above model and gradients, float32\nLlama of {layers} layers, {T} tokens, "
         f"V={V}, D={D}\n{about}", fontsize=10,
@@ -171,7 +207,7 @@ def _training_step(steps: DataFrame, about: str) -> Figure:
 
 def _budgets(data: DataFrame, about: str) -> Figure:
     """Time above peak memory, against the budget."""
-    figure = Figure(figsize=(6.5, 6.2), layout="constrained")
+    figure = Figure(dpi=110, figsize=(6.5, 6.2), layout="constrained")
     figure.suptitle(f"The loss from hidden states at five memory budgets\n{about}", fontsize=10)
     predicted, measured = (data[data["what"] == what] for what in ("predicted", "measured"))
     time, peak = figure.subplots(2, 1, sharex=True)

@@ -14,7 +14,7 @@ from pandas import DataFrame
 from PIL import Image
 
 from bench import figures, reading
-from bench.proofs import picture
+from bench.proofs import pages, picture
 from bench.speed import plots
 from bench.speed.providers import LINEAR, LOGITS
 
@@ -104,7 +104,7 @@ def test_proofs_prefer_a_full_run(tmp_path):
     ):
         header = HEADER | {"date": date}
         (tmp_path / f"{name}.json").write_text(json.dumps({"header": header, "proofs": proofs}))
-    text = figures.compiled(reading.Results(tmp_path))
+    text = pages.compiled(reading.Results(tmp_path))
     assert text.startswith(
         "4000 kernels (every tile size that a launch can choose) were compiled for sm_90 in bfloat16, without a GPU. "
         "None of them spill registers, 2 use narrower loads than possible"
@@ -112,15 +112,15 @@ def test_proofs_prefer_a_full_run(tmp_path):
     assert "lists all 1 that cost speed. (2026-01-01, commit 0123456, [old](bench/results/old.json))" in text
     newer = found | {"header": HEADER | {"date": "2026-04-01"}, "quick": False, "faults": []}
     (tmp_path / "proofs-2026-04-01.json").write_text(json.dumps(newer))
-    text = figures.compiled(reading.Results(tmp_path))
+    text = pages.compiled(reading.Results(tmp_path))
     assert text.startswith("49 kernels (every tile")
     assert "No kernel spills registers to memory." in text
     (tmp_path / "proofs-2026-04-01.json").unlink()
     (tmp_path / "old.json").unlink()
-    assert figures.compiled(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
+    assert pages.compiled(reading.Results(tmp_path)).startswith("49 kernels (shapes of models)")
     (tmp_path / "new.json").unlink()
     with pytest.raises(SystemExit, match="no result in bench/results has proofs: python -m bench.proofs"):
-        figures.compiled(reading.Results(tmp_path))
+        pages.compiled(reading.Results(tmp_path))
 
 
 def published(error, without, shown=True):
@@ -133,7 +133,7 @@ def test_predictions_say_that_they_are_none_of_a_gpu_and_how_far_they_are_off(tm
     found |= {picture.PREDICTIONS: [row(bound="issue slots"), row(V=32000)]}
     found |= {"published": [published(0.1, -0.2), published(0.01, 0.02, shown=False), published(-0.03, 0.3)]}
     (tmp_path / "predictions-2026-01-01.json").write_text(json.dumps(found))
-    text = figures.predictions(reading.Results(tmp_path))
+    text = pages.predictions(reading.Results(tmp_path))
     assert text.startswith("Predictions, not measurements.")
     assert "0.88, issue slots" in text
     assert "bytes" not in text
@@ -143,7 +143,7 @@ def test_predictions_say_that_they_are_none_of_a_gpu_and_how_far_they_are_off(tm
     assert "off by 3.0% at the median and 10.0% at most; by 20.0% and 30.0%" in text
     (tmp_path / "predictions-2026-01-01.json").unlink()
     with pytest.raises(SystemExit, match=re.escape("python -m bench.proofs.predicting")):
-        figures.predictions(reading.Results(tmp_path))
+        pages.predictions(reading.Results(tmp_path))
 
 
 def one_pass(kernel, options="plain", V=128256, **figures):
@@ -166,7 +166,7 @@ def test_both_one_passes_stand_side_by_side_with_what_others_published(tmp_path)
     rows[0] |= {"reads": 2.004, "predicted_milliseconds": 2.0}
     found = {"header": HEADER, "rows": rows, "published": [other | {"milliseconds": 2.209}]}
     (tmp_path / "one_passes-2026-01-01.json").write_text(json.dumps(found))
-    text = figures.one_passes(reading.Results(tmp_path))
+    text = pages.one_passes(reading.Results(tmp_path))
     assert "not measurements: nothing ran on a GPU" in text
     [plain, softcap] = [line for line in text.splitlines() if "H100, sm_90" in line]
     assert all(cell in plain for cell in ("2.00 / 1.00", "2.00 / 1.50", "Other 2.21 (Other#1)"))
@@ -211,14 +211,14 @@ def measured(*more, shapes=(("base", 8, 8, 0.0), ("base", 8, 8, 0.5), ("N", 16, 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert plots.pictures(run()) == {}
     rows = measured(ms={"p50": 1.0}, rate=1.0, roof=2.0)
-    assert plots.pictures(run(memory=measured(bytes=2**20))).keys() == {"ignored", "tokens"}
+    assert plots.pictures(run(memory=measured(bytes=2**20))).keys() == {"ignored", "gain", "tokens"}
     steps = [
         {"way": way, "ignored": share, "bytes": 2**30, "V": 8, "T": 8, "D": 8, "layers": 1}
         for way in ("plain", "patched")
         for share in (0.0, 0.75)
     ]
     every = plots.pictures(run(rows=rows, memory=measured(bytes=2**20), **{"training step": steps}))
-    assert list(every) == ["ignored", "tokens", "bandwidth", "training-step"]
+    assert list(every) == ["ignored", "gain", "tokens", "bandwidth", "training-step"]
     for name, data in every.items():
         plots.draw(name, data, "here", tmp_path / f"{name}.png")
     kernels = ("fused_ignore_ce forward", "other forward")

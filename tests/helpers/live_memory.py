@@ -87,6 +87,8 @@ def measured(forward, backward, unit):
     steps = []
     with LiveMemory() as memory:
         backward(forward())
+        gc.collect()
+        gc.freeze()  # collections are fast then
         for _ in range(STEPS):
             gc.collect()
             before = memory.peak = memory.now()
@@ -96,6 +98,7 @@ def measured(forward, backward, unit):
             backward(loss)
             del loss
             steps.append((held, in_forward, memory.peak - before))
+        gc.unfreeze()
     names = ("held", "in the forward", "in the backward")
     return {name: min(figures) / unit for name, figures in zip(names, zip(*steps, strict=True), strict=True)}
 

@@ -3,7 +3,7 @@
 import torch
 from hf_worker import V, batches, llama
 
-CLASSES, HIDDEN = 32000, 512  # 65 MB, beside which what else a process allocates is little
+CLASSES, HIDDEN = 12000, 512  # 25 MB, beside which what else a process allocates is little
 #: The bytes of the head's whole weight.
 HEAD = 4 * CLASSES * HIDDEN
 
