@@ -70,14 +70,19 @@ class FusionReport:
             for kind, count in kinds.items():
                 ignored = "ignored ones" if kind.endswith(COMPILED) else f"{count.ignored} of them ignored"
                 ignored += " not counted" * kind.endswith(COMPILED)
-                lines.append(f"{title}: {kind}: {count.calls} calls, {count.tokens} tokens, {ignored}")
-        lines += [f"not fused, {times} times: {reason}" for reason, times in self.not_fused.items()]
-        lines += [f"logits read by {reader}: {times} times" for reader, times in self.reads.items()]
+                calls, tokens = counted(count.calls, "call"), counted(count.tokens, "token")
+                lines.append(f"{title}: {kind}: {calls}, {tokens}, {ignored}")
+        lines += [f"not fused, {counted(times, 'time')}: {reason}" for reason, times in self.not_fused.items()]
+        lines += [f"logits read by {reader}: {counted(times, 'time')}" for reader, times in self.reads.items()]
         if not lines:
             return "no loss was taken of this model's logits, and nothing read them (is it patched?)"
         if self.fused and not self.reads:
             lines.append("logits read: never")
         return "\n".join([*lines, f"logits not allocated: {self.bytes_not_allocated / 2**20:.1f} MiB"])
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 #: Held while a recorder counts, or is read. A reentrant one, as adding tensors may run code of a user's modes.
@@ -120,7 +125,7 @@ class Recorder:
             self.bytes += size
 
     def report(self) -> FusionReport:
-        def counted(kinds: dict[str, list[Any]]) -> dict[str, FusedCalls]:
+        def calls_of(kinds: dict[str, list[Any]]) -> dict[str, FusedCalls]:
             return {
                 kind: FusedCalls(calls, tokens, sum(int(t) for t in ignored.values()))
                 for kind, (calls, tokens, ignored) in kinds.items()
@@ -128,7 +133,7 @@ class Recorder:
 
         with _counting:
             return FusionReport(
-                counted(self._fused), counted(self._on_logits), dict(self._reads), dict(self._not_fused), self.bytes
+                calls_of(self._fused), calls_of(self._on_logits), dict(self._reads), dict(self._not_fused), self.bytes
             )
 
 

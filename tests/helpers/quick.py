@@ -46,7 +46,10 @@ SLOW = {
         "test_the_measure_sees_what_pytorch_holds",
     },
     "project/test_distributions.py": {"test_its_commands_work_in_an_empty_folder"},
-    "project/test_docs.py": {"test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere"},
+    "project/test_docs.py": {
+        "test_a_program_prints_what_its_page_shows",
+        "test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere",
+    },
     "project/test_examples.py": {"test_a_model_by_its_name"},
     "tools/test_cost.py": {"test_formulas_hold_in_a_process"},
     "trl/test_patch_trainer.py": {"test_compiled", "test_importing_does_not_import_trl"},

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import re
+import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +23,8 @@ PAGES = sorted(
 )
 
 _FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE
+    r"^(?P<indent> *)```(?P<language>\w+)(?: title=\"(?P<title>[^\"\n]+)\")?[^\n]*\n(?P<code>.*?)^(?P=indent)```",
+    re.DOTALL | re.MULTILINE,
 )
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)(?: \"[^\"]*\")?\)")
 
@@ -51,13 +56,47 @@ class Block(NamedTuple):
         return self.output is not None or "assert" in self.code
 
 
+class Program(NamedTuple):
+    """A file that a page shows whole, with the command that starts it and the end of what that prints."""
+
+    page: str
+    file: str
+    code: str
+    command: str
+    output: str
+
+    def run(self, folder: Path) -> str:
+        """What the command prints, as a reader starts it: the file is in the folder, and one CPU core for each rank."""
+        (folder / self.file).write_text(self.code)
+        launcher, *words = shlex.split(self.command)
+        assert launcher == "torchrun"
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def programs(page: Path) -> list[Program]:
+    """The Python blocks of a page that have a title, each followed by a block with a command and one of output."""
+    found = list(_FENCE.finditer(page.read_text(encoding="utf-8")))
+    made = []
+    for place, fence in enumerate(found):
+        if fence["title"] is not None and fence["language"] == "python":
+            command, output = found[place + 1 : place + 3]
+            assert (command["language"], output["language"]) == ("bash", "text"), f"{name_of(page)}: {fence['title']}"
+            made.append(Program(name_of(page), fence["title"], fence["code"], command["code"], output["code"]))
+    return made
+
+
 def blocks(page: Path, language: str = "python") -> list[Block]:
-    """The fenced blocks of a language, including indented ones, in the order of the page."""
+    """The fenced blocks of a language, including indented ones, in the order of the page, but for whole programs."""
     text = page.read_text(encoding="utf-8")
     found = list(_FENCE.finditer(text))
     made = []
     for fence, following in itertools.zip_longest(found, found[1:]):
-        if fence["language"] != language:
+        if fence["language"] != language or fence["title"] is not None:
             continue
         output = None
         if (

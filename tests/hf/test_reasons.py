@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_ignore_ce import defer_logits
+from fused_ignore_ce.deferred.report import FusedCalls, FusionReport
 from fused_ignore_ce.hf import fusion_report, patch_model
 
 from ..helpers.hf_tiny import D, QuantizedHead, V, batch, bert, llama, transformers, with_head
@@ -77,11 +78,23 @@ def test_a_warning_says_once_why_nothing_was_fused_and_the_report_as_well(build,
 def test_the_report_on_a_head_that_cannot_be_deferred_does_not_ask_whether_it_is_patched():
     model = patch_model(UNFUSED["a head that multiplies in its own way"][0]())
     F.cross_entropy(model(_IDS).logits.flatten(0, 1), _IDS.flatten()).backward()
-    assert str(fusion_report(model)).startswith("not fused, 1 times: its head, a QuantizedHead, makes no product")
+    assert str(fusion_report(model)).startswith("not fused, 1 time: its head, a QuantizedHead, makes no product")
     assert str(fusion_report(patch_model(llama()))).endswith("(is it patched?)")
     head = defer_logits(QuantizedHead(D, V, bias=False))
     head(torch.zeros(1, 2, D))
     assert list(fusion_report(head).not_fused) == list(fusion_report(model).not_fused)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_one_call_is_not_called_calls(n):
+    end = "" if n == 1 else "s"
+    report = FusionReport({"a": FusedCalls(n, n, n)}, {"b": FusedCalls(n, n, n)}, {"max (c.py:1)": n}, {"d": n})
+    assert str(report).splitlines()[:-1] == [
+        f"fused: a: {n} call{end}, {n} token{end}, {n} of them ignored",
+        f"on logits: b: {n} call{end}, {n} token{end}, {n} of them ignored",
+        f"not fused, {n} time{end}: d",
+        f"logits read by max (c.py:1): {n} time{end}",
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "options"])

@@ -17,7 +17,7 @@ import fused_ignore_ce.__main__ as command_line
 
 from ..helpers.hf_worker import batches, llama
 from ..helpers.paths import ROOT
-from ..helpers.snippets import DOCS, PAGES, anchors, blocks, links, name_of
+from ..helpers.snippets import DOCS, PAGES, anchors, blocks, links, name_of, programs
 from ..helpers.trl_patches import unpatch_trainers
 
 README = ROOT / "README.md"
@@ -26,6 +26,14 @@ NEEDS = {"docs/guides/trl.md": ["trl"], "docs/guides/migrating.md": ["liger_kern
 #: Pages whose code tests/trainers runs, with the packages that they are about.
 WITH_PACKAGES = {path for path in PAGES if path.is_relative_to(DOCS / "guides" / "trainers")}
 WITH_CODE = [page for page in PAGES if page.is_relative_to(DOCS) and blocks(page) and page not in WITH_PACKAGES]
+#: For each kind of user, the page that begins with the lines to paste and ends with the report.
+FIRST_PAGES = [
+    "trainer", "trl", "plain-pytorch", "accelerate", "sharded-heads", "distillation", "reinforcement-learning",
+]  # fmt: skip
+#: The last lines of such a page.
+REPORT = r"```text\nfused: .*\nlogits read: never\nlogits not allocated: \d\.\d MiB\n```\s*$"
+#: Whole programs of the pages. tests/deepspeed runs those that need DeepSpeed.
+PROGRAMS = [program for page in PAGES for program in programs(page) if "import deepspeed" not in program.code]
 COMMANDS = [
     (block, line)
     for page in PAGES
@@ -103,6 +111,28 @@ def test_the_code_of_a_page(page):
     scope = {"__name__": "__main__"}
     for block in code:
         block.run(scope)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.page)
+def test_a_program_prints_what_its_page_shows(program, tmp_path):
+    assert program.run(tmp_path) == program.output
+
+
+@pytest.mark.parametrize("name", FIRST_PAGES)
+def test_a_first_page_begins_with_lines_to_paste_and_ends_with_the_report(name):
+    page = DOCS / "guides" / f"{name}.md"
+    text = page.read_text()
+    beginning = text.partition("\n## ")[0].partition("\n```py\n")
+    assert len(beginning[0].split()) < 60, "there is much to read before the lines to paste"
+    lines = beginning[2].partition("```")[0]
+    assert re.search(r"^from fused_ignore_ce\.\w+ import .*patch_(model|trainer)", lines, re.MULTILINE)
+    assert re.search(r"^patch_(model|trainer)\(", lines, re.MULTILINE)
+    *_, last = re.split(r"^## ", text, flags=re.MULTILINE)
+    assert last.startswith("What the report then prints\n")
+    assert re.search(REPORT, last, re.DOTALL)
+    output = last.rpartition("```text\n")[2].partition("```")[0]
+    checked = [block.output for block in blocks(page)] + [program.output for program in programs(page)]
+    assert output in checked, "no test compares the report with what is printed"
 
 
 def test_the_stand_in_was_trained_with_the_fused_loss(monkeypatch):
