@@ -88,9 +88,10 @@ def _head(package: str, result: Result | None = None) -> str:
 
 def versions(result: Result) -> str:
     header = result["header"]
+    transformers = header["versions"]["transformers"]
     return (
         f"Checked by code on a CPU, {header['date']}, with this package at commit {header['commit'][:7]} and "
-        f"transformers {header['versions']['transformers']}. Triton kernels ran in Triton's interpreter. Where releases of "
+        f"transformers {transformers}. Triton kernels ran in Triton's interpreter. Where releases of "
         f"PyTorch differ, a slash separates their answers; all other packages ran with PyTorch {releases(result)[0]}. "
         "CCE's code is that of its repository, which is newer than its release; its implementation in PyTorch was run. "
         f"An answer with {MARK} was read in documentation or source and not run, as all of QuACK's were. A dash means: "
