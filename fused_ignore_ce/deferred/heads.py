@@ -39,9 +39,16 @@ class Patch:
         self.head_defers: dict[bool, bool] = {}
         #: What warnings have said: why nothing was fused.
         self.warned: set[str] = set()
+        #: The same for all copies: the copy of a head, which PEFT puts in its place, belongs to the head's model.
+        self.origin = object()
 
     def __reduce__(self) -> Any:
         return Patch, (self.settings,)
+
+    def __deepcopy__(self, memo: Any) -> Patch:
+        copied = Patch(self.settings)
+        copied.origin = self.origin
+        return copied
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -142,7 +149,7 @@ def state_of(head: nn.Module) -> SharedState | None:
     """What logits of a head belong to: the forward that its model is running, or a new one; None to compute them."""
     patch = head.__dict__.get(PATCH)
     for _, running_patch, shared in reversed(running.forwards):
-        if patch is None or patch is running_patch:
+        if patch is None or patch.origin is running_patch.origin:
             return shared
     return SharedState(patch.settings, patch.recorder) if patch is not None and torch.is_grad_enabled() else None
 

@@ -87,9 +87,10 @@ def patch_model(
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model`, bit for bit; without effect on a model that is not patched. Returns model."""
-    patches = {inner.__dict__.get(PATCH) for inner in _transformers_models(model)} - {None}
+    patches = [inner.__dict__[PATCH] for inner in _transformers_models(model) if PATCH in inner.__dict__]
+    origins = {patch.origin for patch in patches}
     for module in model.modules():
-        if module.__dict__.get(PATCH) in patches or PATCH not in module.__dict__:
+        if PATCH not in module.__dict__ or module.__dict__[PATCH].origin in origins:
             unmake(module)
     return model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_ignore_ce.hf import patch_model, unpatch_model
+from fused_ignore_ce.hf import fusion_report, patch_model, unpatch_model
 
 from ..helpers.hf_worker import PAD, V, assert_deferred, assert_same, batches, llama, spied, trajectory
 
@@ -158,7 +158,9 @@ def test_merged(name, patch, monkeypatch):
     assert_same(losses, expected, rel=1e-4)  # after twice as many steps
     assert_deferred(outputs)
     assert spy.calls == STEPS
+    assert not fusion_report(model).not_fused
     assert type(unpatch_model(model)) is type(plain)
+    assert type(model.train()(batches(1)[0]["input_ids"]).logits) is torch.Tensor
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
