@@ -140,12 +140,15 @@ def on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variants: tuple
     """The launch of the one pass that keeps its row on the chip."""
     for_whole, for_others = variants
     aligned = aligned and V * itemsize % ACCESS == 0
-    if aligned and chip.table.on_chip and variants is ON_CHIP["plain"]:
+    featured = variants is not ON_CHIP["plain"]
+    if aligned and chip.table.on_chip and not featured:
         return _on_chip_launch(N, V, itemsize, aligned, _tuned(fitting(chip.table.on_chip, V * itemsize), chip), chip)
-    launch = _on_chip_launch(N, V, itemsize, aligned, for_whole, chip)
-    if aligned and not launch.held.HAS_REST:
-        return launch
-    return _on_chip_launch(N, V, itemsize, aligned, for_others, chip)
+    variant, launch = for_whole, _on_chip_launch(N, V, itemsize, aligned, for_whole, chip)
+    if not aligned or launch.held.HAS_REST or (featured and V % 16):  # Triton specializes on V % 16 == 0
+        variant, launch = for_others, _on_chip_launch(N, V, itemsize, aligned, for_others, chip)
+    if featured and launch.num_warps == 1:  # the compiler unrolls the loop over so few pieces, which takes registers
+        return _on_chip_launch(N, V, itemsize, aligned, variant._replace(chunks=1, kept=1), chip)
+    return launch
 
 
 def _tuned(program: Program, chip: Chip) -> OnChip:

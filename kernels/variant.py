@@ -38,9 +38,10 @@ DISTILLED_NARROW = OnePass(256, MAX_REGISTERS, 8)
 
 
 def one_pass_variant(V: int, weight, is_float64: bool, options: Options) -> OnePass:
-    if options.HAS_STATS or (options.HAS_SOFT and weight is not None) or is_float64:
+    tail = V % 16 != 0  # Triton specializes on V % 16 == 0
+    if options.HAS_STATS or (options.HAS_SOFT and (weight is not None or tail)) or is_float64:
         return ONE_PASS_GENERAL
-    return ONE_PASS_SIMPLE if any(options) or V % 16 else ONE_PASS_PLAIN  # Triton specializes on V % 16 == 0
+    return ONE_PASS_SIMPLE if any(options) or tail else ONE_PASS_PLAIN
 
 
 def one_pass_registers(variant: OnePass, thread_logits: int) -> int:
@@ -61,14 +62,14 @@ class OnChip(NamedTuple):
     kept: int
 
 
-#: By features: a variant for aligned rows of which the chip keeps all, and one for others. "many" stands for smoothing
-#: with class weights, a scale or a softcap: 255 registers, which a multiprocessor has for 8 warps.
+#: By features: a variant for rows without a tail of which the chip keeps all, and one for others. "many" stands for
+#: smoothing with class weights, a scale or a softcap: 255 registers, which a multiprocessor has for 8 warps.
 ON_CHIP = {
     "plain": (OnChip(16, 128, 4, 4), OnChip(16, 128, 2, 4)),
     "one": (OnChip(16, 128, 2, 4), OnChip(16, 128, 1, 4)),
     "stats": (OnChip(16, 128, 2, 4), OnChip(16, 128, 2, 2)),
     "two": (OnChip(16, 128, 2, 2), OnChip(16, 128, 1, 2)),
-    "many": (OnChip(16, 128, 2, 2), OnChip(8, 255, 1, 1)),
+    "many": (OnChip(16, 128, 1, 1), OnChip(8, 255, 1, 1)),
 }
 
 

@@ -30,6 +30,15 @@ QUICK_DTYPES = ("bfloat16",)
 QUICK_CHIPS = ("H200",)
 QUICK_CLASSES = 32000  # for AMD's targets
 
+#: Short rows and rows with a tail, whose kernels have few registers to spare: a quick run compiles them, too.
+TIGHT = (
+    ("one pass", 8184, ("smoothing",)),
+    ("on chip", 4096, ("smoothing",)),
+    ("on chip", 65528, ("stats",)),
+    ("on chip", 1016, ("softcap", "stats")),
+    *(("on chip", V, cases.fullest("on chip")[0]) for V in (1024, 2048, 65528)),
+)
+
 
 def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) -> list[Job]:
     """The kernels to compile for a target.
@@ -47,6 +56,7 @@ def jobs(target: Target, quick: bool, dtypes: tuple[str, ...] = cases.DTYPES) ->
     case = cases.Case("", *cases.MODELS[0])
     budgeted = [replace(case, operation=o, features=f, dtype=dtype) for o, f, dtype in judging.BUDGETS]
     tight = [replace(case, operation="one pass", features=(feature,)) for feature in ("smoothing", "softcap")]
+    tight += [replace(case, operation=o, features=f, V=V) for o, V, f in TIGHT]
     every = [c for c in cases.every(QUICK_DTYPES, quick=True) if c.contiguous or c.operation != "part"]
     return compiling.jobs([*budgeted, *tight, *every], target)
 
