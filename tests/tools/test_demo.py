@@ -168,7 +168,9 @@ def test_nan_fails_the_gate(tmp_path, monkeypatch):
 
 def test_missing_packages_are_named_with_the_extra(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "tqdm" else object())
-    with pytest.raises(SystemExit, match=r"tqdm: needed by the demo and not installed; pip install 'fused_ignore_ce\[demo\]'"):
+    with pytest.raises(
+        SystemExit, match=r"tqdm: needed by the demo and not installed; pip install 'fused_ignore_ce\[demo\]'"
+    ):
         demo.run(demo.Options())
 
 
