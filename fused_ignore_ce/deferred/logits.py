@@ -107,7 +107,8 @@ class DeferredLogits(Lazy):
 
         def value(t: DeferredLogits) -> Tensor:
             found = t.materialize(func.__name__)
-            _ = found.grad_fn  # raises PyTorch's error for a view that a write has invalidated
+            if torch.is_grad_enabled():
+                _ = found.grad_fn  # raises PyTorch's error for a view that a write has invalidated
             return found.detach()
 
         values = torch.utils._pytree.tree_map_only(cls, value, (args, kwargs or {}))

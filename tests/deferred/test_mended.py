@@ -277,6 +277,15 @@ def _written_in_inference_mode_after_detaching(x, b):
     return y * b
 
 
+def _mapped_without_gradients_after_a_write_to_the_base(x, b):
+    z = x * b
+    first, _ = z.split([1, z.shape[1] - 1], dim=1)
+    z[:, 0] = 0.5
+    with torch.no_grad():
+        mapped = torch.vmap(lambda row: row * 2)(first)
+    return z + mapped.sum()
+
+
 PROGRAMS = [
     value
     for name, value in list(globals().items())
