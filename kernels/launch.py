@@ -143,8 +143,10 @@ def on_chip_launch(N: int, V: int, itemsize: int, aligned: bool, variants: tuple
     featured = variants is not ON_CHIP["plain"]
     if aligned and chip.table.on_chip and not featured:
         return _on_chip_launch(N, V, itemsize, aligned, _tuned(fitting(chip.table.on_chip, V * itemsize), chip), chip)
-    variant, launch = for_whole, _on_chip_launch(N, V, itemsize, aligned, for_whole, chip)
-    if not aligned or launch.held.HAS_REST or (featured and V % 16):  # Triton specializes on V % 16 == 0
+    has_tail = not aligned or (featured and V % 16 != 0)  # Triton specializes on V % 16 == 0
+    variant = for_others if has_tail else for_whole
+    launch = _on_chip_launch(N, V, itemsize, aligned, variant, chip)
+    if launch.held.HAS_REST and not has_tail:
         variant, launch = for_others, _on_chip_launch(N, V, itemsize, aligned, for_others, chip)
     if featured and launch.num_warps == 1:  # the compiler unrolls the loop over so few pieces, which takes registers
         return _on_chip_launch(N, V, itemsize, aligned, variant._replace(chunks=1, kept=1), chip)

@@ -89,16 +89,18 @@ def measured(forward, backward, unit):
         backward(forward())
         gc.collect()
         gc.freeze()  # collections are fast then
-        for _ in range(STEPS):
-            gc.collect()
-            before = memory.peak = memory.now()
-            loss = forward()
-            held, in_forward = memory.now() - before, memory.peak - before
-            memory.peak = memory.now()
-            backward(loss)
-            del loss
-            steps.append((held, in_forward, memory.peak - before))
-        gc.unfreeze()
+        try:
+            for _ in range(STEPS):
+                gc.collect()
+                before = memory.peak = memory.now()
+                loss = forward()
+                held, in_forward = memory.now() - before, memory.peak - before
+                memory.peak = memory.now()
+                backward(loss)
+                del loss
+                steps.append((held, in_forward, memory.peak - before))
+        finally:
+            gc.unfreeze()
     names = ("held", "in the forward", "in the backward")
     return {name: min(figures) / unit for name, figures in zip(names, zip(*steps, strict=True), strict=True)}
 
